@@ -1,0 +1,131 @@
+//! One register access, and the three ways to answer it.
+//!
+//! A device answers *now*, or hands back a [`Deferred`] and lets whoever holds the paired [`Completion`] finish the
+//! access later: an actor in this process, or a process at the other end of a socket. The device itself stays
+//! synchronous and testable. A dropped [`Completion`] is a defined answer: all ones for a read, "dropped" for a write.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+/// Where an access lands inside a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Offset from the start of the device's range, in bytes.
+    pub offset: u64,
+    /// Width: 1, 2, 4 or 8 bytes.
+    pub width: u8,
+}
+
+/// How a device answers an access.
+#[must_use]
+#[derive(Debug)]
+pub enum Answer {
+    /// Done; a read's bytes are in the buffer.
+    Now,
+    /// Somebody else will complete it.
+    Later(Deferred),
+}
+
+/// A device made of registers, reached by PIO or MMIO.
+pub trait RegisterDevice: Send {
+    /// Reads `data.len()` bytes (1, 2, 4 or 8) at `offset` from the start of the range that the device was mapped at.
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Answer;
+    /// Writes likewise.
+    fn write(&mut self, offset: u64, data: &[u8]) -> Answer;
+}
+
+#[derive(Debug)]
+enum State {
+    Waiting(Option<Waker>),
+    Done(u64),
+    Dropped,
+    Taken,
+}
+
+/// The asker's end of an access that is answered later: a future of the value read (little-endian, the access's width;
+/// writes give zero), or `None` when nobody will ever complete it.
+#[derive(Debug)]
+pub struct Deferred(Arc<Mutex<State>>);
+
+/// The answerer's end.
+#[derive(Debug)]
+pub struct Completion(Arc<Mutex<State>>);
+
+/// Makes both ends of an access that will be completed later.
+pub fn deferred() -> (Completion, Deferred) {
+    let state = Arc::new(Mutex::new(State::Waiting(None)));
+    (Completion(Arc::clone(&state)), Deferred(state))
+}
+
+fn settle(shared: &Mutex<State>, outcome: State) {
+    let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    if let State::Waiting(waker) = &mut *state {
+        let waker = waker.take();
+        *state = outcome;
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Completion {
+    /// Completes the access: the value read, or zero for a write.
+    pub fn complete(self, value: u64) {
+        settle(&self.0, State::Done(value));
+    }
+}
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        settle(&self.0, State::Dropped);
+    }
+}
+
+impl Future for Deferred {
+    type Output = Option<u64>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*state {
+            State::Waiting(_) => {
+                *state = State::Waiting(Some(context.waker().clone()));
+                Poll::Pending
+            }
+            State::Done(value) => {
+                let value = *value;
+                *state = State::Taken;
+                Poll::Ready(Some(value))
+            }
+            State::Dropped | State::Taken => Poll::Ready(None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn poll(deferred: &mut Deferred) -> Poll<Option<u64>> {
+        Pin::new(deferred).poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// An access that nobody will complete must not leave its asker waiting.
+    #[test]
+    fn dropped_completion_is_an_answer() {
+        let (completion, mut asked) = deferred();
+        assert_eq!(poll(&mut asked), Poll::Pending);
+        drop(completion);
+        assert_eq!(poll(&mut asked), Poll::Ready(None));
+    }
+
+    #[test]
+    fn value_arrives_once() {
+        let (completion, mut asked) = deferred();
+        completion.complete(0x5a);
+        assert_eq!(poll(&mut asked), Poll::Ready(Some(0x5a)));
+        assert_eq!(poll(&mut asked), Poll::Ready(None));
+    }
+}
