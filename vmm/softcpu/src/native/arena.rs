@@ -99,8 +99,7 @@ impl Drop for Arena {
 
 fn map(file: &OwnedFd, len: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
     // SAFETY: a fresh shared mapping at an address of the kernel's choice; the result is checked.
-    let address =
-        unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
     if address == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
