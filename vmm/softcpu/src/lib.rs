@@ -8,11 +8,14 @@
 //! tail calls, other builds by a trampoline loop over the same handlers. SSE, x87 and their kin are re-encoded and run
 //! on the host's own units (`native`).
 
+
+pub mod cpu;
 pub mod native;
 pub mod ram;
 pub mod state;
 pub mod world;
 
+pub use cpu::{Cpu, CpuModel, TimeMode};
 pub use ram::{GuestRam, RamRegion};
 pub use state::{Exception, FpState, Regs, Segment, System};
 pub use world::{Attention, Stop, World};

@@ -15,6 +15,8 @@ pub struct Regs {
     /// RFLAGS. While code runs, the six arithmetic flags may live elsewhere (lazy); they are folded in before anyone
     /// outside the dispatch loop looks.
     pub rflags: u64,
+    /// Always zero: what an effective address without base or index adds.
+    pub(crate) zero: u64,
     /// x87, MMX and SSE state.
     pub fp: FpState,
 }

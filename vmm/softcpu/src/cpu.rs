@@ -1,0 +1,134 @@
+//! The processor: architectural state, its memory view, and the loop that runs it.
+//!
+//! One `Cpu` belongs to one thread at a time. What other threads may touch is guest RAM and the [`Attention`] word.
+
+use std::sync::Arc;
+
+use crate::ram::GuestRam;
+use crate::state::{Regs, Segment, SegmentName, System, Table};
+use crate::world::{Attention, Stop, World};
+
+/// Where guest time comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeMode {
+    /// The board's clock ([`World::now_ns`]).
+    Real,
+    /// Retired instructions: runs of the same guest with the same inputs are identical to the bit.
+    Retired {
+        /// Nanoseconds of guest time that 1000 retired instructions take.
+        ns_per_1000: u32,
+    },
+}
+
+/// The frames and translations a CPU sees; replaced by the memory unit's own type.
+#[derive(Debug, Default)]
+pub(crate) struct Mmu {}
+
+/// CPU model; replaced by the CPUID tables' own type.
+#[derive(Debug, Default)]
+pub struct CpuModel {}
+
+/// One logical processor executed in software.
+pub struct Cpu {
+    /// Registers that unprivileged code sees.
+    pub regs: Regs,
+    /// Privileged state.
+    pub sys: System,
+    /// Set by HLT, cleared when an interrupt is delivered: `run` returns [`Stop::Halted`] at once while it is set and
+    /// nothing is deliverable. Part of the saved state.
+    pub halted: bool,
+    #[expect(dead_code, reason = "wired with the memory unit")]
+    pub(crate) ram: GuestRam,
+    #[expect(dead_code, reason = "wired with the memory unit")]
+    pub(crate) mmu: Mmu,
+    #[expect(dead_code, reason = "wired with CPUID")]
+    pub(crate) model: Arc<CpuModel>,
+    pub(crate) attention: Attention,
+    pub(crate) time: TimeMode,
+    retired: u64,
+}
+
+impl Cpu {
+    /// A processor in reset state.
+    pub fn new(ram: GuestRam, model: Arc<CpuModel>, attention: Attention, time: TimeMode) -> Self {
+        let mut cpu = Self {
+            regs: Regs::default(),
+            sys: reset_system(),
+            halted: false,
+            ram,
+            mmu: Mmu::default(),
+            model,
+            attention,
+            time,
+            retired: 0,
+        };
+        cpu.reset();
+        cpu
+    }
+    /// Puts the processor into the state after RESET# (SDM vol. 3, table 10-1). Retired instructions go on counting.
+    pub fn reset(&mut self) {
+        self.regs = Regs::default();
+        self.regs.rip = 0xfff0;
+        self.regs.rflags = 2;
+        self.sys = reset_system();
+        self.halted = false;
+    }
+    /// Instructions retired since `new`.
+    pub fn retired(&self) -> u64 {
+        self.retired
+    }
+    /// Runs until something stops it; `budget` bounds the instructions of this call, exactly.
+    pub fn run(&mut self, _world: &mut dyn World, budget: Option<u64>) -> Stop {
+        if budget == Some(0) {
+            return Stop::Budget;
+        }
+        Stop::Requested
+    }
+    /// Host memory held by decoded code, in bytes.
+    pub fn cache_bytes(&self) -> usize {
+        0
+    }
+    /// Guest nanoseconds of the deterministic clock, or `None` when the board's clock rules.
+    pub(crate) fn retired_ns(&self) -> Option<u64> {
+        match self.time {
+            TimeMode::Real => None,
+            TimeMode::Retired { ns_per_1000 } => {
+                Some((u128::from(self.retired) * u128::from(ns_per_1000) / 1000) as u64)
+            }
+        }
+    }
+}
+
+/// Privileged state after RESET#.
+fn reset_system() -> System {
+    let data = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+    let mut segments = [data; 6];
+    segments[SegmentName::Cs as usize] =
+        Segment { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b };
+    let table = Table { base: 0, limit: 0xffff };
+    System {
+        segments,
+        ldtr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x82 },
+        tr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x8b },
+        gdtr: table,
+        idtr: table,
+        cr0: 0x6000_0010,
+        cr2: 0,
+        cr3: 0,
+        cr4: 0,
+        dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
+        efer: 0,
+        star: 0,
+        lstar: 0,
+        cstar: 0,
+        sfmask: 0,
+        kernel_gs_base: 0,
+        sysenter: [0; 3],
+        tsc_aux: 0,
+        pat: 0x0007_0406_0007_0406,
+        tsc_offset: 0,
+        kvm_system_time: 0,
+        kvm_wall_clock: 0,
+        interrupt_shadow: false,
+    }
+}
