@@ -8,7 +8,6 @@
 //! tail calls, other builds by a trampoline loop over the same handlers. SSE, x87 and their kin are re-encoded and run
 //! on the host's own units (`native`).
 
-
 pub mod cpu;
 pub mod native;
 pub mod ram;
