@@ -1,1 +1,8 @@
-//! See README.md.
+//! The core of the virtual machine monitor: it owns guest memory and vCPUs, and nothing else.
+//!
+//! Devices that the guest sees are state machines of `atoll-devices`; what stands behind them is another process.
+//! This crate is the only place where CPUs, tokio and processes meet.
+
+pub mod cpu;
+pub mod irq;
+pub mod machine;

@@ -1,0 +1,143 @@
+//! The CPU seam: something that executes guest code, and the little that the board needs of it.
+//!
+//! A [`Processor`] makes vCPUs and is where interrupts end; a [`Vcpu`] runs until it has a reason to stop and asks a
+//! [`GuestBus`] for everything that is not RAM, in the middle of the instruction, on its own thread. No KVM type and no
+//! flag of the software CPU crosses this seam, so a machine cannot tell which of the two drives it.
+
+mod state;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::irq::InterruptFabric;
+
+pub use state::CpuState;
+
+/// The two address spaces of an access outside RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Space {
+    /// I/O ports.
+    Port,
+    /// Guest-physical memory.
+    Memory,
+}
+
+impl fmt::Display for Space {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Port => "port",
+            Self::Memory => "address",
+        })
+    }
+}
+
+/// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
+/// that asked complete: a read that nobody answers gives all ones, a write that nobody takes is dropped.
+pub trait GuestBus {
+    /// Reads `data.len()` bytes.
+    fn read(&mut self, space: Space, address: u64, data: &mut [u8]);
+    /// Writes `data`.
+    fn write(&mut self, space: Space, address: u64, data: &[u8]);
+}
+
+/// Why a vCPU stopped running guest code. Never with an instruction half done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// [`Kick::kick`] was called.
+    Stopped,
+    /// Triple fault, with the address of the instruction that the first fault belongs to where it is known.
+    TripleFault {
+        /// RIP when the CPU shut down.
+        rip: u64,
+    },
+    /// The CPU cannot go on from this instruction.
+    Stuck {
+        /// RIP of the instruction.
+        rip: u64,
+        /// What is the matter with it.
+        reason: String,
+    },
+}
+
+/// Why a CPU could not be made or run.
+#[derive(Debug, Error)]
+pub enum CpuError {
+    /// `/dev/kvm` cannot be opened or used.
+    #[error("KVM cannot be used: {0}; give the user access to /dev/kvm or run with --cpu soft")]
+    NoKvm(#[source] io::Error),
+    /// KVM lacks something.
+    #[error("this host's KVM lacks {0}; run with --cpu soft")]
+    KvmLacks(&'static str),
+    /// An ioctl failed.
+    #[error("KVM failed at {what}: {source}")]
+    Kvm {
+        /// The step.
+        what: &'static str,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// Unknown CPU model.
+    #[error("no CPU model {name}; there are {known}")]
+    NoModel {
+        /// Asked for.
+        name: String,
+        /// The valid ones.
+        known: String,
+    },
+    /// The thread could not be started.
+    #[error("no thread for vcpu{index}: {source}")]
+    Thread {
+        /// Number of the vCPU.
+        index: u32,
+        /// The error.
+        #[source]
+        source: io::Error,
+    },
+    /// The combination is not there.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// Asks a vCPU to leave guest code; any thread, any number of times. The request stays until the vCPU has seen it.
+pub trait Kick: Send + Sync {
+    /// Makes the current or the next [`Vcpu::run`] return [`Exit::Stopped`] soon.
+    fn kick(&self);
+}
+
+/// One virtual processor.
+pub trait Vcpu: Send {
+    /// Runs guest code; sleeps while the guest is halted.
+    fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError>;
+    /// The architectural state, between two runs.
+    fn state(&mut self) -> Result<CpuState, CpuError>;
+    /// Replaces it.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), CpuError>;
+    /// The handle that stops it.
+    fn kick_handle(&self) -> Arc<dyn Kick>;
+    /// Instructions that this vCPU has retired, where that is known.
+    fn retired(&self) -> Option<u64>;
+}
+
+/// What the vCPUs of one machine have in common.
+pub trait Processor: Send + Sync {
+    /// `kvm` or `soft`.
+    fn name(&self) -> &'static str;
+    /// Makes vCPU `index`, in its reset state. Called on the thread that will run it.
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, CpuError>;
+    /// Where interrupts end.
+    fn interrupts(&self) -> Arc<dyn InterruptFabric>;
+    /// Doorbells that the processor can watch by itself, without a vCPU leaving the guest.
+    fn doorbells(&self) -> Option<Arc<dyn DoorbellWatch>>;
+}
+
+/// A processor that turns a guest's write at an address into a signal of an eventfd (ioeventfd).
+pub trait DoorbellWatch: Send + Sync {
+    /// Starts watching: a write of any value at `address`, of any width, signals `event` and nothing else happens.
+    fn watch(&self, space: Space, address: u64, event: &vmm_sys_util::eventfd::EventFd) -> Result<(), CpuError>;
+    /// Stops watching.
+    fn unwatch(&self, space: Space, address: u64, event: &vmm_sys_util::eventfd::EventFd) -> Result<(), CpuError>;
+}
