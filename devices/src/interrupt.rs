@@ -61,4 +61,7 @@ pub trait MsixRoutes: Send + Sync {
     fn route(&self, vector: u16, message: Option<MsiMessage>);
     /// Whether the vector was signalled while masked (the pending-bit array).
     fn pending(&self, vector: u16) -> bool;
+    /// Signals the vector from inside the VMM (a configuration change, a stand-in's completion): fires its message, or
+    /// stays pending while it is masked.
+    fn signal(&self, vector: u16);
 }

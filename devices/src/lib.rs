@@ -3,8 +3,15 @@
 //! Nothing here waits, spawns, opens a socket or knows which CPU drives it.
 
 pub mod access;
+pub mod address_map;
 pub mod interrupt;
+pub mod pci;
+pub mod power;
+pub mod timed;
 pub mod virtio;
 
 pub use access::{Access, Answer, Completion, Deferred, RegisterDevice};
-pub use interrupt::{MsiMessage, MsiSink, Wire, WireSink};
+pub use address_map::{AddressMap, AddressMapError, AddressRange};
+pub use interrupt::{MsiMessage, MsiSink, MsixRoutes, Wire, WireSink};
+pub use power::{PowerEvent, PowerSink};
+pub use timed::{AtTime, GuestClock, TimedDevice};
