@@ -89,6 +89,11 @@ impl MsixRoutes for VectorTable {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(poll(&mut fds, Some(&now)), Ok(1)) && fds[0].revents().contains(PollFlags::IN)
     }
+
+    fn signal(&self, vector: u16) {
+        // The inherent method of the same name: it is chosen before the trait's.
+        Self::signal(self, vector);
+    }
 }
 
 #[cfg(test)]
