@@ -4,8 +4,10 @@
 
 use std::sync::Arc;
 
+use crate::cpuid::CpuModel;
 use crate::ram::GuestRam;
 use crate::state::{Regs, Segment, SegmentName, System, Table};
+use crate::tlb::Mmu;
 use crate::world::{Attention, Stop, World};
 
 /// Where guest time comes from.
@@ -20,14 +22,6 @@ pub enum TimeMode {
     },
 }
 
-/// The frames and translations a CPU sees; replaced by the memory unit's own type.
-#[derive(Debug, Default)]
-pub(crate) struct Mmu {}
-
-/// CPU model; replaced by the CPUID tables' own type.
-#[derive(Debug, Default)]
-pub struct CpuModel {}
-
 /// One logical processor executed in software.
 pub struct Cpu {
     /// Registers that unprivileged code sees.
@@ -37,11 +31,8 @@ pub struct Cpu {
     /// Set by HLT, cleared when an interrupt is delivered: `run` returns [`Stop::Halted`] at once while it is set and
     /// nothing is deliverable. Part of the saved state.
     pub halted: bool,
-    #[expect(dead_code, reason = "wired with the memory unit")]
     pub(crate) ram: GuestRam,
-    #[expect(dead_code, reason = "wired with the memory unit")]
     pub(crate) mmu: Mmu,
-    #[expect(dead_code, reason = "wired with CPUID")]
     pub(crate) model: Arc<CpuModel>,
     pub(crate) attention: Attention,
     pub(crate) time: TimeMode,
@@ -55,8 +46,8 @@ impl Cpu {
             regs: Regs::default(),
             sys: reset_system(),
             halted: false,
+            mmu: Mmu::new(ram.regions().iter().map(|region| (region.gpa(), region.len()))),
             ram,
-            mmu: Mmu::default(),
             model,
             attention,
             time,
@@ -71,6 +62,8 @@ impl Cpu {
         self.regs.rip = 0xfff0;
         self.regs.rflags = 2;
         self.sys = reset_system();
+        self.mmu.pdpte = None;
+        self.mmu.flush_all();
         self.halted = false;
     }
     /// Instructions retired since `new`.

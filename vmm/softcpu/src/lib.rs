@@ -9,12 +9,15 @@
 //! on the host's own units (`native`).
 
 pub mod cpu;
+pub mod cpuid;
 pub mod native;
 pub mod ram;
 pub mod state;
+pub mod tlb;
 pub mod world;
 
-pub use cpu::{Cpu, CpuModel, TimeMode};
+pub use cpu::{Cpu, TimeMode};
+pub use cpuid::{CpuModel, CpuidLeaf, Features, UnknownModel, VcpuTopology};
 pub use ram::{GuestRam, RamRegion};
 pub use state::{Exception, FpState, Regs, Segment, System};
 pub use world::{Attention, Stop, World};
