@@ -6,7 +6,6 @@
 
 mod state;
 
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -14,25 +13,8 @@ use thiserror::Error;
 
 use crate::irq::InterruptFabric;
 
+pub use atoll_protocol::Space;
 pub use state::CpuState;
-
-/// The two address spaces of an access outside RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Space {
-    /// I/O ports.
-    Port,
-    /// Guest-physical memory.
-    Memory,
-}
-
-impl fmt::Display for Space {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(match self {
-            Self::Port => "port",
-            Self::Memory => "address",
-        })
-    }
-}
 
 /// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
 /// that asked complete: a read that nobody answers gives all ones, a write that nobody takes is dropped.

@@ -4,6 +4,7 @@
 //! KVM's irqchip with irqfds, or the interrupt chips of `atoll-devices` with a listener thread. A masked route keeps its
 //! event pending: the count stays in the eventfd and is delivered on unmask, so nothing is lost and nothing spins.
 
+mod listener;
 mod vectors;
 
 use std::io;
@@ -12,6 +13,7 @@ use atoll_devices::{MsiMessage, MsiSink, WireSink};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use listener::{EventListener, Signalled};
 pub use vectors::VectorTable;
 
 /// Why an interrupt could not be connected.
