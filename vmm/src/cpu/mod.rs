@@ -4,6 +4,7 @@
 //! [`GuestBus`] for everything that is not RAM, in the middle of the instruction, on its own thread. No KVM type and no
 //! flag of the software CPU crosses this seam, so a machine cannot tell which of the two drives it.
 
+mod address_space;
 mod state;
 
 use std::io;
@@ -13,6 +14,7 @@ use thiserror::Error;
 
 use crate::irq::InterruptFabric;
 
+pub use address_space::{ANSWER_DEADLINE, AddressSpace, Ending, SharedDevice, Stall, StallSink, VcpuBus, WriteTap};
 pub use atoll_protocol::Space;
 pub use state::CpuState;
 
