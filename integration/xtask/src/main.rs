@@ -1,2 +1,131 @@
-//! See README.md.
-fn main() {}
+//! `cargo xtask`: set-up, demo, tests, benchmarks, long runs. Everything is a command that anyone can run.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "xtask talks to a person at a terminal")]
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use xtask::demo::{Demo, KernelForm};
+use xtask::{bench, fuzz, soak, suite, tidy};
+
+/// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Fetch packages, make guest images, install peers; afterwards everything runs offline.
+    Setup,
+    /// Boot Debian's kernel with its root disk in another process, and hand over the shell.
+    Demo {
+        /// Unattended: boot, write, sync, drop caches, read back, compare, power off; JSON on the last line.
+        #[arg(long)]
+        check: bool,
+        /// Kernel series: 6.1 or 6.12.
+        #[arg(long, default_value = "6.1")]
+        kernel: String,
+        /// How the kernel is entered.
+        #[arg(long, value_enum, default_value = "pvh")]
+        form: KernelForm,
+        /// CPU: auto, kvm or soft.
+        #[arg(long, default_value = "auto")]
+        cpu: String,
+    },
+    /// Set up everything and run every test.
+    Test {
+        /// Passed on to `cargo test`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Check the house rules.
+    Tidy,
+    /// Measure Atoll beside a peer, in one run.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// Long, resumable runs.
+    Soak {
+        #[command(subcommand)]
+        what: Soak,
+    },
+    /// Run fuzz targets (needs clang).
+    Fuzz {
+        /// One target; all of them in turn by default.
+        target: Option<String>,
+        /// Seconds for each.
+        #[arg(long, default_value_t = 60)]
+        seconds: u32,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Kernel's first line to prompt, beside QEMU q35 with TCG.
+    Boot {
+        /// Kernel series.
+        #[arg(long, default_value = "6.1")]
+        kernel: String,
+        /// Pairs of boots for each command line.
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+    },
+    /// Five loops: software CPU, QEMU TCG, native.
+    Cpu {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// `atoll-blk` beside qemu-storage-daemon.
+    Blk {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+#[derive(Subcommand)]
+enum Soak {
+    /// Differential cases of the software CPU.
+    Cpu {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> Result<ExitCode> {
+    match Arguments::parse().task {
+        Task::Setup => suite::set_up()?,
+        Task::Demo { check, kernel, form, cpu } => {
+            let demo = Demo { series: kernel, form, cpu };
+            if !check {
+                demo.interactive()?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let outcome = demo.check()?;
+            println!("{}", serde_json::to_string(&outcome)?);
+            if !outcome.ok {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Task::Test { arguments } => suite::run(&arguments)?,
+        Task::Tidy => tidy::run()?,
+        Task::Bench { what } => match what {
+            Bench::Boot { kernel, rounds } => {
+                if !bench::boot::run(&kernel, rounds)? {
+                    return Ok(ExitCode::FAILURE);
+                }
+            }
+            Bench::Cpu { arguments } => bench::cpu(&arguments)?,
+            Bench::Blk { arguments } => bench::blk(&arguments)?,
+        },
+        Task::Soak { what: Soak::Cpu { arguments } } => soak::cpu(&arguments)?,
+        Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,22 @@
+//! Benchmarks: each sets Atoll beside a peer in the same run, in turn, and prints ratios with their spread.
+
+pub mod boot;
+pub mod spread;
+
+use crate::{packages, place};
+use anyhow::Result;
+use std::process::Command;
+
+/// The software CPU beside QEMU TCG and native: a program of the integration room.
+pub fn cpu(arguments: &[String]) -> Result<()> {
+    packages::ensure_peers(&["qemu-system-x86_64"])?;
+    place::build_programs()?;
+    place::run(Command::new(place::program("cpu-bench")?).args(arguments))
+}
+
+/// `atoll-blk` beside qemu-storage-daemon: a program of the integration room.
+pub fn blk(arguments: &[String]) -> Result<()> {
+    packages::ensure_peers(&["qemu-storage-daemon", "mkfs.ext4"])?;
+    place::build_programs()?;
+    place::run(Command::new(place::program("blk-bench")?).args(arguments))
+}

@@ -1,0 +1,274 @@
+//! Guest images: kernels as Debian ships them, and a small initramfs and root disk around Debian's busybox.
+//!
+//! The initramfs loads the virtio modules, mounts `/dev/vda` if there is one and hands over to `/sbin/init` on it, else
+//! it starts a shell. Either way the shell's prompt is [`PROMPT`], which is what boots are timed against.
+
+use crate::packages::{self, Package};
+use crate::{payload, place};
+use anyhow::{Context, Result, bail};
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Prompt of the guest's shell.
+pub const PROMPT: &str = "atoll# ";
+
+/// Changes when the contents of the images change, so that cached ones are made anew.
+const EDITION: u32 = 2;
+
+/// One kernel with its initramfs, in every form that a boot test wants.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// "6.1" or "6.12".
+    pub series: &'static str,
+    /// The bzImage exactly as packaged.
+    pub bzimage: PathBuf,
+    /// The ELF kernel inside it, with its PVH note.
+    pub vmlinux: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// A clean root disk; copy it before use.
+    pub disk: PathBuf,
+}
+
+struct Series {
+    name: &'static str,
+    package: Package,
+    /// Modules to load, in order; what is built into the kernel is absent from the package and passed over.
+    modules: &'static [&'static str],
+}
+
+const SERIES: [Series; 2] = [
+    Series { name: "6.1", package: packages::KERNEL_6_1, modules: MODULES },
+    Series { name: "6.12", package: packages::KERNEL_6_12, modules: MODULES },
+];
+
+const MODULES: &[&str] = &[
+    "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
+    "drivers/virtio/virtio_pci_legacy_dev",
+    "drivers/virtio/virtio_pci_modern_dev",
+    "drivers/virtio/virtio_pci",
+    "drivers/block/virtio_blk",
+];
+
+const APPLETS: &[&str] = &[
+    "sh",
+    "cat",
+    "cp",
+    "cttyhack",
+    "cut",
+    "date",
+    "dd",
+    "df",
+    "dmesg",
+    "echo",
+    "find",
+    "free",
+    "grep",
+    "halt",
+    "head",
+    "hexdump",
+    "id",
+    "insmod",
+    "kill",
+    "ln",
+    "ls",
+    "lsmod",
+    "md5sum",
+    "mkdir",
+    "mknod",
+    "more",
+    "mount",
+    "mv",
+    "poweroff",
+    "ps",
+    "reboot",
+    "rm",
+    "rmdir",
+    "sed",
+    "seq",
+    "setsid",
+    "sha256sum",
+    "sleep",
+    "sort",
+    "stty",
+    "switch_root",
+    "sync",
+    "tail",
+    "test",
+    "time",
+    "top",
+    "touch",
+    "tr",
+    "true",
+    "umount",
+    "uname",
+    "uptime",
+    "vi",
+    "wc",
+];
+
+const INITRAMFS_INIT: &str = r#"#!/bin/sh
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+for module in /modules/*; do insmod "$module"; done
+for try in 1 2 3 4 5 6 7 8 9 10; do
+    grep -q vda /proc/partitions && break
+    [ -d /sys/bus/virtio/devices/virtio0 ] || break
+    sleep 0.1
+done
+if [ -b /dev/vda ]; then
+    mount -t ext4 /dev/vda /root && exec switch_root /root /sbin/init
+    echo "cannot mount /dev/vda: staying in the initramfs"
+fi
+export PS1='atoll# '
+exec setsid cttyhack sh
+"#;
+
+const DISK_INIT: &str = r#"#!/bin/sh
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+export HOME=/root PS1='atoll# '
+cd /root
+exec setsid cttyhack sh
+"#;
+
+/// The guest of a kernel series, "6.1" or "6.12"; made on first use.
+pub fn guest(series: &str) -> Result<Guest> {
+    let Some(series) = SERIES.iter().find(|known| known.name == series) else {
+        bail!("no kernel series {series}: choose 6.1 or 6.12");
+    };
+    let package = packages::unpacked(&series.package)?;
+    let busybox = packages::unpacked(&packages::BUSYBOX)?.join("bin/busybox");
+    let bzimage = only_file_starting(&package.join("boot"), "vmlinuz-")?;
+    let release = bzimage
+        .file_name()
+        .and_then(|name| name.to_str())
+        .and_then(|name| name.strip_prefix("vmlinuz-"))
+        .context("a kernel image is named after its release")?
+        .to_owned();
+    let folder = place::cache()?.join(format!("images-{EDITION}"));
+    std::fs::create_dir_all(&folder)?;
+    let guest = Guest {
+        series: series.name,
+        vmlinux: folder.join(format!("vmlinux-{release}")),
+        initramfs: folder.join(format!("initramfs-{release}.cpio")),
+        disk: folder.join("root.ext4"),
+        bzimage,
+    };
+    made(&guest.vmlinux, |path| Ok(std::fs::write(path, payload::vmlinux(&std::fs::read(&guest.bzimage)?)?)?))?;
+    let modules = package.join("lib/modules").join(&release).join("kernel");
+    made(&guest.initramfs, |path| write_initramfs(path, &busybox, &modules, series.modules))?;
+    made(&guest.disk, |path| write_disk(path, &busybox))?;
+    Ok(guest)
+}
+
+/// Both guests.
+pub fn all() -> Result<Vec<Guest>> {
+    SERIES.iter().map(|series| guest(series.name)).collect()
+}
+
+/// A private copy of the root disk, for one VM.
+pub fn copy_of_disk(guest: &Guest, folder: &Path) -> Result<PathBuf> {
+    let copy = folder.join("root.ext4");
+    place::run(Command::new("cp").arg("--sparse=always").arg(&guest.disk).arg(&copy))?;
+    Ok(copy)
+}
+
+/// Makes `path` by way of a temporary name, unless it is there.
+fn made(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if path.is_file() {
+        return Ok(());
+    }
+    let folder = path.parent().context("an image lies in a folder")?;
+    let staging = tempfile::Builder::new().prefix(".making").tempfile_in(folder)?;
+    make(staging.path()).with_context(|| format!("cannot make {}", path.display()))?;
+    staging.persist(path)?;
+    Ok(())
+}
+
+fn only_file_starting(folder: &Path, prefix: &str) -> Result<PathBuf> {
+    std::fs::read_dir(folder)
+        .with_context(|| format!("cannot list {}", folder.display()))?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(prefix)))
+        .with_context(|| format!("no {prefix}* in {}", folder.display()))
+}
+
+/// A module's bytes, unpacked if the package holds it packed; `None` if the kernel has it built in.
+fn module(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+    let plain = folder.join(format!("{name}.ko"));
+    if plain.is_file() {
+        return Ok(Some(std::fs::read(plain)?));
+    }
+    let packed = folder.join(format!("{name}.ko.xz"));
+    if packed.is_file() {
+        let mut bytes = Vec::new();
+        lzma_rs::xz_decompress(&mut std::io::BufReader::new(File::open(&packed)?), &mut bytes)
+            .map_err(|error| anyhow::anyhow!("cannot unpack {}: {error:?}", packed.display()))?;
+        return Ok(Some(bytes));
+    }
+    Ok(None)
+}
+
+const DIRECTORY: u32 = 0o040_755;
+const PROGRAM: u32 = 0o100_755;
+const LINK: u32 = 0o120_777;
+
+fn write_initramfs(path: &Path, busybox: &Path, modules: &Path, names: &[&str]) -> Result<()> {
+    let mut archive = File::create(path)?;
+    let mut inode = 0;
+    let mut add = |name: &str, mode: u32, contents: &[u8]| -> Result<()> {
+        inode += 1;
+        let entry = cpio::newc::Builder::new(name).ino(inode).mode(mode).nlink(1);
+        let mut writer = entry.write(&mut archive, u32::try_from(contents.len())?);
+        writer.write_all(contents)?;
+        writer.finish()?;
+        Ok(())
+    };
+    for folder in ["bin", "dev", "modules", "proc", "root", "sys"] {
+        add(folder, DIRECTORY, b"")?;
+    }
+    add("init", PROGRAM, INITRAMFS_INIT.as_bytes())?;
+    add("bin/busybox", PROGRAM, &std::fs::read(busybox)?)?;
+    for applet in APPLETS {
+        add(&format!("bin/{applet}"), LINK, b"busybox")?;
+    }
+    for (position, name) in names.iter().enumerate() {
+        if let Some(bytes) = module(modules, name)? {
+            let short = name.rsplit('/').next().unwrap_or(name);
+            add(&format!("modules/{position:02}-{short}.ko"), PROGRAM, &bytes)?;
+        }
+    }
+    cpio::newc::trailer(&mut archive)?;
+    Ok(())
+}
+
+fn write_disk(path: &Path, busybox: &Path) -> Result<()> {
+    let tree = tempfile::tempdir()?;
+    for folder in ["bin", "dev", "etc", "mnt", "proc", "root", "sbin", "sys", "tmp"] {
+        std::fs::create_dir(tree.path().join(folder))?;
+    }
+    std::fs::copy(busybox, tree.path().join("bin/busybox"))?;
+    for applet in APPLETS {
+        symlink("busybox", tree.path().join("bin").join(applet))?;
+    }
+    let init = tree.path().join("sbin/init");
+    std::fs::write(&init, DISK_INIT)?;
+    std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755))?;
+    let mkfs = place::on_path("mkfs.ext4").context("mkfs.ext4 is missing: install e2fsprogs")?;
+    place::run(
+        Command::new(mkfs)
+            .args(["-q", "-F", "-L", "atoll-root", "-E", "root_owner=0:0,lazy_itable_init=0", "-d"])
+            .arg(tree.path())
+            .arg(path)
+            .arg("96M")
+            .stdin(Stdio::null()),
+    )
+}

@@ -1,0 +1,20 @@
+//! Everything that `cargo xtask` does, as a library, so that tests use the same images and the same console.
+//!
+//! Set-up fetches pinned Debian packages once into a cache folder and builds guest images from them; all else runs
+//! offline. Start reading at `packages` (what is fetched), then `images` (what is made of it), then `console` (how a
+//! guest is driven over its serial port).
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "xtask talks to a person at a terminal")]
+
+pub mod bench;
+pub mod console;
+pub mod demo;
+pub mod fuzz;
+pub mod images;
+pub mod packages;
+pub mod payload;
+pub mod place;
+pub mod soak;
+pub mod suite;
+pub mod tidy;
+pub mod yardstick;

@@ -1,0 +1,210 @@
+//! Debian packages: pinned by version and SHA-256, fetched once through apt, unpacked without root.
+//!
+//! Where the archive no longer carries a pinned version, set-up takes the one that the machine's own signed package
+//! index offers, and says so: an old pin must not stop a newcomer.
+
+use crate::place;
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// One pinned package.
+#[derive(Clone, Copy, Debug)]
+pub struct Package {
+    /// Debian's name.
+    pub name: &'static str,
+    /// The pinned version.
+    pub version: &'static str,
+    /// SHA-256 of the pinned `.deb`.
+    pub sha256: &'static str,
+    /// The metapackage whose dependency replaces the pin when it is gone.
+    pub successor: &'static str,
+}
+
+/// Debian 12's own cloud kernel.
+pub const KERNEL_6_1: Package = Package {
+    name: "linux-image-6.1.0-56-cloud-amd64",
+    version: "6.1.192-2",
+    sha256: "e7d02b943971edcb8790e256c02cfab3bca6c3d37c1bf25392a57c71300615ee",
+    successor: "linux-image-cloud-amd64",
+};
+
+/// The newer long-term cloud kernel that Debian 12 also carries.
+pub const KERNEL_6_12: Package = Package {
+    name: "linux-image-6.12.117+deb12-cloud-amd64",
+    version: "6.12.117-1~deb12u1",
+    sha256: "5195b288dec79e2981d6b84457f38b7ce7310a2d702930ec7d07209c7f78ce37",
+    successor: "linux-image-6.12-cloud-amd64",
+};
+
+/// The guest's user land.
+pub const BUSYBOX: Package = Package {
+    name: "busybox-static",
+    version: "1:1.35.0-4+deb12u1+b1",
+    sha256: "3d3fdbe91d4660c873e14b092c213fe81c1da6362daa236eb25d0171eb108744",
+    successor: "busybox-static",
+};
+
+/// Fetches (once) and unpacks a package; gives the folder with its files.
+pub fn unpacked(package: &Package) -> Result<PathBuf> {
+    let packages = place::cache()?.join("packages");
+    let folder = packages.join(format!("{}_{}", package.name, package.version.replace(':', "%3a")));
+    if folder.join(".complete").is_file() {
+        return Ok(folder);
+    }
+    std::fs::create_dir_all(&packages)?;
+    let archive = fetch(package, &packages)?;
+    let staging = tempfile::tempdir_in(&packages)?;
+    place::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(staging.path()))
+        .context("dpkg-deb unpacks the packages: install `dpkg`")?;
+    std::fs::write(staging.path().join(".complete"), b"")?;
+    let staged = staging.keep();
+    if let Err(error) = std::fs::rename(&staged, &folder) {
+        // Another run was faster; its result is the same.
+        let _ = std::fs::remove_dir_all(&staged);
+        if !folder.join(".complete").is_file() {
+            return Err(error).context("cannot move the unpacked package into place");
+        }
+    }
+    let _ = std::fs::remove_file(archive);
+    Ok(folder)
+}
+
+fn fetch(package: &Package, into: &Path) -> Result<PathBuf> {
+    eprintln!("fetching {} {}", package.name, package.version);
+    let wanted = format!("{}={}", package.name, package.version);
+    let private_lists = into.join("lists");
+    let downloaded = match download(&wanted, into, None) {
+        Ok(path) => path,
+        Err(_) => {
+            update(&private_lists)?;
+            match download(&wanted, into, Some(&private_lists)) {
+                Ok(path) => path,
+                Err(pinned) => return newest(package, into, &private_lists).context(pinned),
+            }
+        }
+    };
+    let found = sha256(&downloaded)?;
+    if found != package.sha256 {
+        let _ = std::fs::remove_file(&downloaded);
+        bail!("{wanted} has SHA-256 {found}, not the pinned {}: refusing it", package.sha256);
+    }
+    Ok(downloaded)
+}
+
+/// The pin is gone from the archive: follow the metapackage; apt has checked the hash against the signed index.
+fn newest(package: &Package, into: &Path, lists: &Path) -> Result<PathBuf> {
+    let mut name = package.successor.to_owned();
+    if package.successor != package.name {
+        let output =
+            Command::new("apt-cache").args(lists_option(lists)).args(["depends", package.successor]).output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        name = text
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("Depends: "))
+            .find(|name| name.starts_with("linux-image-"))
+            .with_context(|| format!("{} depends on no kernel image", package.successor))?
+            .to_owned();
+    }
+    eprintln!(
+        "note: {} {} is no longer in the archive; taking {name} as it stands there",
+        package.name, package.version
+    );
+    download(&name, into, Some(lists))
+}
+
+fn lists_option(lists: &Path) -> Vec<String> {
+    vec!["-o".into(), format!("Dir::State::Lists={}", lists.display())]
+}
+
+fn update(lists: &Path) -> Result<()> {
+    std::fs::create_dir_all(lists.join("partial"))?;
+    place::run(
+        Command::new("apt-get")
+            .args(lists_option(lists))
+            .args(["-qq", "-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache=", "update"])
+            .stderr(Stdio::null()),
+    )
+    .context("apt-get cannot read the package lists: is this a Debian machine with a network?")
+}
+
+fn download(what: &str, into: &Path, lists: Option<&Path>) -> Result<PathBuf> {
+    let staging = tempfile::tempdir_in(into)?;
+    let mut command = Command::new("apt-get");
+    if let Some(lists) = lists {
+        command.args(lists_option(lists));
+    }
+    let status = command
+        .args(["-qq", "download", what])
+        .current_dir(staging.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .context("apt-get fetches the packages: install `apt`")?;
+    let file = std::fs::read_dir(staging.path())?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|kind| kind == "deb"));
+    match file {
+        Some(file) if status.success() => {
+            let kept = into.join(file.file_name().context("a downloaded file has a name")?);
+            std::fs::rename(&file, &kept)?;
+            Ok(kept)
+        }
+        _ => {
+            bail!("apt-get has no {what}: the machine's package sources must hold Debian 12 with its security updates")
+        }
+    }
+}
+
+/// SHA-256 of a file, in hexadecimal.
+pub fn sha256(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut text = String::new();
+    for byte in Sha256::digest(&bytes) {
+        let _ = write!(text, "{byte:02x}");
+    }
+    Ok(text)
+}
+
+/// Programs that some tests and benchmarks set beside Atoll, with the Debian package that holds each.
+pub const PEERS: [(&str, &str); 5] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-storage-daemon", "qemu-utils"),
+    ("qemu-x86_64", "qemu-user"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("e2fsck", "e2fsprogs"),
+];
+
+/// Installs the peers that are missing, if this user may; says what to install otherwise.
+pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
+    let missing: Vec<&str> = PEERS
+        .iter()
+        .filter(|(program, _)| wanted.contains(program) && place::on_path(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !rustix::process::geteuid().is_root() {
+        bail!("missing programs: run `sudo apt-get install --no-install-recommends {}`", missing.join(" "));
+    }
+    eprintln!("installing {}", missing.join(" "));
+    let install = |quiet: &str| {
+        Command::new("apt-get")
+            .args(["install", "-y", quiet, "--no-install-recommends"])
+            .args(&missing)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdout(Stdio::null())
+            .status()
+    };
+    if !install("-qq")?.success() {
+        place::run(Command::new("apt-get").args(["-qq", "update"]))?;
+        if !install("-qq")?.success() {
+            bail!("apt-get could not install {}", missing.join(" "));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,69 @@
+//! Where things are: the repository, the cache, the built programs.
+
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The repository's root.
+pub fn repository() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.ancestors().nth(2).unwrap_or(manifest).to_path_buf()
+}
+
+/// The cache of packages and images: `$ATOLL_CACHE`, else `$XDG_CACHE_HOME/atoll`, else `~/.cache/atoll`.
+pub fn cache() -> Result<PathBuf> {
+    let path = if let Some(path) = std::env::var_os("ATOLL_CACHE") {
+        PathBuf::from(path)
+    } else if let Some(path) = std::env::var_os("XDG_CACHE_HOME") {
+        PathBuf::from(path).join("atoll")
+    } else {
+        let home =
+            std::env::var_os("HOME").context("neither ATOLL_CACHE nor HOME is set: set ATOLL_CACHE to a folder")?;
+        PathBuf::from(home).join(".cache/atoll")
+    };
+    std::fs::create_dir_all(&path).with_context(|| format!("cannot make the cache folder {}", path.display()))?;
+    Ok(path)
+}
+
+/// The folder of the release programs (`atoll`, `atoll-blk`, …).
+pub fn release() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| repository().join("target"), PathBuf::from);
+    target.join("release")
+}
+
+/// A program of the workspace, which must have been built.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let path = release().join(name);
+    if !path.is_file() {
+        bail!("{} is not built: run `cargo build --release --workspace`", path.display());
+    }
+    Ok(path)
+}
+
+/// Builds all programs of the workspace in release mode.
+pub fn build_programs() -> Result<()> {
+    run(Command::new(cargo()).args(["build", "--release", "--workspace", "--bins"]).current_dir(repository()))
+}
+
+/// The cargo that runs us.
+pub fn cargo() -> PathBuf {
+    std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
+}
+
+/// Runs a command to its end; its failure is ours.
+pub fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot start {:?}", command.get_program()))?;
+    if !status.success() {
+        bail!("{command:?} ended with {status}");
+    }
+    Ok(())
+}
+
+/// A program on PATH.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")])
+        .map(|folder| folder.join(name))
+        .find(|candidate| candidate.is_file())
+}

@@ -1,0 +1,38 @@
+//! `cargo xtask test`: set everything up, then every test.
+
+use crate::{images, packages, place, tidy};
+use anyhow::Result;
+use std::process::Command;
+use std::time::Instant;
+
+/// Sets up images and peers; after this everything runs offline.
+pub fn set_up() -> Result<()> {
+    let wanted: Vec<&str> = packages::PEERS.iter().map(|(program, _)| *program).collect();
+    packages::ensure_peers(&wanted)?;
+    for guest in images::all()? {
+        eprintln!("guest {}: {}", guest.series, guest.bzimage.display());
+    }
+    Ok(())
+}
+
+/// The whole test run; extra arguments go to `cargo test`.
+pub fn run(arguments: &[String]) -> Result<()> {
+    let started = Instant::now();
+    let step = |name: &str| eprintln!("[{:>4} s] {name}", started.elapsed().as_secs());
+    step("guest images and peers");
+    set_up()?;
+    step("tidy");
+    tidy::run()?;
+    step("building the programs");
+    place::build_programs()?;
+    step("tests");
+    // One test program at a time, but its tests in parallel: whole-VM tests share two cores.
+    place::run(
+        Command::new(place::cargo())
+            .args(["test", "--release", "--workspace"])
+            .args(arguments)
+            .current_dir(place::repository()),
+    )?;
+    step("all passed");
+    Ok(())
+}
