@@ -81,6 +81,8 @@ impl Cpu {
     pub fn cache_bytes(&self) -> usize {
         0
     }
+    /// Called after a write to a page of which code has been decoded: nothing is decoded ahead yet.
+    pub(crate) fn code_written(&mut self, _gpa: u64, _len: usize) {}
     /// Guest nanoseconds of the deterministic clock, or `None` when the board's clock rules.
     pub(crate) fn retired_ns(&self) -> Option<u64> {
         match self.time {

@@ -10,10 +10,12 @@
 
 pub mod cpu;
 pub mod cpuid;
+mod mmu;
 pub mod native;
 pub mod ram;
 pub mod state;
 pub mod tlb;
+mod walk;
 pub mod world;
 
 pub use cpu::{Cpu, TimeMode};

@@ -132,7 +132,7 @@ pub struct Mmu {
     /// Supervisor tables at 0, user tables at 1.
     pub tlb: [Tlb; 2],
     /// Grows whenever a translation may have changed: whoever remembers one by linear address compares it.
-    pub epoch: u64,
+    pub exec_epoch: u64,
     /// PDPTE registers of PAE paging (SDM vol. 3, 4.4.1); loaded at a CR3 write, or at the first walk after the state
     /// was set from outside.
     pub(crate) pdpte: Option<[u64; 4]>,
@@ -160,7 +160,7 @@ impl Mmu {
             .collect();
         Self {
             tlb: [const { Tlb::empty() }; 2],
-            epoch: 0,
+            exec_epoch: 0,
             pdpte: None,
             listed: Vec::with_capacity(2 * 3 * TLB_ENTRIES),
             filter: [0; FILTER_WORDS],
@@ -214,7 +214,7 @@ impl Mmu {
         }
         self.listed.clear();
         self.filter = [0; FILTER_WORDS];
-        self.epoch += 1;
+        self.exec_epoch += 1;
     }
 
     /// Empties what a load of CR3 empties: all but global pages.
@@ -229,7 +229,7 @@ impl Mmu {
             }
         }
         self.listed.clear();
-        self.epoch += 1;
+        self.exec_epoch += 1;
     }
 
     /// INVLPG: drops every translation of the page that holds `linear`, whatever its size, global or not.
@@ -252,7 +252,7 @@ impl Mmu {
         }) {
             self.flush_fragments(regions);
         }
-        self.epoch += 1;
+        self.exec_epoch += 1;
     }
 
     /// Drops the fragments of some large regions, and makes the filter exact again on the way.
@@ -289,7 +289,7 @@ impl Mmu {
                 entry.tag = EMPTY;
             }
         }
-        self.epoch += 1;
+        self.exec_epoch += 1;
     }
 
     fn code_word(&mut self, gpa: u64) -> Option<(&mut u64, u64)> {
