@@ -4,5 +4,7 @@
 //! This crate is the only place where CPUs, tokio and processes meet.
 
 pub mod cpu;
+pub mod doorbell;
 pub mod irq;
 pub mod machine;
+pub mod memory;

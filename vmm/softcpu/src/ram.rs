@@ -1,6 +1,10 @@
 //! Guest RAM as the CPU sees it: host mappings shared with other vCPUs and with backend processes.
 #![allow(unsafe_code, reason = "guest RAM is host memory that other processes write; the CPU works on raw pointers")]
 
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
 /// One contiguous stretch of guest RAM.
 #[derive(Clone, Copy, Debug)]
 pub struct RamRegion {
@@ -50,9 +54,17 @@ impl RamRegion {
 }
 
 /// All guest RAM, sorted by address, without overlap.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct GuestRam {
     regions: Vec<RamRegion>,
+    /// Whatever owns the mappings; held so that they outlive every CPU that was given them.
+    owner: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl fmt::Debug for GuestRam {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("GuestRam").field("regions", &self.regions).finish_non_exhaustive()
+    }
 }
 
 impl GuestRam {
@@ -63,7 +75,13 @@ impl GuestRam {
     pub fn new(mut regions: Vec<RamRegion>) -> Self {
         regions.sort_by_key(|region| region.gpa);
         assert!(regions.windows(2).all(|pair| pair[0].gpa + pair[0].len <= pair[1].gpa), "RAM regions overlap");
-        Self { regions }
+        Self { regions, owner: None }
+    }
+    /// Keeps `owner`, which holds the mappings, alive for as long as any clone of this exists.
+    #[must_use]
+    pub fn keeping(mut self, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        self.owner = Some(owner);
+        self
     }
     /// The regions in order of address.
     pub fn regions(&self) -> &[RamRegion] {
