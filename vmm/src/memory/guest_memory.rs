@@ -97,8 +97,8 @@ impl GuestMemory {
             size += span.len;
         }
         let create = |source: rustix::io::Errno| MemoryError::Create { size, source: source.into() };
-        let memfd = rustix::fs::memfd_create("atoll-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(create)?;
+        let memfd =
+            rustix::fs::memfd_create("atoll-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(create)?;
         rustix::fs::ftruncate(&memfd, size).map_err(create)?;
         rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(create)?;
         let file = Arc::new(File::from(memfd));
@@ -111,8 +111,11 @@ impl GuestMemory {
                 .map_err(|error| failed(error.to_string()))?;
             regions.push(region);
         }
-        let mapped = GuestMemoryMmap::from_regions(regions)
-            .map_err(|error| MemoryError::Map { gpa: 0, len: size, reason: error.to_string() })?;
+        let mapped = GuestMemoryMmap::from_regions(regions).map_err(|error| MemoryError::Map {
+            gpa: 0,
+            len: size,
+            reason: error.to_string(),
+        })?;
         Ok(Self { ranges, file, mapped: Arc::new(mapped) })
     }
     /// Where RAM lies, in order of address.
