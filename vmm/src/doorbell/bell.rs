@@ -28,7 +28,7 @@ pub enum DoorbellError {
     #[error(transparent)]
     Relay(#[from] RelayError),
     /// The processor refused to watch the address.
-    #[error("doorbell at {space} {address:#x}: {source}")]
+    #[error("doorbell at {address:#x} ({space:?}): {source}")]
     Watch {
         /// Address space of the doorbell.
         space: Space,
