@@ -27,14 +27,14 @@ fn switching_loses_no_kick() {
     let relay = Relay::new().unwrap();
     let bell = Doorbell::new(&relay).unwrap();
     let table = Arc::new(DoorbellTable::new(None));
-    table.insert(Space::Memory, 0xc000_3000, Arc::clone(&bell)).unwrap();
+    table.insert(Space::Mmio, 0xc000_3000, Arc::clone(&bell)).unwrap();
     let ended = Arc::new(AtomicBool::new(false));
     let guest = {
         let (table, ended) = (Arc::clone(&table), Arc::clone(&ended));
         thread::spawn(move || {
             let mut kicks = 0;
             while !ended.load(Ordering::Relaxed) {
-                assert!(table.write(Space::Memory, 0xc000_3000));
+                assert!(table.write(Space::Mmio, 0xc000_3000));
                 kicks += 1;
             }
             kicks
@@ -53,9 +53,9 @@ fn switching_loses_no_kick() {
     let kicks: u64 = guest.join().unwrap();
     assert_eq!(await_count(bell.backend_event(), kicks), kicks);
     assert!(relayed <= kicks);
-    assert!(!table.write(Space::Port, 0xc000_3000));
-    table.remove(Space::Memory, 0xc000_3000);
-    assert!(!table.write(Space::Memory, 0xc000_3000));
+    assert!(!table.write(Space::Pio, 0xc000_3000));
+    table.remove(Space::Mmio, 0xc000_3000);
+    assert!(!table.write(Space::Mmio, 0xc000_3000));
 }
 
 /// A processor that watches addresses, as KVM does: one eventfd an address.
@@ -82,7 +82,7 @@ impl DoorbellWatch for Watch {
     fn watch(&self, space: Space, address: u64, event: &EventFd) -> Result<(), CpuError> {
         let mut watched = self.watched.lock().unwrap();
         if watched.iter().any(|(at, _)| *at == address) {
-            return Err(CpuError::Unsupported(format!("{space} {address:#x} is watched already")));
+            return Err(CpuError::Unsupported(format!("{space:?} {address:#x} is watched already")));
         }
         watched.push((address, event.try_clone().unwrap()));
         Ok(())
@@ -101,14 +101,14 @@ fn watched_doorbell_switches_and_moves() {
     let watch = Arc::new(Watch::default());
     let table = Arc::new(DoorbellTable::new(Some(Arc::clone(&watch) as _)));
     let bell = Doorbell::new(&relay).unwrap();
-    table.insert(Space::Memory, 0x1000, Arc::clone(&bell)).unwrap();
+    table.insert(Space::Mmio, 0x1000, Arc::clone(&bell)).unwrap();
     let ended = Arc::new(AtomicBool::new(false));
     let guest = {
         let (table, watch, ended) = (Arc::clone(&table), Arc::clone(&watch), Arc::clone(&ended));
         thread::spawn(move || {
             let mut kicks = 0;
             while !ended.load(Ordering::Relaxed) {
-                assert!(watch.guest_writes(0x1000) || table.write(Space::Memory, 0x1000));
+                assert!(watch.guest_writes(0x1000) || table.write(Space::Mmio, 0x1000));
                 kicks += 1;
             }
             kicks
@@ -122,8 +122,8 @@ fn watched_doorbell_switches_and_moves() {
     let kicks: u64 = guest.join().unwrap();
     assert_eq!(await_count(bell.backend_event(), kicks), kicks);
 
-    table.remove(Space::Memory, 0x1000);
-    table.insert(Space::Memory, 0x2000, Arc::clone(&bell)).unwrap();
+    table.remove(Space::Mmio, 0x1000);
+    table.insert(Space::Mmio, 0x2000, Arc::clone(&bell)).unwrap();
     assert!(!watch.guest_writes(0x1000) && watch.guest_writes(0x2000));
     assert_eq!(take(bell.backend_event()), 1);
     drop((table, bell));
