@@ -14,9 +14,15 @@
 #![allow(unsafe_code, reason = "calls machine code that the emitter made")]
 
 mod arena;
+mod control;
+mod emit;
+mod family;
+mod normalise;
+mod sse;
 
 use crate::state::{Exception, Regs};
-use iced_x86::{Instruction, Mnemonic};
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic};
+use std::collections::HashMap;
 
 /// A thunk's entry. Returns 0 when the instruction has retired, else the vector of the exception that it raises, in
 /// which case neither registers nor memory have changed (except sticky flags of MXCSR, as the architecture says).
@@ -109,21 +115,64 @@ pub enum Unsupported {
 #[derive(Default)]
 pub struct Thunks {
     arena: Option<arena::Arena>,
+    made: HashMap<Key, ThunkRef>,
 }
 
+/// What tells two thunks apart: the bytes of the normalised instruction and the registers around it.
+type Key = (Vec<u8>, emit::Plan);
+
+/// Room for about 30,000 thunks; pages are backed as they fill.
+const ARENA_BYTES: usize = 4 << 20;
+
 impl Thunks {
-    /// No thunks yet; memory is mapped at the first [`Thunks::compile`].
+    /// No thunks yet; memory is mapped at the first [`Thunks::compile`] that needs any.
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Finds or makes the thunk of a decoded instruction (16, 32 or 64-bit code).
     pub fn compile(&mut self, instruction: &Instruction) -> Result<ThunkRef, Unsupported> {
-        Err(Unsupported::Family(instruction.mnemonic()))
+        let mnemonic = instruction.mnemonic();
+        if let Some(control) = control::find(instruction) {
+            return Ok(ThunkRef {
+                entry: control.entry,
+                mem_size: control.mem_size,
+                mem: control.mem,
+                mem_align: control.mem_align,
+                unit: control.unit,
+                reads_flags: false,
+                writes_flags: false,
+                implicit_rdi: false,
+            });
+        }
+        let unit = family::classify(instruction).map_err(|refusal| match refusal {
+            family::Refusal::Family => Unsupported::Family(mnemonic),
+            family::Refusal::Host => Unsupported::Host(mnemonic),
+        })?;
+        let native = normalise::plan(instruction, unit, &mut InstructionInfoFactory::new()).ok_or(Unsupported::Family(mnemonic))?;
+        let mut encoder = Encoder::new(64);
+        encoder.encode(&native.instruction, 0).map_err(|_| Unsupported::Family(mnemonic))?;
+        let key = (encoder.take_buffer(), native.plan);
+        if let Some(made) = self.made.get(&key) {
+            return Ok(*made);
+        }
+        let arena = match &mut self.arena {
+            Some(arena) => arena,
+            None => self.arena.insert(arena::Arena::new(ARENA_BYTES)?),
+        };
+        let code = emit::assemble(&native.instruction, &key.1, arena.next_address())
+            .map_err(|_| Unsupported::Family(mnemonic))?;
+        let entry = arena.push(&code).ok_or(Unsupported::Full)?;
+        // SAFETY: the arena holds a complete function of this type there, until it is reset or dropped.
+        let entry = unsafe { std::mem::transmute::<std::ptr::NonNull<u8>, ThunkFn>(entry) };
+        let made = ThunkRef { entry, ..native.thunk };
+        self.made.insert(key, made);
+        Ok(made)
     }
 
     /// Forgets all thunks. Every [`ThunkRef`] made before is dead: drop the decoded blocks first.
     pub fn reset(&mut self) {
+        self.made.clear();
         if let Some(arena) = &mut self.arena {
             arena.clear();
         }
@@ -131,6 +180,13 @@ impl Thunks {
 
     /// Memory in use, in bytes.
     pub fn bytes(&self) -> usize {
-        self.arena.as_ref().map_or(0, arena::Arena::used)
+        let entry = size_of::<Key>() + size_of::<ThunkRef>() + 64;
+        self.arena.as_ref().map_or(0, arena::Arena::used) + self.made.capacity() * entry
+    }
+}
+
+impl std::fmt::Debug for Thunks {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Thunks").field("count", &self.made.len()).field("bytes", &self.bytes()).finish()
     }
 }
