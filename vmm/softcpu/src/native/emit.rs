@@ -261,7 +261,21 @@ fn host_register(host: HostGpr) -> AsmRegister64 {
 }
 
 const XMM_REGISTERS: [AsmRegisterXmm; 16] = [
-    r::xmm0, r::xmm1, r::xmm2, r::xmm3, r::xmm4, r::xmm5, r::xmm6, r::xmm7, r::xmm8, r::xmm9, r::xmm10, r::xmm11,
-    r::xmm12, r::xmm13, r::xmm14, r::xmm15,
+    r::xmm0,
+    r::xmm1,
+    r::xmm2,
+    r::xmm3,
+    r::xmm4,
+    r::xmm5,
+    r::xmm6,
+    r::xmm7,
+    r::xmm8,
+    r::xmm9,
+    r::xmm10,
+    r::xmm11,
+    r::xmm12,
+    r::xmm13,
+    r::xmm14,
+    r::xmm15,
 ];
 const MM_REGISTERS: [AsmRegisterMm; 8] = [r::mm0, r::mm1, r::mm2, r::mm3, r::mm4, r::mm5, r::mm6, r::mm7];

@@ -149,7 +149,8 @@ impl Thunks {
             family::Refusal::Family => Unsupported::Family(mnemonic),
             family::Refusal::Host => Unsupported::Host(mnemonic),
         })?;
-        let native = normalise::plan(instruction, unit, &mut InstructionInfoFactory::new()).ok_or(Unsupported::Family(mnemonic))?;
+        let native = normalise::plan(instruction, unit, &mut InstructionInfoFactory::new())
+            .ok_or(Unsupported::Family(mnemonic))?;
         let mut encoder = Encoder::new(64);
         encoder.encode(&native.instruction, 0).map_err(|_| Unsupported::Family(mnemonic))?;
         let key = (encoder.take_buffer(), native.plan);

@@ -131,11 +131,7 @@ fn implicit(instruction: &Instruction, info: &InstructionInfo, plan: &mut Plan) 
     let load = |guest, host, store| GprUse { guest, host, high_byte: false, store };
     match instruction.mnemonic() {
         Mnemonic::Pcmpestri | Mnemonic::Pcmpestri64 => {
-            plan.gprs = vec![
-                load(0, HostGpr::Rax, false),
-                load(2, HostGpr::Rdx, false),
-                load(1, HostGpr::Rcx, true),
-            ];
+            plan.gprs = vec![load(0, HostGpr::Rax, false), load(2, HostGpr::Rdx, false), load(1, HostGpr::Rcx, true)];
         }
         Mnemonic::Pcmpestrm | Mnemonic::Pcmpestrm64 => {
             plan.gprs = vec![load(0, HostGpr::Rax, false), load(2, HostGpr::Rdx, false)];

@@ -27,9 +27,7 @@ impl ResultShape {
     pub(super) fn to_bits(self) -> u32 {
         match self {
             Self::NoTiny => 0,
-            Self::Elements { xmm, double, lanes } => {
-                u32::from(xmm) | u32::from(lanes) << 8 | u32::from(double) << 16
-            }
+            Self::Elements { xmm, double, lanes } => u32::from(xmm) | u32::from(lanes) << 8 | u32::from(double) << 16,
         }
     }
 
