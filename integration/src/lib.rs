@@ -1,1 +1,6 @@
-//! See README.md.
+//! End-to-end tests, peers and benchmark programs: the room that depends on every other.
+//!
+//! Tests live in `tests/`, one story a file; guests are driven over their serial port by `xtask::console`.
+
+pub mod peers;
+pub mod processes;

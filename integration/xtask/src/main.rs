@@ -90,6 +90,15 @@ enum Bench {
 
 #[derive(Subcommand)]
 enum Soak {
+    /// Boots during which the VMM is stopped and continued at random moments.
+    Boots {
+        /// How many.
+        #[arg(long, default_value_t = 50)]
+        count: u32,
+        /// Says when each stop happens.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+    },
     /// Differential cases of the software CPU.
     Cpu {
         /// Passed on.
@@ -124,7 +133,10 @@ fn main() -> Result<ExitCode> {
             Bench::Cpu { arguments } => bench::cpu(&arguments)?,
             Bench::Blk { arguments } => bench::blk(&arguments)?,
         },
-        Task::Soak { what: Soak::Cpu { arguments } } => soak::cpu(&arguments)?,
+        Task::Soak { what } => match what {
+            Soak::Boots { count, seed } => soak::boots(count, seed)?,
+            Soak::Cpu { arguments } => soak::cpu(&arguments)?,
+        },
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -1,0 +1,79 @@
+//! Foreign peers: processes of other projects, on sockets of a test's own folder, ended by pid.
+
+use anyhow::{Context, Result, bail};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A peer that serves a UNIX socket. Dropping it kills it.
+pub struct Peer {
+    child: Child,
+    /// Its socket.
+    pub socket: PathBuf,
+}
+
+impl Peer {
+    /// Starts `command` and waits until its socket exists.
+    pub fn start(command: &mut Command, socket: &Path) -> Result<Self> {
+        let child = command
+            .stdin(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        let mut peer = Self { child, socket: socket.to_path_buf() };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !socket.exists() {
+            if let Some(status) = peer.child.try_wait()? {
+                bail!("{command:?} ended with {status} before it served {}", socket.display());
+            }
+            if Instant::now() >= deadline {
+                bail!("{command:?} serves no {} within 20 s", socket.display());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(peer)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// qemu-storage-daemon exporting a raw image as a vhost-user-blk device.
+pub fn storage_daemon(image: &Path, folder: &Path) -> Result<Peer> {
+    let socket = folder.join("qsd.sock");
+    Peer::start(
+        Command::new("qemu-storage-daemon")
+            .arg("--blockdev")
+            .arg(format!("driver=file,node-name=file,filename={}", image.display()))
+            .args(["--blockdev", "driver=raw,node-name=disk,file=file"])
+            .arg("--export")
+            .arg(format!(
+                "type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+                socket.display()
+            )),
+        &socket,
+    )
+}
+
+/// `atoll-blk` on its own, for a foreign front end.
+pub fn atoll_blk(image: &Path, folder: &Path) -> Result<Peer> {
+    let socket = folder.join("blk.sock");
+    Peer::start(
+        Command::new(xtask::place::program("atoll-blk")?).arg("--socket").arg(&socket).arg("--path").arg(image),
+        &socket,
+    )
+}
+
+/// Whether anything listens on a socket.
+pub fn listening(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_ok()
+}
