@@ -3,4 +3,4 @@
 //! Tests live in `tests/`, one story a file; guests are driven over their serial port by `xtask::console`.
 
 pub mod peers;
-pub mod processes;
+pub use xtask::processes;

@@ -14,6 +14,7 @@ pub mod images;
 pub mod packages;
 pub mod payload;
 pub mod place;
+pub mod processes;
 pub mod soak;
 pub mod suite;
 pub mod tidy;

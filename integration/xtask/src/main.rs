@@ -80,6 +80,8 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Memory of a running VM besides its RAM, as PSS.
+    Memory,
     /// `atoll-blk` beside qemu-storage-daemon.
     Blk {
         /// Passed on.
@@ -127,6 +129,11 @@ fn main() -> Result<ExitCode> {
         Task::Bench { what } => match what {
             Bench::Boot { kernel, rounds } => {
                 if !bench::boot::run(&kernel, rounds)? {
+                    return Ok(ExitCode::FAILURE);
+                }
+            }
+            Bench::Memory => {
+                if !bench::memory::run()? {
                     return Ok(ExitCode::FAILURE);
                 }
             }
