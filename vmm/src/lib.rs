@@ -3,6 +3,7 @@
 //! Devices that the guest sees are state machines of `atoll-devices`; what stands behind them is another process.
 //! This crate is the only place where CPUs, tokio and processes meet.
 
+pub mod actor;
 pub mod cpu;
 pub mod doorbell;
 pub mod irq;
