@@ -66,6 +66,10 @@ mod tests {
         assert_eq!(limit.admit(), Some(9_999));
         assert_eq!(limit.admit(), None);
         clock.advance(Duration::from_secs(1 << 40));
-        assert_eq!((0..10).filter(|_| limit.admit().is_some()).count(), 2, "a long silence saves up no more than a burst");
+        assert_eq!(
+            (0..10).filter(|_| limit.admit().is_some()).count(),
+            2,
+            "a long silence saves up no more than a burst"
+        );
     }
 }

@@ -122,7 +122,10 @@ fn full_mailbox_refuses_or_holds_back() {
         assert!(!waiting.is_finished());
         release.send(()).expect("it waits");
         assert_eq!(waiting.await.expect("no panic"), Ok(0));
-        assert_eq!(counter.ask(&clock, far(&clock), Word::Forget).await, Err(AskError::Unanswered("vm/counter".into())));
+        assert_eq!(
+            counter.ask(&clock, far(&clock), Word::Forget).await,
+            Err(AskError::Unanswered("vm/counter".into()))
+        );
     });
 }
 
@@ -231,8 +234,7 @@ fn actor_behind_a_register() {
         supervision,
         causes: Arc::default(),
     };
-    let mut device =
-        ActorDevice::new(DeviceId(9), counter, Word::Access, runtime.handle().clone(), surroundings);
+    let mut device = ActorDevice::new(DeviceId(9), counter, Word::Access, runtime.handle().clone(), surroundings);
     let complete = |answer: Answer| match answer {
         Answer::Later(later) => match park(later, &RealClock::new(), far(&RealClock::new()), &StopSignal::new()) {
             Parked::Done(value) => value,

@@ -225,9 +225,8 @@ impl Remote {
             budget_us: u32::try_from(patience.as_micros()).unwrap_or(u32::MAX),
             call: BusCall::Attach { device, generation },
         };
-        let event: BusEvent = socket
-            .ask(&question, patience)
-            .map_err(|source| AttachError::Connection { device, generation, source })?;
+        let event: BusEvent =
+            socket.ask(&question, patience).map_err(|source| AttachError::Connection { device, generation, source })?;
         self.check_attached(generation, &event)?;
         let (reader, writer) = socket.split();
         let link = Link { hang_up: writer.hang_up_handle(), writer };

@@ -115,7 +115,11 @@ fn round_trip_out_of_order() {
     peer.say(&BusEvent::Line { generation: Generation(1), cause: second.cause, line: LineIndex(0), level: true });
     peer.answer(&second, BusAnswer::Done);
     assert_eq!(wait(write), Some(0));
-    assert_eq!(*bench.levels.0.lock().expect("no panic"), [(3, true)], "raised before the write that raised it is done");
+    assert_eq!(
+        *bench.levels.0.lock().expect("no panic"),
+        [(3, true)],
+        "raised before the write that raised it is done"
+    );
     peer.answer(&first, BusAnswer::Value(0x60));
     assert_eq!(wait(read), Some(0x60));
     assert!(matches!(bench.region.read(6, &mut [0; 4]), Answer::Now), "it leaves the window: nobody is asked");
@@ -195,7 +199,8 @@ fn wrong_words_end_the_connection() {
         line: LineIndex(line),
         level: true,
     };
-    let msi = BusEvent::Msi { generation: Generation(1), cause: CauseId(0), message: atoll_protocol::MsiMessage::default() };
+    let msi =
+        BusEvent::Msi { generation: Generation(1), cause: CauseId(0), message: atoll_protocol::MsiMessage::default() };
     let answer = |id, answer| BusEvent::Answer { id, cause: CauseId(0), generation: Generation(1), answer };
     type Wrong = Box<dyn Fn(RequestId) -> BusEvent>;
     let cases: Vec<(&str, Wrong)> = vec![
