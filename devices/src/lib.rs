@@ -5,6 +5,7 @@
 pub mod access;
 pub mod address_map;
 pub mod interrupt;
+pub mod irq;
 pub mod pci;
 pub mod power;
 pub mod timed;
