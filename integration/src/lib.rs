@@ -2,5 +2,6 @@
 //!
 //! Tests live in `tests/`, one story a file; guests are driven over their serial port by `xtask::console`.
 
+pub mod guests;
 pub mod peers;
 pub use xtask::processes;
