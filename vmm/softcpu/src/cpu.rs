@@ -37,6 +37,8 @@ pub struct Cpu {
     pub(crate) attention: Attention,
     pub(crate) time: TimeMode,
     retired: u64,
+    /// Deterministic mode: nanoseconds that passed while the processor was halted.
+    idle_ns: u64,
 }
 
 impl Cpu {
@@ -52,6 +54,7 @@ impl Cpu {
             attention,
             time,
             retired: 0,
+            idle_ns: 0,
         };
         cpu.reset();
         cpu
@@ -84,13 +87,18 @@ impl Cpu {
     /// Called after a write to a page of which code has been decoded: nothing is decoded ahead yet.
     pub(crate) fn code_written(&mut self, _gpa: u64, _len: usize) {}
     /// Guest nanoseconds of the deterministic clock, or `None` when the board's clock rules.
-    pub(crate) fn retired_ns(&self) -> Option<u64> {
+    pub fn retired_ns(&self) -> Option<u64> {
         match self.time {
             TimeMode::Real => None,
             TimeMode::Retired { ns_per_1000 } => {
-                Some((u128::from(self.retired) * u128::from(ns_per_1000) / 1000) as u64)
+                let busy = (u128::from(self.retired) * u128::from(ns_per_1000) / 1000) as u64;
+                Some(busy.saturating_add(self.idle_ns))
             }
         }
+    }
+    /// Deterministic mode: lets time pass in which nothing is executed, because the processor is halted.
+    pub fn skip_ns(&mut self, ns: u64) {
+        self.idle_ns = self.idle_ns.saturating_add(ns);
     }
 }
 

@@ -4,20 +4,17 @@
 //! reply, a deadline and the end of the machine, whichever comes first. A late read gives all ones, a late write is
 //! dropped, and the [`StallSink`] hears of it: no device can hang a guest's CPU.
 
-use std::future::Future;
-use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use atoll_devices::{AddressMap, AddressMapError, AddressRange, Answer, Deferred, RegisterDevice};
 
 use super::{GuestBus, Space};
+use crate::actor::{Clock, Parked, StopSignal, park};
+use crate::doorbell::DoorbellTable;
 
 /// How long a vCPU waits for an answer that comes later.
-pub const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+pub const ANSWER_BUDGET: Duration = Duration::from_secs(10);
 
 /// A device as the map holds it.
 pub type SharedDevice = Arc<Mutex<dyn RegisterDevice>>;
@@ -43,24 +40,17 @@ pub trait StallSink: Send + Sync {
     fn device_stalled(&self, stall: Stall);
 }
 
-/// Sees a guest's write before the map does: doorbells, where the CPU cannot watch them by itself.
-pub trait WriteTap: Send + Sync {
-    /// Whether the write was a doorbell and is done with.
-    fn write(&self, space: Space, address: u64, data: &[u8]) -> bool;
-}
-
 /// The two address spaces of a machine.
-#[derive(Default)]
 pub struct AddressSpace {
     ports: RwLock<AddressMap<SharedDevice>>,
     memory: RwLock<AddressMap<SharedDevice>>,
-    tap: RwLock<Option<Arc<dyn WriteTap>>>,
+    doorbells: Arc<DoorbellTable>,
 }
 
 impl AddressSpace {
-    /// Two empty spaces.
-    pub fn new() -> Self {
-        Self::default()
+    /// Two empty spaces. The doorbells see a guest's writes first.
+    pub fn new(doorbells: Arc<DoorbellTable>) -> Self {
+        Self { ports: RwLock::default(), memory: RwLock::default(), doorbells }
     }
 
     fn map(&self, space: Space) -> &RwLock<AddressMap<SharedDevice>> {
@@ -87,37 +77,12 @@ impl AddressSpace {
         self.map(space).write().unwrap_or_else(PoisonError::into_inner).remove(start).map(drop)
     }
 
-    /// Lets `tap` see writes first.
-    pub fn set_tap(&self, tap: Arc<dyn WriteTap>) {
-        *self.tap.write().unwrap_or_else(PoisonError::into_inner) = Some(tap);
-    }
-
     /// The device that answers an access, and the offset in it. The map is not locked afterwards: a device's answer
     /// may change the map.
     fn find(&self, space: Space, address: u64, width: usize) -> Option<(SharedDevice, u64)> {
         let map = self.map(space).read().unwrap_or_else(PoisonError::into_inner);
         let hit = map.lookup(address, width as u64)?;
         Some((Arc::clone(hit.value), hit.offset))
-    }
-
-    fn tapped(&self, space: Space, address: u64, data: &[u8]) -> bool {
-        let tap = self.tap.read().unwrap_or_else(PoisonError::into_inner);
-        tap.as_ref().is_some_and(|tap| tap.write(space, address, data))
-    }
-}
-
-/// Set when the machine ends: a parked vCPU stops waiting.
-#[derive(Clone, Debug, Default)]
-pub struct Ending(Arc<AtomicBool>);
-
-impl Ending {
-    /// Ends all waiting, once the waiting threads are unparked.
-    pub fn set(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-    /// Whether the machine ends.
-    pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -127,41 +92,28 @@ pub struct VcpuBus {
     pub vcpu: u32,
     /// What answers.
     pub space: Arc<AddressSpace>,
-    /// Ends waiting.
-    pub ending: Ending,
+    /// Ends waiting: the machine ends.
+    pub stop: StopSignal,
     /// Hears of stalls.
     pub stalls: Arc<dyn StallSink>,
-    /// How long to wait for an answer.
-    pub deadline: Duration,
-}
-
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
+    /// Time of the deadline.
+    pub clock: Arc<dyn Clock>,
+    /// How long to wait for an answer. Devices that answer later have budgets of their own: this is longer.
+    pub budget: Duration,
 }
 
 impl VcpuBus {
     /// Waits for an answer: the value, or `None` when nobody gave one in time.
-    fn wait(&self, mut deferred: Deferred, space: Space, address: u64, write: bool) -> Option<u64> {
-        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-        let mut context = Context::from_waker(&waker);
-        let asked = Instant::now();
-        loop {
-            if let Poll::Ready(value) = Pin::new(&mut deferred).poll(&mut context) {
-                return value;
-            }
-            let waited = asked.elapsed();
-            if self.ending.is_set() {
-                return None;
-            }
-            let Some(left) = self.deadline.checked_sub(waited).filter(|left| !left.is_zero()) else {
+    fn wait(&self, deferred: Deferred, space: Space, address: u64, write: bool) -> Option<u64> {
+        let asked = self.clock.now();
+        match park(deferred, self.clock.as_ref(), asked.after(self.budget), &self.stop) {
+            Parked::Done(value) => value,
+            Parked::Stopped => None,
+            Parked::Late => {
+                let waited = self.clock.now().since(asked);
                 self.stalls.device_stalled(Stall { vcpu: self.vcpu, space, address, write, waited });
-                return None;
-            };
-            std::thread::park_timeout(left);
+                None
+            }
         }
     }
 }
@@ -183,7 +135,7 @@ impl GuestBus for VcpuBus {
     }
 
     fn write(&mut self, space: Space, address: u64, data: &[u8]) {
-        if self.space.tapped(space, address, data) {
+        if self.space.doorbells.write(space, address) {
             return;
         }
         let Some((device, offset)) = self.space.find(space, address, data.len()) else { return };
@@ -200,6 +152,7 @@ mod tests {
     use atoll_devices::access::deferred;
 
     use super::*;
+    use crate::actor::RealClock;
 
     /// A device that hands its completions to the test.
     #[derive(Default)]
@@ -230,12 +183,13 @@ mod tests {
         }
     }
 
-    fn bus(deadline: Duration) -> (VcpuBus, Arc<Mutex<Slow>>, Arc<Heard>) {
+    fn bus(budget: Duration) -> (VcpuBus, Arc<Mutex<Slow>>, Arc<Heard>) {
         let (slow, heard) = (Arc::new(Mutex::new(Slow::default())), Arc::new(Heard::default()));
-        let space = Arc::new(AddressSpace::new());
+        let space = Arc::new(AddressSpace::new(Arc::new(DoorbellTable::new(None))));
         space.insert(Space::Mmio, 0x1000, 0x100, Arc::clone(&slow) as SharedDevice).unwrap();
         let stalls = Arc::clone(&heard) as Arc<dyn StallSink>;
-        (VcpuBus { vcpu: 0, space, ending: Ending::default(), stalls, deadline }, slow, heard)
+        let clock = Arc::new(RealClock::new());
+        (VcpuBus { vcpu: 0, space, stop: StopSignal::new(), stalls, clock, budget }, slow, heard)
     }
 
     /// A device process that never answers costs the guest one deadline, and the supervisor hears of it.
@@ -277,11 +231,8 @@ mod tests {
     #[test]
     fn the_end_of_the_machine_ends_waiting() {
         let (mut bus, _slow, heard) = bus(Duration::from_secs(60));
-        let (ending, asking) = (bus.ending.clone(), std::thread::current());
-        let end = std::thread::spawn(move || {
-            ending.set();
-            asking.unpark();
-        });
+        let stop = bus.stop.clone();
+        let end = std::thread::spawn(move || stop.raise());
         bus.write(Space::Mmio, 0x1010, &[0]);
         end.join().unwrap();
         assert!(heard.0.lock().unwrap().is_empty());

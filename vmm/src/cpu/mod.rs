@@ -5,18 +5,22 @@
 //! flag of the software CPU crosses this seam, so a machine cannot tell which of the two drives it.
 
 mod address_space;
+pub mod soft;
 mod state;
+mod thread;
 
 use std::io;
 use std::sync::Arc;
 
+use atoll_devices::GuestClock;
 use thiserror::Error;
 
 use crate::irq::InterruptFabric;
 
-pub use address_space::{ANSWER_DEADLINE, AddressSpace, Ending, SharedDevice, Stall, StallSink, VcpuBus, WriteTap};
+pub use address_space::{ANSWER_BUDGET, AddressSpace, SharedDevice, Stall, StallSink, VcpuBus};
 pub use atoll_protocol::Space;
 pub use state::CpuState;
+pub use thread::{VcpuEnd, VcpuThread};
 
 /// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
 /// that asked complete: a read that nobody answers gives all ones, a write that nobody takes is dropped.
@@ -65,18 +69,13 @@ pub enum CpuError {
         source: io::Error,
     },
     /// Unknown CPU model.
-    #[error("no CPU model {name}; there are {known}")]
-    NoModel {
-        /// Asked for.
-        name: String,
-        /// The valid ones.
-        known: String,
-    },
+    #[error(transparent)]
+    NoModel(#[from] atoll_softcpu::UnknownModel),
     /// The thread could not be started.
-    #[error("no thread for vcpu{index}: {source}")]
+    #[error("no thread {name}: {source}; raise the limit on processes (ulimit -u)")]
     Thread {
-        /// Number of the vCPU.
-        index: u32,
+        /// Name of the thread.
+        name: String,
         /// The error.
         #[source]
         source: io::Error,
@@ -93,7 +92,7 @@ pub trait Kick: Send + Sync {
 }
 
 /// One virtual processor.
-pub trait Vcpu: Send {
+pub trait Vcpu {
     /// Runs guest code; sleeps while the guest is halted.
     fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError>;
     /// The architectural state, between two runs.
@@ -114,6 +113,8 @@ pub trait Processor: Send + Sync {
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, CpuError>;
     /// Where interrupts end.
     fn interrupts(&self) -> Arc<dyn InterruptFabric>;
+    /// Guest time.
+    fn clock(&self) -> Arc<dyn GuestClock>;
     /// Doorbells that the processor can watch by itself, without a vCPU leaving the guest.
     fn doorbells(&self) -> Option<Arc<dyn DoorbellWatch>>;
 }

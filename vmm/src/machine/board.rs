@@ -1,57 +1,164 @@
-//! What a builder finds: memory, address space, interrupts, and the means to start what stands behind a device.
+//! What a builder finds: memory, address spaces, PCI slots, interrupts, doorbells and time.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use atoll_devices::{MsiSink, Wire};
+use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink};
+use thiserror::Error;
 
-use crate::cpu::Processor;
+use super::layout::Span;
+use crate::cpu::{AddressSpace, Processor, SharedDevice, Space};
+use crate::doorbell::{DoorbellTable, Relay};
 use crate::irq::{InterruptFabric, IrqError, VectorTable};
+use crate::memory::GuestMemory;
+
+/// Why something has no place on the board.
+#[derive(Debug, Error)]
+pub enum BoardError {
+    /// Addresses collide.
+    #[error("{what} has no place on the board: {source}")]
+    Address {
+        /// What was to be placed.
+        what: String,
+        /// Why it was not.
+        #[source]
+        source: atoll_devices::AddressMapError,
+    },
+    /// The bus is full.
+    #[error("all 31 PCI slots are taken; leave a device out")]
+    NoSlot,
+    /// A BAR does not fit.
+    #[error("BAR {bar} of {len:#x} bytes finds no room in the board's windows; leave a device out")]
+    NoRoom {
+        /// Its number.
+        bar: u8,
+        /// Its length.
+        len: u64,
+    },
+    /// The function refused its own BAR.
+    #[error(transparent)]
+    Bar(#[from] atoll_devices::pci::BarError),
+}
+
+/// What a board is made from.
+pub struct BoardParts {
+    /// Runs guest code.
+    pub processor: Arc<dyn Processor>,
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// Interposed doorbells and calls.
+    pub relay: Arc<Relay>,
+    /// Hears of power-off and reset.
+    pub power: Arc<dyn PowerSink>,
+    /// UTC in nanoseconds at guest time zero.
+    pub wall_base_ns: u64,
+}
 
 /// A board under construction.
 pub struct Board {
-    processor: Arc<dyn Processor>,
+    parts: BoardParts,
     fabric: Arc<dyn InterruptFabric>,
+    space: Arc<AddressSpace>,
+    doorbells: Arc<DoorbellTable>,
 }
 
 impl Board {
-    /// An empty board around a processor.
-    pub fn new(processor: Arc<dyn Processor>) -> Self {
-        let fabric = processor.interrupts();
-        Self { processor, fabric }
+    /// An empty board.
+    pub fn new(parts: BoardParts) -> Self {
+        let fabric = parts.processor.interrupts();
+        let doorbells = Arc::new(DoorbellTable::new(parts.processor.doorbells()));
+        let space = Arc::new(AddressSpace::new(Arc::clone(&doorbells)));
+        Self { parts, fabric, space, doorbells }
     }
 
     /// The processor.
     pub fn processor(&self) -> &Arc<dyn Processor> {
-        &self.processor
+        &self.parts.processor
     }
-
+    /// Guest RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.parts.memory
+    }
+    /// Both address spaces.
+    pub fn space(&self) -> &Arc<AddressSpace> {
+        &self.space
+    }
+    /// The doorbells by address.
+    pub fn doorbells(&self) -> &Arc<DoorbellTable> {
+        &self.doorbells
+    }
+    /// The relay of interposed doorbells and calls.
+    pub fn relay(&self) -> &Arc<Relay> {
+        &self.parts.relay
+    }
+    /// Guest time.
+    pub fn clock(&self) -> Arc<dyn GuestClock> {
+        self.parts.processor.clock()
+    }
+    /// UTC in nanoseconds at guest time zero.
+    pub fn wall_base_ns(&self) -> u64 {
+        self.parts.wall_base_ns
+    }
+    /// Who hears of power-off and reset.
+    pub fn power(&self) -> Arc<dyn PowerSink> {
+        Arc::clone(&self.parts.power)
+    }
     /// A wire to input `gsi` of the interrupt controllers: 0 to 15 are the ISA lines, 16 to 23 those of PCI.
     pub fn wire(&self, gsi: u32) -> Wire {
-        Wire::new(Arc::new(GsiSink(Arc::clone(&self.fabric))), gsi)
+        Wire::new(Arc::new(Fabric(Arc::clone(&self.fabric))), gsi)
     }
-
     /// Where messages that the core itself sends go.
     pub fn msi(&self) -> Arc<dyn MsiSink> {
-        Arc::new(GsiSink(Arc::clone(&self.fabric)))
+        Arc::new(Fabric(Arc::clone(&self.fabric)))
     }
-
     /// Eventfds for the MSI-X vectors of one function.
+    ///
+    /// # Errors
+    /// When eventfds or routes run out.
     pub fn vectors(&self, count: u16) -> Result<Arc<VectorTable>, IrqError> {
         VectorTable::new(self.fabric.as_ref(), count).map(Arc::new)
+    }
+
+    /// Maps registers at a fixed place.
+    ///
+    /// # Errors
+    /// When something else is there.
+    pub fn add_registers(
+        &self,
+        what: &str,
+        space: Space,
+        span: Span,
+        device: impl RegisterDevice + 'static,
+    ) -> Result<(), BoardError> {
+        self.add_shared_registers(what, space, span, Arc::new(Mutex::new(device)))
+    }
+    /// Maps registers that somebody else holds too.
+    ///
+    /// # Errors
+    /// When something else is there.
+    pub fn add_shared_registers(
+        &self,
+        what: &str,
+        space: Space,
+        span: Span,
+        device: SharedDevice,
+    ) -> Result<(), BoardError> {
+        self.space
+            .insert(space, span.start, span.len, device)
+            .map_err(|source| BoardError::Address { what: what.into(), source })
     }
 }
 
 /// The fabric as devices hold it.
-struct GsiSink(Arc<dyn InterruptFabric>);
+struct Fabric(Arc<dyn InterruptFabric>);
 
-impl atoll_devices::WireSink for GsiSink {
+impl WireSink for Fabric {
     fn set_level(&self, line: u32, high: bool) {
         self.0.set_level(line, high);
     }
 }
 
-impl MsiSink for GsiSink {
-    fn fire(&self, message: atoll_devices::MsiMessage) {
+impl MsiSink for Fabric {
+    fn fire(&self, message: MsiMessage) {
         self.0.fire(message);
     }
 }

@@ -4,6 +4,7 @@
 //! hands back a [`BuiltDevice`] that takes part in ordered start and stop. Nothing here knows a device by name.
 
 mod board;
+pub mod boot;
 mod builder;
 pub mod layout;
 

@@ -1,0 +1,170 @@
+//! One software vCPU: runs, waits while halted, and leaves when it is kicked.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use atoll_softcpu::{Attention, Cpu, CpuModel, GuestRam, Stop, TimeMode};
+
+use super::Notice;
+use super::chips::Chips;
+use super::clock::{Pace, SoftClock};
+use super::world::BoardWorld;
+use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu};
+
+/// RFLAGS.IF.
+const INTERRUPTS_ENABLED: u64 = 1 << 9;
+/// Deterministic mode: instructions between two looks at the clock, at most. Devices see time in steps of it.
+const SLICE: u64 = 20_000;
+
+/// What a vCPU is made from.
+pub(super) struct Parts {
+    pub(super) index: u32,
+    pub(super) ram: GuestRam,
+    pub(super) model: Arc<CpuModel>,
+    pub(super) notice: Arc<Notice>,
+    pub(super) chips: Arc<Chips>,
+    pub(super) clock: Arc<SoftClock>,
+    pub(super) wall_base_ns: u64,
+}
+
+/// Asks the vCPU to leave; the flag stays until it has.
+struct SoftKick {
+    notice: Arc<Notice>,
+    asked: AtomicBool,
+}
+
+impl Kick for SoftKick {
+    fn kick(&self) {
+        self.asked.store(true, Ordering::Release);
+        self.notice.raise(Attention::STOP);
+    }
+}
+
+pub(super) struct SoftVcpu {
+    index: u32,
+    cpu: Cpu,
+    notice: Arc<Notice>,
+    kick: Arc<SoftKick>,
+    chips: Arc<Chips>,
+    clock: Arc<SoftClock>,
+    wall_base_ns: u64,
+}
+
+impl SoftVcpu {
+    pub(super) fn new(parts: Parts) -> Self {
+        let time = match parts.clock.pace {
+            Pace::Real => TimeMode::Real,
+            Pace::Retired { ns_per_1000 } => TimeMode::Retired { ns_per_1000 },
+        };
+        let kick = Arc::new(SoftKick { notice: Arc::clone(&parts.notice), asked: AtomicBool::new(false) });
+        Self {
+            index: parts.index,
+            cpu: Cpu::new(parts.ram, parts.model, parts.notice.attention.clone(), time),
+            notice: parts.notice,
+            kick,
+            chips: parts.chips,
+            clock: parts.clock,
+            wall_base_ns: parts.wall_base_ns,
+        }
+    }
+
+    /// Whether a raised flag is a reason to run a halted processor.
+    fn wakes(&self) -> bool {
+        let raised = self.notice.attention.peek();
+        let enabled = self.cpu.regs.rflags & INTERRUPTS_ENABLED != 0;
+        raised & !Attention::INTERRUPT != 0 || (raised & Attention::INTERRUPT != 0 && enabled)
+    }
+
+    /// Sleeps until something happens.
+    fn wait(&mut self) {
+        self.chips.disarm();
+        while !self.wakes() {
+            let Some(deadline) = self.chips.next_deadline() else {
+                std::thread::park();
+                continue;
+            };
+            match deadline.checked_sub(self.chips.now_ns()).filter(|left| *left > 0) {
+                Some(_) if !self.clock.is_real() => self.skip_to(deadline),
+                Some(left) => std::thread::park_timeout(Duration::from_nanos(left)),
+                None => {
+                    self.chips.expire();
+                }
+            }
+        }
+        self.chips.timers_changed();
+    }
+
+    /// Deterministic mode: nothing happens before the deadline, so it is now.
+    fn skip_to(&mut self, deadline: u64) {
+        let now = self.cpu.retired_ns().unwrap_or(0);
+        self.cpu.skip_ns(deadline.saturating_sub(now));
+        self.clock.set_retired_ns(deadline.max(now));
+    }
+
+    /// Instructions until the next deadline, in deterministic mode.
+    fn budget(&self) -> Option<u64> {
+        let Pace::Retired { ns_per_1000 } = self.clock.pace else { return None };
+        let left = self.chips.next_deadline().map(|deadline| deadline.saturating_sub(self.chips.now_ns()));
+        let instructions = left.map(|left| left.saturating_mul(1000) / u64::from(ns_per_1000.max(1)));
+        Some(instructions.map_or(SLICE, |count| count.clamp(1, SLICE)))
+    }
+
+    /// Deterministic mode: time has passed with the instructions of the last slice.
+    fn slice_done(&self) {
+        if let Some(now) = self.cpu.retired_ns() {
+            self.clock.set_retired_ns(now);
+            if self.chips.next_deadline().is_some_and(|deadline| deadline <= now) {
+                self.chips.expire();
+            }
+        }
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError> {
+        loop {
+            if self.kick.asked.swap(false, Ordering::AcqRel) {
+                self.notice.attention.take(Attention::STOP);
+                return Ok(Exit::Stopped);
+            }
+            let budget = self.budget();
+            let mut world = BoardWorld {
+                cpu: self.index as usize,
+                chips: &self.chips,
+                bus: &mut *bus,
+                wall_base_ns: self.wall_base_ns,
+            };
+            let stop = self.cpu.run(&mut world, budget);
+            self.slice_done();
+            match stop {
+                Stop::Halted => self.wait(),
+                Stop::Budget => {}
+                // A stop without a kick is left over from one that has been answered already.
+                Stop::Requested => {
+                    self.notice.attention.take(Attention::STOP);
+                }
+                Stop::TripleFault => return Ok(Exit::TripleFault { rip: self.cpu.regs.rip }),
+            }
+        }
+    }
+
+    fn state(&mut self) -> Result<CpuState, CpuError> {
+        Ok(CpuState { regs: self.cpu.regs.clone(), system: self.cpu.sys.clone() })
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), CpuError> {
+        self.cpu.reset();
+        self.cpu.regs = state.regs.clone();
+        self.cpu.sys = state.system.clone();
+        Ok(())
+    }
+
+    fn kick_handle(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.kick) as _
+    }
+
+    fn retired(&self) -> Option<u64> {
+        Some(self.cpu.retired())
+    }
+}

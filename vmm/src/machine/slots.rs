@@ -1,0 +1,126 @@
+//! PCI slots and where BARs go: what firmware would do on a real board.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use atoll_devices::pci::root::PciRoot;
+use atoll_devices::pci::{BarMapping, BarSpace, DevFn, PciFunction, SharedFunction};
+use atoll_devices::{Answer, RegisterDevice};
+
+use super::board::BoardError;
+use super::layout;
+use crate::cpu::{AddressSpace, SharedDevice, Space};
+
+/// Bus 0: slots are given in the order in which devices are built, so that a configuration always gives the same board.
+pub(super) struct PciSlots {
+    root: Arc<Mutex<PciRoot>>,
+    next: u8,
+    windows: BarWindows,
+}
+
+impl PciSlots {
+    pub(super) fn new() -> Self {
+        Self { root: Arc::new(Mutex::new(PciRoot::new())), next: 0, windows: BarWindows::default() }
+    }
+    pub(super) fn root(&self) -> &Arc<Mutex<PciRoot>> {
+        &self.root
+    }
+    pub(super) fn add(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
+        let place = DevFn::new(self.next, 0).ok_or(BoardError::NoSlot)?;
+        // A mapping serves one function; a second one would be a builder's mistake and is ignored.
+        let _ = bars.function.set(Arc::downgrade(&function));
+        {
+            let mut device = function.lock().unwrap_or_else(PoisonError::into_inner);
+            for (bar, space, len) in device.bars() {
+                let base = self.windows.take(space, len).ok_or(BoardError::NoRoom { bar, len })?;
+                device.assign_bar(bar, base)?;
+            }
+        }
+        self.root.lock().unwrap_or_else(PoisonError::into_inner).add(place, function);
+        self.next += 1;
+        Ok(place)
+    }
+}
+
+/// Where the next BAR goes: memory BARs into the 64-bit window, I/O BARs into theirs, each naturally aligned.
+struct BarWindows {
+    memory: u64,
+    io: u64,
+}
+
+impl Default for BarWindows {
+    fn default() -> Self {
+        Self { memory: layout::MMIO64.start, io: layout::PCI_IO.start }
+    }
+}
+
+impl BarWindows {
+    fn take(&mut self, space: BarSpace, len: u64) -> Option<u64> {
+        let (next, window) = match space {
+            BarSpace::Memory => (&mut self.memory, layout::MMIO64),
+            BarSpace::Io => (&mut self.io, layout::PCI_IO),
+        };
+        let base = next.checked_next_multiple_of(len)?;
+        let end = base.checked_add(len).filter(|end| *end <= window.end())?;
+        *next = end;
+        Some(base)
+    }
+}
+
+/// Keeps the board's address map in step with one function's BARs.
+pub struct FunctionBars {
+    space: Weak<AddressSpace>,
+    function: OnceLock<Weak<Mutex<dyn PciFunction>>>,
+    /// What this function has in the map: a BAR that was refused must not unmap what is there in its stead.
+    mapped: Mutex<Vec<(Space, u64)>>,
+}
+
+fn space_of(space: BarSpace) -> Space {
+    match space {
+        BarSpace::Io => Space::Pio,
+        BarSpace::Memory => Space::Mmio,
+    }
+}
+
+impl FunctionBars {
+    pub(super) fn new(space: &Arc<AddressSpace>) -> Self {
+        Self { space: Arc::downgrade(space), function: OnceLock::new(), mapped: Mutex::default() }
+    }
+}
+
+impl BarMapping for FunctionBars {
+    fn map(&self, bar: u8, space: BarSpace, base: u64, len: u64) {
+        let Some(function) = self.function.get().and_then(Weak::upgrade) else { return };
+        let Some(board) = self.space.upgrade() else { return };
+        let window: SharedDevice = Arc::new(Mutex::new(BarWindow { function, bar }));
+        match board.insert(space_of(space), base, len, window) {
+            Ok(()) => self.mapped.lock().unwrap_or_else(PoisonError::into_inner).push((space_of(space), base)),
+            // A guest may move a BAR onto another one or onto fixed registers: it then answers nowhere.
+            Err(error) => tracing::debug!(bar, base, len, %error, "a BAR answers nowhere"),
+        }
+    }
+    fn unmap(&self, _bar: u8, space: BarSpace, base: u64, _len: u64) {
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(index) = mapped.iter().position(|place| *place == (space_of(space), base)) else { return };
+        mapped.swap_remove(index);
+        if let Some(board) = self.space.upgrade() {
+            // It is there: nobody else removes what this function has mapped.
+            let _ = board.remove(space_of(space), base);
+        }
+    }
+}
+
+/// One BAR of a function, as the address map holds it.
+struct BarWindow {
+    function: SharedFunction,
+    bar: u8,
+}
+
+impl RegisterDevice for BarWindow {
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> Answer {
+        self.function.lock().unwrap_or_else(PoisonError::into_inner).bar_read(self.bar, offset, data)
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) -> Answer {
+        self.function.lock().unwrap_or_else(PoisonError::into_inner).bar_write(self.bar, offset, data)
+    }
+}
+
