@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::cpuid::CpuModel;
 use crate::ram::GuestRam;
-use crate::state::{Regs, Segment, SegmentName, System, Table};
+use crate::state::{Regs, Segment, SegmentName, StoredMsrs, System, Table};
 use crate::tlb::Mmu;
 use crate::world::{Attention, Stop, World};
 
@@ -132,6 +132,7 @@ fn reset_system() -> System {
         tsc_offset: 0,
         kvm_system_time: 0,
         kvm_wall_clock: 0,
+        stored: StoredMsrs::default(),
         interrupt_shadow: false,
     }
 }

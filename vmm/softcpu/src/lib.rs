@@ -10,10 +10,18 @@
 
 pub mod cpu;
 pub mod cpuid;
+mod descriptor;
+mod far;
+mod interrupt;
+mod kvmclock;
 mod mmu;
+mod msr;
 pub mod native;
 pub mod ram;
+mod segment;
+mod stack;
 pub mod state;
+mod system;
 pub mod tlb;
 mod walk;
 pub mod world;

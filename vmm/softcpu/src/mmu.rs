@@ -320,6 +320,15 @@ impl Cpu {
         self.write_slow(world, linear, data, user)
     }
 
+    /// Reads a little-endian word from guest-physical memory; the address is a multiple of four. `None` outside RAM.
+    pub(crate) fn read_physical_word(&self, gpa: u64) -> Option<u32> {
+        let (frame, _) = self.ram.frame(gpa & !0xfff)?;
+        let mut data = [0; 4];
+        // SAFETY: the frame is 4096 mapped bytes, and an aligned word does not cross its end.
+        unsafe { fetch(frame.add((gpa & 0xffc) as usize), &mut data) };
+        Some(u32::from_le_bytes(data))
+    }
+
     /// Writes to guest-physical memory as a device would (kvmclock), telling the decoder of changed code. `false`
     /// outside RAM.
     pub(crate) fn write_physical(&mut self, gpa: u64, data: &[u8]) -> bool {

@@ -112,6 +112,21 @@ pub enum SegmentName {
     Gs = 5,
 }
 
+/// MSRs that are kept for the guest and mean nothing to execution.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StoredMsrs {
+    /// MTRRdefType. Firmware would leave write-back, enabled (0xc06): a loader without firmware writes that.
+    pub mtrr_default: u64,
+    /// Fixed-range MTRRs by number.
+    pub mtrr_fixed: [u64; 11],
+    /// PHYSBASE and PHYSMASK of the eight variable ranges, in turn.
+    pub mtrr_variable: [u64; 16],
+    /// MISC_ENABLE.
+    pub misc_enable: u64,
+    /// HWCR.
+    pub hwcr: u64,
+}
+
 /// Privileged state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct System {
@@ -159,6 +174,8 @@ pub struct System {
     pub kvm_system_time: u64,
     /// KVM wall-clock MSR (0x4b56_4d00).
     pub kvm_wall_clock: u64,
+    /// MSRs that are kept for the guest and mean nothing to execution.
+    pub stored: StoredMsrs,
     /// One-instruction shadow after STI, MOV SS or POP SS: no interrupt is taken while set.
     pub interrupt_shadow: bool,
 }
