@@ -1,6 +1,6 @@
 //! What the boot processor finds: parameters in memory and registers, by PVH and by the Linux 64-bit boot protocol.
 
-use atoll_softcpu::state::{Regs, Segment, SegmentName, System, Table};
+use atoll_softcpu::state::{Regs, Segment, SegmentName, StoredMsrs, System, Table};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -85,6 +85,8 @@ fn flat(code: Segment, data: Segment) -> System {
         tsc_offset: 0,
         kvm_system_time: 0,
         kvm_wall_clock: 0,
+        // What firmware leaves: MTRRs enabled, write-back by default.
+        stored: StoredMsrs { mtrr_default: 0xc06, ..StoredMsrs::default() },
         interrupt_shadow: false,
     }
 }
