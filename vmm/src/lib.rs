@@ -9,3 +9,4 @@ pub mod doorbell;
 pub mod irq;
 pub mod machine;
 pub mod memory;
+pub mod vhost;

@@ -1,0 +1,197 @@
+//! One conversation with a backend, on a thread of its own.
+//!
+//! The `vhost` crate's front end blocks, and retries for ever what a socket timeout would interrupt. So it lives on its
+//! own thread, which publishes each [`Step`] before it takes it; whoever waits for the thread keeps a copy of the socket
+//! and shuts it down when a step takes longer than it may. That ends the step, the thread's unit of work and the
+//! conversation: a half-done negotiation is thrown away, never continued.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::VhostUserHeaderFlag;
+use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Protocol};
+
+use super::error::{ConversationError, Step};
+
+/// Rings that a conversation may name before the backend has said how many it has.
+const RINGS_MAX: u64 = 256;
+
+/// How closely a step's time is watched.
+const SLICE: Duration = Duration::from_millis(20);
+
+type Unit = Box<dyn FnOnce(&mut Wire) + Send>;
+
+struct Progress {
+    step: Step,
+    since: Instant,
+}
+
+/// The thread's end: what a unit of work talks through.
+pub struct Wire {
+    frontend: Frontend,
+    progress: Arc<Mutex<Progress>>,
+    protocol: Protocol,
+}
+
+impl Wire {
+    /// Takes a step whose message has an answer of its own.
+    pub(super) fn ask<T>(
+        &mut self,
+        step: Step,
+        call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, ConversationError> {
+        self.take(step, VhostUserHeaderFlag::empty(), call)
+    }
+    /// Takes a step whose message is acknowledged, where the backend can.
+    pub(super) fn tell<T>(
+        &mut self,
+        step: Step,
+        call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, ConversationError> {
+        let flags = if self.acknowledges() { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() };
+        self.take(step, flags, call)
+    }
+    fn take<T>(
+        &mut self,
+        step: Step,
+        flags: VhostUserHeaderFlag,
+        call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, ConversationError> {
+        *lock(&self.progress) = Progress { step, since: Instant::now() };
+        self.frontend.set_hdr_flags(flags);
+        call(&mut self.frontend).map_err(|error| ConversationError::from_crate(step, error))
+    }
+    /// Protocol features in force.
+    pub(super) fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+    pub(super) fn set_protocol(&mut self, protocol: Protocol) {
+        self.protocol = protocol;
+    }
+    /// Whether each message is acknowledged (REPLY_ACK).
+    pub(super) fn acknowledges(&self) -> bool {
+        self.protocol.contains(Protocol::REPLY_ACK)
+    }
+}
+
+/// The waiting end.
+pub struct Conversation {
+    units: Option<SyncSender<Unit>>,
+    socket: UnixStream,
+    progress: Arc<Mutex<Progress>>,
+    step_limit: Duration,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Conversation {
+    /// Starts the thread of a conversation over a connected socket. Each step may take `step_limit`.
+    ///
+    /// # Errors
+    /// If there is no thread or descriptor left.
+    pub fn new(name: &str, socket: UnixStream, step_limit: Duration) -> io::Result<Self> {
+        socket.set_nonblocking(false)?;
+        let kept = socket.try_clone()?;
+        let progress = Arc::new(Mutex::new(Progress { step: Step::Idle, since: Instant::now() }));
+        let mut wire = Wire {
+            frontend: Frontend::from_stream(socket, RINGS_MAX),
+            progress: Arc::clone(&progress),
+            protocol: Protocol::empty(),
+        };
+        let (units, work): (_, Receiver<Unit>) = sync_channel(1);
+        let thread = std::thread::Builder::new().name(format!("talk-{name}")).spawn(move || {
+            for unit in work {
+                unit(&mut wire);
+            }
+        })?;
+        Ok(Self { units: Some(units), socket: kept, progress, step_limit, thread: Some(thread) })
+    }
+
+    /// The socket, to watch for a hang-up.
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// Has the thread do one unit of work, and waits for it as long as its steps are in time. After an error the
+    /// conversation is over.
+    ///
+    /// # Errors
+    /// What the unit says, or [`ConversationError::Silent`] when a step was too slow.
+    pub fn perform<T: Send + 'static>(
+        &mut self,
+        unit: impl FnOnce(&mut Wire) -> Result<T, ConversationError> + Send + 'static,
+    ) -> Result<T, ConversationError> {
+        let over = || ConversationError::Gone { step: Step::Idle, reason: "the conversation is over".into() };
+        let (answer, result) = sync_channel(1);
+        let started = Instant::now();
+        let unit: Unit = Box::new(move |wire| {
+            let _ = answer.send(unit(wire));
+        });
+        self.units.as_ref().ok_or_else(over)?.send(unit).map_err(|_| over())?;
+        let mut cut = None;
+        // Waiting is counted in slices that were really waited: a VMM that was stopped for a minute has not given the
+        // backend's answer a chance to arrive.
+        let mut waited = Duration::ZERO;
+        let mut watched = started;
+        let outcome = loop {
+            match result.recv_timeout(SLICE) {
+                Ok(outcome) => break outcome,
+                Err(RecvTimeoutError::Disconnected) => break Err(over()),
+                // The socket is shut: what is left of the unit fails by itself, at once.
+                Err(RecvTimeoutError::Timeout) if cut.is_some() => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    let progress = lock(&self.progress);
+                    let (step, since) = (progress.step, progress.since.max(started));
+                    drop(progress);
+                    if since != watched {
+                        (watched, waited) = (since, Duration::ZERO);
+                    }
+                    waited += SLICE;
+                    if waited >= self.step_limit {
+                        cut = Some(step);
+                        self.hang_up();
+                    }
+                }
+            }
+        };
+        *lock(&self.progress) = Progress { step: Step::Idle, since: Instant::now() };
+        match (outcome, cut) {
+            (Ok(value), None) => Ok(value),
+            (Err(error), None) => {
+                self.hang_up();
+                Err(error)
+            }
+            (_, Some(step)) => Err(ConversationError::Silent { step, waited: self.step_limit }),
+        }
+    }
+
+    /// Gives the steps that follow another limit.
+    pub fn set_step_limit(&mut self, step_limit: Duration) {
+        self.step_limit = step_limit;
+    }
+
+    /// Cuts the connection.
+    pub fn hang_up(&mut self) {
+        // It only fails when the socket is not connected any more.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        self.hang_up();
+        self.units = None;
+        if let Some(thread) = self.thread.take() {
+            // It only fails if the thread panicked, which its hook has reported.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

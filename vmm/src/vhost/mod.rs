@@ -1,0 +1,26 @@
+//! vhost-user, the front end: a virtio device whose other half is a process of its own.
+//!
+//! Read [`worker`] for a device's life, [`session`] for the order of messages, [`conversation`] for how a silent backend
+//! is dealt with. Data never comes this way: kicks and calls are eventfds, requests are in guest memory.
+
+mod backoff;
+mod call;
+mod conversation;
+mod device;
+mod error;
+mod features;
+mod inflight;
+mod rings;
+mod session;
+mod source;
+mod worker;
+
+pub use call::Transport;
+pub use device::{
+    ConnectError, Connected, DeviceClass, DeviceParts, DeviceState, DeviceStatus, Limits, Recovery, SwitchError,
+    VhostDevice, VhostFrontend,
+};
+pub use error::{ConversationError, Step};
+pub use features::{feature_names, offerable, protocol_feature_names};
+pub use session::Capabilities;
+pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};

@@ -1,0 +1,179 @@
+//! The three units of a conversation: handshake, start and stop, each in the specification's order.
+
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures as Protocol};
+use vhost::{VhostBackend, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::conversation::Wire;
+use super::error::{ConversationError, Step};
+use super::features::{self, PROTOCOL_FEATURES, VERSION_1};
+use super::inflight::{InflightRegion, Shape};
+use crate::memory::{GuestMemory, backend_address};
+
+/// What a backend says of itself before anything is asked of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Virtio feature bits that the guest may be offered (see [`features::offerable`]).
+    pub features: u64,
+    /// Protocol features that both sides speak, now in force.
+    pub protocol: Protocol,
+    /// How many queues it serves.
+    pub queues: u16,
+    /// Its configuration space, as long as was asked for.
+    pub config: Vec<u8>,
+}
+
+/// Greets a backend and learns what it is.
+pub(super) fn handshake(wire: &mut Wire, config_len: u32) -> Result<Capabilities, ConversationError> {
+    wire.tell(Step::SetOwner, |frontend| frontend.set_owner())?;
+    let offered = wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
+    let missing = (PROTOCOL_FEATURES | VERSION_1) & !offered;
+    if missing != 0 {
+        return Err(ConversationError::Lacks { what: features::feature_names(missing, 0) });
+    }
+    let spoken = wire.ask(Step::GetProtocolFeatures, |frontend| frontend.get_protocol_features())?;
+    let protocol = spoken & features::spoken();
+    if config_len > 0 && !protocol.contains(Protocol::CONFIG) {
+        return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::CONFIG.bits()) });
+    }
+    // Not yet acknowledged: REPLY_ACK is in force only from the next message on.
+    wire.ask(Step::SetProtocolFeatures, |frontend| frontend.set_protocol_features(protocol))?;
+    wire.set_protocol(protocol);
+    let queues = if protocol.contains(Protocol::MQ) {
+        let queues = wire.ask(Step::GetQueueNum, |frontend| frontend.get_queue_num())?;
+        if queues == 0 {
+            return Err(ConversationError::Absurd { step: Step::GetQueueNum, what: "no queue at all".into() });
+        }
+        // Ring numbers are one byte in SET_VRING_KICK and its kin.
+        u16::try_from(queues.min(256)).unwrap_or(256)
+    } else {
+        1
+    };
+    let config = if config_len > 0 {
+        let room = vec![0; usize::try_from(config_len).unwrap_or(0)];
+        let (_, config) = wire.ask(Step::GetConfig, |frontend| {
+            frontend.get_config(0, config_len, VhostUserConfigFlags::empty(), &room)
+        })?;
+        config
+    } else {
+        Vec::new()
+    };
+    Ok(Capabilities { features: features::offerable(offered), protocol, queues, config })
+}
+
+/// One ring, ready to be handed over.
+pub(super) struct RingPlan {
+    pub(super) index: u16,
+    pub(super) size: u16,
+    /// Guest-physical addresses.
+    pub(super) descriptor_table: u64,
+    pub(super) available_ring: u64,
+    pub(super) used_ring: u64,
+    /// Next index of the available ring to look at.
+    pub(super) base: u16,
+    pub(super) call: EventFd,
+    pub(super) error: EventFd,
+    pub(super) kick: EventFd,
+}
+
+/// What becomes of the record of requests in flight.
+pub(super) enum InflightPlan {
+    /// There is none yet: ask how large it must be for so many queues of such a size.
+    Make { queues: u16, queue_size: u16 },
+    /// Every incarnation gets the same.
+    Keep(Arc<InflightRegion>),
+}
+
+/// Everything that a backend needs to serve a driver.
+pub(super) struct StartPlan {
+    /// What the driver accepted.
+    pub(super) features: u64,
+    pub(super) memory: GuestMemory,
+    pub(super) inflight: InflightPlan,
+    pub(super) rings: Vec<RingPlan>,
+}
+
+/// Hands the driver's rings to the backend. Gives back the record of requests in flight where the backend keeps one.
+pub(super) fn start(wire: &mut Wire, plan: StartPlan) -> Result<Option<Arc<InflightRegion>>, ConversationError> {
+    let wanted = plan.features | PROTOCOL_FEATURES;
+    wire.tell(Step::SetFeatures, |frontend| frontend.set_features(wanted))?;
+    let table = plan.memory.memory_table();
+    wire.tell(Step::SetMemTable, |frontend| frontend.set_mem_table(&table))?;
+    let inflight = if wire.protocol().contains(Protocol::INFLIGHT_SHMFD) {
+        let region = match plan.inflight {
+            InflightPlan::Keep(region) => region,
+            InflightPlan::Make { queues, queue_size } => Arc::new(make_region(wire, queues, queue_size)?),
+        };
+        let (message, descriptor) = region.message();
+        wire.tell(Step::SetInflightFd, |frontend| frontend.set_inflight_fd(&message, descriptor))?;
+        Some(region)
+    } else {
+        None
+    };
+    for ring in &plan.rings {
+        start_ring(wire, ring)?;
+    }
+    if !wire.acknowledges() {
+        // Nothing was acknowledged: a question that needs an answer shows that all of it has been read.
+        wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
+    }
+    Ok(inflight)
+}
+
+fn make_region(wire: &mut Wire, queues: u16, queue_size: u16) -> Result<InflightRegion, ConversationError> {
+    let question = VhostUserInflight::new(0, 0, queues, queue_size);
+    let (answer, _file) = wire.ask(Step::GetInflightFd, |frontend| frontend.get_inflight_fd(&question))?;
+    let shape = Shape::from_answer(&answer, (queues, queue_size))?;
+    InflightRegion::new(shape).map_err(|source| ConversationError::Local { step: Step::GetInflightFd, source })
+}
+
+fn start_ring(wire: &mut Wire, ring: &RingPlan) -> Result<(), ConversationError> {
+    let RingPlan { index, size, base, .. } = *ring;
+    let number = usize::from(index);
+    wire.tell(Step::SetVringNum(index), |frontend| frontend.set_vring_num(number, size))?;
+    wire.tell(Step::SetVringBase(index), |frontend| frontend.set_vring_base(number, base))?;
+    let addresses = VringConfigData {
+        queue_max_size: size,
+        queue_size: size,
+        flags: 0,
+        desc_table_addr: backend_address(ring.descriptor_table),
+        used_ring_addr: backend_address(ring.used_ring),
+        avail_ring_addr: backend_address(ring.available_ring),
+        log_addr: None,
+    };
+    wire.tell(Step::SetVringAddr(index), |frontend| frontend.set_vring_addr(number, &addresses))?;
+    wire.tell(Step::SetVringCall(index), |frontend| frontend.set_vring_call(number, &ring.call))?;
+    wire.tell(Step::SetVringErr(index), |frontend| frontend.set_vring_err(number, &ring.error))?;
+    wire.tell(Step::SetVringKick(index), |frontend| frontend.set_vring_kick(number, &ring.kick))?;
+    wire.tell(Step::SetVringEnable(index), |frontend| frontend.set_vring_enable(number, true))
+}
+
+/// Takes the rings back. When this returns well, the backend touches them no more. Gives the next index of each
+/// available ring.
+pub(super) fn stop(wire: &mut Wire, rings: &[u16]) -> Result<Vec<u16>, ConversationError> {
+    rings
+        .iter()
+        .map(|&index| {
+            let step = Step::GetVringBase(index);
+            let base = wire.ask(step, |frontend| frontend.get_vring_base(usize::from(index)))?;
+            u16::try_from(base).map_err(|_| ConversationError::Absurd { step, what: format!("index {base}") })
+        })
+        .collect()
+}
+
+/// Lets a ring call another eventfd from now on.
+pub(super) fn set_call(wire: &mut Wire, index: u16, call: &EventFd) -> Result<(), ConversationError> {
+    wire.tell(Step::SetVringCall(index), |frontend| frontend.set_vring_call(usize::from(index), call))?;
+    if !wire.acknowledges() {
+        wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
+    }
+    Ok(())
+}
+
+/// Passes on what the driver wrote into the configuration space.
+pub(super) fn set_config(wire: &mut Wire, offset: u32, data: &[u8]) -> Result<(), ConversationError> {
+    wire.tell(Step::SetConfig, |frontend| frontend.set_config(offset, VhostUserConfigFlags::WRITABLE, data))
+}

@@ -1,0 +1,114 @@
+//! Where a device's backend comes from: a process that the VMM starts, or somebody else's socket.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use thiserror::Error;
+
+/// No backend could be reached. Whether it is worth trying again is for the one who asked to judge: at the machine's
+/// start it is not, in a recovery it is.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// The process could not be started, ended at once or did not get ready.
+    #[error("{0}")]
+    Start(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Nobody listens.
+    #[error("nobody listens at {path} ({source}); start the backend first, or name its socket with socket=")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Not something to connect to.
+    #[error("{path} cannot be a socket's name ({source}); it has at most 107 bytes")]
+    Name {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// One life of a backend.
+pub struct Incarnation {
+    /// Connected to it.
+    pub socket: UnixStream,
+    /// Its process, where it is ours.
+    pub process: Option<Box<dyn BackendProcess>>,
+}
+
+/// A backend process that the VMM started.
+pub trait BackendProcess: Send {
+    /// Readable once the process has ended.
+    fn ended(&self) -> BorrowedFd<'_>;
+    /// Kills it, if it still lives, and waits for its end by `deadline`. Says how it ended, in words.
+    fn kill(&mut self, deadline: Instant) -> String;
+    /// Asks it to end; kills it at `deadline`. Says how it ended, in words.
+    fn finish(&mut self, deadline: Instant) -> String;
+}
+
+/// Makes one incarnation after the other.
+pub trait BackendSource: Send {
+    /// Starts or reaches a backend. Any earlier one has been given up.
+    ///
+    /// # Errors
+    /// If there is none by `deadline`.
+    fn connect(&mut self, generation: u64, deadline: Instant) -> Result<Incarnation, SourceError>;
+    /// How to name it in a log.
+    fn describe(&self) -> String;
+}
+
+/// Somebody else's backend behind a socket in the file system.
+#[derive(Clone, Debug)]
+pub struct ExternalSocket {
+    path: PathBuf,
+}
+
+impl ExternalSocket {
+    /// The backend that listens at `path`.
+    pub fn new(path: impl AsRef<Path>) -> Self {
+        Self { path: path.as_ref().to_owned() }
+    }
+    fn attempt(&self, address: &SocketAddrUnix) -> io::Result<UnixStream> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&socket, address)?;
+        let socket = UnixStream::from(socket);
+        socket.set_nonblocking(false)?;
+        Ok(socket)
+    }
+}
+
+impl BackendSource for ExternalSocket {
+    fn connect(&mut self, _generation: u64, deadline: Instant) -> Result<Incarnation, SourceError> {
+        let address = SocketAddrUnix::new(&self.path)
+            .map_err(|errno| SourceError::Name { path: self.path.clone(), source: errno.into() })?;
+        loop {
+            match self.attempt(&address) {
+                Ok(socket) => return Ok(Incarnation { socket, process: None }),
+                // A listener whose backlog is full.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(source) => return Err(SourceError::Connect { path: self.path.clone(), source }),
+            }
+        }
+    }
+    fn describe(&self) -> String {
+        format!("socket {}", self.path.display())
+    }
+}
+
+/// Whether something has happened that one waits for: a socket hung up, a process ended.
+pub(super) fn is_readable(descriptor: impl AsFd) -> bool {
+    let mut fds = [rustix::event::PollFd::from_borrowed_fd(descriptor.as_fd(), rustix::event::PollFlags::IN)];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1))
+}
