@@ -225,10 +225,7 @@ pub struct Connected {
 }
 
 /// Reaches a backend and greets it.
-pub(super) fn greet(
-    parts: &mut DeviceParts,
-    generation: u64,
-) -> Result<(Session, DeviceOffer), ConnectError> {
+pub(super) fn greet(parts: &mut DeviceParts, generation: u64) -> Result<(Session, DeviceOffer), ConnectError> {
     let deadline = Instant::now() + parts.limits.start;
     let Incarnation { socket, process } = parts.source.connect(generation, deadline)?;
     let conversation = Conversation::new(&parts.name, socket, parts.limits.step)?;
@@ -269,24 +266,18 @@ impl Connected {
         vectors: Arc<VectorTable>,
         transport: Arc<dyn Transport>,
     ) -> Result<(VhostDevice, VhostFrontend), ConnectError> {
-        let doorbells = self
-            .offer
-            .queue_sizes
-            .iter()
-            .map(|_| Doorbell::new(&self.parts.relay))
-            .collect::<Result<Vec<_>, _>>()?;
+        let doorbells =
+            self.offer.queue_sizes.iter().map(|_| Doorbell::new(&self.parts.relay)).collect::<Result<Vec<_>, _>>()?;
         let recovery = self.session.recovery();
         let status = DeviceStatus { state: DeviceState::Idle, generation: 1, lost: 0, recovery };
         let shared = Arc::new(Shared {
             name: self.parts.name.clone(),
             inbox: Mutex::default(),
-            wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-                .map_err(io::Error::from)?,
+            wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?,
             doorbells,
             status: Mutex::new(status),
         });
-        let worker =
-            Worker::new(Arc::clone(&shared), self.parts, self.offer, self.session, vectors, transport);
+        let worker = Worker::new(Arc::clone(&shared), self.parts, self.offer, self.session, vectors, transport);
         let thread = std::thread::Builder::new().name(shared.name.clone()).spawn(move || worker.run())?;
         Ok((VhostDevice { shared: Arc::clone(&shared), thread: Some(thread) }, VhostFrontend { shared }))
     }

@@ -135,9 +135,7 @@ impl ConversationError {
             | Wire::PartialMessage => Self::Gone { step, reason: error.to_string() },
             Wire::BackendInternalError => Self::Refused { step },
             Wire::InactiveFeature(bits) => Self::Lacks { what: format!("feature bits {:#x}", bits.bits()) },
-            Wire::InactiveOperation(bits) => {
-                Self::Lacks { what: super::features::protocol_feature_names(bits.bits()) }
-            }
+            Wire::InactiveOperation(bits) => Self::Lacks { what: super::features::protocol_feature_names(bits.bits()) },
             other => Self::Absurd { step, what: other.to_string() },
         }
     }

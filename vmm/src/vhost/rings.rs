@@ -39,11 +39,7 @@ impl RingPosition {
 pub fn in_ram(memory: &GuestMemoryMmap, queue: &QueueConfig) -> bool {
     use vm_memory::GuestMemoryBackend;
     let size = usize::from(queue.size);
-    [
-        (queue.descriptor_table, 16 * size),
-        (queue.available_ring, 6 + 2 * size),
-        (queue.used_ring, 6 + 8 * size),
-    ]
-    .into_iter()
-    .all(|(start, len)| memory.check_range(GuestAddress(start), len))
+    [(queue.descriptor_table, 16 * size), (queue.available_ring, 6 + 2 * size), (queue.used_ring, 6 + 8 * size)]
+        .into_iter()
+        .all(|(start, len)| memory.check_range(GuestAddress(start), len))
 }

@@ -242,9 +242,7 @@ impl Worker {
         }
         let calls = queues
             .iter()
-            .map(|queue| {
-                CallPath::new(queue.index, queue.vector, &self.vectors, &self.transport, &self.parts.relay)
-            })
+            .map(|queue| CallPath::new(queue.index, queue.vector, &self.vectors, &self.transport, &self.parts.relay))
             .collect();
         let calls = match calls {
             Ok(calls) => calls,
@@ -285,8 +283,7 @@ impl Worker {
         if self.ring_errors.is_none() {
             let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
             let listener = Arc::new(RingErrors(self.shared.name.clone()));
-            let (from, to) =
-                event().and_then(|from| Ok((from, event()?))).map_err(local(Step::SetVringErr(0)))?;
+            let (from, to) = event().and_then(|from| Ok((from, event()?))).map_err(local(Step::SetVringErr(0)))?;
             let relayed = self.parts.relay.carry(from, to, listener).map_err(std::io::Error::other);
             self.ring_errors = Some(relayed.map_err(local(Step::SetVringErr(0)))?);
         }
