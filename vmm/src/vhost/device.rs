@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use atoll_devices::{Answer, Completion, DeviceOffer, Intent, VirtioFrontend, access};
+use atoll_devices::virtio::{DeviceOffer, Intent, VirtioFrontend};
+use atoll_devices::{Answer, Completion, access};
 use rustix::event::EventfdFlags;
 use thiserror::Error;
 

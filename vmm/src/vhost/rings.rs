@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use atoll_devices::QueueConfig;
+use atoll_devices::virtio::QueueConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// Offset of `idx` in both the available and the used ring (virtio 1.2, 2.7.6 and 2.7.8).

@@ -17,7 +17,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use atoll_devices::{Completion, DeviceOffer, Intent, QueueConfig};
+use atoll_devices::Completion;
+use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
