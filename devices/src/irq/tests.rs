@@ -186,6 +186,7 @@ fn lowest_priority_picks_the_idle_cpu() {
     // A CPU whose APIC is off takes nothing, however idle.
     write(&mut chip, 1, TPR, 0);
     write(&mut chip, 1, SVR, 0xff);
+    kicks.take();
     chip.fire_msi(message);
     assert_eq!(kicks.take() & 0b010, 0);
 }
