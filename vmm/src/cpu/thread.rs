@@ -11,12 +11,12 @@ use crate::actor::StopSignal;
 use super::{CpuError, CpuState, Exit, Kick, Processor, VcpuBus};
 
 /// How a vCPU ended.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct VcpuEnd {
     /// Its number.
     pub index: u32,
     /// Why.
-    pub exit: Result<Exit, CpuError>,
+    pub exit: Result<Exit, Arc<CpuError>>,
     /// Instructions that it has retired, where the CPU counts them.
     pub retired: Option<u64>,
     /// Processor time of its thread in nanoseconds.
@@ -61,7 +61,7 @@ impl VcpuThread {
                 }
             };
             let _ = made.send(Ok(vcpu.kick_handle()));
-            let exit = vcpu.run(&mut bus);
+            let exit = vcpu.run(&mut bus).map_err(Arc::new);
             ended(VcpuEnd { index, exit, retired: vcpu.retired(), busy_ns: busy_ns() });
         };
         let failed = |source| CpuError::Thread { name: name.clone(), source };

@@ -3,10 +3,17 @@
 //! Assembling only loops: each device brings its own [`DeviceBuilder`], which takes what it needs from the [`Board`] and
 //! hands back a [`BuiltDevice`] that takes part in ordered start and stop. Nothing here knows a device by name.
 
+pub mod acpi;
+mod assembly;
 mod board;
 pub mod boot;
 mod builder;
+mod config;
+mod events;
 pub mod layout;
 
-pub use board::Board;
+pub use assembly::{Machine, MachineEnd, MachineError, MachineFigures};
+pub use board::{Board, BoardError, BoardParts};
 pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Passive};
+pub use config::{CpuKind, MachineConfig, SerialMode};
+pub use events::{EventReceiver, EventSender, MachineEvent, StopCause, events};
