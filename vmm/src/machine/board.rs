@@ -2,10 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
+use atoll_devices::pci::root::PciRoot;
+use atoll_devices::pci::{DevFn, SharedFunction};
 use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink};
 use thiserror::Error;
 
 use super::layout::Span;
+use super::slots::{FunctionBars, PciSlots};
 use crate::cpu::{AddressSpace, Processor, SharedDevice, Space};
 use crate::doorbell::{DoorbellTable, Relay};
 use crate::irq::{InterruptFabric, IrqError, VectorTable};
@@ -24,7 +27,7 @@ pub enum BoardError {
         source: atoll_devices::AddressMapError,
     },
     /// The bus is full.
-    #[error("all 31 PCI slots are taken; leave a device out")]
+    #[error("all 32 PCI slots are taken; leave a device out")]
     NoSlot,
     /// A BAR does not fit.
     #[error("BAR {bar} of {len:#x} bytes finds no room in the board's windows; leave a device out")]
@@ -59,6 +62,7 @@ pub struct Board {
     fabric: Arc<dyn InterruptFabric>,
     space: Arc<AddressSpace>,
     doorbells: Arc<DoorbellTable>,
+    pci: PciSlots,
 }
 
 impl Board {
@@ -67,7 +71,7 @@ impl Board {
         let fabric = parts.processor.interrupts();
         let doorbells = Arc::new(DoorbellTable::new(parts.processor.doorbells()));
         let space = Arc::new(AddressSpace::new(Arc::clone(&doorbells)));
-        Self { parts, fabric, space, doorbells }
+        Self { parts, fabric, space, doorbells, pci: PciSlots::new() }
     }
 
     /// The processor.
@@ -145,6 +149,23 @@ impl Board {
         self.space
             .insert(space, span.start, span.len, device)
             .map_err(|source| BoardError::Address { what: what.into(), source })
+    }
+
+    /// The root bus.
+    pub fn pci(&self) -> &Arc<Mutex<PciRoot>> {
+        self.pci.root()
+    }
+    /// What a PCI function is given at construction to keep the board's map in step with its BARs; [`Self::add_pci`]
+    /// takes it together with the function.
+    pub fn bar_mapping(&self) -> Arc<FunctionBars> {
+        Arc::new(FunctionBars::new(&self.space))
+    }
+    /// Puts a function into the next free slot and gives its BARs addresses, as firmware would.
+    ///
+    /// # Errors
+    /// When slots or windows are full.
+    pub fn add_pci(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
+        self.pci.add(function, bars)
     }
 }
 

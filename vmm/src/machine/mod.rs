@@ -11,9 +11,11 @@ mod builder;
 mod config;
 mod events;
 pub mod layout;
+mod slots;
 
 pub use assembly::{Machine, MachineEnd, MachineError, MachineFigures};
 pub use board::{Board, BoardError, BoardParts};
 pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Passive};
 pub use config::{CpuKind, MachineConfig, SerialMode};
 pub use events::{EventReceiver, EventSender, MachineEvent, StopCause, events};
+pub use slots::FunctionBars;

@@ -35,7 +35,8 @@ impl PciSlots {
                 device.assign_bar(bar, base)?;
             }
         }
-        self.root.lock().unwrap_or_else(PoisonError::into_inner).add(place, function);
+        let added = self.root.lock().unwrap_or_else(PoisonError::into_inner).add(place, function);
+        added.map_err(|_| BoardError::NoSlot)?;
         self.next += 1;
         Ok(place)
     }
@@ -123,4 +124,3 @@ impl RegisterDevice for BarWindow {
         self.function.lock().unwrap_or_else(PoisonError::into_inner).bar_write(self.bar, offset, data)
     }
 }
-
