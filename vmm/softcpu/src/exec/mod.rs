@@ -1,0 +1,310 @@
+//! Execution: ops, their dispatch, and the state of the run loop.
+//!
+//! A block is an array of 24-byte [`Op`]s made from consecutive guest instructions of one frame. Each op holds its handler;
+//! a handler does its work and jumps to the next op's handler. Optimised builds do that by a sibling call, which the
+//! compiler turns into a jump (a test proves it); other builds return the next op to a trampoline loop.
+//!
+//! What flows from handler to handler in registers: the CPU, the op, `fuel` (instructions left in this slice, charged once
+//! a block) and `flags` (the arithmetic flags in the form that LAHF and SETO give: AH above OF). `regs.rip` stays at
+//! the first instruction of the running block; an op knows its offset from there.
+//!
+//! A handler that meets anything out of the ordinary hands its instruction to [`general`], which decodes it again and
+//! does it slowly.
+#![allow(unsafe_code, reason = "handlers work on raw pointers to the CPU and to ops, for speed")]
+
+mod cache;
+mod decode;
+mod dispatch;
+mod general;
+mod run;
+
+use crate::cpu::Cpu;
+use crate::native::Thunks;
+use crate::state::{Exception, SegmentName};
+use crate::tlb::{Kind, Tlb};
+use crate::world::{Attention, World};
+
+pub(crate) use cache::{CodeCache, Jump};
+
+/// Width of code: what the CS descriptor and EFER.LMA say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Mode {
+    /// 16-bit code.
+    Bits16 = 0,
+    /// 32-bit code.
+    Bits32 = 1,
+    /// 64-bit code.
+    Bits64 = 2,
+}
+
+impl Mode {
+    /// For the decoder.
+    fn bitness(self) -> u32 {
+        match self {
+            Mode::Bits16 => 16,
+            Mode::Bits32 => 32,
+            Mode::Bits64 => 64,
+        }
+    }
+}
+
+/// What a handler returns: nothing where it jumps on, the state for the trampoline elsewhere.
+#[cfg(not(debug_assertions))]
+pub(crate) type Next = ();
+/// What a handler returns: nothing where it jumps on, the state for the trampoline elsewhere.
+#[cfg(debug_assertions)]
+#[repr(C)]
+pub(crate) struct Next {
+    op: *const Op,
+    /// Fuel in the low half (a slice fits 32 bits), flags above.
+    rest: u64,
+}
+
+/// A handler.
+///
+/// # Safety
+/// `cpu` is the running CPU with no reference to it alive elsewhere, `op` an op of a live block.
+pub(crate) type Handler = unsafe extern "sysv64" fn(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next;
+
+/// One decoded instruction (or two fused).
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Op {
+    handler: Handler,
+    /// First register: byte offset into `Regs`.
+    r0: u8,
+    /// Second register.
+    r1: u8,
+    /// Base register of the memory operand (the zero word if none, RIP's word for RIP-relative).
+    base: u8,
+    /// Index register (the zero word if none).
+    index: u8,
+    /// Displacement.
+    disp: i32,
+    /// Immediate.
+    imm: i32,
+    /// Offset of the instruction from the block's first.
+    offset: u16,
+    /// Instructions of the block before this one.
+    ordinal: u8,
+    /// Scale of the index (log2), and in the high half the segment whose base is added (0: none).
+    scale: u8,
+}
+
+const _: () = assert!(size_of::<Op>() == 24);
+
+/// A way out of a block: lies behind the op that takes it, in an op's place.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Exit {
+    /// Runs when control goes to this record itself: while nothing better is linked.
+    handler: Handler,
+    /// Instructions retired when leaving here.
+    count: u32,
+    /// Target, relative to the first instruction of this block.
+    delta: i32,
+    /// Block to go on with; this record itself until one is known.
+    link: *const Op,
+}
+
+const _: () = assert!(size_of::<Exit>() == size_of::<Op>() && align_of::<Exit>() == align_of::<Op>());
+
+/// What a block is an array of.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) union Slot {
+    op: Op,
+    exit: Exit,
+    /// Two such hold the instruction behind an op that needs all of it.
+    raw: [u64; 3],
+}
+
+/// Why control came back to the run loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Leave {
+    /// `regs.rip` is where to go on; nothing else has changed.
+    Lookup,
+    /// The instruction at `regs.rip` is to be done alone, without a block.
+    Step,
+    /// As `Lookup`, and this exit wants to be linked.
+    Link(*const Exit),
+    /// `exec.fault` is to be delivered; `regs.rip` is at the faulting instruction.
+    Fault,
+    /// State of the system may have changed.
+    Boundary,
+}
+
+/// Execution state that is not architectural.
+pub(crate) struct Exec {
+    /// CPL is 3.
+    pub(crate) user: bool,
+    /// Width of code.
+    pub(crate) mode: Mode,
+    /// Native thunks.
+    pub(crate) thunks: Thunks,
+    /// Decoded code.
+    cache: CodeCache,
+    /// The board, while `run` runs.
+    world: Option<*mut dyn World>,
+    /// Tables of the present privilege, while `run` runs.
+    tlb: *mut Tlb,
+    /// Base of the jump cache.
+    jumps: *mut Jump,
+    /// Keys of the jump cache for the lower and the upper half.
+    jump_keys: [u64; 2],
+    /// Base of CS outside 64-bit mode.
+    cs_base: u64,
+    /// Set when the running block may have been overwritten: leave it after the present instruction.
+    stale: bool,
+    /// Why the last block was left.
+    left: Leave,
+    /// The fault that goes with [`Leave::Fault`].
+    fault: Exception,
+    /// Fuel with which the block was entered.
+    slice: i64,
+    /// What was left of it.
+    fuel: i64,
+    /// Retired instructions when it was full.
+    base: u64,
+    /// Translation epoch that the jump cache knows.
+    epoch: u64,
+    /// Frames whose code was thrown away as a whole; their protection is lifted by the run loop.
+    forgotten: Vec<u64>,
+    /// What the CPU model lets through the decoder.
+    offered: decode::Offered,
+    /// Rolling hash of the register state.
+    trace: Option<run::Trace>,
+    /// Reused by the decoder.
+    builder: decode::Builder,
+}
+
+impl Exec {
+    pub(crate) fn new(model: &crate::cpuid::CpuModel) -> Self {
+        let mut cache = CodeCache::new();
+        Self {
+            user: false,
+            mode: Mode::Bits16,
+            thunks: Thunks::new(),
+            jumps: cache.jumps(),
+            cache,
+            world: None,
+            tlb: std::ptr::null_mut(),
+            jump_keys: [0; 2],
+            cs_base: 0,
+            stale: false,
+            left: Leave::Boundary,
+            fault: Exception::ud(),
+            slice: 0,
+            fuel: 0,
+            base: 0,
+            epoch: 0,
+            forgotten: Vec::new(),
+            offered: decode::Offered::new(model),
+            trace: None,
+            builder: decode::Builder::default(),
+        }
+    }
+    /// Host memory of decoded code and thunks.
+    pub(crate) fn bytes(&self) -> usize {
+        self.cache.bytes() + self.thunks.bytes()
+    }
+    /// Throws all decoded code away; the running block ends after its present instruction.
+    fn forget_all_code(&mut self) {
+        let pages = self.cache.clear();
+        self.forgotten.extend(pages);
+        self.stale = true;
+    }
+}
+
+/// The arithmetic flags of RFLAGS in the form that flows between handlers.
+#[inline(always)]
+pub(crate) fn unfold(rflags: u64) -> u64 {
+    ((rflags & 0xd5) << 8) | (rflags >> 11 & 1)
+}
+/// RFLAGS with its arithmetic flags replaced.
+#[inline(always)]
+pub(crate) fn fold(rflags: u64, flags: u64) -> u64 {
+    (rflags & !general::arith::ARITH) | (flags >> 8 & 0xd5) | ((flags & 1) << 11)
+}
+
+impl Cpu {
+    /// Reports a write to guest-physical memory that may hold decoded code.
+    pub(crate) fn code_written(&mut self, gpa: u64, len: usize) {
+        if let Some(page) = self.exec.cache.written(gpa, len) {
+            self.mmu.unprotect_code(page);
+            self.exec.stale = true;
+        }
+    }
+    /// Whether something wants the run loop's notice at the next instruction boundary.
+    pub(crate) fn wants_attention(&self) -> bool {
+        let raised = self.attention.peek();
+        raised & (Attention::STOP | Attention::DMA) != 0
+            || (raised & Attention::INTERRUPT != 0 && self.regs.rflags & general::arith::IF != 0)
+    }
+
+    /// Reads by the translation cache alone.
+    #[inline]
+    fn load_fast(&self, linear: u64, size: u32) -> Option<u64> {
+        let host = self.host_read_fast(linear, size)?;
+        // SAFETY: an entry exists only for mapped RAM, and the access ends within its page.
+        Some(unsafe {
+            match size {
+                1 => u64::from(host.read()),
+                2 => u64::from(host.cast::<u16>().read_unaligned()),
+                4 => u64::from(host.cast::<u32>().read_unaligned()),
+                _ => host.cast::<u64>().read_unaligned(),
+            }
+        })
+    }
+    /// Host address of `size` readable bytes within one cached page.
+    #[inline]
+    fn host_read_fast(&self, linear: u64, size: u32) -> Option<*mut u8> {
+        if (linear & 0xfff) + u64::from(size) > 0x1000 {
+            return None;
+        }
+        let entry = self.mmu.tlb[usize::from(self.exec.user)].lookup(Kind::Read, linear)?;
+        Some((linear as usize).wrapping_add(entry.addend) as *mut u8)
+    }
+    /// Writes by the translation cache alone; false if it cannot.
+    #[inline]
+    fn store_fast(&mut self, linear: u64, size: u32, value: u64) -> bool {
+        if (linear & 0xfff) + u64::from(size) > 0x1000 {
+            return false;
+        }
+        let Some(entry) = self.mmu.tlb[usize::from(self.exec.user)].lookup(Kind::Write, linear) else { return false };
+        let host = (linear as usize).wrapping_add(entry.addend) as *mut u8;
+        // SAFETY: an entry exists only for mapped, writable RAM, and the access ends within its page.
+        unsafe {
+            match size {
+                1 => host.write(value as u8),
+                2 => host.cast::<u16>().write_unaligned(value as u16),
+                4 => host.cast::<u32>().write_unaligned(value as u32),
+                _ => host.cast::<u64>().write_unaligned(value),
+            }
+        }
+        true
+    }
+    /// Takes over what CS, EFER and CPL say; to be called whenever they may have changed.
+    fn refresh_mode(&mut self) {
+        let cs = self.sys.segments[SegmentName::Cs as usize];
+        let long = self.long_mode_active();
+        self.exec.mode = if long && cs.attributes & (1 << 13) != 0 {
+            Mode::Bits64
+        } else if cs.attributes & (1 << 14) != 0 {
+            Mode::Bits32
+        } else {
+            Mode::Bits16
+        };
+        self.exec.cs_base = if self.exec.mode == Mode::Bits64 { 0 } else { cs.base };
+        self.exec.user = self.cpl() == 3;
+        self.exec.tlb = &raw mut self.mmu.tlb[usize::from(self.exec.user)];
+        if self.exec.epoch != self.mmu.epoch {
+            self.exec.epoch = self.mmu.epoch;
+            self.exec.cache.forget_jumps(0);
+            self.exec.cache.forget_jumps(1);
+        }
+        self.exec.jumps = self.exec.cache.jumps();
+        self.exec.jump_keys = self.exec.cache.jump_keys(self.exec.mode as u8, self.exec.user);
+    }
+}
