@@ -5,10 +5,11 @@
 use std::sync::Arc;
 
 use crate::cpuid::CpuModel;
+use crate::exec::Exec;
 use crate::ram::GuestRam;
 use crate::state::{Regs, Segment, SegmentName, StoredMsrs, System, Table};
 use crate::tlb::Mmu;
-use crate::world::{Attention, Stop, World};
+use crate::world::Attention;
 
 /// Where guest time comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,8 @@ pub struct Cpu {
     pub(crate) model: Arc<CpuModel>,
     pub(crate) attention: Attention,
     pub(crate) time: TimeMode,
-    retired: u64,
+    pub(crate) exec: Exec,
+    pub(crate) retired: u64,
     /// Deterministic mode: nanoseconds that passed while the processor was halted.
     idle_ns: u64,
 }
@@ -50,6 +52,7 @@ impl Cpu {
             halted: false,
             mmu: Mmu::new(ram.regions().iter().map(|region| (region.gpa(), region.len()))),
             ram,
+            exec: Exec::new(&model),
             model,
             attention,
             time,
@@ -73,19 +76,10 @@ impl Cpu {
     pub fn retired(&self) -> u64 {
         self.retired
     }
-    /// Runs until something stops it; `budget` bounds the instructions of this call, exactly.
-    pub fn run(&mut self, _world: &mut dyn World, budget: Option<u64>) -> Stop {
-        if budget == Some(0) {
-            return Stop::Budget;
-        }
-        Stop::Requested
-    }
     /// Host memory held by decoded code, in bytes.
     pub fn cache_bytes(&self) -> usize {
-        0
+        self.exec.bytes() + self.mmu.cache_bytes()
     }
-    /// Called after a write to a page of which code has been decoded: nothing is decoded ahead yet.
-    pub(crate) fn code_written(&mut self, _gpa: u64, _len: usize) {}
     /// Guest nanoseconds of the deterministic clock, or `None` when the board's clock rules.
     pub fn retired_ns(&self) -> Option<u64> {
         match self.time {

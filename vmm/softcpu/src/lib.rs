@@ -11,6 +11,7 @@
 pub mod cpu;
 pub mod cpuid;
 mod descriptor;
+mod exec;
 mod far;
 mod interrupt;
 mod kvmclock;

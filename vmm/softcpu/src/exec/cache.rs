@@ -186,14 +186,7 @@ impl CodeCache {
             }
             self.bury(page);
         }
-        let frame = Frame {
-            lines: 0,
-            hashes: [0; 64],
-            epoch: self.epoch,
-            host,
-            chunks: Vec::new(),
-            keys: Vec::new(),
-        };
+        let frame = Frame { lines: 0, hashes: [0; 64], epoch: self.epoch, host, chunks: Vec::new(), keys: Vec::new() };
         self.frames.insert(page, Box::new(frame));
         true
     }

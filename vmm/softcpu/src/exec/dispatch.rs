@@ -77,7 +77,7 @@ pub(crate) unsafe fn record_leave(cpu: *mut Cpu, why: Leave, fuel: i64, flags: u
 
 impl Cpu {
     /// Runs from an op on until something leaves; `exec.left`, `exec.fuel` and `regs` then say how things stand.
-    pub(super) fn enter(&mut self, op: *const Op, fuel: i64) {
+    pub(super) fn run_from(&mut self, op: *const Op, fuel: i64) {
         let flags = unfold(self.regs.rflags);
         let cpu: *mut Self = self;
         #[cfg(not(debug_assertions))]
@@ -90,9 +90,8 @@ impl Cpu {
             let mut next = Next { op, rest: u64::from(fuel as u32) | (flags << 32) };
             while !next.op.is_null() {
                 // SAFETY: as above; handlers return ops of live blocks.
-                next = unsafe {
-                    ((*next.op).handler)(cpu, next.op, i64::from(next.rest as u32 as i32), next.rest >> 32)
-                };
+                next =
+                    unsafe { ((*next.op).handler)(cpu, next.op, i64::from(next.rest as u32 as i32), next.rest >> 32) };
             }
         }
     }

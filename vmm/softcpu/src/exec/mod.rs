@@ -299,8 +299,8 @@ impl Cpu {
         self.exec.cs_base = if self.exec.mode == Mode::Bits64 { 0 } else { cs.base };
         self.exec.user = self.cpl() == 3;
         self.exec.tlb = &raw mut self.mmu.tlb[usize::from(self.exec.user)];
-        if self.exec.epoch != self.mmu.epoch {
-            self.exec.epoch = self.mmu.epoch;
+        if self.exec.epoch != self.mmu.exec_epoch {
+            self.exec.epoch = self.mmu.exec_epoch;
             self.exec.cache.forget_jumps(0);
             self.exec.cache.forget_jumps(1);
         }

@@ -144,7 +144,7 @@ impl Cpu {
             {
                 self.exec.cache.link(exit, op, gpa);
             }
-            self.enter(op, fuel);
+            self.run_from(op, fuel);
             fuel = self.exec.fuel;
             self.retired = self.exec.base.wrapping_add((slice - fuel) as u64);
             match self.exec.left {

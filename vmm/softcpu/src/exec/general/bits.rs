@@ -13,7 +13,8 @@ impl Cpu {
     /// Shifts and rotates.
     pub(super) fn shift(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
         let size = Self::operand_size(insn, 0);
-        let count = if insn.op1_kind() == OpKind::Register { self.regs.gpr[1] & 0xff } else { insn.immediate(1) & 0xff };
+        let count =
+            if insn.op1_kind() == OpKind::Register { self.regs.gpr[1] & 0xff } else { insn.immediate(1) & 0xff };
         let kind = match insn.mnemonic() {
             Mnemonic::Shl | Mnemonic::Sal => Shift::Shl,
             Mnemonic::Shr => Shift::Shr,
@@ -39,7 +40,8 @@ impl Cpu {
     pub(super) fn double_shift(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
         let size = Self::operand_size(insn, 0);
         let source = self.register(insn.op1_register());
-        let count = if insn.op2_kind() == OpKind::Register { self.regs.gpr[1] & 0xff } else { insn.immediate(2) & 0xff };
+        let count =
+            if insn.op2_kind() == OpKind::Register { self.regs.gpr[1] & 0xff } else { insn.immediate(2) & 0xff };
         let left = insn.mnemonic() == Mnemonic::Shld;
         let place = self.operand_place(insn, 0, size, true)?;
         let flags = self.regs.rflags;

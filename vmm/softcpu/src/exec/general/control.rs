@@ -13,7 +13,7 @@ use crate::world::World;
 
 impl Cpu {
     /// #GP(0) if a near branch may not go to `target`.
-    pub(crate) fn check_target(&self, target: u64) -> Result<(), Exception> {
+    pub(crate) fn check_branch(&self, target: u64) -> Result<(), Exception> {
         let good = if self.exec.mode == Mode::Bits64 {
             is_canonical(target)
         } else {
@@ -31,7 +31,7 @@ impl Cpu {
         insn.near_branch_target().wrapping_sub(insn.next_ip()).wrapping_add(self.regs.rip) & mask(size)
     }
     fn go(&mut self, target: u64) -> Done {
-        self.check_target(target)?;
+        self.check_branch(target)?;
         self.regs.rip = target;
         Ok(Flow::Jump)
     }
@@ -61,7 +61,7 @@ impl Cpu {
             return Ok(Flow::Boundary);
         }
         let target = self.branch_operand(world, insn)?;
-        self.check_target(target)?;
+        self.check_branch(target)?;
         let size = insn.stack_pointer_increment().unsigned_abs();
         self.push_value(world, size, self.regs.rip)?;
         self.regs.rip = target;
@@ -75,11 +75,7 @@ impl Cpu {
         }
     }
     /// Selector, offset and operand size of a far JMP or CALL.
-    fn far_operand(
-        &mut self,
-        world: &mut dyn World,
-        insn: &Instruction,
-    ) -> Result<Option<(u16, u64, u32)>, Exception> {
+    fn far_operand(&mut self, world: &mut dyn World, insn: &Instruction) -> Result<Option<(u16, u64, u32)>, Exception> {
         let size = match insn.code() {
             Code::Jmp_ptr1616 | Code::Call_ptr1616 => {
                 return Ok(Some((insn.far_branch_selector(), u64::from(insn.far_branch16()), 2)));
@@ -119,7 +115,7 @@ impl Cpu {
             _ => 8,
         };
         let target = self.peek_stack(world, 0, size)?;
-        self.check_target(target)?;
+        self.check_branch(target)?;
         self.add_to_sp(u64::from(size) + extra);
         self.regs.rip = target;
         Ok(Flow::Jump)
@@ -158,7 +154,7 @@ impl Cpu {
         };
         let target = self.near_target(insn);
         if taken {
-            self.check_target(target)?;
+            self.check_branch(target)?;
         }
         if counts {
             self.set_slot(counter, next);
@@ -177,8 +173,8 @@ impl Cpu {
         let Place::Mem { linear, stack } = place else { return Err(Exception::ud()) };
         let lower = self.load_value(world, linear, size, stack)?;
         let upper = self.load_value(world, linear.wrapping_add(u64::from(size)), size, stack)?;
-        let [lower, upper, index] = [lower, upper, self.register(insn.op0_register())]
-            .map(|value| arith::sign_extend(value, size) as i64);
+        let [lower, upper, index] =
+            [lower, upper, self.register(insn.op0_register())].map(|value| arith::sign_extend(value, size) as i64);
         if index < lower || index > upper { Err(Exception::plain(5)) } else { Ok(Flow::Next) }
     }
 

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::arith::{self, ARITH, AF, CF, OF, PF, SF, ZF, mask, sign_extend};
+use super::arith::{self, AF, ARITH, CF, OF, PF, SF, ZF, mask, sign_extend};
 use super::operand::{Place, Slot, segment_name, slot};
 use super::{Done, Flow};
 use crate::cpu::Cpu;
@@ -231,8 +231,11 @@ impl Cpu {
         let b = self.operand(world, insn, 0, size)?;
         let a = self.regs.gpr[0] & mask(size);
         let flags = self.regs.rflags;
-        let (low, high, flags) =
-            if insn.mnemonic() == Mnemonic::Mul { arith::mul(a, b, size, flags) } else { arith::imul(a, b, size, flags) };
+        let (low, high, flags) = if insn.mnemonic() == Mnemonic::Mul {
+            arith::mul(a, b, size, flags)
+        } else {
+            arith::imul(a, b, size, flags)
+        };
         self.set_pair(size, low, high);
         self.regs.rflags = flags;
         Ok(Flow::Next)

@@ -23,7 +23,7 @@ pub(crate) use operand::{Slot, segment_name, slot, stack_fault};
 pub(crate) use thunk::ThunkCall;
 
 use crate::cpu::Cpu;
-use crate::far::OperandSize;
+use crate::segment::OperandSize;
 use crate::state::Exception;
 use crate::world::World;
 
@@ -68,14 +68,54 @@ impl Cpu {
             M::Movbe => self.movbe(world, insn),
             M::Movnti => self.mov(world, insn),
             M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => self.widen(insn),
-            M::Seto | M::Setno | M::Setb | M::Setae | M::Sete | M::Setne | M::Setbe | M::Seta | M::Sets | M::Setns
-            | M::Setp | M::Setnp | M::Setl | M::Setge | M::Setle | M::Setg => self.setcc(world, insn),
-            M::Cmovo | M::Cmovno | M::Cmovb | M::Cmovae | M::Cmove | M::Cmovne | M::Cmovbe | M::Cmova | M::Cmovs
-            | M::Cmovns | M::Cmovp | M::Cmovnp | M::Cmovl | M::Cmovge | M::Cmovle | M::Cmovg => {
-                self.cmov(world, insn)
-            }
-            M::Jo | M::Jno | M::Jb | M::Jae | M::Je | M::Jne | M::Jbe | M::Ja | M::Js | M::Jns | M::Jp | M::Jnp
-            | M::Jl | M::Jge | M::Jle | M::Jg => self.jcc(insn),
+            M::Seto
+            | M::Setno
+            | M::Setb
+            | M::Setae
+            | M::Sete
+            | M::Setne
+            | M::Setbe
+            | M::Seta
+            | M::Sets
+            | M::Setns
+            | M::Setp
+            | M::Setnp
+            | M::Setl
+            | M::Setge
+            | M::Setle
+            | M::Setg => self.setcc(world, insn),
+            M::Cmovo
+            | M::Cmovno
+            | M::Cmovb
+            | M::Cmovae
+            | M::Cmove
+            | M::Cmovne
+            | M::Cmovbe
+            | M::Cmova
+            | M::Cmovs
+            | M::Cmovns
+            | M::Cmovp
+            | M::Cmovnp
+            | M::Cmovl
+            | M::Cmovge
+            | M::Cmovle
+            | M::Cmovg => self.cmov(world, insn),
+            M::Jo
+            | M::Jno
+            | M::Jb
+            | M::Jae
+            | M::Je
+            | M::Jne
+            | M::Jbe
+            | M::Ja
+            | M::Js
+            | M::Jns
+            | M::Jp
+            | M::Jnp
+            | M::Jl
+            | M::Jge
+            | M::Jle
+            | M::Jg => self.jcc(insn),
             M::Jmp => self.jmp(world, insn),
             M::Call => self.call(world, insn),
             M::Ret => self.ret(world, insn),
@@ -86,19 +126,50 @@ impl Cpu {
             M::Popa => self.popa(world, insn),
             M::Pushf => self.pushf(world, insn),
             M::Popf => self.popf_stack(world, insn),
-            M::Enter => self.enter(world, insn),
+            M::Enter => self.enter_frame(world, insn),
             M::Leave => self.leave(world, insn),
             M::Lahf | M::Sahf | M::Clc | M::Stc | M::Cmc | M::Cld | M::Std | M::Salc => self.flag_op(insn),
             M::Aaa | M::Aas | M::Aam | M::Aad | M::Daa | M::Das => self.decimal(insn),
             M::Xlatb => self.xlat(world, insn),
-            M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Lodsb | M::Lodsw
-            | M::Lodsd | M::Lodsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsq
-            | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd => self.string(world, insn),
+            M::Movsb
+            | M::Movsw
+            | M::Movsq
+            | M::Stosb
+            | M::Stosw
+            | M::Stosd
+            | M::Stosq
+            | M::Lodsb
+            | M::Lodsw
+            | M::Lodsd
+            | M::Lodsq
+            | M::Scasb
+            | M::Scasw
+            | M::Scasd
+            | M::Scasq
+            | M::Cmpsb
+            | M::Cmpsw
+            | M::Cmpsq
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd => self.string(world, insn),
             M::Movsd | M::Cmpsd if insn.is_string_instruction() => self.string(world, insn),
-            M::Nop | M::Pause | M::Endbr32 | M::Endbr64 | M::Rdsspd | M::Rdsspq | M::Reservednop | M::Prefetch
-            | M::Prefetchw | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchwt1 => {
-                Ok(Flow::Next)
-            }
+            M::Nop
+            | M::Pause
+            | M::Endbr32
+            | M::Endbr64
+            | M::Rdsspd
+            | M::Rdsspq
+            | M::Reservednop
+            | M::Prefetch
+            | M::Prefetchw
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchwt1 => Ok(Flow::Next),
             M::Mfence | M::Lfence | M::Sfence => {
                 std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
                 Ok(Flow::Next)

@@ -116,13 +116,7 @@ impl Cpu {
         (segment, offset & mask(size))
     }
     /// Linear address of `len` bytes at segment:offset, limit and type checked outside 64-bit mode.
-    pub(crate) fn linear(
-        &self,
-        segment: SegmentName,
-        offset: u64,
-        len: u32,
-        write: bool,
-    ) -> Result<u64, Exception> {
+    pub(crate) fn linear(&self, segment: SegmentName, offset: u64, len: u32, write: bool) -> Result<u64, Exception> {
         if self.exec.mode == Mode::Bits64 {
             let base = match segment {
                 SegmentName::Fs | SegmentName::Gs => self.sys.segments[segment as usize].base,

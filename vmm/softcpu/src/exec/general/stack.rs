@@ -104,7 +104,19 @@ impl Cpu {
     /// POPA and POPAD: the saved SP is skipped.
     pub(super) fn popa(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
         let (size, registers) = if insn.code() == Code::Popaw {
-            (2u32, [Register::DI, Register::SI, Register::BP, Register::SP, Register::BX, Register::DX, Register::CX, Register::AX])
+            (
+                2u32,
+                [
+                    Register::DI,
+                    Register::SI,
+                    Register::BP,
+                    Register::SP,
+                    Register::BX,
+                    Register::DX,
+                    Register::CX,
+                    Register::AX,
+                ],
+            )
         } else {
             (
                 4,
@@ -136,7 +148,10 @@ impl Cpu {
     /// PUSHF.
     pub(super) fn pushf(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
         let size = insn.stack_pointer_increment().unsigned_abs();
-        let value = self.pushf_value()?;
+        if self.regs.rflags & (1 << 17) != 0 && self.regs.rflags >> 12 & 3 != 3 {
+            return Err(Exception::gp(0));
+        }
+        let value = self.pushf_value();
         self.push_value(world, size, value)?;
         Ok(Flow::Next)
     }
@@ -150,7 +165,7 @@ impl Cpu {
     }
 
     /// ENTER.
-    pub(super) fn enter(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
+    pub(super) fn enter_frame(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
         let size = match insn.code() {
             Code::Enterw_imm16_imm8 => 2u32,
             Code::Enterd_imm16_imm8 => 4,

@@ -7,8 +7,8 @@ use super::operand::Place;
 use super::{Done, Flow};
 use crate::cpu::Cpu;
 use crate::exec::Mode;
-use crate::far::OperandSize;
 use crate::interrupt::SoftwareInterrupt;
+use crate::segment::OperandSize;
 use crate::state::{Exception, SegmentName, Table};
 use crate::world::World;
 
@@ -64,10 +64,7 @@ impl Cpu {
                 self.sysret(size).map(|()| Flow::Boundary)
             }
             M::Sysenter => self.sysenter().map(|()| Flow::Boundary),
-            M::Sysexit => {
-                let size = if insn.code() == Code::Sysexitq { OperandSize::Qword } else { OperandSize::Dword };
-                self.sysexit(size).map(|()| Flow::Boundary)
-            }
+            M::Sysexit => self.sysexit().map(|()| Flow::Boundary),
             M::Swapgs => self.swapgs().map(|()| Flow::Next),
             M::Iret => {
                 let size = match insn.code() {
@@ -107,11 +104,8 @@ impl Cpu {
                     Ok(value) => value as u16,
                     Err(fault) => return Some(Err(fault)),
                 };
-                let loaded = if insn.mnemonic() == M::Lldt {
-                    self.lldt(world, selector)
-                } else {
-                    self.ltr(world, selector)
-                };
+                let loaded =
+                    if insn.mnemonic() == M::Lldt { self.lldt(world, selector) } else { self.ltr(world, selector) };
                 loaded.map(|()| Flow::Boundary)
             }
             M::Sldt | M::Str => self.store_selector(world, insn),
@@ -207,17 +201,20 @@ impl Cpu {
             base &= 0xff_ffff;
         }
         let table = Table { base, limit };
-        if insn.mnemonic() == Mnemonic::Lgdt { self.lgdt(table)? } else { self.lidt(table)? }
+        if insn.mnemonic() == Mnemonic::Lgdt {
+            self.lgdt(table)?
+        } else {
+            self.lidt(table)?
+        }
         Ok(Flow::Boundary)
     }
 
     /// SLDT and STR: 16 bits to memory, zero-extended to a register.
     fn store_selector(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
-        if !self.protected_mode() {
+        if !self.has_selectors() {
             return Err(Exception::ud());
         }
-        let selector =
-            if insn.mnemonic() == Mnemonic::Sldt { self.sys.ldtr.selector } else { self.sys.tr.selector };
+        let selector = if insn.mnemonic() == Mnemonic::Sldt { self.sys.ldtr.selector } else { self.sys.tr.selector };
         let size = Self::operand_size(insn, 0);
         let place = self.operand_place(insn, 0, size, true)?;
         self.put_place(world, place, size, u64::from(selector))?;
@@ -225,7 +222,7 @@ impl Cpu {
     }
     fn load_machine_word(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
         let value = self.operand(world, insn, 0, 2)?;
-        self.lmsw(value)?;
+        self.lmsw(value as u16)?;
         Ok(Flow::Boundary)
     }
     fn store_machine_word(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
@@ -238,7 +235,7 @@ impl Cpu {
 
     /// LAR and LSL.
     fn descriptor_query(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
-        if !self.protected_mode() {
+        if !self.has_selectors() {
             return Err(Exception::ud());
         }
         let selector = self.operand(world, insn, 1, 2)? as u16;
@@ -255,18 +252,22 @@ impl Cpu {
     }
     /// VERR and VERW.
     fn descriptor_check(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
-        if !self.protected_mode() {
+        if !self.has_selectors() {
             return Err(Exception::ud());
         }
         let selector = self.operand(world, insn, 0, 2)? as u16;
         let good =
             if insn.mnemonic() == Mnemonic::Verr { self.verr(world, selector)? } else { self.verw(world, selector)? };
-        if good { self.regs.rflags |= ZF } else { self.regs.rflags &= !ZF }
+        if good {
+            self.regs.rflags |= ZF
+        } else {
+            self.regs.rflags &= !ZF
+        }
         Ok(Flow::Next)
     }
     /// ARPL.
     fn arpl(&mut self, world: &mut dyn World, insn: &Instruction) -> Done {
-        if !self.protected_mode() {
+        if !self.has_selectors() {
             return Err(Exception::ud());
         }
         let source = self.register(insn.op1_register()) & 3;
@@ -276,12 +277,15 @@ impl Cpu {
             lower = value & 3 < source;
             lower.then_some((value & !3) | source)
         })?;
-        if lower { self.regs.rflags |= ZF } else { self.regs.rflags &= !ZF }
+        if lower {
+            self.regs.rflags |= ZF
+        } else {
+            self.regs.rflags &= !ZF
+        }
         Ok(Flow::Next)
     }
     /// Protected mode and not virtual-8086 mode.
-    fn protected_mode(&self) -> bool {
-        self.sys.cr0 & 1 != 0 && self.regs.rflags & (1 << 17) == 0
+    fn has_selectors(&self) -> bool {
+        self.protected_mode() && self.regs.rflags & (1 << 17) == 0
     }
 }
-
