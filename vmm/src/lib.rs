@@ -4,6 +4,7 @@
 //! This crate is the only place where CPUs, tokio and processes meet.
 
 pub mod actor;
+pub mod backend;
 pub mod cpu;
 pub mod doorbell;
 pub mod irq;

@@ -1,0 +1,29 @@
+//! Device processes: how they are started, watched, judged and replaced.
+//!
+//! - [`BackendSpec`] says what to start; [`Spawner`] starts it, on the one thread that is the parent of all children,
+//!   and reports [`BackendEvent`]s: ready, progress, stalled, exited.
+//! - [`Watch`] is what the spawner knows of a child: a state machine over the words of its sidecar and the clock.
+//! - [`RestartPolicy`] decides what an exit leads to; the [`Supervisor`] actor feeds it with events and hands its
+//!   decisions to whoever can carry them out. The supervisor itself never calls a child, nor waits for one.
+//! - [`ImageHandle`] keeps hold of a disk image over all incarnations of its backend, without being able to lock it.
+
+mod event;
+mod image;
+mod launch;
+mod lines;
+mod policy;
+mod spawner;
+mod spec;
+mod supervisor;
+mod watch;
+
+pub use event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
+pub use image::{ImageAccess, ImageError, ImageHandle};
+pub use policy::{Decision, PolicyConfig, QuarantineReason, RestartPolicy};
+pub use spawner::{Child, Spawner};
+pub use spec::{BackendSpec, PassedFd, WatchLimits, beside_this_binary};
+pub use supervisor::{Recovery, Supervisor, SupervisorMail};
+pub use watch::Watch;
+
+#[cfg(test)]
+mod tests;

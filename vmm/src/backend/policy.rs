@@ -1,0 +1,382 @@
+//! What an exit leads to: a state machine over exits, progress and the clock.
+//!
+//! The first crash restarts at once; further ones without progress back off, up to a cap. Progress forgives everything.
+//! More than `intensity` crashes within `period` and without progress lead to quarantine, from which a reset of the guest
+//! or an operator leads back. A crash before the process was ready is judged apart: it is counted on its own, and a
+//! first incarnation that never gets ready is the operator's business, not that of a restart.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use atoll_protocol::Generation;
+use atoll_protocol::sidecar::GoodbyeReason;
+
+use super::event::{BackendExit, ExitCause};
+use crate::actor::Moment;
+
+/// How patient a policy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyConfig {
+    /// Delay before the second restart in a row; the first has none. It doubles from there.
+    pub backoff_first: Duration,
+    /// The longest delay.
+    pub backoff_max: Duration,
+    /// Crashes without progress, within the period, that are forgiven.
+    pub intensity: u32,
+    /// See `intensity`.
+    pub period: Duration,
+    /// Crashes in a row before ready that are forgiven.
+    pub start_failures_max: u32,
+}
+
+impl Default for PolicyConfig {
+    fn default() -> Self {
+        Self {
+            backoff_first: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(10),
+            intensity: 10,
+            period: Duration::from_mins(2),
+            start_failures_max: 5,
+        }
+    }
+}
+
+/// Why a device is given up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QuarantineReason {
+    /// It crashed this often without progress.
+    CrashLoop(u32),
+    /// Its successor did not get ready this often in a row.
+    StartFailures(u32),
+    /// It said that its configuration cannot work.
+    Config(String),
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Nothing: it is as it should be, or the news is of an earlier incarnation.
+    Nothing,
+    /// Start this incarnation now.
+    Start(Generation),
+    /// Call [`RestartPolicy::due`] at that moment.
+    Wait(Moment),
+    /// A stand-in takes the device.
+    Quarantine(QuarantineReason),
+    /// The first incarnation never got ready: the device cannot be had.
+    GiveUp,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    Starting,
+    Running,
+    Recovering { at: Moment },
+    Quarantined,
+    /// It ended because it was told to; nobody is waiting for it.
+    Ended,
+}
+
+/// The state of one device's process, as a restart sees it.
+#[derive(Debug)]
+pub struct RestartPolicy {
+    config: PolicyConfig,
+    generation: Generation,
+    phase: Phase,
+    /// Crashes without progress, oldest first.
+    crashes: VecDeque<Moment>,
+    start_failures: u32,
+    ever_ready: bool,
+}
+
+impl RestartPolicy {
+    /// A device whose first incarnation is being started.
+    #[must_use]
+    pub fn new(config: PolicyConfig) -> Self {
+        Self {
+            config,
+            generation: Generation::FIRST,
+            phase: Phase::Starting,
+            crashes: VecDeque::new(),
+            start_failures: 0,
+            ever_ready: false,
+        }
+    }
+
+    /// The present incarnation, or the one that is being started.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// Whether the stand-in has it.
+    #[must_use]
+    pub fn is_quarantined(&self) -> bool {
+        self.phase == Phase::Quarantined
+    }
+
+    /// Whether a process serves it.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.phase == Phase::Running
+    }
+
+    /// An incarnation is ready.
+    pub fn ready(&mut self, generation: Generation) {
+        if generation == self.generation && self.phase == Phase::Starting {
+            self.phase = Phase::Running;
+            self.ever_ready = true;
+            self.start_failures = 0;
+        }
+    }
+
+    /// An incarnation completed a request.
+    pub fn progress(&mut self, generation: Generation) {
+        if generation == self.generation && self.phase == Phase::Running {
+            self.crashes.clear();
+        }
+    }
+
+    /// An incarnation is gone.
+    pub fn exited(&mut self, generation: Generation, exit: &BackendExit, now: Moment) -> Decision {
+        let present = matches!(self.phase, Phase::Starting | Phase::Running);
+        if generation != self.generation || !present {
+            return Decision::Nothing;
+        }
+        match &exit.cause {
+            ExitCause::Asked | ExitCause::Goodbye(GoodbyeReason::Asked) => {
+                self.phase = Phase::Ended;
+                return Decision::Nothing;
+            }
+            ExitCause::Goodbye(GoodbyeReason::Config(reason)) if self.ever_ready => {
+                return self.quarantine(QuarantineReason::Config(reason.clone()));
+            }
+            _ => {}
+        }
+        if self.phase == Phase::Starting {
+            self.failed_to_start(now)
+        } else {
+            self.crashed(now)
+        }
+    }
+
+    /// An incarnation could not even be started.
+    pub fn not_started(&mut self, generation: Generation, now: Moment) -> Decision {
+        if generation != self.generation || self.phase != Phase::Starting {
+            return Decision::Nothing;
+        }
+        self.failed_to_start(now)
+    }
+
+    fn failed_to_start(&mut self, now: Moment) -> Decision {
+        if !self.ever_ready {
+            self.phase = Phase::Ended;
+            return Decision::GiveUp;
+        }
+        self.start_failures = self.start_failures.saturating_add(1);
+        if self.start_failures > self.config.start_failures_max {
+            return self.quarantine(QuarantineReason::StartFailures(self.start_failures));
+        }
+        // Never at once: what failed a moment ago fails again.
+        self.recover(now, self.backoff(self.start_failures))
+    }
+
+    fn crashed(&mut self, now: Moment) -> Decision {
+        self.crashes.push_back(now);
+        while self.crashes.front().is_some_and(|crash| now.since(*crash) >= self.config.period) {
+            self.crashes.pop_front();
+        }
+        let crashes = u32::try_from(self.crashes.len()).unwrap_or(u32::MAX);
+        if crashes > self.config.intensity {
+            return self.quarantine(QuarantineReason::CrashLoop(crashes));
+        }
+        let delay = if crashes <= 1 { Duration::ZERO } else { self.backoff(crashes - 1) };
+        self.recover(now, delay)
+    }
+
+    /// The delay before the `nth` restart that has one.
+    fn backoff(&self, nth: u32) -> Duration {
+        let doublings = nth.saturating_sub(1).min(31);
+        self.config.backoff_first.saturating_mul(1 << doublings).min(self.config.backoff_max)
+    }
+
+    fn recover(&mut self, now: Moment, delay: Duration) -> Decision {
+        self.generation = self.generation.next();
+        let at = now.after(delay);
+        self.phase = Phase::Recovering { at };
+        self.due(now)
+    }
+
+    fn quarantine(&mut self, reason: QuarantineReason) -> Decision {
+        self.phase = Phase::Quarantined;
+        Decision::Quarantine(reason)
+    }
+
+    /// A moment that [`Decision::Wait`] named has come, or may have.
+    pub fn due(&mut self, now: Moment) -> Decision {
+        match self.phase {
+            Phase::Recovering { at } if at <= now => {
+                self.phase = Phase::Starting;
+                Decision::Start(self.generation)
+            }
+            Phase::Recovering { at } => Decision::Wait(at),
+            _ => Decision::Nothing,
+        }
+    }
+
+    /// The guest was reset, or an operator asked for it: a device that was given up, or waits, starts afresh.
+    pub fn revive(&mut self) -> Decision {
+        match self.phase {
+            Phase::Quarantined => self.generation = self.generation.next(),
+            Phase::Recovering { .. } => {}
+            Phase::Starting | Phase::Running | Phase::Ended => return Decision::Nothing,
+        }
+        self.crashes.clear();
+        self.start_failures = 0;
+        self.phase = Phase::Starting;
+        Decision::Start(self.generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::event::ExitStatus;
+    use super::*;
+    use crate::actor::{Clock, ManualClock};
+
+    fn config() -> PolicyConfig {
+        PolicyConfig {
+            backoff_first: Duration::from_millis(100),
+            backoff_max: Duration::from_millis(300),
+            intensity: 5,
+            period: Duration::from_secs(60),
+            start_failures_max: 2,
+        }
+    }
+
+    fn exit(cause: ExitCause) -> BackendExit {
+        BackendExit {
+            name: "disk0".into(),
+            cause,
+            status: ExitStatus::Signal(9),
+            was_ready: true,
+            last_stderr: Vec::new(),
+        }
+    }
+
+    fn crash() -> BackendExit {
+        exit(ExitCause::Unknown)
+    }
+
+    struct Story {
+        clock: ManualClock,
+        policy: RestartPolicy,
+    }
+
+    impl Story {
+        fn running() -> Self {
+            let mut policy = RestartPolicy::new(config());
+            policy.ready(Generation::FIRST);
+            Self { clock: ManualClock::new(), policy }
+        }
+
+        /// Crashes the present incarnation; the delay after which its successor was started and became ready.
+        fn crash(&mut self) -> Result<Duration, Decision> {
+            let now = self.clock.now();
+            let generation = self.policy.generation();
+            let delay = match self.policy.exited(generation, &crash(), now) {
+                Decision::Start(_) => Duration::ZERO,
+                Decision::Wait(at) => {
+                    self.clock.advance(at.since(now) - Duration::from_nanos(1));
+                    assert_eq!(self.policy.due(self.clock.now()), Decision::Wait(at), "not a moment too early");
+                    self.clock.advance(Duration::from_nanos(1));
+                    assert_eq!(self.policy.due(self.clock.now()), Decision::Start(generation.next()));
+                    at.since(now)
+                }
+                other => return Err(other),
+            };
+            assert_eq!(self.policy.generation(), generation.next());
+            self.policy.ready(generation.next());
+            Ok(delay)
+        }
+    }
+
+    /// Crash after crash without a single completed request: at once, then slower and slower, then no more. A reset of
+    /// the guest leads back.
+    #[test]
+    fn crash_loop_backs_off_and_ends_in_quarantine() {
+        let mut story = Story::running();
+        let delays: Vec<_> = (0..5).map(|_| story.crash().expect("restarted").as_millis()).collect();
+        assert_eq!(delays, [0, 100, 200, 300, 300]);
+        assert_eq!(story.crash(), Err(Decision::Quarantine(QuarantineReason::CrashLoop(6))));
+        assert!(story.policy.is_quarantined());
+        assert_eq!(story.policy.due(story.clock.now()), Decision::Nothing);
+        assert_eq!(story.policy.revive(), Decision::Start(Generation(7)));
+        story.policy.ready(Generation(7));
+        assert_eq!(story.crash(), Ok(Duration::ZERO));
+    }
+
+    /// A backend that completes one request between two crashes is restarted at once, a thousand times: there is no
+    /// limit over a lifetime.
+    #[test]
+    fn progress_forgives_everything() {
+        let mut story = Story::running();
+        for _ in 0..1000 {
+            assert_eq!(story.crash(), Ok(Duration::ZERO));
+            story.policy.progress(story.policy.generation());
+        }
+        assert_eq!(story.policy.generation(), Generation(1001));
+    }
+
+    /// Rare crashes of an idle device are no loop: those longer ago than the period do not count.
+    #[test]
+    fn intensity_is_within_a_period() {
+        let mut story = Story::running();
+        for _ in 0..100 {
+            assert_eq!(story.crash(), Ok(Duration::ZERO));
+            story.clock.advance(config().period);
+        }
+    }
+
+    /// A successor that dies before it is ready is never started at once, counts on its own, and does not use up what
+    /// crashes may.
+    #[test]
+    fn start_failures_are_judged_apart() {
+        let mut story = Story::running();
+        story.crash().expect("restarted");
+        let now = story.clock.now();
+        assert!(matches!(story.policy.exited(Generation(2), &crash(), now), Decision::Wait(_)));
+        story.clock.advance(Duration::from_millis(100));
+        for (generation, delay) in [(3, 100), (4, 200)] {
+            let now = story.clock.now();
+            assert_eq!(story.policy.due(now), Decision::Start(Generation(generation)));
+            let failed = story.policy.not_started(Generation(generation), now);
+            assert_eq!(failed, Decision::Wait(now.after(Duration::from_millis(delay))), "generation {generation}");
+            story.clock.advance(Duration::from_millis(delay));
+        }
+        let now = story.clock.now();
+        assert_eq!(story.policy.due(now), Decision::Start(Generation(5)));
+        let failed = story.policy.not_started(Generation(5), now);
+        assert_eq!(failed, Decision::Quarantine(QuarantineReason::StartFailures(3)));
+    }
+
+    /// What must not lead to a restart: an exit that was asked for, news of an earlier incarnation, a configuration that
+    /// cannot work, and a device that could never be had.
+    #[test]
+    fn exits_that_are_no_crash() {
+        let now = Moment::default();
+        let mut story = Story::running();
+        story.crash().expect("restarted");
+        assert_eq!(story.policy.exited(Generation(1), &crash(), now), Decision::Nothing, "an old generation");
+        let config = exit(ExitCause::Goodbye(GoodbyeReason::Config("no such file".into())));
+        let expected = Decision::Quarantine(QuarantineReason::Config("no such file".into()));
+        assert_eq!(story.policy.exited(Generation(2), &config, now), expected);
+
+        let mut asked = Story::running();
+        assert_eq!(asked.policy.exited(Generation(1), &exit(ExitCause::Asked), now), Decision::Nothing);
+        assert_eq!(asked.policy.exited(Generation(1), &crash(), now), Decision::Nothing);
+
+        let mut never = RestartPolicy::new(PolicyConfig::default());
+        assert_eq!(never.exited(Generation(1), &crash(), now), Decision::GiveUp);
+    }
+}

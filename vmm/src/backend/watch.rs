@@ -1,0 +1,378 @@
+//! What the spawner knows of one child: a state machine over the words of its sidecar and the clock.
+
+use std::collections::BTreeMap;
+
+use atoll_protocol::sidecar::{
+    DeviceClass, GoodbyeReason, LogLevel, QueueProgress, SidecarFeatures, SidecarOrder, SidecarReport, TEXT_MAX,
+};
+use atoll_protocol::{Generation, PROTOCOL_VERSION, QueueIndex};
+
+use super::event::{EventKind, ExitCause};
+use super::spec::WatchLimits;
+use crate::actor::Moment;
+
+/// What the spawner is to do after a word or a deadline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WatchAction {
+    /// Tell the listener.
+    Event(EventKind),
+    /// Tell the child.
+    Order(SidecarOrder),
+    /// Write to the log.
+    Log(LogLevel, String),
+    /// End it; the cause goes into the report of its exit.
+    Kill(ExitCause),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Started; it has not said hello.
+    Silent,
+    /// It was told to start.
+    Preparing,
+    /// It serves.
+    Ready,
+    /// It said goodbye, or is being killed: only its exit matters now.
+    Leaving,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct QueueWatch {
+    completed: u64,
+    in_flight: u32,
+    /// Since when nothing was completed while something was in flight.
+    since: Moment,
+    told: bool,
+}
+
+/// The state of one child.
+#[derive(Debug)]
+pub struct Watch {
+    class: DeviceClass,
+    generation: Generation,
+    limits: WatchLimits,
+    phase: Phase,
+    features: SidecarFeatures,
+    /// When the present phase began, or the last report came.
+    since: Moment,
+    silence_told: bool,
+    queues: BTreeMap<QueueIndex, QueueWatch>,
+    goodbye: Option<GoodbyeReason>,
+    was_ready: bool,
+}
+
+/// More queues than any device has: a child that names more is wrong.
+const QUEUES_MAX: usize = 1024;
+
+impl Watch {
+    /// A child that was started at `now`.
+    #[must_use]
+    pub fn new(class: DeviceClass, generation: Generation, limits: WatchLimits, now: Moment) -> Self {
+        Self {
+            class,
+            generation,
+            limits,
+            phase: Phase::Silent,
+            features: SidecarFeatures::default(),
+            since: now,
+            silence_told: false,
+            queues: BTreeMap::new(),
+            goodbye: None,
+            was_ready: false,
+        }
+    }
+
+    /// Whether it has ever been ready.
+    #[must_use]
+    pub fn was_ready(&self) -> bool {
+        self.was_ready
+    }
+
+    /// What it said when it left, if it did.
+    #[must_use]
+    pub fn goodbye(&self) -> Option<&GoodbyeReason> {
+        self.goodbye.as_ref()
+    }
+
+    /// The spawner kills it, or its exit has been asked for: deadlines no longer count.
+    pub fn leaving(&mut self) {
+        self.phase = Phase::Leaving;
+    }
+
+    /// The VMM itself was not running for this long (stopped, or starved): nobody is late because of that.
+    pub fn postpone(&mut self, by: std::time::Duration) {
+        self.since = self.since.after(by);
+        for queue in self.queues.values_mut() {
+            queue.since = queue.since.after(by);
+        }
+    }
+
+    /// A word of the child.
+    pub fn hear(&mut self, report: SidecarReport, now: Moment) -> Vec<WatchAction> {
+        match (self.phase, report) {
+            (Phase::Leaving, SidecarReport::Goodbye { reason }) => {
+                self.goodbye.get_or_insert(reason);
+                Vec::new()
+            }
+            (_, SidecarReport::Log { text, .. }) if text.len() > TEXT_MAX => wrong("a log line is too long"),
+            (_, SidecarReport::Log { level, text }) => vec![WatchAction::Log(level, text)],
+            (Phase::Leaving, _) => Vec::new(),
+            (Phase::Silent, SidecarReport::Hello { version, class, features, .. }) => {
+                self.hello(version, class, features, now)
+            }
+            (_, SidecarReport::Goodbye { reason }) => {
+                self.goodbye = Some(reason);
+                self.phase = Phase::Leaving;
+                Vec::new()
+            }
+            (Phase::Preparing, SidecarReport::Ready { generation }) if generation == self.generation => {
+                self.phase = Phase::Ready;
+                self.was_ready = true;
+                self.since = now;
+                vec![WatchAction::Event(EventKind::Ready { features: self.features })]
+            }
+            (Phase::Ready, SidecarReport::Progress { queues }) => self.progress(queues, now),
+            (Phase::Ready, SidecarReport::Quiesced) => vec![WatchAction::Event(EventKind::Quiesced)],
+            (Phase::Preparing | Phase::Ready, SidecarReport::Pong { nonce }) => {
+                vec![WatchAction::Event(EventKind::Pong { nonce })]
+            }
+            (_, SidecarReport::Ready { .. }) => wrong("it said ready at the wrong time or for another generation"),
+            (_, SidecarReport::Hello { .. }) => wrong("it said hello twice"),
+            (Phase::Silent, _) => wrong("its first word was not hello"),
+            (Phase::Preparing, _) => wrong("it reported before it was ready"),
+        }
+    }
+
+    fn hello(
+        &mut self,
+        version: u16,
+        class: DeviceClass,
+        features: SidecarFeatures,
+        now: Moment,
+    ) -> Vec<WatchAction> {
+        if version != PROTOCOL_VERSION {
+            return wrong(&format!(
+                "it speaks version {version} of the protocol, this build {PROTOCOL_VERSION}: use binaries of one release"
+            ));
+        }
+        if class != self.class {
+            return wrong(&format!("it serves a {class} device where a {} device belongs", self.class));
+        }
+        self.features = features;
+        self.phase = Phase::Preparing;
+        self.since = now;
+        let progress_ms = u32::try_from(self.limits.progress.as_millis()).unwrap_or(u32::MAX);
+        vec![WatchAction::Order(SidecarOrder::Start { generation: self.generation, progress_ms })]
+    }
+
+    fn progress(&mut self, queues: Vec<QueueProgress>, now: Moment) -> Vec<WatchAction> {
+        self.since = now;
+        self.silence_told = false;
+        for QueueProgress { queue, completed, in_flight } in &queues {
+            if !self.queues.contains_key(queue) && self.queues.len() >= QUEUES_MAX {
+                return wrong("it reports more queues than a device can have");
+            }
+            let known = self.queues.entry(*queue).or_insert(QueueWatch {
+                completed: *completed,
+                in_flight: 0,
+                since: now,
+                told: false,
+            });
+            if *completed < known.completed {
+                return wrong("it took back completed requests");
+            }
+            if *completed > known.completed || known.in_flight == 0 {
+                known.since = now;
+                known.told = false;
+            }
+            known.completed = *completed;
+            known.in_flight = *in_flight;
+        }
+        vec![WatchAction::Event(EventKind::Progress { queues })]
+    }
+
+    /// Looks at the deadlines. Call it after everything that the child said has been heard.
+    pub fn check(&mut self, now: Moment) -> Vec<WatchAction> {
+        let waited = now.since(self.since);
+        match self.phase {
+            Phase::Leaving => Vec::new(),
+            Phase::Silent if waited >= self.limits.ready => {
+                vec![WatchAction::Kill(ExitCause::NeverHello(self.limits.ready))]
+            }
+            Phase::Preparing if waited >= self.limits.ready => {
+                vec![WatchAction::Kill(ExitCause::NeverReady(self.limits.ready))]
+            }
+            Phase::Silent | Phase::Preparing => Vec::new(),
+            Phase::Ready => {
+                let stall = self.limits.stall;
+                let silent = self.reports_progress() && waited >= stall && !self.silence_told;
+                self.silence_told |= silent;
+                let mut actions: Vec<_> = silent.then_some(stalled(None)).into_iter().collect();
+                for (index, queue) in &mut self.queues {
+                    if queue.in_flight > 0 && !queue.told && now.since(queue.since) >= stall {
+                        queue.told = true;
+                        actions.push(stalled(Some(*index)));
+                    }
+                }
+                actions
+            }
+        }
+    }
+
+    fn reports_progress(&self) -> bool {
+        self.features.contains(SidecarFeatures::PROGRESS) && !self.limits.progress.is_zero()
+    }
+
+    /// The next moment at which [`Self::check`] can have something to say.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Moment> {
+        match self.phase {
+            Phase::Leaving => None,
+            Phase::Silent | Phase::Preparing => Some(self.since.after(self.limits.ready)),
+            Phase::Ready => {
+                let silence = (self.reports_progress() && !self.silence_told).then_some(self.since);
+                let queues = self.queues.values().filter(|queue| queue.in_flight > 0 && !queue.told);
+                queues.map(|queue| queue.since).chain(silence).min().map(|since| since.after(self.limits.stall))
+            }
+        }
+    }
+}
+
+fn stalled(queue: Option<QueueIndex>) -> WatchAction {
+    WatchAction::Event(EventKind::Stalled { queue })
+}
+
+fn wrong(what: &str) -> Vec<WatchAction> {
+    vec![WatchAction::Kill(ExitCause::Wrong(what.to_owned()))]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use atoll_protocol::ProcessId;
+
+    use super::*;
+
+    fn at(ms: u64) -> Moment {
+        Moment::from_start(Duration::from_millis(ms))
+    }
+
+    fn limits() -> WatchLimits {
+        let ms = Duration::from_millis;
+        WatchLimits { ready: ms(100), progress: ms(10), stall: ms(50) }
+    }
+
+    fn hello() -> SidecarReport {
+        SidecarReport::Hello {
+            version: PROTOCOL_VERSION,
+            class: DeviceClass::Block,
+            pid: ProcessId(1),
+            features: SidecarFeatures::PROGRESS,
+        }
+    }
+
+    fn ready() -> SidecarReport {
+        SidecarReport::Ready { generation: Generation(4) }
+    }
+
+    fn progress(completed: u64, in_flight: u32) -> SidecarReport {
+        SidecarReport::Progress { queues: vec![QueueProgress { queue: QueueIndex(1), completed, in_flight }] }
+    }
+
+    fn watch() -> Watch {
+        Watch::new(DeviceClass::Block, Generation(4), limits(), at(0))
+    }
+
+    fn running() -> Watch {
+        let mut watch = watch();
+        let order = SidecarOrder::Start { generation: Generation(4), progress_ms: 10 };
+        assert_eq!(watch.hear(hello(), at(90)), [WatchAction::Order(order)]);
+        assert_eq!(watch.check(at(189)), [], "the deadline of ready counts from hello");
+        let features = SidecarFeatures::PROGRESS;
+        assert_eq!(watch.hear(ready(), at(189)), [WatchAction::Event(EventKind::Ready { features })]);
+        watch
+    }
+
+    /// Never hello, never ready: killed at the deadline, and the report says which.
+    #[test]
+    fn start_has_deadlines() {
+        let mut silent = watch();
+        assert_eq!(silent.next_deadline(), Some(at(100)));
+        assert_eq!(silent.check(at(99)), []);
+        assert_eq!(silent.check(at(100)), [WatchAction::Kill(ExitCause::NeverHello(limits().ready))]);
+        let mut preparing = watch();
+        preparing.hear(hello(), at(10));
+        assert_eq!(preparing.check(at(110)), [WatchAction::Kill(ExitCause::NeverReady(limits().ready))]);
+    }
+
+    /// One queue stands with a request in flight while reports go on: that queue is stalled, said once, until it moves.
+    /// Then no report comes at all: the process is stalled.
+    #[test]
+    fn stalls_are_per_queue_and_told_once() {
+        let mut watch = running();
+        for (now, completed, in_flight) in [(200, 5, 0), (210, 5, 3), (220, 5, 3), (250, 5, 4)] {
+            assert_eq!(watch.hear(progress(completed, in_flight), at(now)).len(), 1);
+            assert_eq!(watch.check(at(now)), []);
+        }
+        assert_eq!(watch.next_deadline(), Some(at(260)), "counted from when the first request was seen");
+        let told = [WatchAction::Event(EventKind::Stalled { queue: Some(QueueIndex(1)) })];
+        assert_eq!(watch.check(at(260)), told);
+        assert_eq!(watch.check(at(290)), []);
+        watch.hear(progress(6, 4), at(295));
+        assert_eq!(watch.check(at(344)), []);
+        let all = [WatchAction::Event(EventKind::Stalled { queue: None }), told[0].clone()];
+        assert_eq!(watch.check(at(345)), all);
+        assert_eq!(watch.check(at(500)), []);
+        assert_eq!(watch.next_deadline(), None);
+    }
+
+    /// The VMM was stopped for a minute: no child is late because of that.
+    #[test]
+    fn own_absence_is_not_counted() {
+        let mut watch = running();
+        watch.hear(progress(1, 1), at(200));
+        watch.postpone(Duration::from_mins(1));
+        assert_eq!(watch.check(at(60_230)), []);
+        assert_eq!(watch.check(at(60_250)).len(), 2);
+    }
+
+    /// Words that cannot be right, each in the state in which they cannot.
+    #[test]
+    fn wrong_words_kill() {
+        let other = SidecarReport::Ready { generation: Generation(3) };
+        let version = SidecarReport::Hello {
+            version: PROTOCOL_VERSION + 1,
+            class: DeviceClass::Block,
+            pid: ProcessId(1),
+            features: SidecarFeatures::default(),
+        };
+        let class = SidecarReport::Hello {
+            version: PROTOCOL_VERSION,
+            class: DeviceClass::Net,
+            pid: ProcessId(1),
+            features: SidecarFeatures::default(),
+        };
+        let long = SidecarReport::Log { level: LogLevel::Info, text: "x".repeat(TEXT_MAX + 1) };
+        let cases: [(&str, Vec<SidecarReport>); 9] = [
+            ("another version", vec![version]),
+            ("another class", vec![class]),
+            ("ready before hello", vec![ready()]),
+            ("progress before hello", vec![progress(1, 1)]),
+            ("hello twice", vec![hello(), hello()]),
+            ("progress before ready", vec![hello(), progress(1, 1)]),
+            ("another generation", vec![hello(), other]),
+            ("completed goes back", vec![hello(), ready(), progress(2, 0), progress(1, 0)]),
+            ("a long line", vec![hello(), long]),
+        ];
+        for (name, words) in cases {
+            let mut watch = watch();
+            let mut last = Vec::new();
+            for word in words {
+                assert!(!matches!(last.as_slice(), [WatchAction::Kill(_)]), "{name}: killed too early");
+                last = watch.hear(word, at(1));
+            }
+            assert!(matches!(last.as_slice(), [WatchAction::Kill(ExitCause::Wrong(_))]), "{name}: {last:?}");
+        }
+    }
+}
