@@ -113,10 +113,9 @@ impl fmt::Display for BackendExit {
             ExitCause::Goodbye(
                 GoodbyeReason::Config(reason) | GoodbyeReason::Resource(reason) | GoodbyeReason::Peer(reason),
             ) => return write!(f, "ended{when}: {reason}"),
-            ExitCause::NeverHello(waited) => write!(
-                f,
-                "said nothing within {waited:?} and was killed: is its binary a backend of this release?"
-            )?,
+            ExitCause::NeverHello(waited) => {
+                write!(f, "said nothing within {waited:?} and was killed: is its binary a backend of this release?")?
+            }
             ExitCause::NeverReady(waited) => {
                 write!(f, "was not ready within {waited:?} and was killed: look at its log")?;
             }

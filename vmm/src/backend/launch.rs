@@ -30,9 +30,8 @@ pub(super) struct Launched {
 pub(super) fn launch(spec: BackendSpec) -> Result<Launched, SpawnError> {
     let name = spec.name;
     let plumbing = |source: io::Error| SpawnError::Plumbing { name: name.clone(), source };
-    let (sidecar, childs_sidecar) =
-        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| plumbing(errno.into()))?;
+    let (sidecar, childs_sidecar) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+        .map_err(|errno| plumbing(errno.into()))?;
     let (output, childs_output) = io::pipe().map_err(plumbing)?;
     rustix::io::ioctl_fionbio(&output, true).map_err(|errno| plumbing(errno.into()))?;
     let childs_errors = childs_output.try_clone().map_err(plumbing)?;
@@ -43,11 +42,8 @@ pub(super) fn launch(spec: BackendSpec) -> Result<Launched, SpawnError> {
     let sidecar_flag = ("--sidecar-fd".to_owned(), childs_sidecar);
     for (flag, fd) in spec.fds.into_iter().map(|passed| (passed.flag, passed.fd)).chain([sidecar_flag]) {
         // Numbers below 3 are the child's standard streams.
-        let fd = if fd.as_raw_fd() < 3 {
-            fcntl_dupfd_cloexec(&fd, 3).map_err(|errno| plumbing(errno.into()))?
-        } else {
-            fd
-        };
+        let fd =
+            if fd.as_raw_fd() < 3 { fcntl_dupfd_cloexec(&fd, 3).map_err(|errno| plumbing(errno.into()))? } else { fd };
         command.arg(flag).arg(fd.as_raw_fd().to_string());
         kept.push(fd);
     }

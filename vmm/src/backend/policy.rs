@@ -71,7 +71,9 @@ pub enum Decision {
 enum Phase {
     Starting,
     Running,
-    Recovering { at: Moment },
+    Recovering {
+        at: Moment,
+    },
     Quarantined,
     /// It ended because it was told to; nobody is waiting for it.
     Ended,
@@ -153,11 +155,7 @@ impl RestartPolicy {
             }
             _ => {}
         }
-        if self.phase == Phase::Starting {
-            self.failed_to_start(now)
-        } else {
-            self.crashed(now)
-        }
+        if self.phase == Phase::Starting { self.failed_to_start(now) } else { self.crashed(now) }
     }
 
     /// An incarnation could not even be started.

@@ -127,8 +127,7 @@ impl Spawner {
     pub fn new(clock: Arc<dyn Clock>) -> std::io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (commands, orders) = sync_channel(64);
-        let nursery =
-            Nursery { clock, wake: Arc::clone(&wake), commands: orders, children: Vec::new(), ending: None };
+        let nursery = Nursery { clock, wake: Arc::clone(&wake), commands: orders, children: Vec::new(), ending: None };
         let thread = std::thread::Builder::new().name("spawner".into()).spawn(move || nursery.run())?;
         Ok(Self(Arc::new(Inner { commands, wake, thread: Mutex::new(Some(thread)) })))
     }
@@ -471,7 +470,9 @@ impl Ward {
             }
         });
         let cause = match (self.cause.take(), self.watch.goodbye()) {
-            (None | Some(ExitCause::Asked), Some(reason)) if *reason != atoll_protocol::sidecar::GoodbyeReason::Asked => {
+            (None | Some(ExitCause::Asked), Some(reason))
+                if *reason != atoll_protocol::sidecar::GoodbyeReason::Asked =>
+            {
                 ExitCause::Goodbye(reason.clone())
             }
             (Some(cause), _) => cause,
@@ -492,7 +493,8 @@ impl Ward {
 
     /// Bounded: newer progress replaces older, a stall is told once per queue, and the rest happens once.
     fn post(&mut self, event: EventKind) {
-        if let (EventKind::Progress { .. }, Some(last @ EventKind::Progress { .. })) = (&event, self.outbox.back_mut()) {
+        if let (EventKind::Progress { .. }, Some(last @ EventKind::Progress { .. })) = (&event, self.outbox.back_mut())
+        {
             *last = event;
             return;
         }

@@ -21,7 +21,8 @@ const PART: &str = "ATOLL_TEST_PART";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn spec(part: &str, generation: u64) -> BackendSpec {
-    let limits = WatchLimits { ready: PATIENCE, progress: Duration::from_millis(20), stall: Duration::from_millis(200) };
+    let limits =
+        WatchLimits { ready: PATIENCE, progress: Duration::from_millis(20), stall: Duration::from_millis(200) };
     BackendSpec {
         name: "disk0".into(),
         device: DeviceId(1),
@@ -167,10 +168,7 @@ fn failures_to_start_are_explained() {
     let (sink, _events) = mpsc::channel(64);
     let missing = BackendSpec { exe: "/nonexistent/atoll-blk".into(), ..spec("", 1) };
     let error = spawner.spawn(missing, sink.clone()).expect_err("there is none").to_string();
-    assert_eq!(
-        error,
-        "the backend of disk0 is missing: there is no /nonexistent/atoll-blk; install it beside atoll"
-    );
+    assert_eq!(error, "the backend of disk0 is missing: there is no /nonexistent/atoll-blk; install it beside atoll");
     let folder = BackendSpec { exe: "/".into(), ..spec("", 1) };
     let error = spawner.spawn(folder, sink).expect_err("not executable");
     assert!(matches!(error, SpawnError::Exec { .. }), "{error}");
@@ -381,12 +379,8 @@ fn supervisor_restarts_what_crashes() {
     let (supervisor, story) = Supervisor::start(&tree, runtime.handle(), clock);
     let mut story = story.subscribe();
     let diary = Arc::new(Mutex::new(Diary::default()));
-    let recovery = |part| Restart {
-        spawner: spawner.clone(),
-        sink: supervisor.clone(),
-        diary: Arc::clone(&diary),
-        part,
-    };
+    let recovery =
+        |part| Restart { spawner: spawner.clone(), sink: supervisor.clone(), diary: Arc::clone(&diary), part };
     let mut first = recovery("serves");
     let config = PolicyConfig { intensity: 2, ..PolicyConfig::default() };
     let adopt = SupervisorMail::Adopt { device: DeviceId(1), config, recovery: Box::new(recovery("serves")) };

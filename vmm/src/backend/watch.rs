@@ -143,13 +143,7 @@ impl Watch {
         }
     }
 
-    fn hello(
-        &mut self,
-        version: u16,
-        class: DeviceClass,
-        features: SidecarFeatures,
-        now: Moment,
-    ) -> Vec<WatchAction> {
+    fn hello(&mut self, version: u16, class: DeviceClass, features: SidecarFeatures, now: Moment) -> Vec<WatchAction> {
         if version != PROTOCOL_VERSION {
             return wrong(&format!(
                 "it speaks version {version} of the protocol, this build {PROTOCOL_VERSION}: use binaries of one release"
