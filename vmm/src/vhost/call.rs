@@ -1,7 +1,7 @@
 //! How a backend's interrupts reach the guest, queue by queue.
 //!
 //! With MSI-X a queue's call eventfd *is* its vector's eventfd ([`VectorTable`]), which the CPU's interrupt room turns
-//! into an interrupt: nothing of the VMM runs. [`Path::Interposed`] puts the relay between the two. A queue without a
+//! into an interrupt: nothing of the VMM runs. [`Path::Interposed`](crate::doorbell::Path) puts the relay between the two. A queue without a
 //! vector interrupts by the transport's status register and pin; that too goes through the relay's thread.
 
 use std::io;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::doorbell::{Interposer, Path, Relay, RelayedEvent, Verdict};
+use crate::doorbell::{Interposer, Relay, RelayedEvent, Verdict};
 use crate::irq::VectorTable;
 
 /// What the front end asks of the transport in front of it.
@@ -73,10 +73,6 @@ impl CallPath {
     pub(super) fn signal(&self) {
         // Fails only when the count is full, and then it is signalled.
         let _ = self.event().write(1);
-    }
-    /// The way that calls take now.
-    pub(super) fn path(&self) -> Path {
-        if self.relayed.is_some() { Path::Interposed } else { Path::Direct }
     }
     /// Calls that the relay has seen, while interposed.
     pub(super) fn count(&self) -> Option<u64> {

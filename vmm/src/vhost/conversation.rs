@@ -32,8 +32,10 @@ struct Progress {
 }
 
 /// The thread's end: what a unit of work talks through.
-pub struct Wire {
+pub(super) struct Wire {
     frontend: Frontend,
+    /// The same socket, for what the crate cannot say.
+    socket: UnixStream,
     progress: Arc<Mutex<Progress>>,
     protocol: Protocol,
 }
@@ -62,9 +64,21 @@ impl Wire {
         flags: VhostUserHeaderFlag,
         call: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, ConversationError> {
-        *lock(&self.progress) = Progress { step, since: Instant::now() };
+        self.enter(step);
         self.frontend.set_hdr_flags(flags);
         call(&mut self.frontend).map_err(|error| ConversationError::from_crate(step, error))
+    }
+    fn enter(&self, step: Step) {
+        *lock(&self.progress) = Progress { step, since: Instant::now() };
+    }
+    /// Takes a step on the bare socket.
+    pub(super) fn speak<T>(
+        &mut self,
+        step: Step,
+        call: impl FnOnce(&UnixStream) -> Result<T, ConversationError>,
+    ) -> Result<T, ConversationError> {
+        self.enter(step);
+        call(&self.socket)
     }
     /// Protocol features in force.
     pub(super) fn protocol(&self) -> Protocol {
@@ -80,7 +94,7 @@ impl Wire {
 }
 
 /// The waiting end.
-pub struct Conversation {
+pub(super) struct Conversation {
     units: Option<SyncSender<Unit>>,
     socket: UnixStream,
     progress: Arc<Mutex<Progress>>,
@@ -93,11 +107,12 @@ impl Conversation {
     ///
     /// # Errors
     /// If there is no thread or descriptor left.
-    pub fn new(name: &str, socket: UnixStream, step_limit: Duration) -> io::Result<Self> {
+    pub(super) fn new(name: &str, socket: UnixStream, step_limit: Duration) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let kept = socket.try_clone()?;
         let progress = Arc::new(Mutex::new(Progress { step: Step::Idle, since: Instant::now() }));
         let mut wire = Wire {
+            socket: socket.try_clone()?,
             frontend: Frontend::from_stream(socket, RINGS_MAX),
             progress: Arc::clone(&progress),
             protocol: Protocol::empty(),
@@ -112,7 +127,7 @@ impl Conversation {
     }
 
     /// The socket, to watch for a hang-up.
-    pub fn socket(&self) -> &UnixStream {
+    pub(super) fn socket(&self) -> &UnixStream {
         &self.socket
     }
 
@@ -121,7 +136,7 @@ impl Conversation {
     ///
     /// # Errors
     /// What the unit says, or [`ConversationError::Silent`] when a step was too slow.
-    pub fn perform<T: Send + 'static>(
+    pub(super) fn perform<T: Send + 'static>(
         &mut self,
         unit: impl FnOnce(&mut Wire) -> Result<T, ConversationError> + Send + 'static,
     ) -> Result<T, ConversationError> {
@@ -170,12 +185,12 @@ impl Conversation {
     }
 
     /// Gives the steps that follow another limit.
-    pub fn set_step_limit(&mut self, step_limit: Duration) {
+    pub(super) fn set_step_limit(&mut self, step_limit: Duration) {
         self.step_limit = step_limit;
     }
 
     /// Cuts the connection.
-    pub fn hang_up(&mut self) {
+    pub(super) fn hang_up(&mut self) {
         // It only fails when the socket is not connected any more.
         let _ = self.socket.shutdown(Shutdown::Both);
     }

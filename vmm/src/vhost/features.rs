@@ -29,7 +29,7 @@ pub fn offerable(backend: u64) -> u64 {
 
 /// Protocol features that this front end speaks. DEVICE_STATE, CONFIGURE_MEM_SLOTS and the back channel follow with the
 /// features that need them.
-pub fn spoken() -> Protocol {
+pub(super) fn spoken() -> Protocol {
     Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIG | Protocol::INFLIGHT_SHMFD
 }
 

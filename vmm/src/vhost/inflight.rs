@@ -22,20 +22,20 @@ const SLACK: u64 = 4096;
 
 /// A region for all queues of a device.
 #[derive(Debug)]
-pub struct InflightRegion {
+pub(super) struct InflightRegion {
     file: File,
     shape: Shape,
 }
 
 /// How large a region is; frozen once the first backend has said it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub(super) struct Shape {
     /// Bytes.
-    pub size: u64,
+    pub(super) size: u64,
     /// Queues.
-    pub queues: u16,
+    pub(super) queues: u16,
     /// Most descriptors of a queue.
-    pub queue_size: u16,
+    pub(super) queue_size: u16,
 }
 
 impl Shape {
@@ -70,13 +70,9 @@ impl InflightRegion {
     ///
     /// # Errors
     /// If the kernel cannot.
-    pub fn clear(&self) -> io::Result<()> {
+    pub(super) fn clear(&self) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(&self.file, flags, 0, self.shape.size)?)
-    }
-    /// Its size.
-    pub fn shape(&self) -> Shape {
-        self.shape
     }
     pub(super) fn message(&self) -> (VhostUserInflight, RawFd) {
         let Shape { size, queues, queue_size } = self.shape;

@@ -5,6 +5,7 @@
 
 mod backoff;
 mod call;
+mod config_space;
 mod conversation;
 mod device;
 mod error;
@@ -14,6 +15,9 @@ mod rings;
 mod session;
 mod source;
 mod worker;
+
+#[cfg(test)]
+mod tests;
 
 pub use call::Transport;
 pub use device::{

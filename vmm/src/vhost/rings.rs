@@ -10,16 +10,16 @@ const INDEX: u64 = 2;
 
 /// How far both sides of a ring are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingPosition {
+pub(super) struct RingPosition {
     /// Where the driver puts its next request.
-    pub available: u16,
+    pub(super) available: u16,
     /// Where the device puts its next completion.
-    pub used: u16,
+    pub(super) used: u16,
 }
 
 impl RingPosition {
     /// Reads it; `None` when the ring lies outside RAM.
-    pub fn read(memory: &GuestMemoryMmap, queue: &QueueConfig) -> Option<Self> {
+    pub(super) fn read(memory: &GuestMemoryMmap, queue: &QueueConfig) -> Option<Self> {
         let index = |ring: u64| {
             let address = GuestAddress(ring.checked_add(INDEX)?);
             memory.load::<u16>(address, Ordering::Acquire).ok().map(u16::from_le)
@@ -30,13 +30,13 @@ impl RingPosition {
         Some(Self { available, used })
     }
     /// Whether every request is completed.
-    pub fn is_idle(self) -> bool {
+    pub(super) fn is_idle(self) -> bool {
         self.available == self.used
     }
 }
 
 /// Whether all of a queue lies in RAM, so that a backend can reach it.
-pub fn in_ram(memory: &GuestMemoryMmap, queue: &QueueConfig) -> bool {
+pub(super) fn in_ram(memory: &GuestMemoryMmap, queue: &QueueConfig) -> bool {
     use vm_memory::GuestMemoryBackend;
     let size = usize::from(queue.size);
     [(queue.descriptor_table, 16 * size), (queue.available_ring, 6 + 2 * size), (queue.used_ring, 6 + 8 * size)]

@@ -7,6 +7,7 @@ use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures as Protocol
 use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::config_space;
 use super::conversation::Wire;
 use super::error::{ConversationError, Step};
 use super::features::{self, PROTOCOL_FEATURES, VERSION_1};
@@ -53,11 +54,7 @@ pub(super) fn handshake(wire: &mut Wire, config_len: u32) -> Result<Capabilities
         1
     };
     let config = if config_len > 0 {
-        let room = vec![0; usize::try_from(config_len).unwrap_or(0)];
-        let (_, config) = wire.ask(Step::GetConfig, |frontend| {
-            frontend.get_config(0, config_len, VhostUserConfigFlags::empty(), &room)
-        })?;
-        config
+        wire.speak(Step::GetConfig, |socket| config_space::read(socket, config_len))?
     } else {
         Vec::new()
     };
