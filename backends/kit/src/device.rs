@@ -1,0 +1,109 @@
+//! What a device process brings to the kit.
+
+use io_uring::squeue;
+use thiserror::Error;
+use vm_memory::GuestMemory;
+
+use crate::chain::Chain;
+use crate::uring::{Uring, UringError};
+use crate::worker::device_tag;
+
+/// How many queues a device has and how long they may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueLayout {
+    /// Queues, at least one.
+    pub queues: u16,
+    /// Most entries of one queue, a power of two.
+    pub size_max: u16,
+}
+
+/// A write to the configuration space that the device refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("the device has no writable configuration field at offset {offset}")]
+pub struct ConfigError {
+    /// Where the write went.
+    pub offset: u32,
+}
+
+/// The part of a device that its queues share. The conversation with the front end calls it.
+pub trait Device: Send + 'static {
+    /// Runs the device's queues, one value per queue thread.
+    type Queue: QueueHandler;
+
+    /// Queues of this device.
+    fn layout(&self) -> QueueLayout;
+
+    /// Device-specific feature bits; the kit adds those of the ring and of the transport.
+    fn features(&self) -> u64;
+
+    /// The driver has chosen `features` (SET_FEATURES). May come while queues run.
+    fn features_acked(&mut self, features: u64);
+
+    /// Fills `out` from the configuration space at `offset`; beyond its end there are zeroes.
+    fn read_config(&self, offset: u32, out: &mut [u8]);
+
+    /// The driver writes the configuration space.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), ConfigError>;
+
+    /// Back to the state of a device that no driver has touched.
+    fn reset(&mut self);
+
+    /// The handler of queue `index`; called once for each, before any front end.
+    fn queue(&mut self, index: u16) -> Self::Queue;
+}
+
+/// How far a request has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// It is finished; this many bytes of its writable part were written.
+    Done {
+        /// Bytes for the used ring.
+        written: u32,
+    },
+    /// An operation that was pushed to [`Io`] will continue it.
+    Pending,
+}
+
+/// The part of a device that handles the requests of one queue, on the thread of that queue.
+pub trait QueueHandler: Send + 'static {
+    /// io_uring opcodes that this handler pushes; the ring refuses all others.
+    fn opcodes(&self) -> &'static [u8];
+
+    /// A ring of `size` entries starts.
+    fn started(&mut self, size: u16);
+
+    /// The ring has stopped; nothing is in flight.
+    fn stopped(&mut self);
+
+    /// A request has come. Heads of requests in flight are distinct.
+    fn request<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress;
+
+    /// The operation that was pushed for `head` has ended with `result`, a negated errno on failure.
+    fn completion<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, head: u16, result: i32) -> Progress;
+}
+
+/// Where a handler puts operations for its ring.
+pub struct Io<'a> {
+    uring: &'a mut Uring,
+    outstanding: &'a mut u32,
+}
+
+impl<'a> Io<'a> {
+    pub(crate) fn new(uring: &'a mut Uring, outstanding: &'a mut u32) -> Self {
+        Self { uring, outstanding }
+    }
+
+    /// Queues one operation; its end comes back as [`QueueHandler::completion`] of `head`.
+    ///
+    /// # Safety
+    /// What the entry points to must stay valid until that call. Guest memory does: the kit keeps it mapped
+    /// while anything is in flight.
+    #[allow(unsafe_code, reason = "an entry carries raw pointers")]
+    pub unsafe fn push(&mut self, entry: squeue::Entry, head: u16) -> Result<(), UringError> {
+        let entry = entry.user_data(device_tag(head));
+        // SAFETY: promised by the caller.
+        unsafe { self.uring.push(&entry) }?;
+        *self.outstanding += 1;
+        Ok(())
+    }
+}

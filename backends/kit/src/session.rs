@@ -1,0 +1,488 @@
+//! The conversation with one front end: vhost-user requests turned into commands for the queue threads.
+//!
+//! One [`Conversation`] lives as long as the process and serves front ends one after another. Between them it is
+//! reset: all rings stopped, memory unmapped, the log forgotten.
+//!
+//! Offered: MQ, CONFIG, REPLY_ACK, INFLIGHT_SHMFD, LOG_SHMFD, CONFIGURE_MEM_SLOTS and RESET_DEVICE. Not offered,
+//! because the `vhost` crate delivers no such message: STATUS, IOTLB (and with it ACCESS_PLATFORM) and in-band
+//! notifications. A request that cannot be right is answered with a failure when the front end wants an answer, and
+//! ends the conversation.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    BackendReqHandler, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
+};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::device::Device;
+use crate::dirty::DirtyLog;
+use crate::inflight::{self, Region};
+use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
+use crate::ring::{RingConfig, RingError};
+use crate::worker::{Gate, RingStart, SpawnError, Worker, WorkerGone};
+
+/// Bytes of configuration space that a front end may read.
+pub const CONFIG_BYTES: u32 = 256;
+
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+const PROTOCOL: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// A request of the front end that is refused.
+#[derive(Debug, Error)]
+enum Refused {
+    #[error("there is no queue {0}")]
+    NoQueue(u32),
+    #[error("queue size {0} is no power of two from 1 to {1}")]
+    QueueSize(u32, u16),
+    #[error("queue {0} is started without addresses")]
+    NoAddresses(u16),
+    #[error("queue {0} is started without guest memory")]
+    NoMemory(u16),
+    #[error("queue {0} has no kick descriptor; polling instead of kicks is not supported")]
+    NoKick(u16),
+    #[error("the addresses of queue {0} change while it runs; stop it first (GET_VRING_BASE)")]
+    AddressesOfRunning(u16),
+    #[error("features {0:#x} were not offered")]
+    Features(u64),
+    #[error("the last memory region is removed while queues run")]
+    MemoryInUse,
+    #[error("an in-flight region for {queues} queues of {size} was asked for; the device has {have} of {size_max}")]
+    Inflight { queues: u16, size: u16, have: u16, size_max: u16 },
+    #[error(transparent)]
+    Memory(#[from] crate::memory::MemoryError),
+    #[error(transparent)]
+    Log(#[from] crate::dirty::DirtyLogError),
+    #[error(transparent)]
+    Region(#[from] inflight::InflightError),
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error(transparent)]
+    Worker(#[from] WorkerGone),
+    #[error(transparent)]
+    Config(#[from] crate::device::ConfigError),
+}
+
+impl From<Refused> for VhostError {
+    fn from(refused: Refused) -> Self {
+        tracing::warn!(error = %refused, "a request of the front end is refused");
+        Self::ReqHandlerError(io::Error::other(refused.to_string()))
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Addresses {
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    size: u16,
+    addresses: Option<Addresses>,
+    base: u16,
+    call: Option<File>,
+    enabled: bool,
+    running: bool,
+}
+
+/// The device, its queue threads, and what the present front end has said.
+pub struct Conversation<D: Device> {
+    device: D,
+    workers: Vec<Worker<GuestRam>>,
+    log: Arc<DirtyLog>,
+    table: MemoryTable,
+    queues: Vec<QueueState>,
+    inflight: Option<Arc<Region>>,
+    features: u64,
+}
+
+/// How a conversation ended.
+#[derive(Debug, Error)]
+pub enum EndOfTalk {
+    /// The front end hung up.
+    #[error("the front end hung up")]
+    HungUp,
+    /// It sent something that cannot be right, or was refused.
+    #[error("the conversation was ended: {0}")]
+    Failed(#[source] VhostError),
+}
+
+impl<D: Device> Conversation<D> {
+    /// Starts the queue threads of `device`. They take nothing before `gate` is open.
+    pub fn new(mut device: D, gate: &Arc<Gate>) -> Result<Self, SpawnError> {
+        let layout = device.layout();
+        let workers = (0..layout.queues)
+            .map(|index| Worker::spawn(index, device.queue(index), Arc::clone(gate)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let queues = (0..layout.queues).map(|_| QueueState::default()).collect();
+        Ok(Self {
+            device,
+            workers,
+            log: Arc::default(),
+            table: MemoryTable::default(),
+            queues,
+            inflight: None,
+            features: 0,
+        })
+    }
+
+    /// The queue threads.
+    pub fn workers(&self) -> &[Worker<GuestRam>] {
+        &self.workers
+    }
+
+    /// Stops all rings (draining them) and forgets the front end.
+    pub fn reset(&mut self) {
+        if let Err(e) = self.stop_all() {
+            tracing::error!(error = %e, "a queue did not stop");
+        }
+        self.queues = self.queues.iter().map(|_| QueueState::default()).collect();
+        self.table.clear();
+        self.log.clear();
+        self.inflight = None;
+        self.features = 0;
+        self.device.reset();
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | EVENT_IDX | INDIRECT | VERSION_1 | LOG_ALL | PROTOCOL
+    }
+
+    fn stop_all(&mut self) -> Result<(), WorkerGone> {
+        for (queue, worker) in self.queues.iter_mut().zip(&self.workers) {
+            if std::mem::take(&mut queue.running)
+                && let Some(base) = worker.stop()?
+            {
+                queue.base = base;
+            }
+        }
+        Ok(())
+    }
+
+    fn queue(&mut self, index: u32) -> Result<(&mut QueueState, &Worker<GuestRam>, u16), Refused> {
+        let position = index as usize;
+        match (self.queues.get_mut(position), self.workers.get(position)) {
+            (Some(queue), Some(worker)) => Ok((queue, worker, index as u16)),
+            _ => Err(Refused::NoQueue(index)),
+        }
+    }
+
+    fn start(&mut self, index: u16, kick: OwnedFd) -> Result<(), Refused> {
+        let features = self.features;
+        let mem = self.table.ram().cloned().ok_or(Refused::NoMemory(index))?;
+        let addresses =
+            self.queues.get(usize::from(index)).and_then(|q| q.addresses).ok_or(Refused::NoAddresses(index))?;
+        let desc = self.table.guest_address(addresses.desc)?;
+        let avail = self.table.guest_address(addresses.avail)?;
+        let used = self.table.guest_address(addresses.used)?;
+        let region = self.inflight.clone();
+        let (queue, worker, index) = self.queue(u32::from(index))?;
+        if std::mem::take(&mut queue.running)
+            && let Some(base) = worker.stop()?
+        {
+            queue.base = base;
+        }
+        let tracker = region.map(|region| region.tracker(index, queue.size)).transpose()?;
+        let config = RingConfig {
+            index,
+            size: queue.size,
+            desc,
+            avail,
+            used,
+            base: queue.base,
+            event_idx: features & EVENT_IDX != 0,
+            indirect: features & INDIRECT != 0,
+            tracker,
+        };
+        let call = queue.call.as_ref().map(event_fd).transpose();
+        let call = call.map_err(|e| RingError::Broken { index, reason: format!("call descriptor: {e}") })?;
+        worker.start(RingStart { mem, config, kick, call, enabled: queue.enabled })??;
+        queue.running = true;
+        Ok(())
+    }
+
+    fn memory_changed(&mut self) -> Result<(), Refused> {
+        for (queue, worker) in self.queues.iter().zip(&self.workers) {
+            if queue.running {
+                worker.set_memory(self.table.ram().cloned().ok_or(Refused::MemoryInUse)?)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A second descriptor of the same eventfd, as `vmm-sys-util` wants it.
+fn event_fd(file: &File) -> io::Result<EventFd> {
+    let fd = file.try_clone()?.into_raw_fd();
+    #[allow(unsafe_code, reason = "EventFd can only be made from a raw descriptor")]
+    // SAFETY: the descriptor was made on the line above and nobody else owns it.
+    Ok(unsafe { EventFd::from_raw_fd(fd) })
+}
+
+/// Serves one front end until it hangs up; the caller resets the conversation afterwards.
+pub fn serve<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, stream: UnixStream) -> EndOfTalk {
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(conversation));
+    loop {
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(VhostError::Disconnected | VhostError::SocketBroken(_)) => return EndOfTalk::HungUp,
+            Err(e) => return EndOfTalk::Failed(e),
+        }
+    }
+}
+
+/// The lock of a conversation, also after a panic of another thread: its state is checked on each use.
+pub fn lock<D: Device>(conversation: &Mutex<Conversation<D>>) -> MutexGuard<'_, Conversation<D>> {
+    conversation.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
+    fn set_owner(&mut self) -> VhostResult<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> VhostResult<()> {
+        Ok(self.stop_all().map_err(Refused::from)?)
+    }
+
+    fn reset_device(&mut self) -> VhostResult<()> {
+        self.stop_all().map_err(Refused::from)?;
+        for queue in &mut self.queues {
+            *queue = QueueState::default();
+        }
+        self.features = 0;
+        self.log.switch(false);
+        self.device.reset();
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> VhostResult<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> VhostResult<()> {
+        let foreign = features & !self.offered();
+        if foreign != 0 {
+            return Err(Refused::Features(foreign).into());
+        }
+        self.features = features;
+        self.log.switch(features & LOG_ALL != 0);
+        self.device.features_acked(features);
+        if features & PROTOCOL == 0 {
+            // Without the protocol's own features rings are enabled from the start.
+            for (queue, worker) in self.queues.iter_mut().zip(&self.workers) {
+                queue.enabled = true;
+                worker.set_enabled(true).map_err(Refused::from)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> VhostResult<Option<Vec<VhostUserMemoryRegionBase>>> {
+        self.table.replace(regions, files, &self.log).map_err(Refused::from)?;
+        self.memory_changed()?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> VhostResult<()> {
+        let size_max = self.device.layout().size_max;
+        let (queue, ..) = self.queue(index)?;
+        match u16::try_from(num) {
+            Ok(size) if size.is_power_of_two() && size <= size_max => {
+                queue.size = size;
+                Ok(())
+            }
+            _ => Err(Refused::QueueSize(num, size_max).into()),
+        }
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> VhostResult<()> {
+        // The used ring is logged at its own guest address, which is what `log` names.
+        let (queue, _, index) = self.queue(index)?;
+        let addresses = Addresses { desc: descriptor, avail: available, used };
+        if queue.running && queue.addresses != Some(addresses) {
+            return Err(Refused::AddressesOfRunning(index).into());
+        }
+        queue.addresses = Some(addresses);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> VhostResult<()> {
+        let (queue, ..) = self.queue(index)?;
+        queue.base = base as u16;
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        let (queue, worker, _) = self.queue(index)?;
+        if std::mem::take(&mut queue.running)
+            && let Some(base) = worker.stop().map_err(Refused::from)?
+        {
+            queue.base = base;
+        }
+        Ok(VhostUserVringState::new(index, u32::from(queue.base)))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        let (_, _, index) = self.queue(u32::from(index))?;
+        let kick = fd.ok_or(Refused::NoKick(index))?;
+        Ok(self.start(index, kick.into())?)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        let (queue, worker, index) = self.queue(u32::from(index))?;
+        queue.call = fd;
+        if queue.running {
+            let call = queue.call.as_ref().map(event_fd).transpose();
+            let call = call.map_err(|e| Refused::Ring(RingError::Broken { index, reason: e.to_string() }))?;
+            worker.set_call(call).map_err(Refused::from)?;
+        }
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> VhostResult<()> {
+        self.queue(u32::from(index))?;
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> VhostResult<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> VhostResult<()> {
+        // The `vhost` crate checks each message against them.
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> VhostResult<u64> {
+        Ok(self.workers.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> VhostResult<()> {
+        let (queue, worker, _) = self.queue(index)?;
+        queue.enabled = enable;
+        worker.set_enabled(enable).map_err(Refused::from)?;
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> VhostResult<Vec<u8>> {
+        if offset.checked_add(size).is_none_or(|end| end > CONFIG_BYTES) {
+            return Err(VhostError::InvalidParam);
+        }
+        let mut out = vec![0; size as usize];
+        self.device.read_config(offset, &mut out);
+        Ok(out)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> VhostResult<()> {
+        Ok(self.device.write_config(offset, buf).map_err(Refused::from)?)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> VhostResult<()> {
+        Err(VhostError::InvalidOperation("this device has no display"))
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> VhostResult<File> {
+        Err(VhostError::InvalidOperation("this device shares no objects"))
+    }
+
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> VhostResult<(VhostUserInflight, File)> {
+        let (queues, size) = (wanted.num_queues, wanted.queue_size);
+        let layout = self.device.layout();
+        if queues > layout.queues || size > layout.size_max {
+            let (have, size_max) = (layout.queues, layout.size_max);
+            return Err(Refused::Inflight { queues, size, have, size_max }.into());
+        }
+        let file = inflight::create(queues, size).map_err(Refused::from)?;
+        Ok((VhostUserInflight::new(inflight::region_bytes(queues, size), 0, queues, size), file))
+    }
+
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> VhostResult<()> {
+        let region =
+            Region::map(file, given.mmap_offset, given.mmap_size, given.num_queues, given.queue_size);
+        self.inflight = Some(region.map_err(Refused::from)?);
+        Ok(())
+    }
+
+    fn get_max_mem_slots(&mut self) -> VhostResult<u64> {
+        Ok(REGIONS_MAX as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> VhostResult<Option<VhostUserMemoryRegionBase>> {
+        self.table.add(region, fd, &self.log).map_err(Refused::from)?;
+        self.memory_changed()?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
+        let (gpa, size) = (region.guest_phys_addr, region.memory_size);
+        self.table.remove(gpa, size).map_err(Refused::from)?;
+        self.memory_changed()?;
+        Ok(())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> VhostResult<Option<File>> {
+        Err(VhostError::InvalidOperation("this device has no state beyond its rings"))
+    }
+
+    fn check_device_state(&mut self) -> VhostResult<()> {
+        Err(VhostError::InvalidOperation("this device has no state beyond its rings"))
+    }
+
+    fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {
+        Err(VhostError::InvalidOperation("this device has no shared memory regions"))
+    }
+
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
+        self.log.set_base(file, log.mmap_offset, log.mmap_size).map_err(Refused::from)?;
+        Ok(())
+    }
+}

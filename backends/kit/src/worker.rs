@@ -1,0 +1,580 @@
+//! The thread of one queue.
+//!
+//! It owns an io_uring, the device's [`QueueHandler`] and, while the ring runs, the [`Ring`]. It waits for
+//! everything in one place: kicks, commands of the conversation (a mailbox with an eventfd) and completions
+//! all arrive on the io_uring. Kick descriptors are watched with a multishot poll and never read: each write to
+//! an eventfd wakes the poll, so that a kick costs no system call beyond the wait itself.
+//!
+//! After work the thread spins for a short time before it asks for a kick and sleeps. The time adapts between
+//! 0 and [`SPIN_MAX`]: it grows when a sleep turned out to be short, and shrinks when it was long, so that an idle
+//! queue costs nothing. It never spins while I/O is in flight.
+//!
+//! A ring that turns out to be broken (an index out of bounds, a head twice) is not served further; its requests in
+//! flight are still completed, and the conversation learns of it when it stops the ring.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::EventfdFlags;
+use thiserror::Error;
+use vm_memory::GuestMemory;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::chain::Chain;
+use crate::device::{Io, Progress, QueueHandler};
+use crate::ring::{Ring, RingConfig, RingError, Taken};
+use crate::uring::{Completion, Uring, UringError};
+
+/// Longest spin before a sleep.
+pub const SPIN_MAX: Duration = Duration::from_micros(50);
+const SPIN_MIN: Duration = Duration::from_micros(10);
+
+/// Operations that are submitted without waiting for the end of the batch.
+const SUBMIT_AT: u32 = 16;
+
+const TAG_SHIFT: u32 = 56;
+const TAG_DEVICE: u64 = 1;
+const TAG_KICK: u64 = 2;
+const TAG_MAILBOX: u64 = 3;
+const TAG_REMOVED: u64 = 4;
+
+/// The `user_data` of an operation for request `head`.
+pub(crate) fn device_tag(head: u16) -> u64 {
+    TAG_DEVICE << TAG_SHIFT | u64::from(head)
+}
+
+/// What a queue has done so far; the supervisor is told of it.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// Requests taken.
+    pub taken: AtomicU64,
+    /// Requests completed.
+    pub completed: AtomicU64,
+}
+
+/// A queue thread is gone.
+#[derive(Debug, Error)]
+#[error("the thread of queue {0} has ended")]
+pub struct WorkerGone(pub u16);
+
+/// Everything that a ring needs to run.
+#[derive(Debug)]
+pub struct RingStart<M> {
+    /// Guest memory.
+    pub mem: Arc<M>,
+    /// Addresses and indices.
+    pub config: RingConfig,
+    /// Wakes the queue.
+    pub kick: OwnedFd,
+    /// Interrupts the guest.
+    pub call: Option<EventFd>,
+    /// Whether requests may be taken at once.
+    pub enabled: bool,
+}
+
+enum Command<M> {
+    Start(Box<RingStart<M>>, SyncSender<Result<(), RingError>>),
+    Stop(SyncSender<Option<u16>>),
+    Memory(Arc<M>, SyncSender<()>),
+    Call(Option<EventFd>, SyncSender<()>),
+    Enable(bool, SyncSender<()>),
+    Quit,
+}
+
+struct Mailbox<M> {
+    commands: Mutex<VecDeque<Command<M>>>,
+    pending: AtomicBool,
+    wake: OwnedFd,
+}
+
+/// The conversation's handle of one queue thread. Each call returns when the thread has done it.
+pub struct Worker<M> {
+    index: u16,
+    mailbox: Arc<Mailbox<M>>,
+    counters: Arc<QueueCounters>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// Why a queue thread could not be started.
+#[derive(Debug, Error)]
+pub enum SpawnError {
+    /// No thread or eventfd.
+    #[error("cannot start the thread of queue {index}: {reason}")]
+    Thread {
+        /// The queue.
+        index: u16,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// No ring.
+    #[error("queue {index}: {source}")]
+    Uring {
+        /// The queue.
+        index: u16,
+        /// What went wrong.
+        #[source]
+        source: UringError,
+    },
+}
+
+impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
+    /// Starts the thread and waits until its ring is restricted and enabled. `gate` keeps requests from being taken
+    /// until it is opened (the predecessor's fence).
+    pub fn spawn<H: QueueHandler>(index: u16, handler: H, gate: Arc<Gate>) -> Result<Self, SpawnError> {
+        let failed = |reason: String| SpawnError::Thread { index, reason };
+        let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|e| failed(e.to_string()))?;
+        let mailbox =
+            Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
+        let counters = Arc::new(QueueCounters::default());
+        let (ready, is_ready) = sync_channel(1);
+        let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&counters));
+        let thread = std::thread::Builder::new()
+            .name(format!("queue{index}"))
+            .stack_size(256 << 10)
+            .spawn(move || {
+                let opened = Uring::new(256, handler.opcodes()).and_then(|mut uring| {
+                    uring.watch(inbox.wake.as_fd(), TAG_MAILBOX << TAG_SHIFT)?;
+                    Ok(uring)
+                });
+                let uring = match opened {
+                    Ok(uring) => uring,
+                    Err(e) => {
+                        let _ = ready.send(Err(e));
+                        return;
+                    }
+                };
+                let _ = ready.send(Ok(()));
+                let mut thread = QueueThread::new(index, uring, handler, inbox, counts, gate);
+                if let Err(e) = thread.run() {
+                    // Without its ring the thread can neither finish nor hand over what is in flight. The
+                    // record in the in-flight region is what a successor needs.
+                    tracing::error!(queue = index, error = %e, "the queue thread cannot go on");
+                    std::process::exit(crate::EXIT_QUEUE_FAILED);
+                }
+            })
+            .map_err(|e| failed(e.to_string()))?;
+        match is_ready.recv() {
+            Ok(Ok(())) => Ok(Self { index, mailbox, counters, thread: Some(thread) }),
+            Ok(Err(source)) => Err(SpawnError::Uring { index, source }),
+            Err(_) => Err(failed("it ended at once".to_owned())),
+        }
+    }
+
+    /// What the queue has done.
+    pub fn counters(&self) -> &Arc<QueueCounters> {
+        &self.counters
+    }
+
+    /// Wakes the thread, so that it looks at its gate again.
+    pub fn wake(&self) {
+        let _ = rustix::io::write(&self.mailbox.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn send(&self, command: Command<M>) {
+        self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(command);
+        self.mailbox.pending.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    fn ask<T>(&self, command: Command<M>, answer: &Receiver<T>) -> Result<T, WorkerGone> {
+        self.send(command);
+        answer.recv().map_err(|_| WorkerGone(self.index))
+    }
+
+    /// Starts the ring.
+    pub fn start(&self, start: RingStart<M>) -> Result<Result<(), RingError>, WorkerGone> {
+        let (reply, answer) = sync_channel(1);
+        self.ask(Command::Start(Box::new(start), reply), &answer)
+    }
+
+    /// Stops the ring once nothing is in flight; says where its next owner goes on, none when it did not run.
+    pub fn stop(&self) -> Result<Option<u16>, WorkerGone> {
+        let (reply, answer) = sync_channel(1);
+        self.ask(Command::Stop(reply), &answer)
+    }
+
+    /// Exchanges guest memory, once nothing is in flight.
+    pub fn set_memory(&self, mem: Arc<M>) -> Result<(), WorkerGone> {
+        let (reply, answer) = sync_channel(1);
+        self.ask(Command::Memory(mem, reply), &answer)
+    }
+
+    /// Exchanges the descriptor that interrupts the guest.
+    pub fn set_call(&self, call: Option<EventFd>) -> Result<(), WorkerGone> {
+        let (reply, answer) = sync_channel(1);
+        self.ask(Command::Call(call, reply), &answer)
+    }
+
+    /// Lets requests be taken, or keeps them waiting.
+    pub fn set_enabled(&self, enabled: bool) -> Result<(), WorkerGone> {
+        let (reply, answer) = sync_channel(1);
+        self.ask(Command::Enable(enabled, reply), &answer)
+    }
+}
+
+impl<M> Drop for Worker<M> {
+    fn drop(&mut self) {
+        self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(Command::Quit);
+        self.mailbox.pending.store(true, Ordering::Release);
+        let _ = rustix::io::write(&self.mailbox.wake, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Keeps all queues from taking requests until the fence of a predecessor has fallen.
+#[derive(Debug, Default)]
+pub struct Gate {
+    open: AtomicBool,
+}
+
+impl Gate {
+    /// A gate that is open already.
+    pub fn opened() -> Arc<Self> {
+        Arc::new(Self { open: AtomicBool::new(true) })
+    }
+
+    /// Opens it; the queue threads must be woken.
+    pub fn open(&self) {
+        self.open.store(true, Ordering::Release);
+    }
+
+    /// True when requests may be taken.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Acquire)
+    }
+}
+
+struct Running<M> {
+    mem: Arc<M>,
+    ring: Ring,
+    kick: OwnedFd,
+    enabled: bool,
+    broken: bool,
+}
+
+struct QueueThread<H, M> {
+    index: u16,
+    uring: Uring,
+    handler: H,
+    mailbox: Arc<Mailbox<M>>,
+    counters: Arc<QueueCounters>,
+    gate: Arc<Gate>,
+    running: Option<Running<M>>,
+    kick_epoch: u64,
+    outstanding: u32,
+    completions: Vec<Completion>,
+    chain: Chain,
+    spin: Spin,
+    malformed: u64,
+}
+
+#[derive(Debug, Default)]
+struct Spin {
+    budget: Duration,
+    since: Option<Instant>,
+}
+
+impl Spin {
+    /// A sleep of `slept` followed a spin of the present budget.
+    fn adapt(&mut self, slept: Duration) {
+        if self.budget + slept <= SPIN_MAX {
+            self.budget = (self.budget * 2).clamp(SPIN_MIN, SPIN_MAX);
+        } else if slept > SPIN_MAX {
+            self.budget = if self.budget > SPIN_MIN { self.budget / 2 } else { Duration::ZERO };
+        }
+    }
+}
+
+impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
+    fn new(
+        index: u16,
+        uring: Uring,
+        handler: H,
+        mailbox: Arc<Mailbox<M>>,
+        counters: Arc<QueueCounters>,
+        gate: Arc<Gate>,
+    ) -> Self {
+        Self {
+            index,
+            uring,
+            handler,
+            mailbox,
+            counters,
+            gate,
+            running: None,
+            kick_epoch: 0,
+            outstanding: 0,
+            completions: Vec::with_capacity(512),
+            chain: Chain::default(),
+            spin: Spin::default(),
+            malformed: 0,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), UringError> {
+        loop {
+            if self.mailbox.pending.swap(false, Ordering::AcqRel) && !self.obey()? {
+                return Ok(());
+            }
+            if self.step()? {
+                self.spin.since = None;
+                continue;
+            }
+            self.idle()?;
+        }
+    }
+
+    /// Completes, takes and submits what there is; true when there was anything.
+    fn step(&mut self) -> Result<bool, UringError> {
+        if self.uring.deliverable() {
+            self.uring.submit()?;
+        }
+        let completed = self.finish()?;
+        let taken = self.take()?;
+        if completed || taken {
+            self.announce();
+            // A few operations wait for the sleep, which submits them in the same system call.
+            if self.uring.queued() >= SUBMIT_AT {
+                self.uring.submit()?;
+            }
+        }
+        Ok(completed || taken)
+    }
+
+    /// Handles completions that have been delivered.
+    fn finish(&mut self) -> Result<bool, UringError> {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.uring.reap(&mut completions);
+        let mut worked = false;
+        for completion in &completions {
+            let value = completion.user_data & ((1 << TAG_SHIFT) - 1);
+            match completion.user_data >> TAG_SHIFT {
+                TAG_DEVICE => {
+                    self.outstanding = self.outstanding.saturating_sub(1);
+                    self.device_completion(value as u16, completion.result);
+                    worked = true;
+                }
+                TAG_KICK if !completion.more && value == self.kick_epoch => self.watch_kick()?,
+                TAG_MAILBOX if !completion.more => {
+                    self.uring.watch(self.mailbox.wake.as_fd(), TAG_MAILBOX << TAG_SHIFT)?;
+                }
+                _ => {}
+            }
+        }
+        completions.clear();
+        self.completions = completions;
+        Ok(worked)
+    }
+
+    fn device_completion(&mut self, head: u16, result: i32) {
+        let Some(running) = &mut self.running else { return };
+        let mut io = Io::new(&mut self.uring, &mut self.outstanding);
+        let progress = self.handler.completion(&mut io, &*running.mem, head, result);
+        if let Progress::Done { written } = progress {
+            self.counters.completed.fetch_add(1, Ordering::Relaxed);
+            let ended = running.ring.complete(&*running.mem, head, written);
+            self.check(ended);
+        }
+    }
+
+    /// Takes what the guest has made available, at most one ring full at a time.
+    fn take(&mut self) -> Result<bool, UringError> {
+        let Some(running) = &mut self.running else { return Ok(false) };
+        if !running.enabled || running.broken || !self.gate.is_open() {
+            return Ok(false);
+        }
+        let mut count = 0_u16;
+        let mut failed = Ok(());
+        while count < running.ring.size() {
+            match running.ring.take(&*running.mem, &mut self.chain) {
+                Ok(Taken::Empty) => break,
+                Ok(Taken::Request) => {
+                    if count == 0 {
+                        failed = running.ring.disarm(&*running.mem);
+                    }
+                    self.counters.taken.fetch_add(1, Ordering::Relaxed);
+                    let mut io = Io::new(&mut self.uring, &mut self.outstanding);
+                    if let Progress::Done { written } = self.handler.request(&mut io, &*running.mem, &self.chain) {
+                        self.counters.completed.fetch_add(1, Ordering::Relaxed);
+                        if let Err(e) = running.ring.complete(&*running.mem, self.chain.head(), written) {
+                            failed = Err(e);
+                            break;
+                        }
+                    }
+                }
+                Ok(Taken::Malformed(e)) => {
+                    self.malformed += 1;
+                    // The guest decides how often this happens: say it at each power of two.
+                    if self.malformed.is_power_of_two() {
+                        tracing::warn!(queue = self.index, count = self.malformed, error = %e, "malformed request");
+                    }
+                }
+                Err(e) => {
+                    failed = Err(e);
+                    break;
+                }
+            }
+            count += 1;
+        }
+        self.check(failed);
+        Ok(count > 0)
+    }
+
+    /// A ring error stops the ring, not the process.
+    fn check(&mut self, result: Result<(), RingError>) {
+        if let (Err(e), Some(running)) = (result, &mut self.running)
+            && !running.broken
+        {
+            running.broken = true;
+            tracing::warn!(queue = self.index, error = %e, "the ring is broken and is not served until it is reset");
+        }
+    }
+
+    fn announce(&mut self) {
+        if let Some(running) = &mut self.running {
+            let told = running.ring.notify(&*running.mem);
+            self.check(told);
+        }
+    }
+
+    /// Nothing to do: spin a little, then ask for a kick and sleep.
+    fn idle(&mut self) -> Result<(), UringError> {
+        let open = self.gate.is_open();
+        if let Some(running) = &mut self.running
+            && running.enabled
+            && !running.broken
+            && open
+        {
+            if self.outstanding == 0 && self.spin.budget > Duration::ZERO {
+                let since = *self.spin.since.get_or_insert_with(Instant::now);
+                while since.elapsed() < self.spin.budget {
+                    for _ in 0..8 {
+                        if running.ring.waiting(&*running.mem) {
+                            return Ok(());
+                        }
+                        std::hint::spin_loop();
+                    }
+                    if self.mailbox.pending.load(Ordering::Acquire) {
+                        return Ok(());
+                    }
+                }
+            }
+            self.spin.since = None;
+            let armed = running.ring.arm(&*running.mem);
+            match armed {
+                Ok(false) => {}
+                Ok(true) => return Ok(()),
+                Err(e) => self.check(Err(e)),
+            }
+        }
+        let idle = self.outstanding == 0;
+        let before = Instant::now();
+        self.uring.submit_and_wait()?;
+        if idle {
+            self.spin.adapt(before.elapsed());
+        }
+        Ok(())
+    }
+
+    fn watch_kick(&mut self) -> Result<(), UringError> {
+        let tag = TAG_KICK << TAG_SHIFT | self.kick_epoch;
+        match &self.running {
+            Some(running) => self.uring.watch(running.kick.as_fd(), tag),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until nothing is in flight, taking nothing new.
+    fn drain(&mut self) -> Result<(), UringError> {
+        while self.outstanding > 0 {
+            self.uring.submit_and_wait()?;
+            self.finish()?;
+        }
+        self.announce();
+        Ok(())
+    }
+
+    /// Does what the conversation wants; false when the thread shall end.
+    fn obey(&mut self) -> Result<bool, UringError> {
+        // Take the eventfd's count, so that the level-triggered poll does not fire again by itself.
+        let _ = rustix::io::read(&self.mailbox.wake, &mut [0_u8; 8]);
+        loop {
+            let command = self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            match command {
+                None => return Ok(true),
+                Some(Command::Quit) => {
+                    self.stop()?;
+                    return Ok(false);
+                }
+                Some(Command::Start(start, reply)) => {
+                    let started = self.start(*start)?;
+                    let _ = reply.send(started);
+                }
+                Some(Command::Stop(reply)) => {
+                    let base = self.stop()?;
+                    let _ = reply.send(base);
+                }
+                Some(Command::Memory(mem, reply)) => {
+                    self.drain()?;
+                    if let Some(running) = &mut self.running {
+                        running.mem = mem;
+                    }
+                    let _ = reply.send(());
+                }
+                Some(Command::Call(call, reply)) => {
+                    if let Some(running) = &mut self.running {
+                        running.ring.call = call;
+                        // What was announced to the old descriptor may have been lost with it.
+                        running.ring.interrupt();
+                    }
+                    let _ = reply.send(());
+                }
+                Some(Command::Enable(enabled, reply)) => {
+                    if let Some(running) = &mut self.running {
+                        running.enabled = enabled;
+                    }
+                    let _ = reply.send(());
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
+        self.stop()?;
+        let mut ring = match Ring::start(&*start.mem, start.config) {
+            Ok(ring) => ring,
+            Err(e) => return Ok(Err(e)),
+        };
+        ring.call = start.call;
+        self.handler.started(ring.size());
+        if ring.continued() {
+            ring.interrupt();
+        }
+        self.running =
+            Some(Running { mem: start.mem, ring, kick: start.kick, enabled: start.enabled, broken: false });
+        self.kick_epoch += 1;
+        self.watch_kick()?;
+        Ok(Ok(()))
+    }
+
+    fn stop(&mut self) -> Result<Option<u16>, UringError> {
+        if self.running.is_none() {
+            return Ok(None);
+        }
+        self.drain()?;
+        let Some(running) = self.running.take() else { return Ok(None) };
+        let watched = TAG_KICK << TAG_SHIFT | self.kick_epoch;
+        self.kick_epoch += 1;
+        self.uring.unwatch(watched, TAG_REMOVED << TAG_SHIFT)?;
+        self.uring.submit()?;
+        self.handler.stopped();
+        Ok(Some(running.ring.next_avail()))
+    }
+}
