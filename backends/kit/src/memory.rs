@@ -226,6 +226,12 @@ impl Segments<'_> {
         self.0.iter().map(|s| u64::from(s.len)).sum()
     }
 
+    /// Guest address of the last byte, none when there is no byte.
+    pub fn last_byte(&self) -> Option<GuestAddress> {
+        let last = self.0.iter().rev().find(|s| s.len > 0)?;
+        last.addr.0.checked_add(u64::from(last.len) - 1).map(GuestAddress)
+    }
+
     /// Calls `f` for each guest range within `len` bytes at `offset`.
     fn ranges(
         &self,
