@@ -1,34 +1,160 @@
 //! The command line of `atoll-blk`.
 
-use std::os::unix::net::UnixListener;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, bail};
 use atoll_blk::disk::Disk;
 use atoll_blk::storage::{Source, Storage};
-use atoll_kit::session::{self, Conversation};
-use atoll_kit::worker::Gate;
-use clap::Parser;
+use atoll_kit::fence::{Fence, FileFence, NoFence};
+use atoll_kit::jail::Jail;
+use atoll_kit::serve::{self, Listening, Service, Transport};
+use atoll_kit::sidecar::Sidecar;
+use atoll_kit::{logging, signals};
+use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
+use clap::{ArgGroup, Parser};
 
-#[derive(Parser)]
+/// A virtio-blk device in a process of its own, served over vhost-user.
+///
+/// Any vhost-user front end can use it: Atoll starts it by itself; for QEMU start it with --socket and use
+/// `-chardev socket,id=c,path=S,reconnect=1 -device vhost-user-blk-pci,chardev=c` with shared guest memory.
+#[derive(Debug, Parser)]
+#[command(name = "atoll-blk", version)]
+#[command(group(ArgGroup::new("transport").required(true).args(["socket", "vhost_fd"])))]
+#[command(group(ArgGroup::new("image").required(true).args(["path", "fd", "null"])))]
 struct Cli {
+    /// Listen on this UNIX socket and serve one front end after another
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Serve the front end on this inherited, connected socket, and end with it
+    #[arg(long, value_name = "N")]
+    vhost_fd: Option<RawFd>,
+    /// The image: a file or a block device
+    #[arg(long, value_name = "FILE")]
+    path: Option<PathBuf>,
+    /// The image as an inherited descriptor, opened for this process alone
+    #[arg(long, value_name = "N")]
+    fd: Option<RawFd>,
+    /// No image: requests succeed and move nothing (for measuring). SIZE in bytes, or with K, M, G, T
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    null: Option<u64>,
+    /// Refuse writes; several processes may then share the image
     #[arg(long)]
-    socket: PathBuf,
+    read_only: bool,
+    /// Number of request queues
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    num_queues: u16,
+    /// Bypass the host's page cache (O_DIRECT)
     #[arg(long)]
-    path: PathBuf,
+    direct: bool,
+    /// The disk's serial number, at most 20 bytes
+    #[arg(long, value_name = "ID", default_value = "", value_parser = parse_serial)]
+    serial: String,
+    /// The supervisor's channel as an inherited descriptor
+    #[arg(long, value_name = "N")]
+    sidecar_fd: Option<RawFd>,
+    /// A number of this device's own among all that share the image: it tells a predecessor's lock from others
+    #[arg(long, value_name = "N")]
+    lock_byte: Option<u32>,
 }
 
-fn main() -> Result<()> {
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (text.get(..text.len() - 1), 10),
+        Some(b'M' | b'm') => (text.get(..text.len() - 1), 20),
+        Some(b'G' | b'g') => (text.get(..text.len() - 1), 30),
+        Some(b'T' | b't') => (text.get(..text.len() - 1), 40),
+        _ => (Some(text), 0),
+    };
+    let number: u64 =
+        digits.unwrap_or_default().parse().map_err(|_| format!("{text} is no size; write for example 64G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 2^64 bytes"))
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() > atoll_blk::disk::SERIAL_BYTES {
+        return Err(format!("a serial has at most 20 bytes, this one {}", text.len()));
+    }
+    Ok(text.to_owned())
+}
+
+fn main() -> ExitCode {
     let cli = Cli::parse();
-    let storage = Storage::open(&Source::Path(cli.path), false, false)?;
-    let gate = Gate::opened();
-    let conversation = Arc::new(Mutex::new(Conversation::new(Disk::new(storage, 1, "x"), &gate)?));
-    let listener = UnixListener::bind(&cli.socket).context("bind")?;
-    loop {
-        let (stream, _) = listener.accept()?;
-        let end = session::serve(&conversation, stream);
-        tracing::info!(%end, "front end gone");
-        session::lock(&conversation).reset();
+    signals::hold();
+    match start(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            report(&format!("{e:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[allow(clippy::print_stderr, reason = "the one line that says why the program ends")]
+fn report(line: &str) {
+    eprintln!("atoll-blk: {line}");
+}
+
+fn start(cli: &Cli) -> Result<()> {
+    let sidecar = cli
+        .sidecar_fd
+        .map(|fd| -> Result<Sidecar> {
+            let fd = serve::inherited("--sidecar-fd", fd)?;
+            Ok(Sidecar::hello(fd, DeviceClass::Block)?)
+        })
+        .transpose()?;
+    let reports = sidecar.as_ref().map(|s| s.reports().clone());
+    logging::start(reports.clone());
+    let prepared = prepare(cli);
+    if let (Err(e), Some(reports)) = (&prepared, &reports) {
+        reports.goodbye(GoodbyeReason::Config(format!("{e:#}")));
+    }
+    let (disk, transport, fence) = prepared?;
+    serve::run(disk, Service { transport, sidecar, fence, jail: Some(Jail::default()) })?;
+    Ok(())
+}
+
+fn prepare(cli: &Cli) -> Result<(Disk, Transport, Box<dyn Fence>)> {
+    let source = match (&cli.path, cli.fd, cli.null) {
+        (Some(path), ..) => Source::Path(path.clone()),
+        (_, Some(fd), _) => Source::Fd(fd),
+        (.., Some(bytes)) => Source::Null(bytes),
+        _ => bail!("say what to serve: --path, --fd or --null"),
+    };
+    let storage = Storage::open(&source, cli.read_only, cli.direct)?;
+    let fence: Box<dyn Fence> = match storage.file() {
+        None => Box::new(NoFence),
+        Some(file) => Box::new(FileFence {
+            file: file.clone(),
+            name: format!("image {}", storage.name()),
+            read_only: cli.read_only,
+            device: device_byte(cli),
+        }),
+    };
+    let transport = match (&cli.socket, cli.vhost_fd) {
+        (Some(path), _) => Transport::Listen(Listening::bind(path)?),
+        (None, Some(fd)) => Transport::Connected(serve::inherited("--vhost-fd", fd)?.into()),
+        (None, None) => bail!("say where the front end is: --socket or --vhost-fd"),
+    };
+    let disk = Disk::new(storage, cli.num_queues, &cli.serial);
+    Ok((disk, transport, fence))
+}
+
+/// Which byte tells this device's incarnations from other users of the image. A writer is alone anyway; a reader on a
+/// socket is known by its path; an unnamed reader has no predecessor that could be told from a neighbour.
+fn device_byte(cli: &Cli) -> Option<u32> {
+    if let Some(byte) = cli.lock_byte {
+        return Some(byte);
+    }
+    match &cli.socket {
+        Some(path) => {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            let text = path.as_os_str().as_encoded_bytes();
+            // FNV-1a: stable over builds, unlike the standard library's hash.
+            Some(text.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)))
+        }
+        None if cli.read_only => None,
+        None => Some(0),
     }
 }

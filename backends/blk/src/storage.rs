@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use atoll_kit::memory::Transfer;
 use rustix::fs::{FallocateFlags, OFlags};
@@ -92,7 +93,7 @@ pub struct DirectAlign {
 /// An opened image.
 #[derive(Debug)]
 pub struct Storage {
-    file: Option<File>,
+    file: Option<Arc<File>>,
     name: String,
     bytes: u64,
     read_only: bool,
@@ -134,7 +135,7 @@ impl Storage {
             return Err(OpenError::Odd { name, bytes, unit });
         }
         let engine = if refuses_nowait(&file) { Engine::Inline } else { Engine::Ring };
-        Ok(Self { file: Some(file), name, bytes, read_only, engine, direct, block_bytes })
+        Ok(Self { file: Some(Arc::new(file)), name, bytes, read_only, engine, direct, block_bytes })
     }
 
     fn null(bytes: u64, read_only: bool) -> Result<Self, OpenError> {
@@ -155,7 +156,7 @@ impl Storage {
     }
 
     /// The open file, unless there is none.
-    pub fn file(&self) -> Option<&File> {
+    pub fn file(&self) -> Option<&Arc<File>> {
         self.file.as_ref()
     }
 
@@ -186,7 +187,7 @@ impl Storage {
 
     /// The descriptor for operations on a ring, -1 when there is none.
     pub fn raw_fd(&self) -> RawFd {
-        self.file.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+        self.file.as_ref().map_or(-1, |file| file.as_raw_fd())
     }
 
     /// Reads into all of `transfer` from `offset` on.
@@ -206,12 +207,12 @@ impl Storage {
 
     /// Makes all completed writes durable.
     pub fn flush_inline(&self) -> io::Result<()> {
-        Ok(self.file.as_ref().map_or(Ok(()), rustix::fs::fdatasync)?)
+        Ok(self.file.as_ref().map_or(Ok(()), |file| rustix::fs::fdatasync(file))?)
     }
 
     /// fallocate on the queue's thread.
     pub fn fallocate_inline(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
-        Ok(self.file.as_ref().map_or(Ok(()), |file| rustix::fs::fallocate(file, mode, offset, len))?)
+        Ok(self.file.as_ref().map_or(Ok(()), |file| rustix::fs::fallocate(&**file, mode, offset, len))?)
     }
 
     /// Writes zeroes on the queue's thread.

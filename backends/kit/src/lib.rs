@@ -23,14 +23,24 @@
 pub mod chain;
 pub mod device;
 pub mod dirty;
+#[cfg(feature = "driver")]
+pub mod driver;
+pub mod fence;
 pub mod inflight;
+pub mod jail;
+pub mod logging;
 pub mod memory;
 pub mod ring;
+pub mod serve;
 pub mod session;
+pub mod sidecar;
+pub mod signals;
 pub mod uring;
 pub mod worker;
 
 /// Exit status of a process whose queue thread could not drive its ring any longer.
 pub const EXIT_QUEUE_FAILED: i32 = 70;
+/// Exit status of a process whose supervisor has gone.
+pub const EXIT_ORPHANED: i32 = 71;
 
 pub use device::{ConfigError, Device, Progress, QueueHandler, QueueLayout};

@@ -150,6 +150,13 @@ impl<D: Device> Conversation<D> {
         &self.workers
     }
 
+    /// Stops all rings once nothing is in flight; the front end asks for their bases as usual.
+    pub fn quiesce(&mut self) {
+        if let Err(e) = self.stop_all() {
+            tracing::error!(error = %e, "a queue did not stop");
+        }
+    }
+
     /// Stops all rings (draining them) and forgets the front end.
     pub fn reset(&mut self) {
         if let Err(e) = self.stop_all() {

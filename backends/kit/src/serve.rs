@@ -1,0 +1,262 @@
+//! The life of a device process, from its command line to its end.
+//!
+//! The order matters. Everything that needs rights is done first: sockets, the image. Then the queue threads are
+//! started, each with its restricted ring, and the jail closes (see [`jail`](crate::jail)); only then is guest memory
+//! seen. Behind a gate that keeps the queues from taking requests, the fence against a predecessor is raised; with a
+//! supervisor not before its `Start`, which says that no copy of the image's descriptor is left in its hands.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use atoll_protocol::sidecar::{GoodbyeReason, SidecarReport};
+use thiserror::Error;
+
+use crate::device::Device;
+use crate::fence::{Fence, FenceError};
+use crate::session::{self, Conversation, EndOfTalk};
+use crate::sidecar::{Orders, Reports, Sidecar, SidecarError, Started};
+use crate::worker::{Gate, SpawnError};
+
+/// How long a first incarnation waits for a fence: as long as dying I/O takes, and some.
+const FENCE_WAIT: Duration = Duration::from_secs(2);
+/// How long a successor waits: its supervisor knows that the predecessor is gone.
+const FENCE_WAIT_SUCCESSOR: Duration = Duration::from_secs(60);
+
+/// Why a device process cannot serve.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    /// The socket's folder does not allow it.
+    #[error("cannot listen on {path}: {source}; choose a path in a folder that this user may write")]
+    Listen {
+        /// The path.
+        path: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody serves there already.
+    #[error("another process listens on {0}: stop it or choose another path")]
+    Taken(String),
+    /// Something that is not a socket is there.
+    #[error("{0} exists and is not a socket: move it away or choose another path")]
+    NotSocket(String),
+    /// An inherited descriptor is not there.
+    #[error("no descriptor {fd} was inherited for {option}")]
+    Descriptor {
+        /// The option that named it.
+        option: &'static str,
+        /// Its number.
+        fd: RawFd,
+    },
+    /// The queue threads did not start.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// The image is in use.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    /// The supervisor is gone.
+    #[error(transparent)]
+    Sidecar(#[from] SidecarError),
+    /// The supervisor never said start.
+    #[error("the supervisor hung up before it said start")]
+    NeverStarted,
+    /// A thread could not be made.
+    #[error("cannot start the {what} thread: {source}")]
+    Thread {
+        /// Which.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The jail could not be closed.
+    #[error(transparent)]
+    Jail(#[from] crate::jail::JailError),
+    /// An inherited front end misbehaved.
+    #[error(transparent)]
+    Talk(EndOfTalk),
+}
+
+/// Where front ends come from.
+#[derive(Debug)]
+pub enum Transport {
+    /// A socket file of ours, for one front end after another.
+    Listen(Listening),
+    /// A connected socket that was inherited: one front end, and the process ends with it.
+    Connected(UnixStream),
+}
+
+/// A bound socket, unlinked when the process ends in order.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Listening {
+    /// Binds `path`. A socket that nobody listens on any more is replaced.
+    pub fn bind(path: &Path) -> Result<Self, ServeError> {
+        let name = path.display().to_string();
+        let listen = |source| ServeError::Listen { path: name.clone(), source };
+        if let Ok(meta) = path.symlink_metadata() {
+            if !meta.file_type().is_socket() {
+                return Err(ServeError::NotSocket(name));
+            }
+            if UnixStream::connect(path).is_ok() {
+                return Err(ServeError::Taken(name));
+            }
+            std::fs::remove_file(path).map_err(listen)?;
+        }
+        let listener = UnixListener::bind(path).map_err(listen)?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Takes over a descriptor that a command line names.
+pub fn inherited(option: &'static str, fd: RawFd) -> Result<OwnedFd, ServeError> {
+    #[allow(unsafe_code, reason = "a descriptor comes as a number")]
+    // SAFETY: F_GETFD only asks; nothing is owned yet.
+    if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(ServeError::Descriptor { option, fd });
+    }
+    #[allow(unsafe_code, reason = "a descriptor comes as a number")]
+    // SAFETY: the descriptor is open, was passed for this option and is taken over once.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    let _ = rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC);
+    Ok(owned)
+}
+
+/// Everything that a device process needs besides its device.
+pub struct Service {
+    /// Where front ends come from.
+    pub transport: Transport,
+    /// The supervisor's channel.
+    pub sidecar: Option<Sidecar>,
+    /// Tells when a predecessor's I/O is over.
+    pub fence: Box<dyn Fence>,
+    /// What the jail leaves open, none to stay outside (for a debugger).
+    pub jail: Option<crate::jail::Jail>,
+}
+
+struct Keeper<D: Device> {
+    conversation: Arc<Mutex<Conversation<D>>>,
+    socket: Option<PathBuf>,
+}
+
+impl<D: Device> Keeper<D> {
+    fn end(&self, reports: Option<&Reports>, status: i32) -> ! {
+        session::lock(&self.conversation).reset();
+        if let Some(path) = &self.socket {
+            let _ = std::fs::remove_file(path);
+        }
+        if let Some(reports) = reports {
+            reports.goodbye(GoodbyeReason::Asked);
+        }
+        std::process::exit(status)
+    }
+}
+
+impl<D: Device> Orders for Keeper<D> {
+    fn quiesce(&self) {
+        session::lock(&self.conversation).quiesce();
+    }
+
+    fn exit(&self, reports: &Reports) -> ! {
+        self.end(Some(reports), 0)
+    }
+
+    fn orphaned(&self) -> ! {
+        if let Some(path) = &self.socket {
+            let _ = std::fs::remove_file(path);
+        }
+        std::process::exit(crate::EXIT_ORPHANED)
+    }
+}
+
+/// Serves `device` until its front end or its supervisor has gone.
+pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
+    let Service { transport, sidecar, fence, jail } = service;
+    let gate = Arc::new(Gate::default());
+    let conversation = Arc::new(Mutex::new(Conversation::new(device, &gate)?));
+    let keeper = || Keeper {
+        conversation: Arc::clone(&conversation),
+        socket: match &transport {
+            Transport::Listen(listening) => Some(listening.path.clone()),
+            Transport::Connected(_) => None,
+        },
+    };
+    let reports = sidecar.as_ref().map(|s| s.reports().clone());
+    let started = sidecar
+        .map(|sidecar| {
+            let counters = session::lock(&conversation).workers().iter().map(|w| Arc::clone(w.counters())).collect();
+            sidecar.attend(counters, keeper()).map_err(|source| ServeError::Thread { what: "sidecar", source })
+        })
+        .transpose()?;
+    crate::signals::end_on_signal({
+        let keeper = keeper();
+        let reports = reports.clone();
+        move || keeper.end(reports.as_ref(), 0)
+    })
+    .map_err(|source| ServeError::Thread { what: "signal", source })?;
+    if let Some(jail) = jail {
+        jail.close()?;
+    }
+    let outcome = talk(&conversation, &gate, transport, started, reports.as_ref(), &*fence);
+    if let Some(reports) = &reports {
+        reports.goodbye(match &outcome {
+            Ok(()) => GoodbyeReason::Asked,
+            Err(e @ ServeError::Talk(_)) => GoodbyeReason::Peer(e.to_string()),
+            Err(e @ ServeError::Fence(_)) => GoodbyeReason::Resource(e.to_string()),
+            Err(e) => GoodbyeReason::Config(e.to_string()),
+        });
+    }
+    outcome
+}
+
+fn talk<D: Device>(
+    conversation: &Arc<Mutex<Conversation<D>>>,
+    gate: &Gate,
+    transport: Transport,
+    started: Option<std::sync::mpsc::Receiver<Started>>,
+    reports: Option<&Reports>,
+    fence: &dyn Fence,
+) -> Result<(), ServeError> {
+    let started = started.map(|started| started.recv().map_err(|_| ServeError::NeverStarted)).transpose()?;
+    let successor = started.is_some_and(|started| started.generation.0 > 1);
+    fence.raise(if successor { FENCE_WAIT_SUCCESSOR } else { FENCE_WAIT })?;
+    gate.open();
+    if let (Some(reports), Some(started)) = (reports, started) {
+        reports.send(&SidecarReport::Ready { generation: started.generation })?;
+    }
+    match transport {
+        Transport::Connected(stream) => {
+            let end = session::serve(conversation, stream);
+            session::lock(conversation).reset();
+            match end {
+                EndOfTalk::HungUp => Ok(()),
+                failed @ EndOfTalk::Failed(_) => Err(ServeError::Talk(failed)),
+            }
+        }
+        Transport::Listen(listening) => loop {
+            let (stream, _) = listening.listener.accept().map_err(|source| ServeError::Listen {
+                path: listening.path.display().to_string(),
+                source,
+            })?;
+            tracing::info!(socket = stream.as_raw_fd(), "a front end has connected");
+            let end = session::serve(conversation, stream);
+            session::lock(conversation).reset();
+            tracing::info!(%end, "waiting for the next front end");
+        },
+    }
+}

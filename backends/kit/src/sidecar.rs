@@ -1,0 +1,176 @@
+//! The channel to the supervisor that started this process (`--sidecar-fd`).
+//!
+//! One thread of the process belongs to it: it answers orders, reports how far each queue is, and ends the
+//! process when the supervisor hangs up, because a backend must not outlive its VMM. Without a supervisor the
+//! process serves whoever connects, and there is no such thread.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use atoll_protocol::sidecar::{
+    DeviceClass, GoodbyeReason, LogLevel, QueueProgress, SidecarFeatures, SidecarOrder, SidecarReport, cut_text,
+};
+use atoll_protocol::{FrameReader, FrameSocket, FrameWriter, PROTOCOL_VERSION, SocketError};
+use atoll_protocol::{Generation, ProcessId, QueueIndex};
+use thiserror::Error;
+
+use crate::worker::QueueCounters;
+
+/// How long the supervisor may take to take a report.
+const SEND_MAX: Duration = Duration::from_secs(2);
+/// How long the supervisor may take to say start.
+const START_MAX: Duration = Duration::from_secs(30);
+
+/// The supervisor is gone or speaks another language.
+#[derive(Debug, Error)]
+#[error("the sidecar failed: {0}")]
+pub struct SidecarError(#[from] SocketError);
+
+/// The sending half; cheap to clone, for reports from any thread.
+#[derive(Debug, Clone)]
+pub struct Reports {
+    writer: Arc<Mutex<FrameWriter>>,
+}
+
+impl Reports {
+    /// Sends one report.
+    pub fn send(&self, report: &SidecarReport) -> Result<(), SidecarError> {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(writer.send(report, &[], SEND_MAX)?)
+    }
+
+    /// A line for the supervisor's log. One that cannot be sent is lost: the hang-up is noticed elsewhere.
+    pub fn log(&self, level: LogLevel, text: &str) {
+        let _ = self.send(&SidecarReport::Log { level, text: cut_text(text).to_owned() });
+    }
+
+    /// The last word.
+    pub fn goodbye(&self, reason: GoodbyeReason) {
+        let _ = self.send(&SidecarReport::Goodbye { reason });
+    }
+}
+
+/// The sidecar between hello and start.
+#[derive(Debug)]
+pub struct Sidecar {
+    reader: FrameReader,
+    reports: Reports,
+}
+
+/// What the supervisor said at the start.
+#[derive(Debug, Clone, Copy)]
+pub struct Started {
+    /// Which incarnation this is.
+    pub generation: Generation,
+}
+
+/// What the sidecar's thread asks of the process.
+pub trait Orders: Send + 'static {
+    /// Finish what is in flight and take nothing new.
+    fn quiesce(&self);
+    /// Finish what is in flight, clean up and end; the goodbye is sent by the callee.
+    fn exit(&self, reports: &Reports) -> !;
+    /// The supervisor is gone: end at once.
+    fn orphaned(&self) -> !;
+}
+
+impl Sidecar {
+    /// Says hello on an inherited descriptor.
+    pub fn hello(fd: OwnedFd, class: DeviceClass) -> Result<Self, SidecarError> {
+        let (reader, writer) = FrameSocket::new(fd).split();
+        let reports = Reports { writer: Arc::new(Mutex::new(writer)) };
+        reports.send(&SidecarReport::Hello {
+            version: PROTOCOL_VERSION,
+            class,
+            pid: ProcessId(std::process::id()),
+            features: SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT,
+        })?;
+        Ok(Self { reader, reports })
+    }
+
+    /// The sending half.
+    pub fn reports(&self) -> &Reports {
+        &self.reports
+    }
+
+    /// Starts the thread; the receiver gets what the supervisor says at the start.
+    pub fn attend(
+        self,
+        queues: Vec<Arc<QueueCounters>>,
+        orders: impl Orders,
+    ) -> std::io::Result<Receiver<Started>> {
+        let (start, started) = sync_channel(1);
+        std::thread::Builder::new()
+            .name("sidecar".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || attend(self, &queues, &orders, &start))?;
+        Ok(started)
+    }
+}
+
+fn attend(
+    mut sidecar: Sidecar,
+    queues: &[Arc<QueueCounters>],
+    orders: &impl Orders,
+    start: &SyncSender<Started>,
+) {
+    let begun = Instant::now();
+    let running = AtomicBool::new(false);
+    let mut interval = None;
+    let mut last = Vec::new();
+    loop {
+        let wait = if running.load(Ordering::Relaxed) {
+            interval
+        } else {
+            Some(START_MAX.saturating_sub(begun.elapsed()).max(Duration::from_millis(1)))
+        };
+        match sidecar.reader.receive_message::<SidecarOrder>(wait) {
+            Ok(SidecarOrder::Start { generation, progress_ms }) => {
+                running.store(true, Ordering::Relaxed);
+                interval = (progress_ms > 0).then(|| Duration::from_millis(progress_ms.into()));
+                let _ = start.try_send(Started { generation });
+            }
+            Ok(SidecarOrder::Ping { nonce }) => {
+                if sidecar.reports.send(&SidecarReport::Pong { nonce }).is_err() {
+                    orders.orphaned();
+                }
+            }
+            Ok(SidecarOrder::Quiesce) => {
+                orders.quiesce();
+                if sidecar.reports.send(&SidecarReport::Quiesced).is_err() {
+                    orders.orphaned();
+                }
+            }
+            Ok(SidecarOrder::Exit) => orders.exit(&sidecar.reports),
+            Err(SocketError::Timeout(_)) if running.load(Ordering::Relaxed) => {
+                let now = progress(queues);
+                // Nothing new is no news: an idle disk costs its supervisor nothing.
+                if now != last {
+                    if sidecar.reports.send(&SidecarReport::Progress { queues: now.clone() }).is_err() {
+                        orders.orphaned();
+                    }
+                    last = now;
+                }
+            }
+            Err(e) => {
+                tracing::error!(error = %e, "the supervisor is gone");
+                orders.orphaned();
+            }
+        }
+    }
+}
+
+fn progress(queues: &[Arc<QueueCounters>]) -> Vec<QueueProgress> {
+    queues
+        .iter()
+        .zip(0_u16..)
+        .map(|(counters, index)| {
+            let completed = counters.completed.load(Ordering::Relaxed);
+            let in_flight = counters.taken.load(Ordering::Relaxed).saturating_sub(completed);
+            QueueProgress { queue: QueueIndex(index), completed, in_flight: in_flight as u32 }
+        })
+        .collect()
+}
