@@ -317,8 +317,7 @@ impl BlkQueue {
             Engine::Null => Ok(Some(1)),
             Engine::Inline => storage.flush_inline().map(|()| Some(1)).map_err(|e| io_error(storage.name(), &e)),
             Engine::Ring => {
-                let entry =
-                    opcode::Fsync::new(types::Fd(storage.raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
+                let entry = opcode::Fsync::new(types::Fd(storage.raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
                 let slot = self.slots.get_mut(usize::from(head)).ok_or(Status::IoError)?;
                 *slot = Slot { work: Work::Flush, status, written: 1, ..Slot::default() };
                 push(io, entry, head)?;
@@ -378,9 +377,9 @@ impl BlkQueue {
                     let done = storage.fallocate_inline(range.how.mode(), range.offset, range.len);
                     match done {
                         Err(e) if unsupported(&e) && range.how == Clear::Discard => {}
-                        Err(e) if unsupported(&e) => storage
-                            .zero_inline(range.offset, range.len)
-                            .map_err(|e| io_error(storage.name(), &e))?,
+                        Err(e) if unsupported(&e) => {
+                            storage.zero_inline(range.offset, range.len).map_err(|e| io_error(storage.name(), &e))?
+                        }
                         done => done.map_err(|e| io_error(storage.name(), &e))?,
                     }
                 }
@@ -420,13 +419,7 @@ impl BlkQueue {
     }
 
     /// An operation has ended: true when the request is finished.
-    fn go_on<M: GuestMemory>(
-        &mut self,
-        io: &mut Io<'_>,
-        mem: &M,
-        head: u16,
-        result: i32,
-    ) -> Result<bool, Status> {
+    fn go_on<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, head: u16, result: i32) -> Result<bool, Status> {
         let slot = self.slots.get_mut(usize::from(head)).ok_or(Status::IoError)?;
         let retry = matches!(-result, libc::EAGAIN | libc::EINTR);
         let failed = (result < 0 && !retry).then(|| std::io::Error::from_raw_os_error(-result));
@@ -515,10 +508,7 @@ fn push(io: &mut Io<'_>, entry: squeue::Entry, head: u16) -> Result<(), Status> 
 
 fn parse(raw: &[u8; HEADER_BYTES as usize]) -> Header {
     let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = *raw;
-    Header {
-        kind: u32::from_le_bytes([k0, k1, k2, k3]),
-        sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
-    }
+    Header { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]) }
 }
 
 fn unsupported(error: &std::io::Error) -> bool {

@@ -53,7 +53,9 @@ pub enum OpenError {
     #[error("image {0} is neither a regular file nor a block device")]
     Kind(String),
     /// Its size is no multiple of a sector.
-    #[error("image {name} has {bytes} bytes, which is no multiple of {unit}: extend it with `truncate -s %{unit} {name}`")]
+    #[error(
+        "image {name} has {bytes} bytes, which is no multiple of {unit}: extend it with `truncate -s %{unit} {name}`"
+    )]
     Odd {
         /// Path or descriptor.
         name: String,
@@ -313,9 +315,8 @@ fn direct_align(file: &File) -> DirectAlign {
     // SAFETY: `out` is plain data, filled by the call.
     let mut out: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: an empty path with AT_EMPTY_PATH asks for the descriptor itself.
-    let done = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut out)
-    };
+    let done =
+        unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut out) };
     if done == 0 && out.stx_mask & libc::STATX_DIOALIGN != 0 && out.stx_dio_offset_align > 0 {
         DirectAlign { memory: out.stx_dio_mem_align.max(1) as usize, offset: u64::from(out.stx_dio_offset_align) }
     } else {

@@ -53,8 +53,8 @@ impl DirtyLog {
         let (Some(true), Ok(len)) = (end.map(|end| end <= file_bytes), usize::try_from(size)) else {
             return Err(DirtyLogError::PastEnd { size, offset, file_bytes });
         };
-        let region = MmapRegion::from_file(FileOffset::new(file, offset), len)
-            .map_err(|e| DirtyLogError::Map(e.to_string()))?;
+        let region =
+            MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(|e| DirtyLogError::Map(e.to_string()))?;
         *self.map.write().unwrap_or_else(PoisonError::into_inner) = Some(region);
         Ok(())
     }

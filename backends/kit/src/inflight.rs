@@ -110,8 +110,7 @@ impl Region {
     pub fn map(file: File, offset: u64, size: u64, queues: u16, queue_size: u16) -> Result<Arc<Self>, InflightError> {
         let need = region_bytes(queues, queue_size);
         let failed = |reason: String| InflightError::Map { what: "map", reason };
-        let file_bytes =
-            rustix::fs::fstat(file.as_fd()).map_err(|e| failed(e.to_string()))?.st_size.cast_unsigned();
+        let file_bytes = rustix::fs::fstat(file.as_fd()).map_err(|e| failed(e.to_string()))?.st_size.cast_unsigned();
         let have = size.min(file_bytes.saturating_sub(offset));
         if have < need {
             return Err(InflightError::TooSmall { queues, size: queue_size, need, have });

@@ -119,12 +119,7 @@ impl MemoryTable {
     }
 
     /// Adds one region (ADD_MEM_REG).
-    pub fn add(
-        &mut self,
-        region: &VhostUserMemoryRegion,
-        file: File,
-        log: &Arc<DirtyLog>,
-    ) -> Result<(), MemoryError> {
+    pub fn add(&mut self, region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog>) -> Result<(), MemoryError> {
         if self.windows.len() >= REGIONS_MAX {
             return Err(MemoryError::TooMany);
         }
@@ -178,8 +173,7 @@ fn map(
     log: &Arc<DirtyLog>,
 ) -> Result<(Window, GuestRegionMmap<RegionLog>), MemoryError> {
     // The message is a packed structure: copy the fields out.
-    let (gpa, size, user, offset) =
-        (region.guest_phys_addr, region.memory_size, region.user_addr, region.mmap_offset);
+    let (gpa, size, user, offset) = (region.guest_phys_addr, region.memory_size, region.user_addr, region.mmap_offset);
     let bad = MemoryError::BadRange { gpa, size };
     let Ok(len) = usize::try_from(size) else { return Err(bad) };
     if size == 0 || gpa.checked_add(size).is_none() || user.checked_add(size).is_none() {

@@ -249,10 +249,10 @@ fn talk<D: Device>(
             }
         }
         Transport::Listen(listening) => loop {
-            let (stream, _) = listening.listener.accept().map_err(|source| ServeError::Listen {
-                path: listening.path.display().to_string(),
-                source,
-            })?;
+            let (stream, _) = listening
+                .listener
+                .accept()
+                .map_err(|source| ServeError::Listen { path: listening.path.display().to_string(), source })?;
             tracing::info!(socket = stream.as_raw_fd(), "a front end has connected");
             let end = session::serve(conversation, stream);
             session::lock(conversation).reset();

@@ -443,8 +443,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
     }
 
     fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> VhostResult<()> {
-        let region =
-            Region::map(file, given.mmap_offset, given.mmap_size, given.num_queues, given.queue_size);
+        let region = Region::map(file, given.mmap_offset, given.mmap_size, given.num_queues, given.queue_size);
         self.inflight = Some(region.map_err(Refused::from)?);
         Ok(())
     }

@@ -97,11 +97,7 @@ impl Sidecar {
     }
 
     /// Starts the thread; the receiver gets what the supervisor says at the start.
-    pub fn attend(
-        self,
-        queues: Vec<Arc<QueueCounters>>,
-        orders: impl Orders,
-    ) -> std::io::Result<Receiver<Started>> {
+    pub fn attend(self, queues: Vec<Arc<QueueCounters>>, orders: impl Orders) -> std::io::Result<Receiver<Started>> {
         let (start, started) = sync_channel(1);
         std::thread::Builder::new()
             .name("sidecar".to_owned())
@@ -111,12 +107,7 @@ impl Sidecar {
     }
 }
 
-fn attend(
-    mut sidecar: Sidecar,
-    queues: &[Arc<QueueCounters>],
-    orders: &impl Orders,
-    start: &SyncSender<Started>,
-) {
+fn attend(mut sidecar: Sidecar, queues: &[Arc<QueueCounters>], orders: &impl Orders, start: &SyncSender<Started>) {
     let begun = Instant::now();
     let running = AtomicBool::new(false);
     let mut interval = None;

@@ -128,8 +128,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
         let failed = |reason: String| SpawnError::Thread { index, reason };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| failed(e.to_string()))?;
-        let mailbox =
-            Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
+        let mailbox = Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
         let counters = Arc::new(QueueCounters::default());
         let (ready, is_ready) = sync_channel(1);
         let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&counters));
@@ -557,8 +556,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         if ring.continued() {
             ring.interrupt();
         }
-        self.running =
-            Some(Running { mem: start.mem, ring, kick: start.kick, enabled: start.enabled, broken: false });
+        self.running = Some(Running { mem: start.mem, ring, kick: start.kick, enabled: start.enabled, broken: false });
         self.kick_epoch += 1;
         self.watch_kick()?;
         Ok(Ok(()))
