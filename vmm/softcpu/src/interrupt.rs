@@ -101,14 +101,15 @@ impl Cpu {
     pub(crate) fn deliver(&mut self, world: &mut dyn World, exception: Exception) -> Result<(), TripleFault> {
         self.halted = false;
         let mut exception = exception;
+        self.note_fault_address(exception);
         loop {
-            if exception.vector == VECTOR_PF {
-                self.sys.cr2 = exception.cr2;
-            }
             match self.enter(world, exception.vector, exception.error, Source::Event, is_fault(exception.vector)) {
                 Ok(()) => break,
                 // Each turn climbs from benign to contributory or page fault, to double fault, to the end.
-                Err(met) => exception = combine(class(exception.vector), met)?,
+                Err(met) => {
+                    self.note_fault_address(met);
+                    exception = combine(class(exception.vector), met)?;
+                }
             }
         }
         self.sys.interrupt_shadow = false;
@@ -136,6 +137,13 @@ impl Cpu {
     ) -> Result<(), Exception> {
         let source = if kind == SoftwareInterrupt::Int1 { Source::Event } else { Source::Program };
         self.enter(world, vector, None, source, false)
+    }
+
+    /// CR2 is that of the latest page fault, even of one that turns into a double fault.
+    fn note_fault_address(&mut self, exception: Exception) {
+        if exception.vector == VECTOR_PF {
+            self.sys.cr2 = exception.cr2;
+        }
     }
 
     /// The #DB for a cause, with DR6 told.
@@ -308,3 +316,6 @@ impl Cpu {
         if is_canonical(rsp) { Ok(rsp) } else { Err(Exception::with_error(crate::descriptor::SS, 0)) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -74,3 +74,6 @@ impl Cpu {
         self.write_physical(gpa, &version.wrapping_add(1).to_le_bytes());
     }
 }
+
+#[cfg(test)]
+mod tests;

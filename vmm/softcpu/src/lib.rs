@@ -23,6 +23,8 @@ mod segment;
 mod stack;
 pub mod state;
 mod system;
+#[cfg(test)]
+mod test_machine;
 pub mod tlb;
 mod walk;
 pub mod world;

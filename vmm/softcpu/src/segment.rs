@@ -319,3 +319,6 @@ pub(crate) fn segment_holds(segment: &Segment, offset: u64, last_byte: u64) -> b
         end <= limit || limit == 0xffff_ffff
     }
 }
+
+#[cfg(test)]
+mod tests;

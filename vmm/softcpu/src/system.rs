@@ -447,3 +447,6 @@ impl Cpu {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

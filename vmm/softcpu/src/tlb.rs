@@ -54,8 +54,10 @@ pub enum Kind {
 pub enum PageSize {
     /// 4 KiB.
     Small,
-    /// 2 MiB or 4 MiB.
+    /// 2 MiB.
     Large,
+    /// 4 MiB (32-bit paging).
+    Legacy,
     /// 1 GiB.
     Huge,
 }
@@ -193,6 +195,7 @@ impl Mmu {
         flags |= match fill.size {
             PageSize::Small => 0,
             PageSize::Large => LARGE,
+            PageSize::Legacy => LARGE | HUGE,
             PageSize::Huge => HUGE,
         };
         *note = fill.gpa & !FLAGS | flags;
@@ -243,9 +246,7 @@ impl Mmu {
                 }
             }
         }
-        let (large, huge) = (region_of(page, PageSize::Large), region_of(page, PageSize::Huge));
-        // A 4 MiB page is two neighbouring regions of 2 MiB; dropping the neighbour of a 2 MiB page does no harm.
-        let regions = [large, large ^ 1, huge];
+        let regions = [PageSize::Large, PageSize::Legacy, PageSize::Huge].map(|size| region_of(page, size));
         if regions.into_iter().any(|region| {
             let (word, bit) = filter_bit(region);
             self.filter[word] & bit != 0
@@ -264,7 +265,8 @@ impl Mmu {
                     let size = match tlb.notes[kind][index] & (LARGE | HUGE) {
                         0 => continue,
                         LARGE => PageSize::Large,
-                        _ => PageSize::Huge,
+                        HUGE => PageSize::Huge,
+                        _ => PageSize::Legacy,
                     };
                     let entry = &mut tlb.table(kind)[index];
                     if entry.tag == EMPTY {
@@ -341,6 +343,7 @@ impl Mmu {
 fn region_of(linear: u64, size: PageSize) -> u64 {
     match size {
         PageSize::Small | PageSize::Large => linear >> 21,
+        PageSize::Legacy => linear >> 22 | 1 << 62,
         PageSize::Huge => linear >> 30 | 1 << 63,
     }
 }

@@ -167,7 +167,8 @@ impl Walker<'_> {
             no_execute |= entry & NO_EXECUTE != 0;
             match (level, large) {
                 (1, _) => break (entry, PageSize::Small),
-                (2, true) => break (entry, PageSize::Large),
+                (2, true) if wide || long => break (entry, PageSize::Large),
+                (2, true) => break (entry, PageSize::Legacy),
                 (_, true) => break (entry, PageSize::Huge),
                 (_, false) => {
                     table = entry & if wide || long { self.address_mask() } else { 0xffff_f000 };
@@ -196,12 +197,12 @@ impl Walker<'_> {
         }
         let offset_bits = match size {
             PageSize::Small => 12,
-            PageSize::Large if wide || long => 21,
-            PageSize::Large => 22,
+            PageSize::Large => 21,
+            PageSize::Legacy => 22,
             PageSize::Huge => 30,
         };
         let base = match size {
-            PageSize::Large if !(wide || long) => leaf & 0xffc0_0000 | (leaf >> 13 & 0xff) << 32,
+            PageSize::Legacy => leaf & 0xffc0_0000 | (leaf >> 13 & 0xff) << 32,
             _ if wide || long => leaf & self.address_mask(),
             _ => leaf & 0xffff_f000,
         };
@@ -317,3 +318,6 @@ impl Step {
         if done { Ok(()) } else { Err(Miss::Changed) }
     }
 }
+
+#[cfg(test)]
+mod tests;
