@@ -11,9 +11,7 @@ use atoll_protocol::access::ExitRecord;
 use atoll_protocol::bus::{BusAnswer, BusCall, BusEvent, BusRequest, Refusal, Region};
 use atoll_protocol::frame::{self, HEADER_LEN};
 use atoll_protocol::lifecycle::LifecycleEvent;
-use atoll_protocol::operator::{
-    DeviceInfo, DeviceState, OperatorReply, OperatorRequest, Route, Signal, VmState,
-};
+use atoll_protocol::operator::{DeviceInfo, DeviceState, OperatorReply, OperatorRequest, Route, Signal, VmState};
 use atoll_protocol::saved::{Saved, SavedType, save};
 use atoll_protocol::sidecar::{
     DeviceClass, GoodbyeReason, LogLevel, QueueProgress, SidecarFeatures, SidecarOrder, SidecarReport,
@@ -43,8 +41,7 @@ fn bus_requests() -> Vec<BusRequest> {
 }
 
 fn bus_events() -> Vec<BusEvent> {
-    let classes =
-        [DeviceClass::Block, DeviceClass::Net, DeviceClass::Gpu, DeviceClass::Uart, DeviceClass::Other(99)];
+    let classes = [DeviceClass::Block, DeviceClass::Net, DeviceClass::Gpu, DeviceClass::Uart, DeviceClass::Other(99)];
     let regions = vec![Region { space: Space::Pio, length: 8 }, Region { space: Space::Mmio, length: 4096 }];
     let attached = classes.map(|class| BusAnswer::Attached { class, regions: regions.clone(), lines: 3 });
     let refusals = [Refusal::OutOfRange, Refusal::Width, Refusal::Generation, Refusal::NotAttached];
@@ -75,8 +72,7 @@ fn sidecar_reports() -> Vec<SidecarReport> {
         GoodbyeReason::Peer(text.clone()),
     ];
     let levels = [LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace];
-    let hello =
-        SidecarReport::Hello { version: 1, class: DeviceClass::Block, pid: ProcessId(4_000_000), features };
+    let hello = SidecarReport::Hello { version: 1, class: DeviceClass::Block, pid: ProcessId(4_000_000), features };
     [hello, SidecarReport::Ready { generation: GENERATION }, SidecarReport::Progress { queues }]
         .into_iter()
         .chain(levels.map(|level| SidecarReport::Log { level, text: text.clone() }))

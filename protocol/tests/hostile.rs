@@ -50,7 +50,9 @@ fn words() -> Vec<Vec<u8>> {
     let digit = |digit: u8| (digit as char).to_digit(16).expect("hex") as u8;
     let lines = golden.lines().filter_map(|line| line.split_once(" 41544f4c").map(|(_, rest)| rest.as_bytes()));
     let words: Vec<Vec<u8>> = lines
-        .map(|hex| b"ATOL".iter().copied().chain(hex.chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1]))).collect())
+        .map(|hex| {
+            b"ATOL".iter().copied().chain(hex.chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1]))).collect()
+        })
         .collect();
     assert!(words.len() > 60, "every word has an example");
     words
