@@ -273,6 +273,11 @@ impl ConfigSpace {
         self.bars.iter().zip(0u8..).filter_map(|(bar, index)| bar.as_ref().map(|bar| (index, bar.kind, bar.len)))
     }
 
+    /// Where BAR `bar` answers now.
+    pub fn mapped(&self, bar: u8) -> Option<u64> {
+        self.bars.get(usize::from(bar)).copied().flatten()?.mapped
+    }
+
     /// The address that a BAR's bytes say.
     fn bar_address(&self, index: usize, bar: &Bar) -> u64 {
         let at = BAR_0 + 4 * index;

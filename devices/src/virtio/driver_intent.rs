@@ -65,3 +65,18 @@ pub trait VirtioFrontend: Send {
     /// The guest rang queue `index` by a register write that no eventfd intercepted.
     fn notify(&mut self, index: u16);
 }
+
+/// Follows the places at which a driver rings its queues, so that doorbells can listen there.
+pub trait NotifyPlacement: Send {
+    /// Queue `index` is now rung by a write at guest-physical `address`; `None` while its BAR answers nowhere. Called for
+    /// every queue at every change, under the function's lock.
+    fn placed(&mut self, index: u16, address: Option<u64>);
+}
+
+/// Nothing listens: every ring comes through [`VirtioFrontend::notify`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoDoorbells;
+
+impl NotifyPlacement for NoDoorbells {
+    fn placed(&mut self, _index: u16, _address: Option<u64>) {}
+}
