@@ -180,7 +180,7 @@ impl CpuModel {
         put(0x8000_0006, [0, 0x4200_4200, 0x0200_8140, 0]);
         // The TSC counts at one rate for ever.
         put(0x8000_0007, [0, 0, 0, 1 << 8]);
-        put(0x8000_0008, [48 << 8 | PHYSICAL_BITS, 0, vcpu.id_bits() << 12 | vcpu.count.clamp(1, 256) - 1, 0]);
+        put(0x8000_0008, [48 << 8 | PHYSICAL_BITS, 0, vcpu.id_bits() << 12 | (vcpu.count.clamp(1, 256) - 1), 0]);
         // LFENCE serialises; loading a null selector clears the base; Automatic IBRS.
         put(0x8000_0021, [1 << 2 | 1 << 6 | 1 << 8, 0, 0, 0]);
 

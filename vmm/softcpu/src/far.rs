@@ -98,7 +98,7 @@ impl Cpu {
             self.check_target(&target.code, target.rip)?;
             let inner = target.code.dpl();
             if !target.code.is_conforming_code() && inner < self.cpl() {
-                return self.call_inner(world, target, stack);
+                return self.call_inner(world, &target, stack);
             }
             self.push_on(world, &mut stack, old_cs, target.size)?;
             self.push_on(world, &mut stack, old_rip, target.size)?;
@@ -110,7 +110,7 @@ impl Cpu {
     }
 
     /// A call through a gate to more privileged code: the TSS gives the stack.
-    fn call_inner(&mut self, world: &mut dyn World, target: GateTarget, mut outer: Stack) -> Result<(), Exception> {
+    fn call_inner(&mut self, world: &mut dyn World, target: &GateTarget, mut outer: Stack) -> Result<(), Exception> {
         let privilege = target.code.dpl();
         let old_ss = *self.segment(SegmentName::Ss);
         let old_rsp = self.regs.gpr[RSP] & if self.is_64bit() { !0 } else { 0xffff_ffff };
@@ -329,7 +329,7 @@ impl Cpu {
         let target = gate.gate_selector();
         let descriptor = self.far_descriptor(world, target)?;
         let code = descriptor.segment(target);
-        if !code.is_code() || code.dpl() > self.cpl() || long && !(code.long() && !code.big()) {
+        if !code.is_code() || code.dpl() > self.cpl() || long && !code.long() {
             return Err(selector_fault(GP, target));
         }
         let code = self.finish_code(world, target, descriptor)?;

@@ -8,7 +8,7 @@ use std::ptr;
 
 use crate::cpu::Cpu;
 use crate::state::Exception;
-use crate::tlb::{Fill, Kind, PageSize, Tlb};
+use crate::tlb::{Fill, Kind, Tlb};
 use crate::walk::{Access, CR0_PG, CR4_PAE, EFER_LMA, Translation, Walker};
 use crate::world::World;
 

@@ -217,7 +217,7 @@ impl Walker<'_> {
 
     /// Bits 12 and up of an entry that hold an address.
     fn address_mask(&self) -> u64 {
-        (1u64 << self.physical_bits) - 1 & !0xfff
+        ((1u64 << self.physical_bits) - 1) & !0xfff
     }
 
     /// The part of the error code that depends on the access alone.

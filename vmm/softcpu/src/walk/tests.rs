@@ -191,9 +191,9 @@ fn agrees_with_a_plain_walker_on_random_tables() {
             assert_eq!(again, expected);
             let mut counts = counts.borrow_mut();
             if expected.is_ok() {
-                *counts.0 += 1
+                *counts.0 += 1;
             } else {
-                *counts.1 += 1
+                *counts.1 += 1;
             }
             Ok(())
         })
