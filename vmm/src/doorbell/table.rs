@@ -25,7 +25,11 @@ impl DoorbellTable {
     pub fn insert(&self, space: Space, address: u64, bell: Arc<Doorbell>) -> Result<(), DoorbellError> {
         let watched = match &self.watch {
             Some(watch) => {
-                self.remove(space, address);
+                // The processor watches an address for one doorbell.
+                let old = self.bells.write().unwrap_or_else(PoisonError::into_inner).remove(&(space, address));
+                if let Some(old) = old {
+                    old.displace()?;
+                }
                 bell.place(Arc::clone(watch), space, address)
             }
             None => Ok(()),
@@ -33,12 +37,16 @@ impl DoorbellTable {
         self.bells.write().unwrap_or_else(PoisonError::into_inner).insert((space, address), bell);
         watched
     }
-    /// Takes away the doorbell at an address, if there is one: its BAR has moved, or its device is gone.
-    pub fn remove(&self, space: Space, address: u64) {
-        let bell = self.bells.write().unwrap_or_else(PoisonError::into_inner).remove(&(space, address));
-        if let Some(bell) = bell
-            && let Err(error) = bell.displace()
-        {
+    /// Takes a doorbell away from an address: its BAR has moved, or its device is gone. One that another doorbell has
+    /// taken the place of is not there any more.
+    pub fn remove(&self, space: Space, address: u64, bell: &Arc<Doorbell>) {
+        let mut bells = self.bells.write().unwrap_or_else(PoisonError::into_inner);
+        if bells.get(&(space, address)).is_none_or(|there| !Arc::ptr_eq(there, bell)) {
+            return;
+        }
+        bells.remove(&(space, address));
+        drop(bells);
+        if let Err(error) = bell.displace() {
             tracing::warn!(%error, "the processor goes on watching a doorbell that was taken away");
         }
     }

@@ -54,7 +54,9 @@ fn switching_loses_no_kick() {
     assert_eq!(await_count(bell.backend_event(), kicks), kicks);
     assert!(relayed <= kicks);
     assert!(!table.write(Space::Pio, 0xc000_3000));
-    table.remove(Space::Mmio, 0xc000_3000);
+    table.remove(Space::Mmio, 0xc000_3000, &Doorbell::new(&relay).unwrap());
+    assert!(table.write(Space::Mmio, 0xc000_3000), "another's doorbell does not take this one away");
+    table.remove(Space::Mmio, 0xc000_3000, &bell);
     assert!(!table.write(Space::Mmio, 0xc000_3000));
 }
 
@@ -122,7 +124,7 @@ fn watched_doorbell_switches_and_moves() {
     let kicks: u64 = guest.join().unwrap();
     assert_eq!(await_count(bell.backend_event(), kicks), kicks);
 
-    table.remove(Space::Mmio, 0x1000);
+    table.remove(Space::Mmio, 0x1000, &bell);
     table.insert(Space::Mmio, 0x2000, Arc::clone(&bell)).unwrap();
     assert!(!watch.guest_writes(0x1000) && watch.guest_writes(0x2000));
     assert_eq!(take(bell.backend_event()), 1);

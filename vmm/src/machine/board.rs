@@ -155,6 +155,12 @@ impl Board {
     pub fn pci(&self) -> &Arc<Mutex<PciRoot>> {
         self.pci.root()
     }
+    /// Pin A of the next free PCI slot: its wire, and the line number that firmware would write into the function's
+    /// configuration space.
+    pub fn next_pin(&self) -> (Wire, u8) {
+        let gsi = self.pci.next_pin_gsi();
+        (self.wire(u32::from(gsi)), gsi)
+    }
     /// What a PCI function is given at construction to keep the board's map in step with its BARs; [`Self::add_pci`]
     /// takes it together with the function.
     pub fn bar_mapping(&self) -> Arc<FunctionBars> {

@@ -24,6 +24,10 @@ impl PciSlots {
     pub(super) fn root(&self) -> &Arc<Mutex<PciRoot>> {
         &self.root
     }
+    /// Where pin A of the next slot leads: pins turn by one from slot to slot, as the ACPI tables say.
+    pub(super) fn next_pin_gsi(&self) -> u8 {
+        layout::PCI_GSI_BASE as u8 + self.next % 4
+    }
     pub(super) fn add(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
         let place = DevFn::new(self.next, 0).ok_or(BoardError::NoSlot)?;
         // A mapping serves one function; a second one would be a builder's mistake and is ignored.

@@ -86,6 +86,17 @@ pub enum ConnectError {
     Resource(#[from] io::Error),
 }
 
+impl ConnectError {
+    /// Whether trying again would end the same way.
+    pub(super) fn is_hopeless(&self) -> bool {
+        match self {
+            Self::Source(SourceError::Start { hopeless, .. }) => *hopeless,
+            Self::Conversation { source, .. } => !source.is_gone(),
+            Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => false,
+        }
+    }
+}
+
 /// How completely the device survives its backend's death.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {

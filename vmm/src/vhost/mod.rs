@@ -8,12 +8,14 @@ mod call;
 mod config_space;
 mod conversation;
 mod device;
+mod disk_config;
 mod error;
 mod features;
 mod inflight;
 mod rings;
 mod session;
 mod source;
+mod spawned;
 mod worker;
 
 #[cfg(test)]
@@ -24,7 +26,9 @@ pub use device::{
     ConnectError, Connected, DeviceClass, DeviceParts, DeviceState, DeviceStatus, Limits, Recovery, SwitchError,
     VhostDevice, VhostFrontend,
 };
+pub use disk_config::{Backing, DiskConfig, DiskConfigError};
 pub use error::{ConversationError, Step};
 pub use features::{feature_names, offerable, protocol_feature_names};
 pub use session::Capabilities;
 pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};
+pub use spawned::SpawnedBackend;

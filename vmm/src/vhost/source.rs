@@ -14,8 +14,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum SourceError {
     /// The process could not be started, ended at once or did not get ready.
-    #[error("{0}")]
-    Start(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("{source}")]
+    Start {
+        /// Another incarnation would fail the same way.
+        hopeless: bool,
+        /// Why it failed.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Nobody listens.
     #[error("nobody listens at {path} ({source}); start the backend first, or name its socket with socket=")]
     Connect {

@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::backoff::Backoff;
 use super::call::{CallPath, Transport};
 use super::conversation::Conversation;
-use super::device::{ConnectError, DeviceParts, DeviceState, Recovery, Request, Shared, SwitchError, greet};
+use super::device::{DeviceParts, DeviceState, Recovery, Request, Shared, SwitchError, greet};
 use super::error::{ConversationError, Step};
 use super::features::feature_names;
 use super::inflight::InflightRegion;
@@ -450,9 +450,7 @@ impl Worker {
                 }
                 self.hand_over();
             }
-            Err(ConnectError::Conversation { backend, source }) if !source.is_gone() => {
-                self.quarantine(&format!("{backend}: {source}"));
-            }
+            Err(error) if error.is_hopeless() => self.quarantine(&error.to_string()),
             Err(error) => {
                 let wait = self.backoff.next();
                 self.link = Link::Down { retry_at: Instant::now() + wait };
@@ -475,7 +473,9 @@ impl Worker {
         if offer.queue_sizes.len() < self.shown.queue_sizes.len() {
             return lacks(format!("{} queues (it has {})", self.shown.queue_sizes.len(), offer.queue_sizes.len()));
         }
-        let differs = self.shown.config.iter().zip(&offer.config).position(|(old, new)| old != new);
+        // A backend that lived on behind its socket may still have what the driver wrote.
+        let known = self.shown.config.iter().zip(&self.config);
+        let differs = known.zip(&offer.config).position(|((shown, written), new)| new != shown && new != written);
         match differs {
             Some(offset) => lacks(format!("the configuration that the guest was shown (it differs at byte {offset})")),
             None => Ok(()),

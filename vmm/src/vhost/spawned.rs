@@ -1,0 +1,143 @@
+//! A backend that the VMM starts itself: a child of the spawner, born with its end of the vhost-user socket.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::time::Instant;
+
+use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
+use atoll_protocol::{DeviceId, Generation};
+
+use super::source::{BackendProcess, BackendSource, Incarnation, SourceError};
+use crate::backend::{
+    BackendEvent, BackendExit, BackendSpec, Child, EventKind, EventSink, ExitCause, ImageHandle, Offer, PassedFd,
+    Spawner, WatchLimits,
+};
+
+/// How to start each incarnation of a device's backend.
+pub struct SpawnedBackend {
+    /// Name of the device, for errors and logs.
+    pub name: String,
+    /// The device.
+    pub device: DeviceId,
+    /// What the process must say that it serves.
+    pub class: DeviceClass,
+    /// Its binary.
+    pub exe: PathBuf,
+    /// Its arguments, without those of descriptors.
+    pub args: Vec<OsString>,
+    /// Its image, opened anew for each incarnation so that a lock falls with it.
+    pub image: Option<ImageHandle>,
+    /// Who starts it.
+    pub spawner: Spawner,
+}
+
+/// Keeps what the device's thread wants to know; the rest is for the log.
+struct Ears {
+    name: String,
+    events: SyncSender<EventKind>,
+}
+
+impl EventSink for Ears {
+    fn offer(&self, event: BackendEvent) -> Offer {
+        match event.kind {
+            EventKind::Ready { .. } | EventKind::Exited(_) => {}
+            EventKind::Stalled { queue } => {
+                tracing::warn!(device = self.name, ?queue, "the backend makes no progress");
+                return Offer::Taken;
+            }
+            EventKind::Progress { .. } | EventKind::Quiesced | EventKind::Pong { .. } => return Offer::Taken,
+        }
+        match self.events.try_send(event.kind.clone()) {
+            Ok(()) => Offer::Taken,
+            Err(TrySendError::Full(_)) => Offer::Full(event),
+            Err(TrySendError::Disconnected(_)) => Offer::Gone,
+        }
+    }
+}
+
+/// Whether another incarnation would end the same way.
+fn is_hopeless(exit: &BackendExit) -> bool {
+    matches!(exit.cause, ExitCause::Goodbye(GoodbyeReason::Config(_)))
+}
+
+impl BackendSource for SpawnedBackend {
+    fn connect(&mut self, generation: u64, deadline: Instant) -> Result<Incarnation, SourceError> {
+        let failed =
+            |hopeless, source: Box<dyn std::error::Error + Send + Sync>| SourceError::Start { hopeless, source };
+        let (socket, childs_socket) = UnixStream::pair().map_err(|error| failed(false, error.into()))?;
+        let mut fds = vec![PassedFd { flag: "--vhost-fd".into(), fd: OwnedFd::from(childs_socket) }];
+        if let Some(image) = &self.image {
+            let fd = image.reopen().map_err(|error| failed(false, error.into()))?;
+            fds.push(PassedFd { flag: "--fd".into(), fd });
+        }
+        let spec = BackendSpec {
+            name: self.name.clone(),
+            device: self.device,
+            generation: Generation(generation),
+            class: self.class,
+            exe: self.exe.clone(),
+            args: self.args.clone(),
+            env: Vec::new(),
+            fds,
+            limits: WatchLimits::default(),
+        };
+        let (events, heard) = sync_channel(4);
+        let ears = Ears { name: self.name.clone(), events };
+        let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
+        let mut process = ChildProcess { child, events: heard, end: None };
+        // The spawner has deadlines of its own for hello and ready; ours is for a spawner that does not keep up.
+        match process.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(EventKind::Exited(exit)) => Err(failed(is_hopeless(&exit), Box::new(exit))),
+            Ok(_) => Ok(Incarnation { socket, process: Some(Box::new(process)) }),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                let end = process.kill(Instant::now() + KILL_TIME);
+                Err(failed(false, format!("the backend of {} did not get ready in time ({end})", self.name).into()))
+            }
+        }
+    }
+    fn describe(&self) -> String {
+        self.exe.display().to_string()
+    }
+}
+
+/// How long a killed process may take to be reaped.
+const KILL_TIME: std::time::Duration = std::time::Duration::from_secs(2);
+
+struct ChildProcess {
+    child: Child,
+    events: Receiver<EventKind>,
+    end: Option<String>,
+}
+
+impl ChildProcess {
+    fn await_end(&mut self, deadline: Instant) -> String {
+        while self.end.is_none() {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(EventKind::Exited(exit)) => self.end = Some(exit.to_string()),
+                Ok(_) => {}
+                Err(RecvTimeoutError::Disconnected) => self.end = Some("nobody knows how it ended".into()),
+                Err(RecvTimeoutError::Timeout) => return format!("process {} has not ended yet", self.child.pid()),
+            }
+        }
+        self.end.clone().unwrap_or_default()
+    }
+}
+
+impl BackendProcess for ChildProcess {
+    fn ended(&self) -> BorrowedFd<'_> {
+        self.child.pidfd().as_fd()
+    }
+    fn kill(&mut self, deadline: Instant) -> String {
+        self.child.kill();
+        self.await_end(deadline)
+    }
+    fn finish(&mut self, deadline: Instant) -> String {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.child.stop(left);
+        // A little longer than it has: killing it takes a moment too.
+        self.await_end(deadline + KILL_TIME)
+    }
+}
