@@ -8,6 +8,7 @@ mod call;
 mod config_space;
 mod conversation;
 mod device;
+mod disk;
 mod disk_config;
 mod error;
 mod features;
@@ -26,6 +27,7 @@ pub use device::{
     ConnectError, Connected, DeviceClass, DeviceParts, DeviceState, DeviceStatus, Limits, Recovery, SwitchError,
     VhostDevice, VhostFrontend,
 };
+pub use disk::{DiskBuilder, DiskError};
 pub use disk_config::{Backing, DiskConfig, DiskConfigError};
 pub use error::{ConversationError, Step};
 pub use features::{feature_names, offerable, protocol_feature_names};
