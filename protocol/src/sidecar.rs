@@ -50,7 +50,7 @@ impl std::fmt::Display for DeviceClass {
 pub struct SidecarFeatures(pub u64);
 
 impl SidecarFeatures {
-    /// Sends [`SidecarReport::Progress`] at the interval that [`SidecarOrder::Start`] asks for.
+    /// Sends [`SidecarReport::Progress`] at the interval that [`SidecarOrder::Start`] asks for, when something changed.
     pub const PROGRESS: Self = Self(1);
     /// Understands [`SidecarOrder::Quiesce`].
     pub const QUIESCE: Self = Self(2);

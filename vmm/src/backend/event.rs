@@ -114,7 +114,7 @@ impl fmt::Display for BackendExit {
                 GoodbyeReason::Config(reason) | GoodbyeReason::Resource(reason) | GoodbyeReason::Peer(reason),
             ) => return write!(f, "ended{when}: {reason}"),
             ExitCause::NeverHello(waited) => {
-                write!(f, "said nothing within {waited:?} and was killed: is its binary a backend of this release?")?
+                write!(f, "said nothing within {waited:?} and was killed: is its binary a backend of this release?")?;
             }
             ExitCause::NeverReady(waited) => {
                 write!(f, "was not ready within {waited:?} and was killed: look at its log")?;

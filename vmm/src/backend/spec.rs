@@ -24,7 +24,8 @@ pub struct WatchLimits {
     pub ready: Duration,
     /// Interval of its progress reports.
     pub progress: Duration,
-    /// Without a report, or with requests in flight and none completed, before it counts as stalled.
+    /// With requests in flight and none completed, before a queue counts as stalled; without a word, before the process
+    /// is asked for one, and again as long for its answer.
     pub stall: Duration,
 }
 

@@ -53,14 +53,18 @@ pub struct Watch {
     limits: WatchLimits,
     phase: Phase,
     features: SidecarFeatures,
-    /// When the present phase began, or the last report came.
+    /// When the present phase began, or the last word came.
     since: Moment,
+    /// Since when it owes an answer to our ping.
+    pinged: Option<Moment>,
     silence_told: bool,
     queues: BTreeMap<QueueIndex, QueueWatch>,
     goodbye: Option<GoodbyeReason>,
     was_ready: bool,
 }
 
+/// Of the pings that the watch sends itself; their answers are nobody else's business.
+const PING_NONCE: u64 = 0;
 /// More queues than any device has: a child that names more is wrong.
 const QUEUES_MAX: usize = 1024;
 
@@ -75,6 +79,7 @@ impl Watch {
             phase: Phase::Silent,
             features: SidecarFeatures::default(),
             since: now,
+            pinged: None,
             silence_told: false,
             queues: BTreeMap::new(),
             goodbye: None,
@@ -102,6 +107,7 @@ impl Watch {
     /// The VMM itself was not running for this long (stopped, or starved): nobody is late because of that.
     pub fn postpone(&mut self, by: std::time::Duration) {
         self.since = self.since.after(by);
+        self.pinged = self.pinged.map(|pinged| pinged.after(by));
         for queue in self.queues.values_mut() {
             queue.since = queue.since.after(by);
         }
@@ -109,6 +115,11 @@ impl Watch {
 
     /// A word of the child.
     pub fn hear(&mut self, report: SidecarReport, now: Moment) -> Vec<WatchAction> {
+        if self.phase == Phase::Ready {
+            self.since = now;
+            self.pinged = None;
+            self.silence_told = false;
+        }
         match (self.phase, report) {
             (Phase::Leaving, SidecarReport::Goodbye { reason }) => {
                 self.goodbye.get_or_insert(reason);
@@ -133,6 +144,7 @@ impl Watch {
             }
             (Phase::Ready, SidecarReport::Progress { queues }) => self.progress(queues, now),
             (Phase::Ready, SidecarReport::Quiesced) => vec![WatchAction::Event(EventKind::Quiesced)],
+            (Phase::Preparing | Phase::Ready, SidecarReport::Pong { nonce: PING_NONCE }) => Vec::new(),
             (Phase::Preparing | Phase::Ready, SidecarReport::Pong { nonce }) => {
                 vec![WatchAction::Event(EventKind::Pong { nonce })]
             }
@@ -160,8 +172,6 @@ impl Watch {
     }
 
     fn progress(&mut self, queues: Vec<QueueProgress>, now: Moment) -> Vec<WatchAction> {
-        self.since = now;
-        self.silence_told = false;
         for QueueProgress { queue, completed, in_flight } in &queues {
             if !self.queues.contains_key(queue) && self.queues.len() >= QUEUES_MAX {
                 return wrong("it reports more queues than a device can have");
@@ -199,9 +209,19 @@ impl Watch {
             Phase::Silent | Phase::Preparing => Vec::new(),
             Phase::Ready => {
                 let stall = self.limits.stall;
-                let silent = self.reports_progress() && waited >= stall && !self.silence_told;
-                self.silence_told |= silent;
-                let mut actions: Vec<_> = silent.then_some(stalled(None)).into_iter().collect();
+                let mut actions = Vec::new();
+                match self.pinged {
+                    // A backend may keep silent while nothing changes; then it is asked.
+                    None if waited >= stall => {
+                        self.pinged = Some(now);
+                        actions.push(WatchAction::Order(SidecarOrder::Ping { nonce: PING_NONCE }));
+                    }
+                    Some(pinged) if !self.silence_told && now.since(pinged) >= stall => {
+                        self.silence_told = true;
+                        actions.push(stalled(None));
+                    }
+                    _ => {}
+                }
                 for (index, queue) in &mut self.queues {
                     if queue.in_flight > 0 && !queue.told && now.since(queue.since) >= stall {
                         queue.told = true;
@@ -213,10 +233,6 @@ impl Watch {
         }
     }
 
-    fn reports_progress(&self) -> bool {
-        self.features.contains(SidecarFeatures::PROGRESS) && !self.limits.progress.is_zero()
-    }
-
     /// The next moment at which [`Self::check`] can have something to say.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Moment> {
@@ -224,7 +240,7 @@ impl Watch {
             Phase::Leaving => None,
             Phase::Silent | Phase::Preparing => Some(self.since.after(self.limits.ready)),
             Phase::Ready => {
-                let silence = (self.reports_progress() && !self.silence_told).then_some(self.since);
+                let silence = (!self.silence_told).then_some(self.pinged.unwrap_or(self.since));
                 let queues = self.queues.values().filter(|queue| queue.in_flight > 0 && !queue.told);
                 queues.map(|queue| queue.since).chain(silence).min().map(|since| since.after(self.limits.stall))
             }
@@ -301,7 +317,7 @@ mod tests {
     }
 
     /// One queue stands with a request in flight while reports go on: that queue is stalled, said once, until it moves.
-    /// Then no report comes at all: the process is stalled.
+    /// Then no report comes at all: the process is asked, and is stalled when it does not answer that either.
     #[test]
     fn stalls_are_per_queue_and_told_once() {
         let mut watch = running();
@@ -315,10 +331,15 @@ mod tests {
         assert_eq!(watch.check(at(290)), []);
         watch.hear(progress(6, 4), at(295));
         assert_eq!(watch.check(at(344)), []);
-        let all = [WatchAction::Event(EventKind::Stalled { queue: None }), told[0].clone()];
-        assert_eq!(watch.check(at(345)), all);
+        let ping = WatchAction::Order(SidecarOrder::Ping { nonce: PING_NONCE });
+        assert_eq!(watch.check(at(345)), [ping.clone(), told[0].clone()]);
+        assert_eq!(watch.check(at(394)), []);
+        assert_eq!(watch.check(at(395)), [WatchAction::Event(EventKind::Stalled { queue: None })]);
         assert_eq!(watch.check(at(500)), []);
         assert_eq!(watch.next_deadline(), None);
+        assert_eq!(watch.hear(SidecarReport::Pong { nonce: PING_NONCE }, at(600)), []);
+        assert_eq!(watch.check(at(649)), []);
+        assert_eq!(watch.check(at(650)), [ping], "it lives again, and is watched again");
     }
 
     /// The VMM was stopped for a minute: no child is late because of that.
@@ -328,7 +349,7 @@ mod tests {
         watch.hear(progress(1, 1), at(200));
         watch.postpone(Duration::from_mins(1));
         assert_eq!(watch.check(at(60_230)), []);
-        assert_eq!(watch.check(at(60_250)).len(), 2);
+        assert_eq!(watch.check(at(60_250)).len(), 2, "the queue is told, the process asked");
     }
 
     /// Words that cannot be right, each in the state in which they cannot.

@@ -16,7 +16,7 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use atoll_devices::access::{Answer, Completion, RegisterDevice, deferred};
 use atoll_devices::interrupt::{MsiMessage, MsiSink, Wire};
@@ -109,6 +109,9 @@ pub struct RemoteCounts {
     /// Accesses that the device refused.
     pub refused: u64,
 }
+
+/// A thread that wakes this much too late was stopped, or starved, and so was the rest of the VMM.
+const OVERSLEPT: Duration = Duration::from_millis(200);
 
 struct Link {
     writer: FrameWriter,
@@ -424,12 +427,18 @@ impl Shared {
         LifecycleEvent::DeviceStalled { device: self.device, generation, cause }
     }
 
-    /// The thread: receives, and watches the deadlines.
+    /// The thread: receives, and watches the deadlines. It always takes what has come before it calls anybody late.
     fn serve(&self) {
         let clock = &self.surroundings.clock;
         let mut reader: Option<(Generation, FrameReader)> = None;
         let mut active = true;
         loop {
+            if let Some((generation, incoming)) = &mut reader
+                && let Err(event) = self.receive_all(*generation, incoming)
+            {
+                reader = None;
+                self.tell(event);
+            }
             let now = clock.now();
             let mut state = self.lock();
             if state.closing {
@@ -457,24 +466,14 @@ impl Shared {
                 self.tell(Some(self.stalled(generation, cause)));
             }
             active = self.wait(until, reader.as_ref().map(|(_, reader)| reader));
-            if let Some((generation, incoming)) = &mut reader {
-                match self.receive_all(*generation, incoming) {
-                    Ok(()) => {}
-                    Err(event) => {
-                        reader = None;
-                        self.tell(event);
-                    }
-                }
-            }
         }
     }
 
     /// Waits for the socket, a wake-up or the moment; whether it was one of the first two.
     fn wait(&self, until: Option<Moment>, reader: Option<&FrameReader>) -> bool {
-        let nap = until.map(|until| {
-            let nap = self.surroundings.clock.nap(until);
-            Timespec::try_from(nap).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 })
-        });
+        let nap = until.map(|until| self.surroundings.clock.nap(until));
+        let expected = nap.and_then(|nap| Instant::now().checked_add(nap));
+        let nap = nap.map(|nap| Timespec::try_from(nap).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
         if let Some(reader) = reader {
             fds.push(PollFd::from_borrowed_fd(reader.as_fd(), PollFlags::IN));
@@ -490,6 +489,9 @@ impl Shared {
             }
         };
         let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+        if let Some(late) = expected.map(|expected| expected.elapsed()).filter(|late| *late > OVERSLEPT) {
+            self.lock().table.postpone(late);
+        }
         ready
     }
 

@@ -1,6 +1,7 @@
 //! The questions of one remote device that wait for an answer: a state machine without sockets or threads.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use atoll_devices::access::Completion;
 use atoll_protocol::bus::{BusAnswer, BusCall, BusRequest, Refusal};
@@ -121,6 +122,13 @@ impl Table {
         self.open.extract_if(.., |_, question| question.deadline <= now).map(|(_, question)| question.cause).collect()
     }
 
+    /// Nobody here was running for this long: no peer is late because of that.
+    pub(super) fn postpone(&mut self, by: Duration) {
+        for question in self.open.values_mut() {
+            question.deadline = question.deadline.after(by);
+        }
+    }
+
     /// Gives up the questions that a connection took with it; how many. Those not sent wait on.
     pub(super) fn abandon_sent(&mut self) -> usize {
         self.open.extract_if(.., |_, question| question.sent).count()
@@ -141,7 +149,6 @@ mod tests {
     use std::future::Future;
     use std::pin::Pin;
     use std::task::{Context, Poll, Waker};
-    use std::time::Duration;
 
     use atoll_devices::access::{Deferred, deferred};
     use atoll_protocol::RegionIndex;
@@ -175,6 +182,17 @@ mod tests {
         assert_eq!(table.expire(at(100)), [CauseId(7)]);
         assert_eq!(poll(&mut answer), Poll::Ready(None));
         assert_eq!(table.settle(id, &BusAnswer::Value(1)), Settled::Stale);
+    }
+
+    /// The VMM is stopped for an hour with a question open; its process has no part in that.
+    #[test]
+    fn own_absence_is_not_counted() {
+        let mut table = Table::new();
+        let (_, mut answer) = ask(&mut table, 100, Width::Byte);
+        table.postpone(Duration::from_hours(1));
+        assert!(table.expire(at(3_600_099)).is_empty());
+        assert_eq!(poll(&mut answer), Poll::Pending);
+        assert_eq!(table.expire(at(3_600_100)), [CauseId(7)]);
     }
 
     /// What a hostile device process can answer, case by case: nothing but the right answer completes the access.
