@@ -59,14 +59,14 @@ impl Cpu {
             M::Rdmsr => self.rdmsr(world).map(|()| Flow::Boundary),
             M::Wrmsr => self.wrmsr(world).map(|()| Flow::Boundary),
             M::Syscall => self.syscall().map(|()| Flow::Boundary),
-            M::Sysret => {
+            M::Sysret | M::Sysretq => {
                 let size = if insn.code() == Code::Sysretq { OperandSize::Qword } else { OperandSize::Dword };
                 self.sysret(size).map(|()| Flow::Boundary)
             }
             M::Sysenter => self.sysenter().map(|()| Flow::Boundary),
-            M::Sysexit => self.sysexit().map(|()| Flow::Boundary),
+            M::Sysexit | M::Sysexitq => self.sysexit().map(|()| Flow::Boundary),
             M::Swapgs => self.swapgs().map(|()| Flow::Next),
-            M::Iret => {
+            M::Iret | M::Iretd | M::Iretq => {
                 let size = match insn.code() {
                     Code::Iretw => OperandSize::Word,
                     Code::Iretd => OperandSize::Dword,
