@@ -209,11 +209,7 @@ fn the_dirty_log_names_what_the_device_wrote_and_nothing_else() -> Result<()> {
         let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
         let mut driver = blk.driver(Options::default())?;
         let log = Guest::new(4096)?;
-        let region = VhostUserDirtyLogRegion {
-            mmap_size: 4096,
-            mmap_offset: 0,
-            mmap_handle: log.file().as_raw_fd(),
-        };
+        let region = VhostUserDirtyLogRegion { mmap_size: 4096, mmap_offset: 0, mmap_handle: log.file().as_raw_fd() };
         driver.front()?.set_log_base(0, Some(region))?;
         // Not before the feature is chosen, which happens while the ring runs.
         assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);

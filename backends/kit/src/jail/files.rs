@@ -50,10 +50,7 @@ pub(super) fn leave_namespaces() {
 /// No capability at all, for this thread and those that it starts.
 pub(super) fn drop_capabilities() -> rustix::io::Result<()> {
     let none = CapabilitySet::empty();
-    rustix::thread::set_capabilities(
-        None,
-        CapabilitySets { effective: none, permitted: none, inheritable: none },
-    )
+    rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
 }
 
 /// No path, no TCP port, no abstract socket and no signal outside; as much of it as the kernel knows.

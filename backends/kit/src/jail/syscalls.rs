@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
 use super::JailError;
@@ -81,31 +80,20 @@ pub(super) fn restrict(listens: bool) -> Result<(), JailError> {
         rules.extend(ALLOWED_LISTENING.iter().map(|call| (*call, Vec::new())));
     }
     // Memory never becomes code.
-    let not_code = SeccompCondition::new(
-        2,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64),
-        0,
-    )
-    .and_then(|condition| SeccompRule::new(vec![condition]))
-    .map_err(|e| failed(&e))?;
+    let not_code = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)
+        .and_then(|condition| SeccompRule::new(vec![condition]))
+        .map_err(|e| failed(&e))?;
     rules.insert(libc::SYS_mmap, vec![not_code.clone()]);
     rules.insert(libc::SYS_mprotect, vec![not_code]);
     // A starting thread sets its name.
-    let name = SeccompCondition::new(
-        0,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        libc::PR_SET_NAME as u64,
-    )
-    .and_then(|condition| SeccompRule::new(vec![condition]))
-    .map_err(|e| failed(&e))?;
+    let name = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, libc::PR_SET_NAME as u64)
+        .and_then(|condition| SeccompRule::new(vec![condition]))
+        .map_err(|e| failed(&e))?;
     rules.insert(libc::SYS_prctl, vec![name]);
     // `statx` only on a descriptor: an empty path cannot be seen here, but landlock hides all paths.
     rules.insert(libc::SYS_statx, Vec::new());
-    let filter =
-        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
-            .map_err(|e| failed(&e))?;
+    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
+        .map_err(|e| failed(&e))?;
     let program = BpfProgram::try_from(filter).map_err(|e| failed(&e))?;
     seccompiler::apply_filter_all_threads(&program).map_err(|e| failed(&e))
 }
