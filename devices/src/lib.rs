@@ -3,11 +3,15 @@
 //! Nothing here waits, spawns, opens a socket or knows which CPU drives it.
 
 pub mod access;
+pub mod acpi_pm;
 pub mod address_map;
 pub mod interrupt;
 pub mod irq;
 pub mod pci;
 pub mod power;
+pub mod reset_port;
+pub mod rtc;
+pub mod serial;
 pub mod timed;
 pub mod virtio;
 
