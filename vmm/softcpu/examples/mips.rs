@@ -197,12 +197,9 @@ fn run_wide() {
 fn main() {
     let only = std::env::args().nth(1);
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
-    for (name, body, argument) in [
-        ("crc", crc as Loop, 10_000u64),
-        ("sieve", sieve, 300),
-        ("fib", fib, 34),
-        ("matmul", matmul, 200),
-    ] {
+    for (name, body, argument) in
+        [("crc", crc as Loop, 10_000u64), ("sieve", sieve, 300), ("fib", fib, 34), ("matmul", matmul, 200)]
+    {
         if wanted(name) {
             run_loop(name, body, argument);
         }

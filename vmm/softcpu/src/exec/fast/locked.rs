@@ -163,12 +163,7 @@ unsafe extern "sysv64" fn xadd<W: Locked, A: Address>(cpu: *mut Cpu, op: *const 
     };
     next!(cpu, op, fuel, flags)
 }
-unsafe extern "sysv64" fn cmpxchg<W: Locked, A: Address>(
-    cpu: *mut Cpu,
-    op: *const Op,
-    fuel: i64,
-    flags: u64,
-) -> Next {
+unsafe extern "sysv64" fn cmpxchg<W: Locked, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     let flags = unsafe {
         let host = write_host!(W, cpu, op, fuel, flags, A::linear(cpu, op), true);

@@ -17,8 +17,8 @@ mod word;
 
 pub(super) use memory::EaKind;
 
-use crate::cpu::Cpu;
 use super::Handler;
+use crate::cpu::Cpu;
 
 /// Offset of the registers within the CPU.
 const REGS: usize = std::mem::offset_of!(Cpu, regs);

@@ -72,8 +72,7 @@ unsafe extern "sysv64" fn shift_i<K: Kind, W: Word, const LOUD: bool>(
         let a = W::get(cpu, (*op).r0);
         let count = (*op).imm as u32;
         if LOUD {
-            let (value, out) =
-                arith::shift(K::KIND, a.wide(), u64::from(count), W::BYTES as u32, fold(0, flags));
+            let (value, out) = arith::shift(K::KIND, a.wide(), u64::from(count), W::BYTES as u32, fold(0, flags));
             W::set(cpu, (*op).r0, W::narrow(value));
             unfold(out)
         } else {
@@ -226,12 +225,7 @@ unsafe extern "sysv64" fn bit_test<W: Word, const IMM: bool, const CHANGE: u8>(
     next!(cpu, op, fuel, flags)
 }
 /// BT m, imm.
-unsafe extern "sysv64" fn bit_test_m<W: Word, A: Address>(
-    cpu: *mut Cpu,
-    op: *const Op,
-    fuel: i64,
-    flags: u64,
-) -> Next {
+unsafe extern "sysv64" fn bit_test_m<W: Word, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     let flags = unsafe {
         let host = read_host!(W, cpu, op, fuel, flags, A::linear(cpu, op), true);
