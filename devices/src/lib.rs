@@ -17,6 +17,6 @@ pub mod virtio;
 
 pub use access::{Access, Answer, Completion, Deferred, RegisterDevice};
 pub use address_map::{AddressMap, AddressMapError, AddressRange};
-pub use interrupt::{MsiMessage, MsiSink, MsixRoutes, Wire, WireSink};
+pub use interrupt::{MsiMessage, MsiSink, MsixRoutes, Wire, WireSink, WiredOr};
 pub use power::{PowerEvent, PowerSink};
 pub use timed::{AtTime, GuestClock, TimedDevice};

@@ -154,7 +154,7 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.status_b() & BINARY != 0 { value } else { value / 10 % 10 << 4 | value % 10 }
+        if self.status_b() & BINARY != 0 { value } else { ((value / 10 % 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, value: u8) -> u8 {
