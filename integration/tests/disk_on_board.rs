@@ -125,7 +125,7 @@ impl Driver {
             clock: Arc::new(RealClock::new()),
             budget: ANSWER_BUDGET,
         };
-        let mut driver = Self { board, disk: Some(disk), spawner, processor, bus, available: 0, seen: 0 };
+        let driver = Self { board, disk: Some(disk), spawner, processor, bus, available: 0, seen: 0 };
         // Memory decoding and bus mastering.
         let slot = DevFn::new(0, 0).context("slot 0")?;
         let function = driver.board.pci().lock().unwrap().function(slot).context("nothing in slot 0")?;
