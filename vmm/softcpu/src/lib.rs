@@ -18,6 +18,7 @@ mod kvmclock;
 mod mmu;
 mod msr;
 pub mod native;
+pub mod oracle;
 pub mod ram;
 mod segment;
 mod stack;
@@ -29,7 +30,7 @@ pub mod tlb;
 mod walk;
 pub mod world;
 
-pub use cpu::{Cpu, TimeMode, reset_system};
+pub use cpu::{Cpu, TimeMode};
 pub use cpuid::{CpuModel, CpuidLeaf, Features, UnknownModel, VcpuTopology};
 pub use ram::{GuestRam, RamRegion};
 pub use state::{Exception, FpState, Regs, Segment, System};

@@ -157,7 +157,8 @@ impl Cpu {
         Place::Ram { host, gpa, code }
     }
 
-    /// Address of the part of an access that lies in the next page.
+    /// Address of the part of an access that lies in the next page. That all of an operand is canonical is checked
+    /// before any of it is translated.
     fn next_page(&self, linear: u64) -> u64 {
         let next = (linear | 0xfff).wrapping_add(1);
         if self.long_mode_active() { next } else { next & 0xffff_ffff }
@@ -178,8 +179,9 @@ impl Cpu {
             return Ok(());
         }
         debug_assert!(data.len() <= 0x1000, "an operand spans at most two pages");
+        let next = self.check_linear(self.next_page(linear))?;
         let first = self.locate(linear, Access::Read, user)?;
-        let second = self.locate(self.next_page(linear), Access::Read, user)?;
+        let second = self.locate(next, Access::Read, user)?;
         let (low, high) = data.split_at_mut(room);
         read_place(world, first, low);
         read_place(world, second, high);
@@ -201,8 +203,9 @@ impl Cpu {
             return Ok(());
         }
         debug_assert!(data.len() <= 0x1000, "an operand spans at most two pages");
+        let next = self.check_linear(self.next_page(linear))?;
         let first = self.locate(linear, Access::Write, user)?;
-        let second = self.locate(self.next_page(linear), Access::Write, user)?;
+        let second = self.locate(next, Access::Write, user)?;
         let (low, high) = data.split_at(room);
         self.write_place(world, first, low);
         self.write_place(world, second, high);
@@ -225,8 +228,12 @@ impl Cpu {
 
     /// Checks that `len` bytes at `linear` may be written (and so read), without touching them.
     pub(crate) fn check_write(&mut self, linear: u64, len: usize, user: bool) -> Result<(), Exception> {
+        let crosses = (linear & 0xfff) as usize + len > 0x1000;
+        if crosses {
+            self.check_linear(self.next_page(linear))?;
+        }
         self.locate(linear, Access::Write, user)?;
-        if (linear & 0xfff) as usize + len > 0x1000 {
+        if crosses {
             self.locate(self.next_page(linear), Access::Write, user)?;
         }
         Ok(())
@@ -234,8 +241,12 @@ impl Cpu {
 
     /// The operand of a read-modify-write instruction of at most 16 bytes, checked for writing.
     pub(crate) fn host_rw(&mut self, linear: u64, len: usize, user: bool) -> Result<HostRw, Exception> {
+        let crosses = (linear & 0xfff) as usize + len > 0x1000;
+        if crosses {
+            self.check_linear(self.next_page(linear))?;
+        }
         let place = self.locate(linear, Access::Write, user)?;
-        if (linear & 0xfff) as usize + len > 0x1000 {
+        if crosses {
             self.locate(self.next_page(linear), Access::Write, user)?;
             return Ok(HostRw::Slow);
         }
@@ -266,8 +277,12 @@ impl Cpu {
     /// The page to fetch from. #PF with the fetch bit as enabled; #GP(0) when not canonical, and where there is no RAM:
     /// code is not run from devices.
     pub(crate) fn fetch_page(&mut self, linear: u64, user: bool) -> Result<CodePage, Exception> {
-        match self.locate(linear & !0xfff, Access::Execute, user)? {
-            Place::Ram { host, gpa, .. } => Ok(CodePage { gpa, host }),
+        // The whole address: it is what a page fault reports.
+        match self.locate(linear, Access::Execute, user)? {
+            Place::Ram { host, gpa, .. } => {
+                let offset = linear & 0xfff;
+                Ok(CodePage { gpa: gpa - offset, host: host.wrapping_sub(offset as usize) })
+            }
             Place::Io { .. } => Err(Exception::gp(0)),
         }
     }

@@ -246,6 +246,10 @@ fn mmx_registers_are_the_x87_registers_by_number_not_by_stack_position() {
     assert_eq!(bench.regs.fp.st[3] as u64, 1 << 63);
     assert_eq!(bench.regs.fp.st[3] >> 64, 0xffff);
     assert_eq!((bench.regs.fp.fsw, bench.regs.fp.ftw), (0, 0xff));
+    bench.regs.gpr[7] = 0;
+    bench.regs.fp.ftw = 0;
+    assert_eq!(bench.run(|a| a.maskmovq(mm1, mm2)), 0);
+    assert_eq!((bench.regs.fp.fsw, bench.regs.fp.ftw), (0, 0xff));
     assert_eq!(bench.run(|a| a.emms()), 0);
     assert_eq!((bench.regs.fp.fsw, bench.regs.fp.ftw), (0, 0));
 }

@@ -15,7 +15,6 @@
 mod cache;
 mod decode;
 mod dispatch;
-mod fast;
 mod general;
 mod run;
 
@@ -46,6 +45,14 @@ impl Mode {
             Mode::Bits16 => 16,
             Mode::Bits32 => 32,
             Mode::Bits64 => 64,
+        }
+    }
+    /// In 64-bit code overrides of ES, CS, SS and DS mean nothing: the base register alone tells whether an operand
+    /// is on the stack, and so whether it faults with #SS or #GP.
+    fn drop_null_override(self, insn: &mut iced_x86::Instruction) {
+        use iced_x86::Register;
+        if self == Mode::Bits64 && !matches!(insn.segment_prefix(), Register::None | Register::FS | Register::GS) {
+            insn.set_segment_prefix(Register::None);
         }
     }
 }
@@ -158,8 +165,6 @@ pub(crate) struct Exec {
     cs_base: u64,
     /// Set when the running block may have been overwritten: leave it after the present instruction.
     stale: bool,
-    /// Linear address that the translation cache did not hold.
-    missed: u64,
     /// Why the last block was left.
     left: Leave,
     /// The fault that goes with [`Leave::Fault`].
@@ -196,7 +201,6 @@ impl Exec {
             jump_keys: [0; 2],
             cs_base: 0,
             stale: false,
-            missed: 0,
             left: Leave::Boundary,
             fault: Exception::ud(),
             slice: 0,

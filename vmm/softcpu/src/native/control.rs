@@ -12,6 +12,7 @@ pub(super) struct Control {
     pub(super) mem_size: u16,
     pub(super) mem_align: u8,
     pub(super) unit: Unit,
+    pub(super) waits: bool,
 }
 
 /// The function that implements `instruction`, if it is a control instruction.
@@ -50,7 +51,9 @@ pub(super) fn find(instruction: &Instruction) -> Option<Control> {
         },
     };
     let mem_align = if unit == Unit::Fxsr { 16 } else { 1 };
-    Some(Control { entry, mem, mem_size, mem_align, unit })
+    let waits =
+        matches!(instruction.mnemonic(), Mnemonic::Fldcw | Mnemonic::Fldenv | Mnemonic::Frstor | Mnemonic::Wait);
+    Some(Control { entry, mem, mem_size, mem_align, unit, waits })
 }
 
 /// Exception summary and busy, which follow from flags and masks.
@@ -67,13 +70,22 @@ impl FpState {
         self.fsw = if pending { self.fsw | SUMMARY } else { self.fsw & !SUMMARY };
     }
 
-    fn pending(&self) -> bool {
+    /// Whether an unmasked x87 exception waits for the next waiting instruction.
+    pub(crate) fn pending(&self) -> bool {
         self.fsw & 0x80 != 0
+    }
+
+    /// Replaces the status word. Its TOP says which physical register is ST(0), and `st` is in stack order.
+    fn set_status(&mut self, fsw: u16) {
+        let old = self.top();
+        self.fsw = fsw;
+        let new = self.top();
+        self.st.rotate_left((new + 8 - old) & 7);
     }
 
     fn initialise(&mut self) {
         self.fcw = 0x37f;
-        self.fsw = 0;
+        self.set_status(0);
         self.ftw = 0;
         self.fop = 0;
         self.fip = 0;
@@ -114,10 +126,7 @@ impl FpState {
 pub(super) unsafe extern "sysv64" fn enter_mmx(regs: *mut Regs) {
     // SAFETY: contract of this function.
     let fp = unsafe { &mut (*regs).fp };
-    let top = fp.top();
-    // st[] is in stack order; MMi is physical register i, which is ST(i - TOP).
-    fp.st.rotate_right(top);
-    fp.fsw &= !TOP;
+    fp.set_status(fp.fsw & !TOP);
     fp.ftw = 0xff;
 }
 
@@ -328,7 +337,7 @@ unsafe fn load_environment<const WORD: usize>(fp: &mut FpState, mem: *const u8) 
         u32::from_le_bytes(bytes)
     };
     fp.fcw = control_word(word(0) as u16);
-    fp.fsw = word(1) as u16;
+    fp.set_status(word(1) as u16);
     fp.fip = word(3).into();
     fp.fop = if WORD == 4 { (word(4) >> 16) as u16 & 0x7ff } else { 0 };
     fp.fdp = word(5).into();

@@ -76,6 +76,8 @@ pub struct ThunkRef {
     pub mem_align: u8,
     /// Checks to be made by the caller.
     pub unit: Unit,
+    /// #MF comes first, before the operand is looked at, if an x87 exception is pending.
+    pub waits: bool,
     /// RFLAGS must be folded into [`Regs::rflags`] before the call.
     pub reads_flags: bool,
     /// The thunk changes arithmetic flags in [`Regs::rflags`]; those that it leaves alone must be folded in before.
@@ -140,6 +142,7 @@ impl Thunks {
                 mem: control.mem,
                 mem_align: control.mem_align,
                 unit: control.unit,
+                waits: control.waits,
                 reads_flags: false,
                 writes_flags: false,
                 implicit_rdi: false,

@@ -83,6 +83,7 @@ pub(super) fn plan(instruction: &Instruction, unit: Unit, factory: &mut Instruct
         mem,
         mem_align: if aligned(instruction, mem_size) { 16 } else { 1 },
         unit,
+        waits: x87 || plan.mm_load | plan.mm_store != 0,
         reads_flags: plan.reads_flags,
         writes_flags: plan.writes_flags,
         implicit_rdi: plan.implicit_rdi,

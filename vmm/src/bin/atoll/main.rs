@@ -1,2 +1,2 @@
-//! The command line comes with the serial port.
+//! See README.md.
 fn main() {}

@@ -7,7 +7,6 @@
 mod chips;
 mod clock;
 mod timer;
-mod trace;
 mod vcpu;
 mod world;
 

@@ -9,9 +9,8 @@ use atoll_softcpu::{Attention, Cpu, CpuModel, GuestRam, Stop, TimeMode};
 use super::Notice;
 use super::chips::Chips;
 use super::clock::{Pace, SoftClock};
-use super::trace::TraceHash;
 use super::world::BoardWorld;
-use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu, VcpuFigures};
+use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu};
 
 /// RFLAGS.IF.
 const INTERRUPTS_ENABLED: u64 = 1 << 9;
@@ -50,7 +49,6 @@ pub(super) struct SoftVcpu {
     chips: Arc<Chips>,
     clock: Arc<SoftClock>,
     wall_base_ns: u64,
-    trace: TraceHash,
 }
 
 impl SoftVcpu {
@@ -68,7 +66,6 @@ impl SoftVcpu {
             chips: parts.chips,
             clock: parts.clock,
             wall_base_ns: parts.wall_base_ns,
-            trace: TraceHash::new(),
         }
     }
 
@@ -110,14 +107,12 @@ impl SoftVcpu {
         let Pace::Retired { ns_per_1000 } = self.clock.pace else { return None };
         let left = self.chips.next_deadline().map(|deadline| deadline.saturating_sub(self.chips.now_ns()));
         let instructions = left.map(|left| left.saturating_mul(1000) / u64::from(ns_per_1000.max(1)));
-        let slice = instructions.map_or(SLICE, |count| count.clamp(1, SLICE));
-        Some(slice.min(TraceHash::until_sample(self.cpu.retired())))
+        Some(instructions.map_or(SLICE, |count| count.clamp(1, SLICE)))
     }
 
     /// Deterministic mode: time has passed with the instructions of the last slice.
-    fn slice_done(&mut self) {
+    fn slice_done(&self) {
         if let Some(now) = self.cpu.retired_ns() {
-            self.trace.sample(&self.cpu);
             self.clock.set_retired_ns(now);
             if self.chips.next_deadline().is_some_and(|deadline| deadline <= now) {
                 self.chips.expire();
@@ -169,11 +164,7 @@ impl Vcpu for SoftVcpu {
         Arc::clone(&self.kick) as _
     }
 
-    fn figures(&self) -> VcpuFigures {
-        VcpuFigures {
-            instructions: self.cpu.retired(),
-            cache_bytes: self.cpu.cache_bytes() as u64,
-            trace_hash: (!self.clock.is_real()).then(|| self.trace.finish(&self.cpu)),
-        }
+    fn retired(&self) -> Option<u64> {
+        Some(self.cpu.retired())
     }
 }

@@ -45,6 +45,9 @@ fn is_hint(code: Code) -> bool {
             | M::Prefetcht0
             | M::Prefetcht1
             | M::Prefetcht2
+            | M::Prefetchit0
+            | M::Prefetchit1
+            | M::Cldemote
     )
 }
 
@@ -63,7 +66,6 @@ fn has(feature: CpuidFeature, features: Features) -> bool {
         | F::CLFSH
         | F::CMOV
         | F::CMPXCHG16B
-        | F::CPUID
         | F::CX8
         | F::FPU
         | F::FPU287

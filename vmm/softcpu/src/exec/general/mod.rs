@@ -19,8 +19,6 @@ mod thunk;
 
 use iced_x86::{Instruction, Mnemonic};
 
-pub(crate) use control::is_canonical;
-pub(crate) use integer::condition_of;
 pub(crate) use operand::{Slot, segment_name, slot, stack_fault};
 pub(crate) use thunk::ThunkCall;
 
@@ -171,7 +169,10 @@ impl Cpu {
             | M::Prefetcht0
             | M::Prefetcht1
             | M::Prefetcht2
-            | M::Prefetchwt1 => Ok(Flow::Next),
+            | M::Prefetchwt1
+            | M::Prefetchit0
+            | M::Prefetchit1
+            | M::Cldemote => Ok(Flow::Next),
             M::Mfence | M::Lfence | M::Sfence => {
                 std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
                 Ok(Flow::Next)

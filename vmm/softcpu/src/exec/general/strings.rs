@@ -125,6 +125,12 @@ impl Cpu {
             return Ok(after);
         }
         let mut checked = !ports;
+        // A repeated comparison that faults leaves the flags as they were before it began.
+        let flags = self.regs.rflags;
+        let restored = move |cpu: &mut Self, fault: Exception| {
+            cpu.regs.rflags = flags;
+            fault
+        };
         loop {
             let count = self.index(RCX, op);
             if count == 0 {
@@ -134,9 +140,9 @@ impl Cpu {
                 self.check_io(world, op.port, op.size)?;
                 checked = true;
             }
-            let done = match self.stretch(op, count)? {
+            let done = match self.stretch(op, count).map_err(|fault| restored(self, fault))? {
                 0 => {
-                    self.element(world, op)?;
+                    self.element(world, op).map_err(|fault| restored(self, fault))?;
                     1
                 }
                 done => done,

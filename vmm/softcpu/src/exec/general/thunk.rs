@@ -7,7 +7,7 @@ use super::arith::mask;
 use super::operand::segment_name;
 use super::{Done, Flow};
 use crate::cpu::Cpu;
-use crate::mmu::HostRw;
+use crate::mmu::{HostRw, is_canonical};
 use crate::native::{MemAccess, ThunkRef, Unit, Unsupported};
 use crate::state::{Exception, SegmentName};
 use crate::world::World;
@@ -81,6 +81,10 @@ impl Cpu {
     /// Runs a thunk.
     pub(crate) fn run_thunk(&mut self, world: &mut dyn World, insn: &Instruction, thunk: &ThunkRef) -> Done {
         self.check_unit(thunk.unit)?;
+        if thunk.waits && self.regs.fp.pending() {
+            // Before the operand is looked at.
+            return Err(Exception::plain(16));
+        }
         if thunk.mem == MemAccess::None {
             self.call_thunk(thunk, std::ptr::dangling_mut())?;
             return Ok(Flow::Next);
@@ -100,7 +104,9 @@ impl Cpu {
         let write = thunk.mem != MemAccess::Read;
         let linear = self.linear(segment, offset, size, write)?;
         if linear & u64::from(thunk.mem_align).wrapping_sub(1) != 0 {
-            return Err(Exception::gp(0));
+            // Only the state images look whether the address is canonical before they look at its alignment.
+            let beyond = thunk.unit == Unit::Fxsr && self.long_mode_active() && !is_canonical(linear);
+            return Err(super::stack_fault(Exception::gp(0), stack && beyond));
         }
         if !write {
             if let Some(host) = self.host_read_fast(linear, size) {
