@@ -518,8 +518,10 @@ impl PciFunction for VirtioPci {
             DEVICE_OFFSET => return self.write_config(within, data),
             NOTIFY_OFFSET => {
                 let index = (within / u64::from(NOTIFY_MULTIPLIER)) as u16;
-                let exists = usize::from(index) < self.common.state().queues.len();
-                if exists && self.common.running() && within.is_multiple_of(NOTIFY_MULTIPLIER.into()) {
+                let exists = usize::from(index) < self.common.state().queues.len()
+                    && within.is_multiple_of(NOTIFY_MULTIPLIER.into());
+                // While a reset is going on the status still reads as running, but the queues are stopping.
+                if exists && self.common.running() && self.resetting.is_none() {
                     self.frontend.notify(index);
                 }
             }
