@@ -114,6 +114,18 @@ impl Cpu {
     /// Translates for one access within a page, and makes TLB entries where it may.
     fn locate(&mut self, linear: u64, access: Access, user: bool) -> Result<Place, Exception> {
         let linear = self.check_linear(linear)?;
+        let kind = match access {
+            Access::Read => Kind::Read,
+            Access::Write => Kind::Write,
+            Access::Execute => Kind::Exec,
+        };
+        let tlb = &self.mmu.tlb[usize::from(user)];
+        if let Some(entry) = tlb.lookup(kind, linear) {
+            let host = (linear as usize).wrapping_add(entry.addend) as *mut u8;
+            let gpa = tlb.frame(kind, Tlb::index(linear)) | linear & 0xfff;
+            // A page with code has no write entry, and readers do not ask.
+            return Ok(Place::Ram { host, gpa, code: false });
+        }
         if self.mmu.pdpte.is_none() && self.uses_pdptes() {
             // Registers that an outside hand loaded: bad ones are as good as none.
             self.mmu.pdpte = Some(self.walker().load_pdptes().unwrap_or_default());
@@ -260,14 +272,7 @@ impl Cpu {
     /// one by one: outside RAM, or a write to a page that holds decoded code.
     pub(crate) fn host_ptr(&mut self, linear: u64, user: bool, write: bool) -> Result<Option<PageSpan>, Exception> {
         let access = if write { Access::Write } else { Access::Read };
-        let kind = if write { Kind::Write } else { Kind::Read };
         let len = 0x1000 - (linear & 0xfff) as usize;
-        let tlb = &self.mmu.tlb[usize::from(user)];
-        if let Some(entry) = tlb.lookup(kind, linear) {
-            let gpa = tlb.frame(kind, Tlb::index(linear)) | linear & 0xfff;
-            let host = (linear as usize).wrapping_add(entry.addend) as *mut u8;
-            return Ok(Some(PageSpan { host, gpa, len }));
-        }
         Ok(match self.locate(linear, access, user)? {
             Place::Ram { host, gpa, code } if !(write && code) => Some(PageSpan { host, gpa, len }),
             _ => None,
