@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use atoll_blk::disk::Disk;
 use atoll_blk::storage::{Source, Storage};
 use atoll_kit::fence::{Fence, FileFence, NoFence};
-use atoll_kit::jail::Jail;
+use atoll_kit::jail::{self, Jail};
 use atoll_kit::serve::{self, Listening, Service, Transport};
 use atoll_kit::sidecar::Sidecar;
 use atoll_kit::{logging, signals};
@@ -57,6 +57,9 @@ struct Cli {
     /// A number of this device's own among all that share the image: it tells a predecessor's lock from others
     #[arg(long, value_name = "N")]
     lock_byte: Option<u32>,
+    /// Serve without a jail (for debuggers and tracers)
+    #[arg(long)]
+    no_jail: bool,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -97,6 +100,9 @@ fn report(line: &str) {
 }
 
 fn start(cli: &Cli) -> Result<()> {
+    let supervised = cli.sidecar_fd.is_some();
+    let inherited: Vec<RawFd> = [cli.vhost_fd, cli.fd, cli.sidecar_fd].into_iter().flatten().collect();
+    jail::begin(&inherited, supervised)?;
     let sidecar = cli
         .sidecar_fd
         .map(|fd| -> Result<Sidecar> {
@@ -111,7 +117,8 @@ fn start(cli: &Cli) -> Result<()> {
         reports.goodbye(GoodbyeReason::Config(format!("{e:#}")));
     }
     let (disk, transport, fence) = prepared?;
-    serve::run(disk, Service { transport, sidecar, fence, jail: Some(Jail::default()) })?;
+    let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised });
+    serve::run(disk, Service { transport, sidecar, fence, jail })?;
     Ok(())
 }
 

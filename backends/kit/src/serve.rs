@@ -187,6 +187,9 @@ impl<D: Device> Orders for Keeper<D> {
 /// Serves `device` until its front end or its supervisor has gone.
 pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
     let Service { transport, sidecar, fence, jail } = service;
+    if let Some(jail) = &jail {
+        jail.confine()?;
+    }
     let gate = Arc::new(Gate::default());
     let conversation = Arc::new(Mutex::new(Conversation::new(device, &gate)?));
     let keeper = || Keeper {
@@ -210,7 +213,7 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
     })
     .map_err(|source| ServeError::Thread { what: "signal", source })?;
     if let Some(jail) = jail {
-        jail.close()?;
+        jail.lock()?;
     }
     let outcome = talk(&conversation, &gate, transport, started, reports.as_ref(), &*fence);
     if let Some(reports) = &reports {

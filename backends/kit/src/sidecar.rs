@@ -80,13 +80,19 @@ pub trait Orders: Send + 'static {
 impl Sidecar {
     /// Says hello on an inherited descriptor.
     pub fn hello(fd: OwnedFd, class: DeviceClass) -> Result<Self, SidecarError> {
+        let features = SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT;
+        Self::introduce(fd, class, features)
+    }
+
+    /// Says hello for a device that is no vhost-user device, and can what `features` say.
+    pub fn introduce(fd: OwnedFd, class: DeviceClass, features: SidecarFeatures) -> Result<Self, SidecarError> {
         let (reader, writer) = FrameSocket::new(fd).split();
         let reports = Reports { writer: Arc::new(Mutex::new(writer)) };
         reports.send(&SidecarReport::Hello {
             version: PROTOCOL_VERSION,
             class,
             pid: ProcessId(std::process::id()),
-            features: SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT,
+            features,
         })?;
         Ok(Self { reader, reports })
     }

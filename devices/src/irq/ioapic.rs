@@ -155,12 +155,12 @@ mod tests {
         assert_eq!(program(&mut ioapic, 16, LEVEL | 0x51), None);
         assert!(ioapic.set_pin(16, true).unwrap().level);
         assert_eq!(ioapic.set_pin(16, true), None, "not while the first is being served");
-        assert_eq!(ioapic.read(0x10) as u64 & REMOTE_IRR, REMOTE_IRR);
+        assert_eq!(u64::from(ioapic.read(0x10)) & REMOTE_IRR, REMOTE_IRR);
         assert_eq!(ioapic.end_of_interrupt(0x50), []);
         assert_eq!(ioapic.end_of_interrupt(0x51).len(), 1);
         ioapic.set_pin(16, false);
         assert_eq!(ioapic.end_of_interrupt(0x51), []);
-        assert_eq!(ioapic.read(0x10) as u64 & REMOTE_IRR, 0);
+        assert_eq!(u64::from(ioapic.read(0x10)) & REMOTE_IRR, 0);
     }
 
     /// A masked level interrupt is looked at again when it is unmasked; an edge that came meanwhile is gone.

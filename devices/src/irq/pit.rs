@@ -346,11 +346,12 @@ impl TimedDevice for Pit {
         let tick = ticks(now_ns);
         match (offset, data) {
             (3, [value, ..]) => self.control(*value, tick),
-            (index @ 0..=2, [value, ..]) => {
-                if self.channels[index as usize].write(*value, tick) && index == 0 {
-                    self.last_rise = None;
-                    self.irq0.set(false);
-                }
+            (0, [value, ..]) if self.channels[0].write(*value, tick) => {
+                self.last_rise = None;
+                self.irq0.set(false);
+            }
+            (index @ 1..=2, [value, ..]) => {
+                self.channels[index as usize].write(*value, tick);
             }
             _ => {}
         }

@@ -239,7 +239,7 @@ fn x2apic_mode() {
         assert_eq!(base & 0x100 != 0, cpu == 0, "boot flag");
         assert!(chip.write_msr(cpu, 0x1b, base | 0x400, 0));
         assert!(!chip.write_msr(cpu, 0x1b, base, 0), "x2APIC cannot be left for xAPIC");
-        assert!(!chip.write_msr(cpu, 0x1b, base + 0x1000 | 0x400, 0), "the page does not move");
+        assert!(!chip.write_msr(cpu, 0x1b, (base + 0x1000) | 0x400, 0), "the page does not move");
     }
     assert_eq!((chip.read_msr(1, 0x802, 0), chip.read_msr(1, 0x80d, 0)), (Some(1), Some(2)));
     let mut data = [0; 4];

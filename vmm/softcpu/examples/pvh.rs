@@ -2,9 +2,10 @@
 //! interrupt and no timer, so a kernel gets as far as its first wait; what it prints until then, and where it is when
 //! it stops, is what this is for.
 //!
-//!     cargo run --release -p atoll-softcpu --example pvh -- VMLINUX "console=ttyS0 earlyprintk=serial" [MILLIONS [STEP]]
+//!     cargo run --release -p atoll-softcpu --example pvh -- VMLINUX "console=ttyS0 earlyprintk=serial" [MILLIONS [INITRAMFS]]
 //!
-//! MILLIONS bounds the instructions (default 2000); with STEP, registers are printed after each so many instructions.
+//! MILLIONS bounds the instructions (default 2000). With STEP=n in the environment, registers are printed after each n
+//! instructions.
 #![allow(unsafe_code, reason = "maps guest RAM")]
 
 use std::io::{self, Write};
@@ -19,6 +20,7 @@ use atoll_softcpu::{Attention, Cpu, CpuModel, GuestRam, RamRegion, Stop, TimeMod
 const RAM_BYTES: usize = 256 << 20;
 const START_INFO: usize = 0x6000;
 const MEMORY_MAP: usize = 0x6100;
+const MODULES: usize = 0x6200;
 const COMMAND_LINE: usize = 0x7000;
 /// Type of the ELF note with the 32-bit entry point.
 const PHYS32_ENTRY: u32 = 18;
@@ -136,10 +138,11 @@ fn report(cpu: &Cpu, started: Instant) -> Result<()> {
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let path = arguments.next().context("usage: pvh VMLINUX [COMMAND LINE [MILLIONS [STEP]]]")?;
+    let path = arguments.next().context("usage: pvh VMLINUX [COMMAND LINE [MILLIONS [INITRAMFS]]]")?;
     let command_line = arguments.next().unwrap_or_else(|| "console=ttyS0 earlyprintk=serial".to_owned());
     let millions: u64 = arguments.next().map_or(Ok(2000), |text| text.parse())?;
-    let step: Option<u64> = arguments.next().map(|text| text.parse()).transpose()?;
+    let initramfs = arguments.next();
+    let step: Option<u64> = std::env::var("STEP").ok().map(|text| text.parse()).transpose()?;
 
     // SAFETY: a fresh anonymous mapping, which lives until the process ends.
     let host = unsafe {
@@ -152,7 +155,15 @@ fn main() -> Result<()> {
     let entry = load(&std::fs::read(&path).with_context(|| format!("cannot read {path}"))?, ram)?;
     ram[COMMAND_LINE..COMMAND_LINE + command_line.len()].copy_from_slice(command_line.as_bytes());
     put(ram, MEMORY_MAP, &[0, 0xa_0000, 1, 0x10_0000, RAM_BYTES as u64 - 0x10_0000, 1]);
-    put(ram, START_INFO, &[0x1_336e_c578, 0, 0, COMMAND_LINE as u64, 0, MEMORY_MAP as u64, 2]);
+    let mut modules = 0;
+    if let Some(path) = initramfs {
+        let content = std::fs::read(&path).with_context(|| format!("cannot read {path}"))?;
+        let at = (RAM_BYTES - content.len()) & !0xfff;
+        ram[at..at + content.len()].copy_from_slice(&content);
+        put(ram, MODULES, &[at as u64, content.len() as u64, 0, 0]);
+        modules = 1;
+    }
+    put(ram, START_INFO, &[0x1_336e_c578, modules << 32, MODULES as u64, COMMAND_LINE as u64, 0, MEMORY_MAP as u64, 2]);
 
     // SAFETY: mapped above for good.
     let region = unsafe { RamRegion::new(0, RAM_BYTES as u64, host.cast(), true) };

@@ -96,8 +96,8 @@ impl Cpu {
     }
 }
 
-/// Privileged state after RESET#.
-fn reset_system() -> System {
+/// Privileged state after RESET# (SDM vol. 3, table 10-1).
+pub fn reset_system() -> System {
     let data = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
     let mut segments = [data; 6];
     segments[SegmentName::Cs as usize] =

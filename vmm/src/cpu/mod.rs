@@ -5,6 +5,7 @@
 //! flag of the software CPU crosses this seam, so a machine cannot tell which of the two drives it.
 
 mod address_space;
+pub mod kvm;
 pub mod soft;
 mod state;
 mod thread;
@@ -19,7 +20,7 @@ use crate::irq::InterruptFabric;
 
 pub use address_space::{ANSWER_BUDGET, AddressSpace, SharedDevice, Stall, StallSink, VcpuBus};
 pub use atoll_protocol::Space;
-pub use state::CpuState;
+pub use state::{CpuState, reset_system};
 pub use thread::{VcpuEnd, VcpuThread};
 
 /// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
@@ -91,6 +92,17 @@ pub trait Kick: Send + Sync {
     fn kick(&self);
 }
 
+/// What a vCPU has done, as far as its CPU keeps count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuFigures {
+    /// Instructions retired.
+    pub instructions: u64,
+    /// Host memory that holds decoded code, in bytes.
+    pub cache_bytes: u64,
+    /// Deterministic mode: a hash of the registers at each millionth instruction and at the end.
+    pub trace_hash: Option<u64>,
+}
+
 /// One virtual processor.
 pub trait Vcpu {
     /// Runs guest code; sleeps while the guest is halted.
@@ -101,8 +113,8 @@ pub trait Vcpu {
     fn set_state(&mut self, state: &CpuState) -> Result<(), CpuError>;
     /// The handle that stops it.
     fn kick_handle(&self) -> Arc<dyn Kick>;
-    /// Instructions that this vCPU has retired, where that is known.
-    fn retired(&self) -> Option<u64>;
+    /// What it has done so far.
+    fn figures(&self) -> VcpuFigures;
 }
 
 /// What the vCPUs of one machine have in common.

@@ -1,5 +1,6 @@
 //! The architectural state of a vCPU, the same for both CPUs.
 
+pub use atoll_softcpu::reset_system;
 use atoll_softcpu::state::{Regs, System};
 
 /// Registers in and out.

@@ -8,7 +8,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::actor::StopSignal;
 
-use super::{CpuError, CpuState, Exit, Kick, Processor, VcpuBus};
+use super::{CpuError, CpuState, Exit, Kick, Processor, VcpuBus, VcpuFigures};
 
 /// How a vCPU ended.
 #[derive(Clone, Debug)]
@@ -17,8 +17,8 @@ pub struct VcpuEnd {
     pub index: u32,
     /// Why.
     pub exit: Result<Exit, Arc<CpuError>>,
-    /// Instructions that it has retired, where the CPU counts them.
-    pub retired: Option<u64>,
+    /// What it has done.
+    pub figures: VcpuFigures,
     /// Processor time of its thread in nanoseconds.
     pub busy_ns: u64,
 }
@@ -62,7 +62,7 @@ impl VcpuThread {
             };
             let _ = made.send(Ok(vcpu.kick_handle()));
             let exit = vcpu.run(&mut bus).map_err(Arc::new);
-            ended(VcpuEnd { index, exit, retired: vcpu.retired(), busy_ns: busy_ns() });
+            ended(VcpuEnd { index, exit, figures: vcpu.figures(), busy_ns: busy_ns() });
         };
         let failed = |source| CpuError::Thread { name: name.clone(), source };
         let join = std::thread::Builder::new().name(name.clone()).spawn(run).map_err(failed)?;

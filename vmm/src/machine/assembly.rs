@@ -13,6 +13,7 @@ use super::events::{EventReceiver, EventSender, MachineEvent, StopCause};
 use super::layout::{self, MemorySizeError};
 use super::{Board, BoardParts, BuildError, BuiltDevice, DeviceBuilder, LifeError};
 use crate::actor::{Clock, RealClock, StopSignal};
+use crate::cpu::kvm::{KvmConfig, KvmProcessor};
 use crate::cpu::soft::{Pace, SoftConfig, SoftProcessor};
 use crate::cpu::{ANSWER_BUDGET, CpuError, Exit, Processor, VcpuBus, VcpuEnd, VcpuThread};
 use crate::doorbell::{Relay, RelayError};
@@ -66,10 +67,24 @@ pub enum MachineEnd {
 /// What a machine has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MachineFigures {
-    /// Instructions that were retired, where the CPU counts them.
-    pub instructions: Option<u64>,
+    /// `soft` or `kvm`.
+    pub cpu: &'static str,
+    /// Instructions that were retired; zero where the CPU does not count them.
+    pub instructions: u64,
     /// Processor time of all vCPU threads in nanoseconds.
     pub busy_ns: u64,
+    /// Host memory that held decoded code at the end, in bytes.
+    pub cache_bytes: u64,
+    /// Deterministic mode: a hash of what the boot vCPU executed.
+    pub trace_hash: Option<u64>,
+}
+
+impl MachineFigures {
+    /// Adds those of the machine that came after: times add up, what is there at the end is the last one's.
+    pub fn add(&mut self, next: &Self) {
+        *self =
+            Self { instructions: self.instructions + next.instructions, busy_ns: self.busy_ns + next.busy_ns, ..*next };
+    }
 }
 
 /// A built machine.
@@ -86,7 +101,14 @@ pub struct Machine {
 
 fn processor(config: &MachineConfig, memory: &GuestMemory, wall: u64) -> Result<Arc<dyn Processor>, CpuError> {
     match config.cpu {
-        CpuKind::Kvm => Err(CpuError::KvmLacks("this build's support")),
+        CpuKind::Kvm if config.deterministic.is_some() => {
+            Err(CpuError::Unsupported("--deterministic counts instructions, which KVM does not; use --cpu soft".into()))
+        }
+        CpuKind::Kvm => Ok(Arc::new(KvmProcessor::new(KvmConfig {
+            memory: memory.clone(),
+            model: config.cpu_model.clone(),
+            vcpus: config.vcpus,
+        })?)),
         CpuKind::Soft => {
             let pace = config.deterministic.map_or(Pace::Real, |ns_per_1000| Pace::Retired { ns_per_1000 });
             Ok(Arc::new(SoftProcessor::new(SoftConfig {
@@ -228,8 +250,11 @@ impl Machine {
         }
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         MachineFigures {
-            instructions: ended.iter().map(|end| end.retired).sum(),
+            cpu: self.board.processor().name(),
+            instructions: ended.iter().map(|end| end.figures.instructions).sum(),
             busy_ns: ended.iter().map(|end| end.busy_ns).sum(),
+            cache_bytes: ended.iter().map(|end| end.figures.cache_bytes).sum(),
+            trace_hash: ended.iter().find(|end| end.index == 0).and_then(|end| end.figures.trace_hash),
         }
     }
 }

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use atoll_devices::pci::root::PciRoot;
 use atoll_devices::pci::{DevFn, SharedFunction};
-use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink};
+use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink, WiredOr};
 use thiserror::Error;
 
-use super::layout::Span;
+use super::layout::{GSI_COUNT, Span};
 use super::slots::{FunctionBars, PciSlots};
 use crate::cpu::{AddressSpace, Processor, SharedDevice, Space};
 use crate::doorbell::{DoorbellTable, Relay};
@@ -60,6 +60,8 @@ pub struct BoardParts {
 pub struct Board {
     parts: BoardParts,
     fabric: Arc<dyn InterruptFabric>,
+    /// The lines that devices may share.
+    lines: Vec<Arc<WiredOr>>,
     space: Arc<AddressSpace>,
     doorbells: Arc<DoorbellTable>,
     pci: PciSlots,
@@ -69,9 +71,11 @@ impl Board {
     /// An empty board.
     pub fn new(parts: BoardParts) -> Self {
         let fabric = parts.processor.interrupts();
+        let line = |gsi| WiredOr::new(Wire::new(Arc::new(Fabric(Arc::clone(&fabric))), gsi));
+        let lines = (0..GSI_COUNT).map(line).collect();
         let doorbells = Arc::new(DoorbellTable::new(parts.processor.doorbells()));
         let space = Arc::new(AddressSpace::new(Arc::clone(&doorbells)));
-        Self { parts, fabric, space, doorbells, pci: PciSlots::new() }
+        Self { parts, fabric, lines, space, doorbells, pci: PciSlots::new() }
     }
 
     /// The processor.
@@ -106,9 +110,13 @@ impl Board {
     pub fn power(&self) -> Arc<dyn PowerSink> {
         Arc::clone(&self.parts.power)
     }
-    /// A wire to input `gsi` of the interrupt controllers: 0 to 15 are the ISA lines, 16 to 23 those of PCI.
+    /// A wire to input `gsi` of the interrupt controllers: 0 to 15 are the ISA lines, 16 to 23 those of PCI. Each call gives
+    /// another device's wire; the input is high while any of them is.
     pub fn wire(&self, gsi: u32) -> Wire {
-        Wire::new(Arc::new(Fabric(Arc::clone(&self.fabric))), gsi)
+        match self.lines.get(gsi as usize) {
+            Some(line) => line.input(),
+            None => Wire::new(Arc::new(Fabric(Arc::clone(&self.fabric))), gsi),
+        }
     }
     /// Where messages that the core itself sends go.
     pub fn msi(&self) -> Arc<dyn MsiSink> {

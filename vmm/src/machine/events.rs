@@ -60,7 +60,7 @@ impl EventReceiver {
         self.0.recv()
     }
     /// Forgets what has arrived so far, apart from a wish to stop: it concerns a machine that is gone.
-    pub(super) fn discard_stale(&self) -> Option<StopCause> {
+    pub fn discard_stale(&self) -> Option<StopCause> {
         self.0.try_iter().fold(None, |stop, event| match event {
             MachineEvent::Stop(cause) => Some(cause),
             MachineEvent::Power(_) | MachineEvent::VcpuEnded(_) | MachineEvent::Stalled(_) => stop,

@@ -8,14 +8,18 @@ mod assembly;
 mod board;
 pub mod boot;
 mod builder;
+//mod chipset;
 mod config;
 mod events;
 pub mod layout;
+//mod serial;
 mod slots;
 
 pub use assembly::{Machine, MachineEnd, MachineError, MachineFigures};
 pub use board::{Board, BoardError, BoardParts};
 pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Passive};
+//pub use chipset::chipset;
 pub use config::{CpuKind, MachineConfig, SerialMode};
 pub use events::{EventReceiver, EventSender, MachineEvent, StopCause, events};
+//pub use serial::{SerialBuilder, SerialEnd, SerialError};
 pub use slots::FunctionBars;

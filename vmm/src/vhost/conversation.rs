@@ -17,12 +17,10 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Protocol};
 
 use super::error::{ConversationError, Step};
+use super::patience::{Ending, Patience};
 
 /// Rings that a conversation may name before the backend has said how many it has.
 const RINGS_MAX: u64 = 256;
-
-/// How closely a step's time is watched.
-const SLICE: Duration = Duration::from_millis(20);
 
 type Unit = Box<dyn FnOnce(&mut Wire) + Send>;
 
@@ -99,15 +97,16 @@ pub(super) struct Conversation {
     socket: UnixStream,
     progress: Arc<Mutex<Progress>>,
     step_limit: Duration,
+    ending: Ending,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Conversation {
-    /// Starts the thread of a conversation over a connected socket. Each step may take `step_limit`.
+    /// Starts the thread of a conversation over a connected socket. Each step may take `step_limit`, or until `ending`.
     ///
     /// # Errors
     /// If there is no thread or descriptor left.
-    pub(super) fn new(name: &str, socket: UnixStream, step_limit: Duration) -> io::Result<Self> {
+    pub(super) fn new(name: &str, socket: UnixStream, step_limit: Duration, ending: &Ending) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let kept = socket.try_clone()?;
         let progress = Arc::new(Mutex::new(Progress { step: Step::Idle, since: Instant::now() }));
@@ -123,7 +122,8 @@ impl Conversation {
                 unit(&mut wire);
             }
         })?;
-        Ok(Self { units: Some(units), socket: kept, progress, step_limit, thread: Some(thread) })
+        let ending = Arc::clone(ending);
+        Ok(Self { units: Some(units), socket: kept, progress, step_limit, ending, thread: Some(thread) })
     }
 
     /// The socket, to watch for a hang-up.
@@ -148,29 +148,29 @@ impl Conversation {
         });
         self.units.as_ref().ok_or_else(over)?.send(unit).map_err(|_| over())?;
         let mut cut = None;
-        // Waiting is counted in slices that were really waited: a VMM that was stopped for a minute has not given the
-        // backend's answer a chance to arrive.
-        let mut waited = Duration::ZERO;
+        let mut patience = Patience::new(self.step_limit, &self.ending);
         let mut watched = started;
         let outcome = loop {
-            match result.recv_timeout(SLICE) {
+            let progress = lock(&self.progress);
+            let (step, since) = (progress.step, progress.since.max(started));
+            drop(progress);
+            if since != watched {
+                watched = since;
+                patience = Patience::new(self.step_limit, &self.ending);
+            }
+            let received = match patience.slice() {
+                Some(slice) => result.recv_timeout(slice),
+                None => {
+                    // The socket is shut: what is left of the unit fails by itself, at once.
+                    cut = Some(step);
+                    self.hang_up();
+                    result.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                }
+            };
+            match received {
                 Ok(outcome) => break outcome,
                 Err(RecvTimeoutError::Disconnected) => break Err(over()),
-                // The socket is shut: what is left of the unit fails by itself, at once.
-                Err(RecvTimeoutError::Timeout) if cut.is_some() => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let progress = lock(&self.progress);
-                    let (step, since) = (progress.step, progress.since.max(started));
-                    drop(progress);
-                    if since != watched {
-                        (watched, waited) = (since, Duration::ZERO);
-                    }
-                    waited += SLICE;
-                    if waited >= self.step_limit {
-                        cut = Some(step);
-                        self.hang_up();
-                    }
-                }
+                Err(RecvTimeoutError::Timeout) => {}
             }
         };
         *lock(&self.progress) = Progress { step: Step::Idle, since: Instant::now() };

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -19,6 +20,7 @@ use thiserror::Error;
 use super::call::Transport;
 use super::conversation::Conversation;
 use super::error::ConversationError;
+use super::patience::{Ending, Patience};
 use super::session::{self, Capabilities};
 use super::source::{BackendSource, Incarnation, SourceError};
 use super::worker::{Session, Worker};
@@ -181,6 +183,8 @@ pub(super) struct Shared {
     inbox: Mutex<Inbox>,
     pub(super) wake: OwnedFd,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
+    /// Raised while the thread is to drop what it waits for.
+    pub(super) ending: Ending,
     status: Mutex<DeviceStatus>,
 }
 
@@ -234,13 +238,18 @@ pub struct Connected {
     parts: DeviceParts,
     session: Session,
     offer: DeviceOffer,
+    ending: Ending,
 }
 
 /// Reaches a backend and greets it.
-pub(super) fn greet(parts: &mut DeviceParts, generation: u64) -> Result<(Session, DeviceOffer), ConnectError> {
-    let deadline = Instant::now() + parts.limits.start;
-    let Incarnation { socket, process } = parts.source.connect(generation, deadline)?;
-    let conversation = Conversation::new(&parts.name, socket, parts.limits.step)?;
+pub(super) fn greet(
+    parts: &mut DeviceParts,
+    generation: u64,
+    ending: &Ending,
+) -> Result<(Session, DeviceOffer), ConnectError> {
+    let mut patience = Patience::new(parts.limits.start, ending);
+    let Incarnation { socket, process } = parts.source.connect(generation, &mut patience)?;
+    let conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
     let mut session = Session::new(conversation, process);
     let config_len = parts.class.config_len();
     let result = session
@@ -254,7 +263,7 @@ pub(super) fn greet(parts: &mut DeviceParts, generation: u64) -> Result<(Session
         }
         Err(source) => {
             let mut backend = parts.source.describe();
-            if let Some(end) = session.give_up(deadline.max(Instant::now() + parts.limits.step)) {
+            if let Some(end) = session.give_up(Instant::now() + parts.limits.step) {
                 backend = format!("{backend} ({end})");
             }
             Err(ConnectError::Conversation { backend, source })
@@ -287,6 +296,7 @@ impl Connected {
             inbox: Mutex::default(),
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?,
             doorbells,
+            ending: self.ending,
             status: Mutex::new(status),
         });
         let worker = Worker::new(Arc::clone(&shared), self.parts, self.offer, self.session, vectors, transport);
@@ -307,8 +317,9 @@ impl VhostDevice {
     /// # Errors
     /// If there is none, or it cannot serve as this kind of device.
     pub fn connect(mut parts: DeviceParts) -> Result<Connected, ConnectError> {
-        let (session, offer) = greet(&mut parts, 1)?;
-        Ok(Connected { parts, session, offer })
+        let ending = Ending::default();
+        let (session, offer) = greet(&mut parts, 1, &ending)?;
+        Ok(Connected { parts, session, offer, ending })
     }
     /// What it is at.
     pub fn status(&self) -> DeviceStatus {
@@ -338,6 +349,7 @@ impl VhostDevice {
     /// Takes the rings back, lets the backend end, ends the thread. Nothing touches guest memory afterwards.
     pub fn stop(&mut self, deadline: Instant) {
         if let Some(thread) = self.thread.take() {
+            self.shared.ending.store(true, Ordering::Relaxed);
             self.shared.send(Request::Stop { deadline });
             // It only fails if the thread panicked, which its hook has reported.
             let _ = thread.join();

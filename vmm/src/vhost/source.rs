@@ -4,10 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
+
+use super::patience::Patience;
 
 /// No backend could be reached. Whether it is worth trying again is for the one who asked to judge: at the machine's
 /// start it is not, in a recovery it is.
@@ -64,8 +66,8 @@ pub trait BackendSource: Send {
     /// Starts or reaches a backend. Any earlier one has been given up.
     ///
     /// # Errors
-    /// If there is none by `deadline`.
-    fn connect(&mut self, generation: u64, deadline: Instant) -> Result<Incarnation, SourceError>;
+    /// If there is none while `patience` lasts.
+    fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError>;
     /// How to name it in a log.
     fn describe(&self) -> String;
 }
@@ -92,17 +94,20 @@ impl ExternalSocket {
 }
 
 impl BackendSource for ExternalSocket {
-    fn connect(&mut self, _generation: u64, deadline: Instant) -> Result<Incarnation, SourceError> {
+    fn connect(&mut self, _generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
         let address = SocketAddrUnix::new(&self.path)
             .map_err(|errno| SourceError::Name { path: self.path.clone(), source: errno.into() })?;
         loop {
             match self.attempt(&address) {
                 Ok(socket) => return Ok(Incarnation { socket, process: None }),
-                // A listener whose backlog is full.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(5));
+                Err(source) => {
+                    // Only a listener whose backlog is full is worth waiting for here.
+                    let full = source.kind() == io::ErrorKind::WouldBlock;
+                    match patience.slice().filter(|_| full) {
+                        Some(slice) => std::thread::sleep(slice),
+                        None => return Err(SourceError::Connect { path: self.path.clone(), source }),
+                    }
                 }
-                Err(source) => return Err(SourceError::Connect { path: self.path.clone(), source }),
             }
         }
     }

@@ -5,11 +5,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
 use atoll_protocol::{DeviceId, Generation};
 
+use super::patience::Patience;
 use super::source::{BackendProcess, BackendSource, Incarnation, SourceError};
 use crate::backend::{
     BackendEvent, BackendExit, BackendSpec, Child, EventKind, EventSink, ExitCause, ImageHandle, Offer, PassedFd,
@@ -64,7 +65,7 @@ fn is_hopeless(exit: &BackendExit) -> bool {
 }
 
 impl BackendSource for SpawnedBackend {
-    fn connect(&mut self, generation: u64, deadline: Instant) -> Result<Incarnation, SourceError> {
+    fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
         let failed =
             |hopeless, source: Box<dyn std::error::Error + Send + Sync>| SourceError::Start { hopeless, source };
         let (socket, childs_socket) = UnixStream::pair().map_err(|error| failed(false, error.into()))?;
@@ -89,14 +90,16 @@ impl BackendSource for SpawnedBackend {
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
         let mut process = ChildProcess { child, events: heard, end: None };
         // The spawner has deadlines of its own for hello and ready; ours is for a spawner that does not keep up.
-        match process.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(EventKind::Exited(exit)) => Err(failed(is_hopeless(&exit), Box::new(exit))),
-            Ok(_) => Ok(Incarnation { socket, process: Some(Box::new(process)) }),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                let end = process.kill(Instant::now() + KILL_TIME);
-                Err(failed(false, format!("the backend of {} did not get ready in time ({end})", self.name).into()))
+        while let Some(slice) = patience.slice() {
+            match process.events.recv_timeout(slice) {
+                Ok(EventKind::Exited(exit)) => return Err(failed(is_hopeless(&exit), Box::new(exit))),
+                Ok(_) => return Ok(Incarnation { socket, process: Some(Box::new(process)) }),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
             }
         }
+        let end = process.kill(Instant::now() + KILL_TIME);
+        Err(failed(false, format!("the backend of {} did not get ready in time ({end})", self.name).into()))
     }
     fn describe(&self) -> String {
         self.exe.display().to_string()
@@ -104,7 +107,7 @@ impl BackendSource for SpawnedBackend {
 }
 
 /// How long a killed process may take to be reaped.
-const KILL_TIME: std::time::Duration = std::time::Duration::from_secs(2);
+const KILL_TIME: Duration = Duration::from_secs(2);
 
 struct ChildProcess {
     child: Child,

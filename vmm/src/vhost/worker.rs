@@ -15,6 +15,7 @@
 //! and called once, because the last kick or call before the death may be lost.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use atoll_devices::Completion;
@@ -207,7 +208,7 @@ impl Worker {
         match &self.link {
             Link::Up(session) => {
                 if let Some(why) = session.over() {
-                    self.lose(ConversationError::Gone { step: Step::Idle, reason: why.into() });
+                    self.lose(&ConversationError::Gone { step: Step::Idle, reason: why.into() });
                 }
             }
             Link::Down { retry_at } if *retry_at <= now => self.revive(),
@@ -269,7 +270,7 @@ impl Worker {
                     completion.complete(0);
                 }
             }
-            Err(error) if error.is_gone() => self.lose(error),
+            Err(error) if error.is_gone() => self.lose(&error),
             Err(error) => self.quarantine(&error.to_string()),
         }
     }
@@ -373,7 +374,7 @@ impl Worker {
             match stopped {
                 Ok(_) => self.shared.update(|status| status.state = DeviceState::Idle),
                 // It may go on writing: the only way to be rid of it is to end it.
-                Err(error) => self.lose(error),
+                Err(error) => self.lose(&error),
             }
         }
         if let Some(region) = &self.inflight
@@ -396,13 +397,13 @@ impl Worker {
                 if !error.is_gone() {
                     self.config.clone_from(&self.shown.config);
                 }
-                self.lose(error);
+                self.lose(&error);
             }
         }
     }
 
     /// Gives up the backend and plans the next one.
-    fn lose(&mut self, error: ConversationError) {
+    fn lose(&mut self, error: &ConversationError) {
         let retry_at = Instant::now();
         let Link::Up(session) = std::mem::replace(&mut self.link, Link::Down { retry_at }) else { return };
         if self.has_progressed() {
@@ -431,7 +432,7 @@ impl Worker {
     fn revive(&mut self) {
         self.generation += 1;
         let generation = self.generation;
-        match greet(&mut self.parts, generation) {
+        match greet(&mut self.parts, generation, &self.shared.ending) {
             Ok((session, offer)) => {
                 self.shared.update(|status| {
                     status.generation = generation;
@@ -441,7 +442,7 @@ impl Worker {
                 self.link = Link::Up(session);
                 match checked.and_then(|()| self.replay_config()) {
                     Ok(()) => {}
-                    Err(error) if error.is_gone() => return self.lose(error),
+                    Err(error) if error.is_gone() => return self.lose(&error),
                     Err(error) => return self.quarantine(&error.to_string()),
                 }
                 tracing::info!(device = self.shared.name, generation, "backend is back");
@@ -527,12 +528,14 @@ impl Worker {
         drop(old);
         told.map_err(|error| {
             let reason = error.to_string();
-            self.lose(error);
+            self.lose(&error);
             SwitchError::Conversation(ConversationError::Gone { step: Step::SetVringCall(index), reason })
         })
     }
 
     fn stop(mut self, deadline: Instant) {
+        // What follows has a deadline of its own.
+        self.shared.ending.store(false, Ordering::Relaxed);
         self.activation = None;
         let left = deadline.saturating_duration_since(Instant::now());
         self.parts.limits.drain = self.parts.limits.drain.min(left.max(Duration::from_millis(100)));

@@ -76,6 +76,23 @@ impl Driver {
 
     /// Negotiates with a device and starts all rings where the guest is. May be repeated with a successor.
     pub fn connect(&mut self, stream: UnixStream) -> Result<()> {
+        self.negotiate(stream)?;
+        for index in 0..self.queues.len() {
+            self.start(index)?;
+        }
+        Ok(())
+    }
+
+    /// Like [`Driver::connect`], with a base of the caller's choice for all rings.
+    pub fn connect_at(&mut self, stream: UnixStream, base: u16) -> Result<()> {
+        self.negotiate(stream)?;
+        for index in 0..self.queues.len() {
+            self.start_at(index, base)?;
+        }
+        Ok(())
+    }
+
+    fn negotiate(&mut self, stream: UnixStream) -> Result<()> {
         let mut front = Frontend::from_stream(stream, u64::from(self.options.queues));
         front.set_owner()?;
         let offered = front.get_features()?;
@@ -107,9 +124,6 @@ impl Driver {
             queue.event_idx = self.features & queue::EVENT_IDX != 0;
         }
         self.front = Some(front);
-        for index in 0..self.queues.len() {
-            self.start(index)?;
-        }
         Ok(())
     }
 

@@ -15,6 +15,7 @@
 mod cache;
 mod decode;
 mod dispatch;
+mod fast;
 mod general;
 mod run;
 
@@ -165,6 +166,8 @@ pub(crate) struct Exec {
     cs_base: u64,
     /// Set when the running block may have been overwritten: leave it after the present instruction.
     stale: bool,
+    /// Linear address that the translation cache did not hold.
+    missed: u64,
     /// Why the last block was left.
     left: Leave,
     /// The fault that goes with [`Leave::Fault`].
@@ -201,6 +204,7 @@ impl Exec {
             jump_keys: [0; 2],
             cs_base: 0,
             stale: false,
+            missed: 0,
             left: Leave::Boundary,
             fault: Exception::ud(),
             slice: 0,

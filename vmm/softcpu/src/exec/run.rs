@@ -203,7 +203,7 @@ impl Cpu {
     }
 
     /// Decodes the instruction at `rip`, across a page end if need be.
-    fn fetch(&mut self, rip: u64) -> Result<Instruction, Exception> {
+    pub(super) fn fetch(&mut self, rip: u64) -> Result<Instruction, Exception> {
         let linear = rip.wrapping_add(self.exec.cs_base);
         let limit = self.fetch_limit(rip)?;
         let mut bytes = [0; 15];

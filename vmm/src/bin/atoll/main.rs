@@ -1,2 +1,2 @@
-//! See README.md.
+//! The command line comes with the serial port.
 fn main() {}

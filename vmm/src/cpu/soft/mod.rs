@@ -7,6 +7,7 @@
 mod chips;
 mod clock;
 mod timer;
+mod trace;
 mod vcpu;
 mod world;
 

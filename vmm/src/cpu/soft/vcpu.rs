@@ -9,8 +9,9 @@ use atoll_softcpu::{Attention, Cpu, CpuModel, GuestRam, Stop, TimeMode};
 use super::Notice;
 use super::chips::Chips;
 use super::clock::{Pace, SoftClock};
+use super::trace::TraceHash;
 use super::world::BoardWorld;
-use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu};
+use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu, VcpuFigures};
 
 /// RFLAGS.IF.
 const INTERRUPTS_ENABLED: u64 = 1 << 9;
@@ -49,6 +50,7 @@ pub(super) struct SoftVcpu {
     chips: Arc<Chips>,
     clock: Arc<SoftClock>,
     wall_base_ns: u64,
+    trace: TraceHash,
 }
 
 impl SoftVcpu {
@@ -66,6 +68,7 @@ impl SoftVcpu {
             chips: parts.chips,
             clock: parts.clock,
             wall_base_ns: parts.wall_base_ns,
+            trace: TraceHash::new(),
         }
     }
 
@@ -107,12 +110,14 @@ impl SoftVcpu {
         let Pace::Retired { ns_per_1000 } = self.clock.pace else { return None };
         let left = self.chips.next_deadline().map(|deadline| deadline.saturating_sub(self.chips.now_ns()));
         let instructions = left.map(|left| left.saturating_mul(1000) / u64::from(ns_per_1000.max(1)));
-        Some(instructions.map_or(SLICE, |count| count.clamp(1, SLICE)))
+        let slice = instructions.map_or(SLICE, |count| count.clamp(1, SLICE));
+        Some(slice.min(TraceHash::until_sample(self.cpu.retired())))
     }
 
     /// Deterministic mode: time has passed with the instructions of the last slice.
-    fn slice_done(&self) {
+    fn slice_done(&mut self) {
         if let Some(now) = self.cpu.retired_ns() {
+            self.trace.sample(&self.cpu);
             self.clock.set_retired_ns(now);
             if self.chips.next_deadline().is_some_and(|deadline| deadline <= now) {
                 self.chips.expire();
@@ -164,7 +169,11 @@ impl Vcpu for SoftVcpu {
         Arc::clone(&self.kick) as _
     }
 
-    fn retired(&self) -> Option<u64> {
-        Some(self.cpu.retired())
+    fn figures(&self) -> VcpuFigures {
+        VcpuFigures {
+            instructions: self.cpu.retired(),
+            cache_bytes: self.cpu.cache_bytes() as u64,
+            trace_hash: (!self.clock.is_real()).then(|| self.trace.finish(&self.cpu)),
+        }
     }
 }

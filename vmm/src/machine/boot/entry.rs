@@ -1,13 +1,13 @@
 //! What the boot processor finds: parameters in memory and registers, by PVH and by the Linux 64-bit boot protocol.
 
-use atoll_softcpu::state::{Regs, Segment, SegmentName, StoredMsrs, System, Table};
+use atoll_softcpu::state::{Regs, Segment, SegmentName, System, Table};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::image::Initramfs;
 use super::{BootError, MapEntry, place};
-use crate::cpu::CpuState;
+use crate::cpu::{CpuState, reset_system};
 use crate::machine::layout::Span;
 
 /// Magic of a PVH start info ("xEn3" with the top bit of E set).
@@ -21,6 +21,9 @@ const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+
+/// MTRRdefType as firmware leaves it: enabled, fixed ranges too, write-back wherever nothing else is said.
+const MTRR_WRITE_BACK: u64 = 0xc06;
 
 /// Present, writable; and a large page.
 const ENTRY_TABLE: u64 = 3;
@@ -62,33 +65,14 @@ pub(super) fn command_line(text: &str, memory: &GuestMemoryMmap, kernel_max: usi
 fn flat(code: Segment, data: Segment) -> System {
     let mut segments = [data; 6];
     segments[SegmentName::Cs as usize] = code;
-    System {
-        segments,
-        ldtr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: attributes::LDT },
-        tr: Segment { selector: 0, base: 0, limit: 0x67, attributes: attributes::TSS },
-        gdtr: Table::default(),
-        idtr: Table::default(),
-        cr0: CR0_PE | CR0_ET,
-        cr2: 0,
-        cr3: 0,
-        cr4: 0,
-        dr: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
-        efer: 0,
-        star: 0,
-        lstar: 0,
-        cstar: 0,
-        sfmask: 0,
-        kernel_gs_base: 0,
-        sysenter: [0; 3],
-        tsc_aux: 0,
-        pat: 0x0007_0406_0007_0406,
-        tsc_offset: 0,
-        kvm_system_time: 0,
-        kvm_wall_clock: 0,
-        // What firmware leaves: MTRRs enabled, write-back by default.
-        stored: StoredMsrs { mtrr_default: 0xc06, ..StoredMsrs::default() },
-        interrupt_shadow: false,
-    }
+    let mut system = reset_system();
+    system.segments = segments;
+    system.ldtr = Segment { selector: 0, base: 0, limit: 0xffff, attributes: attributes::LDT };
+    system.tr = Segment { selector: 0, base: 0, limit: 0x67, attributes: attributes::TSS };
+    (system.gdtr, system.idtr) = (Table::default(), Table::default());
+    system.cr0 = CR0_PE | CR0_ET;
+    system.stored.mtrr_default = MTRR_WRITE_BACK;
+    system
 }
 
 /// PVH (Xen `docs/misc/pvh.pandoc`): 32-bit protected mode, paging off, EBX points at the start info.

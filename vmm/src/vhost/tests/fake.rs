@@ -17,6 +17,7 @@ use vhost::vhost_user::{
     BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures as Protocol,
 };
 
+use crate::vhost::patience::Patience;
 use crate::vhost::source::{BackendSource, Incarnation, SourceError};
 
 /// What to do when a message comes.
@@ -323,7 +324,7 @@ impl Fakes {
 }
 
 impl BackendSource for Fakes {
-    fn connect(&mut self, _generation: u64, _deadline: Instant) -> std::result::Result<Incarnation, SourceError> {
+    fn connect(&mut self, _generation: u64, _patience: &mut Patience) -> std::result::Result<Incarnation, SourceError> {
         let character = if self.characters.len() > 1 { self.characters.remove(0) } else { self.characters[0].clone() };
         let (socket, life) = start(character);
         let _ = self.lives.send(life);

@@ -457,6 +457,23 @@ fn reset_does_not_wait_for_the_dead() {
     assert!(began.elapsed() >= Duration::from_millis(300));
 }
 
+/// A machine that ends does not wait for a backend that is slow to greet: only what it was given back matters.
+#[test]
+fn stopping_waits_for_nobody() {
+    let (mut parts, lives) = parts(vec![Character::default(), spoiled("GET_FEATURES", Misdeed::Silence)]);
+    parts.limits = Limits::default();
+    let connected = VhostDevice::connect(parts).unwrap();
+    let vectors = Arc::new(VectorTable::new(&Fabric, 3).unwrap());
+    let (mut device, mut frontend) = connected.attach(vectors, Arc::new(Told::default())).unwrap();
+    assert_eq!(wait(frontend.intent(activate())), Some(0));
+    lives.recv().unwrap().die();
+    lives.recv_timeout(Duration::from_secs(20)).unwrap().await_message("GET_FEATURES");
+    let began = Instant::now();
+    device.stop(Instant::now() + Duration::from_secs(5));
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert_eq!(device.status().state, DeviceState::Stopped);
+}
+
 /// One good backend, and then only such as die at once.
 fn rig_of_dying() -> Rig {
     let mut rig = rig(vec![Character::default(), spoiled("SET_OWNER", Misdeed::Die)]);

@@ -7,6 +7,7 @@
 #![allow(unsafe_code, reason = "puts instructions behind ops, and copies guest memory that may change meanwhile")]
 
 mod offered;
+mod select;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 
@@ -18,6 +19,7 @@ use crate::cpu::Cpu;
 use crate::state::Regs;
 
 pub(crate) use offered::Offered;
+use select::At;
 
 /// Lines copied for one block.
 const COPY_LINES: usize = 5;
@@ -186,8 +188,12 @@ impl Cpu {
         let mut insn = Instruction::default();
         let mut count = 0;
         let mut used = 0;
+        let mut pending: Option<(Instruction, At)> = None;
         loop {
             if count == BLOCK_MAX as usize || used >= bytes.len() {
+                if let Some((compare, at)) = pending {
+                    self.put_instruction(builder, &compare, at);
+                }
                 builder.put(bare_op(dispatch::fall_out, used, count), true);
                 builder.put_exit(mode, start, used as i64, count as u32);
                 return used;
@@ -196,6 +202,9 @@ impl Cpu {
             if decoder.last_error() == DecoderError::NoMoreBytes {
                 if count == 0 {
                     return 0;
+                }
+                if let Some((compare, at)) = pending {
+                    self.put_instruction(builder, &compare, at);
                 }
                 if to_frame_end {
                     // It crosses into the next frame: the run loop does it alone.
@@ -212,25 +221,50 @@ impl Cpu {
                 insn.set_len(length);
             }
             mode.drop_null_override(&mut insn);
-            let after = self.put_instruction(builder, &insn, start, used, count);
+            let at = At { start, offset: used, ordinal: count };
             used += length;
             count += 1;
-            if after == After::Ended {
+            // A compare waits to see whether a conditional jump follows.
+            if mode == Mode::Bits64 {
+                if insn.is_jcc_short_or_near() {
+                    let before = pending.take();
+                    let fused = before.as_ref().map(|(compare, compare_at)| (compare, *compare_at));
+                    if builder.put_jcc(&insn, at, fused).is_some() {
+                        if insn.near_branch_target() <= insn.ip() {
+                            // A loop's end: what follows is met less often than its top.
+                            builder.put(bare_op(dispatch::fall_out, used, count), true);
+                            builder.put_exit(mode, start, used as i64, count as u32);
+                            return used;
+                        }
+                        continue;
+                    }
+                    if let Some((compare, compare_at)) = before {
+                        self.put_instruction(builder, &compare, compare_at);
+                    }
+                } else {
+                    if let Some((compare, compare_at)) = pending.take() {
+                        self.put_instruction(builder, &compare, compare_at);
+                    }
+                    if select::fuses(&insn) {
+                        pending = Some((insn, at));
+                        continue;
+                    }
+                }
+            }
+            if self.put_instruction(builder, &insn, at) == After::Ended {
                 return used;
             }
         }
     }
 
     /// Puts the op of one instruction.
-    fn put_instruction(
-        &mut self,
-        builder: &mut Builder,
-        insn: &Instruction,
-        _start: usize,
-        offset: usize,
-        ordinal: usize,
-    ) -> After {
-        self.put_general(builder, insn, offset, ordinal)
+    fn put_instruction(&mut self, builder: &mut Builder, insn: &Instruction, at: At) -> After {
+        if self.exec.mode == Mode::Bits64
+            && let Some(after) = builder.put_fast(insn, at)
+        {
+            return after;
+        }
+        self.put_general(builder, insn, at.offset, at.ordinal)
     }
 
     /// Puts an instruction that the general interpreter or a thunk does.

@@ -66,6 +66,7 @@ fn has(feature: CpuidFeature, features: Features) -> bool {
         | F::CLFSH
         | F::CMOV
         | F::CMPXCHG16B
+        | F::CPUID
         | F::CX8
         | F::FPU
         | F::FPU287

@@ -19,6 +19,8 @@ mod thunk;
 
 use iced_x86::{Instruction, Mnemonic};
 
+pub(crate) use control::is_canonical;
+pub(crate) use integer::condition_of;
 pub(crate) use operand::{Slot, segment_name, slot, stack_fault};
 pub(crate) use thunk::ThunkCall;
 

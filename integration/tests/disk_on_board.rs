@@ -1,0 +1,409 @@
+//! A disk on a board without a CPU: the test is the driver, by register accesses as a vCPU would make them, and the
+//! backend is the real one. What breaks here is not the CPU's fault.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use atoll_devices::pci::DevFn;
+use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerEvent, PowerSink, WireSink};
+use atoll_integration::{peers, processes};
+use atoll_vmm::actor::{RealClock, StopSignal};
+use atoll_vmm::backend::Spawner;
+use atoll_vmm::cpu::{
+    ANSWER_BUDGET, CpuError, DoorbellWatch, GuestBus, Processor, Space, Stall, StallSink, Vcpu, VcpuBus,
+};
+use atoll_vmm::doorbell::Relay;
+use atoll_vmm::irq::{EventRoute, InterruptFabric, IrqError};
+use atoll_vmm::machine::layout::{MMIO64, ram};
+use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, DeviceBuilder};
+use atoll_vmm::memory::GuestMemory;
+use atoll_vmm::vhost::{Backing, DiskBuilder, DiskConfig};
+use rustix::process::Signal;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// A processor that runs nothing; it keeps the eventfds that devices interrupt by.
+#[derive(Default)]
+struct Nobody {
+    connected: Mutex<Vec<EventFd>>,
+}
+
+struct Fabric(Arc<Nobody>);
+struct Route;
+struct Now;
+struct Deaf;
+
+impl WireSink for Fabric {
+    fn set_level(&self, _line: u32, _high: bool) {}
+}
+impl MsiSink for Fabric {
+    fn fire(&self, _message: MsiMessage) {}
+}
+impl InterruptFabric for Fabric {
+    fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError> {
+        self.0.connected.lock().unwrap().push(event.try_clone().map_err(IrqError::Event)?);
+        Ok(Box::new(Route))
+    }
+}
+impl EventRoute for Route {
+    fn set(&self, _message: Option<MsiMessage>) -> Result<(), IrqError> {
+        Ok(())
+    }
+}
+impl GuestClock for Now {
+    fn now_ns(&self) -> u64 {
+        0
+    }
+}
+impl PowerSink for Deaf {
+    fn power_event(&self, _event: PowerEvent) {}
+}
+impl StallSink for Deaf {
+    fn device_stalled(&self, stall: Stall) {
+        panic!("{stall:?}");
+    }
+}
+
+struct Bare(Arc<Nobody>);
+
+impl Processor for Bare {
+    fn name(&self) -> &'static str {
+        "nobody"
+    }
+    fn create_vcpu(&self, _index: u32) -> Result<Box<dyn Vcpu>, CpuError> {
+        Err(CpuError::Unsupported("there is no CPU here".into()))
+    }
+    fn interrupts(&self) -> Arc<dyn InterruptFabric> {
+        Arc::new(Fabric(Arc::clone(&self.0)))
+    }
+    fn clock(&self) -> Arc<dyn GuestClock> {
+        Arc::new(Now)
+    }
+    fn doorbells(&self) -> Option<Arc<dyn DoorbellWatch>> {
+        None
+    }
+}
+
+const QUEUE_SIZE: u16 = 64;
+/// Requests use descriptors 3 n to 3 n + 2.
+const SLOTS: u16 = QUEUE_SIZE / 3;
+const RING: u64 = 0x10_0000;
+const HEADERS: u64 = 0x20_0000;
+const DATA: u64 = 0x40_0000;
+const BLOCK: u32 = 4096;
+
+/// The driver of a disk in slot 0.
+struct Driver {
+    board: Board,
+    disk: Option<BuiltDevice>,
+    spawner: Spawner,
+    processor: Arc<Nobody>,
+    bus: VcpuBus,
+    available: u16,
+    seen: u16,
+}
+
+impl Driver {
+    fn new(config: DiskConfig) -> Result<Self> {
+        let processor = Arc::new(Nobody::default());
+        let mut board = Board::new(BoardParts {
+            processor: Arc::new(Bare(Arc::clone(&processor))),
+            memory: GuestMemory::new(&ram(32 << 20)?)?,
+            relay: Relay::new()?,
+            power: Arc::new(Deaf),
+            wall_base_ns: 0,
+        });
+        let spawner = Spawner::new(Arc::new(RealClock::new()))?;
+        let disk = Box::new(DiskBuilder::new(config, 0, spawner.clone())).build(&mut board)?;
+        let bus = VcpuBus {
+            vcpu: 0,
+            space: Arc::clone(board.space()),
+            stop: StopSignal::new(),
+            stalls: Arc::new(Deaf),
+            clock: Arc::new(RealClock::new()),
+            budget: ANSWER_BUDGET,
+        };
+        let driver = Self { board, disk: Some(disk), spawner, processor, bus, available: 0, seen: 0 };
+        // Memory decoding and bus mastering.
+        let slot = DevFn::new(0, 0).context("slot 0")?;
+        let function = driver.board.pci().lock().unwrap().function(slot).context("nothing in slot 0")?;
+        let _ = function.lock().unwrap().config_write(4, &6_u16.to_le_bytes());
+        Ok(driver)
+    }
+    fn memory(&self) -> &GuestMemoryMmap {
+        self.board.memory().mapped()
+    }
+    fn get(&mut self, offset: u64, width: usize) -> u64 {
+        let mut bytes = [0; 8];
+        self.bus.read(Space::Mmio, MMIO64.start + offset, &mut bytes[..width]);
+        u64::from_le_bytes(bytes)
+    }
+    fn put(&mut self, offset: u64, width: usize, value: u64) {
+        self.bus.write(Space::Mmio, MMIO64.start + offset, &value.to_le_bytes()[..width]);
+    }
+    fn features(&mut self) -> u64 {
+        self.put(0, 4, 1);
+        let high = self.get(4, 4);
+        self.put(0, 4, 0);
+        high << 32 | self.get(4, 4)
+    }
+    fn capacity(&mut self) -> u64 {
+        self.get(0x2000, 8)
+    }
+    /// Initialisation as of virtio 1.2, 3.1.1, with one queue.
+    fn start(&mut self) -> Result<()> {
+        self.put(20, 1, 0);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.get(20, 1) != 0 {
+            ensure!(Instant::now() < deadline, "the reset takes too long");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.put(20, 1, 3);
+        let features = self.features() & ((1 << 32) | (1 << 9));
+        self.put(8, 4, 0);
+        self.put(12, 4, features & 0xffff_ffff);
+        self.put(8, 4, 1);
+        self.put(12, 4, features >> 32);
+        self.put(20, 1, 11);
+        ensure!(self.get(20, 1) == 11, "features were not accepted");
+        self.memory().write_slice(&vec![0; 0x3000], GuestAddress(RING))?;
+        (self.available, self.seen) = (0, 0);
+        self.put(22, 2, 0);
+        self.put(24, 2, u64::from(QUEUE_SIZE));
+        self.put(26, 2, 0);
+        for (offset, address) in [(32, RING), (40, RING + 0x1000), (48, RING + 0x2000)] {
+            self.put(offset, 8, address);
+        }
+        self.put(28, 2, 1);
+        self.put(20, 1, 15);
+        ensure!(self.get(20, 1) == 15, "DRIVER_OK was not accepted: status {:#x}", self.get(20, 1));
+        Ok(())
+    }
+    /// Puts a request into slot `slot` (0 read, 1 write, 4 flush) and rings.
+    fn submit(&mut self, slot: u16, kind: u32, sector: u64) -> Result<()> {
+        let memory = self.board.memory().mapped();
+        let header = HEADERS + 64 * u64::from(slot);
+        memory.write_obj(kind, GuestAddress(header))?;
+        memory.write_obj(sector, GuestAddress(header + 8))?;
+        memory.write_obj(0xff_u8, GuestAddress(header + 32))?;
+        let data = DATA + u64::from(slot) * u64::from(BLOCK);
+        let first = 3 * slot;
+        let parts: &[(u64, u32, u16)] = match kind {
+            0 => &[(header, 16, 1), (data, BLOCK, 3), (header + 32, 1, 2)],
+            1 => &[(header, 16, 1), (data, BLOCK, 1), (header + 32, 1, 2)],
+            _ => &[(header, 16, 1), (header + 32, 1, 2)],
+        };
+        for (index, (address, len, flags)) in (first..).zip(parts) {
+            let descriptor = RING + 16 * u64::from(index);
+            memory.write_obj(*address, GuestAddress(descriptor))?;
+            memory.write_obj(*len, GuestAddress(descriptor + 8))?;
+            memory.write_obj(*flags, GuestAddress(descriptor + 12))?;
+            memory.write_obj(index + 1, GuestAddress(descriptor + 14))?;
+        }
+        let ring = RING + 0x1000;
+        memory.write_obj(first, GuestAddress(ring + 4 + 2 * u64::from(self.available % QUEUE_SIZE)))?;
+        self.available = self.available.wrapping_add(1);
+        memory.store(self.available, GuestAddress(ring + 2), Ordering::SeqCst)?;
+        self.put(0x3000, 2, 0);
+        Ok(())
+    }
+    /// Waits for `count` completions, by interrupt; gives their slots.
+    fn complete(&mut self, count: usize) -> Result<Vec<u16>> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut slots = Vec::new();
+        while slots.len() < count {
+            ensure!(Instant::now() < deadline, "{} of {count} requests completed", slots.len());
+            let used: u16 = self.memory().load(GuestAddress(RING + 0x2002), Ordering::SeqCst)?;
+            if used == self.seen {
+                // Vector 0 is the queue's; nothing but its eventfd says that there is something new.
+                while self.processor.connected.lock().unwrap()[0].read().is_err() {
+                    ensure!(Instant::now() < deadline, "no interrupt after {} of {count}", slots.len());
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                continue;
+            }
+            let entry = RING + 0x2004 + 8 * u64::from(self.seen % QUEUE_SIZE);
+            let head: u32 = self.memory().read_obj(GuestAddress(entry))?;
+            self.seen = self.seen.wrapping_add(1);
+            let slot = u16::try_from(head)? / 3;
+            let status: u8 = self.memory().read_obj(GuestAddress(HEADERS + 64 * u64::from(slot) + 32))?;
+            ensure!(status == 0, "request {slot} failed with status {status}");
+            slots.push(slot);
+        }
+        Ok(slots)
+    }
+    fn run(&mut self, kind: u32, sector: u64) -> Result<()> {
+        self.submit(0, kind, sector)?;
+        ensure!(self.complete(1)? == [0]);
+        Ok(())
+    }
+    fn fill(&self, slot: u16, byte: u8) -> Result<()> {
+        let data = GuestAddress(DATA + u64::from(slot) * u64::from(BLOCK));
+        Ok(self.memory().write_slice(&[byte; BLOCK as usize], data)?)
+    }
+    fn holds(&self, slot: u16) -> Result<u8> {
+        let mut block = [0; BLOCK as usize];
+        self.memory().read_slice(&mut block, GuestAddress(DATA + u64::from(slot) * u64::from(BLOCK)))?;
+        ensure!(block.iter().all(|byte| *byte == block[0]), "a torn block");
+        Ok(block[0])
+    }
+    fn stop(mut self) -> Result<()> {
+        let mut disk = self.disk.take().context("stopped twice")?;
+        disk.life.stop(Instant::now() + Duration::from_secs(5))?;
+        self.spawner.shutdown(Duration::from_secs(5));
+        Ok(())
+    }
+}
+
+fn image(bytes: u64) -> Result<(tempfile::TempDir, std::path::PathBuf)> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk");
+    std::fs::File::create(&path)?.set_len(bytes)?;
+    Ok((folder, path))
+}
+
+fn own(path: &std::path::Path) -> Result<DiskConfig> {
+    let mut config = DiskConfig::new(Backing::Image(path.to_owned()));
+    config.binary = Some(xtask::place::program("atoll-blk")?);
+    Ok(config)
+}
+
+/// The process that serves this test's disk; other tests of this program have theirs.
+fn backend_of(image: &std::path::Path) -> Result<u32> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        for pid in processes::children(std::process::id()) {
+            let open = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+            if open.into_iter().any(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link == image)) {
+                return Ok(pid);
+            }
+        }
+        ensure!(Instant::now() < deadline, "no process serves {}", image.display());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The whole way of a request: registers, doorbell, ring, backend, file, used ring, interrupt. The driver resets the
+/// device and starts again; in the end nothing is left.
+#[test]
+fn requests_reach_the_image() -> Result<()> {
+    let (_folder, path) = image(8 << 20)?;
+    let mut config = own(&path)?;
+    config.num_queues = 2;
+    let mut driver = Driver::new(config)?;
+    ensure!(driver.capacity() == (8 << 20) / 512);
+    ensure!(driver.get(18, 2) == 2, "two queues");
+    for life in 0..3 {
+        driver.start()?;
+        driver.fill(0, 0x40 + life)?;
+        driver.run(1, 8 * u64::from(life))?;
+        driver.run(4, 0)?;
+        driver.fill(0, 0)?;
+        driver.run(0, 8 * u64::from(life))?;
+        ensure!(driver.holds(0)? == 0x40 + life);
+    }
+    let backend = backend_of(&path)?;
+    driver.stop()?;
+    processes::wait_gone(backend, Duration::from_secs(5))?;
+    let bytes = std::fs::read(&path)?;
+    ensure!(bytes[..4096] == [0x40; 4096] && bytes[8192..12288] == [0x42; 4096]);
+    Ok(())
+}
+
+/// Again and again the backend is killed in the middle of a batch of writes: each request completes exactly once, and
+/// what completed is in the image.
+#[test]
+fn killed_backend_loses_nothing() -> Result<()> {
+    let (_folder, path) = image(8 << 20)?;
+    let mut driver = Driver::new(own(&path)?)?;
+    driver.start()?;
+    for round in 0..12_u8 {
+        let victim = backend_of(&path)?;
+        for slot in 0..SLOTS {
+            driver.fill(slot, round ^ slot as u8)?;
+            driver.submit(slot, 1, 8 * u64::from(slot))?;
+            if slot == u16::from(round) {
+                processes::signal(victim, Signal::KILL)?;
+            }
+        }
+        let mut slots = driver.complete(usize::from(SLOTS))?;
+        slots.sort_unstable();
+        ensure!(slots == (0..SLOTS).collect::<Vec<_>>(), "round {round}: {slots:?}");
+        for slot in 0..SLOTS {
+            driver.fill(slot, 0xee)?;
+            driver.submit(slot, 0, 8 * u64::from(slot))?;
+        }
+        driver.complete(usize::from(SLOTS))?;
+        for slot in 0..SLOTS {
+            ensure!(driver.holds(slot)? == round ^ slot as u8, "round {round}, slot {slot}");
+        }
+    }
+    driver.stop()
+}
+
+/// Somebody else's backend behind a socket: the same driver, the same requests. It announces many queues and has one.
+#[test]
+fn qemu_storage_daemon_serves_the_disk() -> Result<()> {
+    let (folder, path) = image(8 << 20)?;
+    let peer = peers::storage_daemon(&path, folder.path())?;
+    let mut config = DiskConfig::new(Backing::Socket(peer.socket.clone()));
+    config.num_queues = 4;
+    let mut driver = Driver::new(config)?;
+    ensure!(driver.capacity() == (8 << 20) / 512);
+    ensure!(driver.get(18, 2) == 1, "one queue");
+    for life in 0..2 {
+        driver.start()?;
+        for slot in 0..SLOTS {
+            driver.fill(slot, slot as u8 + life)?;
+            driver.submit(slot, 1, 8 * u64::from(slot))?;
+        }
+        driver.complete(usize::from(SLOTS))?;
+        driver.run(4, 0)?;
+    }
+    driver.stop()?;
+    drop(peer);
+    let bytes = std::fs::read(&path)?;
+    ensure!((0..usize::from(SLOTS)).all(|slot| bytes[slot * 4096] as usize == slot + 1));
+    Ok(())
+}
+
+/// Each mistake is one line that names the disk and the remedy.
+#[test]
+fn bad_disks_are_named() -> Result<()> {
+    let (folder, path) = image(8 << 20)?;
+    let odd = folder.path().join("odd");
+    std::fs::write(&odd, [0; 700])?;
+    let empty = folder.path().join("empty");
+    std::fs::write(&empty, [])?;
+    let silent = folder.path().join("silent");
+    let listener = std::os::unix::net::UnixListener::bind(&silent)?;
+    let holder = peers::atoll_blk(&path, folder.path())?;
+    let mut broken = own(&path)?;
+    broken.binary = Some("/bin/false".into());
+    let mut missing = own(&path)?;
+    missing.binary = Some("/nowhere/atoll-blk".into());
+    let cases = [
+        (own(&folder.path().join("nothing"))?, "there is no image"),
+        (own(folder.path())?, "is a folder"),
+        (own(&odd)?, "truncate -s %512"),
+        (own(&empty)?, "is empty"),
+        (own(&path)?, "locked by another program"),
+        (broken, "ended with exit status 1 before it was ready"),
+        (missing, "install it beside atoll"),
+        (DiskConfig::new(Backing::Socket(folder.path().join("gone"))), "nobody listens"),
+        (DiskConfig::new(Backing::Socket(silent.clone())), "did not answer GET_FEATURES within 5s"),
+    ];
+    for (config, expected) in cases {
+        let shown = format!("{:?}", config.backing);
+        let error = match Driver::new(config) {
+            Ok(_) => anyhow::bail!("{shown} was accepted"),
+            Err(error) => error.to_string(),
+        };
+        ensure!(error.contains(expected) && error.contains("--disk"), "{shown}: {error}");
+        ensure!(!error.contains('\n'), "{error}");
+    }
+    drop((holder, listener));
+    Ok(())
+}

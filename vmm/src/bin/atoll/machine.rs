@@ -1,0 +1,126 @@
+//! From options to a running machine, and again when the guest resets.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use atoll_vmm::machine::{
+    CpuKind, DeviceBuilder, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures, SerialBuilder, SerialEnd,
+    SerialMode, StopCause, chipset, events,
+};
+
+use crate::cli::{self, CpuChoice, RunArgs};
+use crate::keyvalue::OptionError;
+use crate::report::Report;
+use crate::signals;
+use crate::terminal::RawTerminal;
+
+/// Why a machine did not run to a good end.
+pub(crate) enum RunError {
+    /// The options are wrong.
+    Usage(OptionError),
+    /// Something else is.
+    Failed(anyhow::Error),
+}
+
+impl From<OptionError> for RunError {
+    fn from(error: OptionError) -> Self {
+        Self::Usage(error)
+    }
+}
+
+impl From<anyhow::Error> for RunError {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The CPU that the options ask for, or that suits this host.
+fn cpu(args: &RunArgs) -> CpuKind {
+    match args.cpu {
+        CpuChoice::Kvm => CpuKind::Kvm,
+        CpuChoice::Soft => CpuKind::Soft,
+        CpuChoice::Auto => CpuKind::Soft,
+    }
+}
+
+/// Where COM1 leads; opened once, handed to each incarnation of the machine as a copy.
+enum SerialTarget {
+    Terminal(File, File),
+    File(File),
+    Null,
+    Off,
+}
+
+impl SerialTarget {
+    fn open(mode: &SerialMode) -> anyhow::Result<Self> {
+        let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
+        Ok(match mode {
+            SerialMode::Tty => Self::Terminal(copy(std::io::stdin().as_fd())?, copy(std::io::stdout().as_fd())?),
+            SerialMode::File(path) => Self::File(SerialEnd::create(path)?),
+            SerialMode::Null => Self::Null,
+            SerialMode::Off => Self::Off,
+        })
+    }
+    fn builder(&self, events: &EventSender) -> anyhow::Result<Option<Box<dyn DeviceBuilder>>> {
+        let end = match self {
+            Self::Terminal(input, output) => {
+                SerialEnd::Terminal { input: input.try_clone()?, output: output.try_clone()?, events: events.clone() }
+            }
+            Self::File(file) => SerialEnd::Output(file.try_clone()?),
+            Self::Null => SerialEnd::Null,
+            Self::Off => return Ok(None),
+        };
+        Ok(Some(Box::new(SerialBuilder::new(end))))
+    }
+}
+
+/// All builders of one incarnation, in the order in which they take PCI slots.
+fn builders(serial: &SerialTarget, events: &EventSender) -> anyhow::Result<Vec<Box<dyn DeviceBuilder>>> {
+    let mut builders = chipset();
+    builders.extend(serial.builder(events)?);
+    Ok(builders)
+}
+
+/// Runs machines until one ends for good; the exit status.
+pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
+    let config = cli::machine(args, cpu(args))?;
+    signals::block()?;
+    let (sender, receiver) = events();
+    signals::listen(sender.clone()).map_err(anyhow::Error::from)?;
+    let serial = SerialTarget::open(&config.serial)?;
+    let _raw = if config.serial == SerialMode::Tty { RawTerminal::enter() } else { None };
+    let mut figures = MachineFigures::default();
+    let end = loop {
+        let end = run_once(&config, &serial, &sender, &receiver, &mut figures)?;
+        if end != MachineEnd::Reset {
+            break end;
+        }
+        // What the machine that is gone has said since concerns nobody; a wish to stop does.
+        if let Some(cause) = receiver.discard_stale() {
+            break MachineEnd::Stopped(cause);
+        }
+        tracing::info!("the guest resets: it starts again");
+    };
+    if let Some(path) = &args.report {
+        Report::new(figures.cpu, &figures, &end).write(path)?;
+    }
+    match end {
+        MachineEnd::PowerOff | MachineEnd::Reset | MachineEnd::Stopped(StopCause::Escape) => Ok(0),
+        MachineEnd::Stopped(StopCause::Signal(signal)) => Ok(signals::exit_status(signal)),
+        MachineEnd::Failed(text) => Err(RunError::Failed(anyhow::anyhow!(text))),
+    }
+}
+
+fn run_once(
+    config: &MachineConfig,
+    serial: &SerialTarget,
+    sender: &EventSender,
+    receiver: &atoll_vmm::machine::EventReceiver,
+    figures: &mut MachineFigures,
+) -> anyhow::Result<MachineEnd> {
+    let mut machine = Machine::build(config, builders(serial, sender)?, sender)?;
+    machine.start()?;
+    let end = machine.wait(receiver);
+    figures.add(&machine.stop());
+    Ok(end)
+}

@@ -1,0 +1,171 @@
+//! KVM behind the seam: interrupt chips and PIT in the kernel, irqfds, ioeventfds and memory slots.
+//!
+//! On the data path the VMM's code does not run: a doorbell is an ioeventfd, an interrupt an irqfd. What is left are
+//! register accesses, which the vCPU's thread answers in place.
+#![allow(unsafe_code, reason = "KVM maps guest memory by address and shares a page with each vCPU")]
+
+mod cpuid;
+mod dirty;
+mod fabric;
+mod state;
+mod vcpu;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use atoll_devices::GuestClock;
+use atoll_softcpu::{CpuModel, VcpuTopology};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{CpuError, DoorbellWatch, Processor, Space, Vcpu};
+use crate::irq::InterruptFabric;
+use crate::machine::layout::KVM_PRIVATE;
+use crate::memory::{GuestMemory, MemorySlot};
+pub use dirty::DirtyLog;
+use fabric::KvmFabric;
+use vcpu::KvmVcpu;
+
+/// The API version that every KVM of the last fifteen years has.
+const API_VERSION: i32 = 12;
+
+/// What must be there, and what it is called in an error.
+const NEEDED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "memory slots"),
+    (Cap::Irqchip, "interrupt chips"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::SignalMsi, "message-signalled interrupts"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::Pit2, "an interval timer"),
+];
+
+fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> CpuError {
+    move |error| CpuError::Kvm { what, source: io::Error::from(error) }
+}
+
+/// What the vCPUs of one machine are made from.
+pub struct KvmConfig {
+    /// Guest RAM.
+    pub memory: GuestMemory,
+    /// Name of the CPU model.
+    pub model: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+}
+
+/// A virtual machine of KVM.
+pub struct KvmProcessor {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    config: KvmConfig,
+    fabric: Arc<KvmFabric>,
+    clock: Arc<PowerOnClock>,
+    dirty: DirtyLog,
+}
+
+impl KvmProcessor {
+    /// Makes the virtual machine, with its memory and interrupt chips.
+    ///
+    /// # Errors
+    /// When KVM is missing, lacks something or refuses it.
+    pub fn new(config: KvmConfig) -> Result<Self, CpuError> {
+        CpuModel::named(&config.model, VcpuTopology { index: 0, count: config.vcpus })?;
+        let kvm = Kvm::new().map_err(|error| CpuError::NoKvm(error.into()))?;
+        if kvm.get_api_version() != API_VERSION {
+            return Err(CpuError::KvmLacks("API version 12"));
+        }
+        if let Some((_, name)) = NEEDED.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            return Err(CpuError::KvmLacks(name));
+        }
+        if config.vcpus as usize > kvm.get_max_vcpus() {
+            return Err(CpuError::KvmLacks("that many vCPUs"));
+        }
+        let vm = Arc::new(kvm.create_vm().map_err(failed("making a virtual machine"))?);
+        vm.set_identity_map_address(KVM_PRIVATE.start).map_err(failed("placing the identity map"))?;
+        vm.set_tss_address(KVM_PRIVATE.start as usize + 0x1000).map_err(failed("placing the task state segment"))?;
+        vm.create_irq_chip().map_err(failed("making interrupt chips"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(failed("making the interval timer"))?;
+        let slots = config.memory.slots();
+        for (index, slot) in slots.iter().enumerate() {
+            set_slot(&vm, index as u32, slot, 0)?;
+        }
+        let fabric = Arc::new(KvmFabric::new(Arc::clone(&vm))?);
+        let dirty = DirtyLog::new(Arc::clone(&vm), slots);
+        Ok(Self { kvm, vm, config, fabric, clock: Arc::new(PowerOnClock(Instant::now())), dirty })
+    }
+
+    /// Which pages the guest writes.
+    pub fn dirty_log(&self) -> &DirtyLog {
+        &self.dirty
+    }
+}
+
+/// Tells KVM about one region of RAM.
+fn set_slot(vm: &VmFd, index: u32, slot: &MemorySlot, flags: u32) -> Result<(), CpuError> {
+    let region = kvm_userspace_memory_region {
+        slot: index,
+        flags,
+        guest_phys_addr: slot.gpa,
+        memory_size: slot.len,
+        userspace_addr: slot.host,
+    };
+    // SAFETY: the slot is a live mapping of that length, which the processor keeps for as long as the machine exists.
+    unsafe { vm.set_user_memory_region(region) }.map_err(failed("giving the guest its memory"))
+}
+
+impl Processor for KvmProcessor {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+    fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, CpuError> {
+        let topology = VcpuTopology { index, count: self.config.vcpus };
+        let model = CpuModel::named(&self.config.model, topology)?;
+        let fd = self.vm.create_vcpu(u64::from(index)).map_err(failed("making a vCPU"))?;
+        // Before any register: KVM checks EFER and CR4 against it.
+        fd.set_cpuid2(&cpuid::masked(&self.kvm, &model)?).map_err(failed("setting CPUID"))?;
+        Ok(Box::new(KvmVcpu::new(fd)?))
+    }
+    fn interrupts(&self) -> Arc<dyn InterruptFabric> {
+        Arc::clone(&self.fabric) as _
+    }
+    fn clock(&self) -> Arc<dyn GuestClock> {
+        Arc::clone(&self.clock) as _
+    }
+    fn doorbells(&self) -> Option<Arc<dyn DoorbellWatch>> {
+        Some(Arc::new(IoEvents(Arc::clone(&self.vm))))
+    }
+}
+
+/// Guest time of the devices: the host's since power-on.
+struct PowerOnClock(Instant);
+
+impl GuestClock for PowerOnClock {
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Doorbells as ioeventfds.
+struct IoEvents(Arc<VmFd>);
+
+fn event_address(space: Space, address: u64) -> IoEventAddress {
+    match space {
+        Space::Pio => IoEventAddress::Pio(address),
+        Space::Mmio => IoEventAddress::Mmio(address),
+    }
+}
+
+impl DoorbellWatch for IoEvents {
+    fn watch(&self, space: Space, address: u64, event: &EventFd) -> Result<(), CpuError> {
+        let at = event_address(space, address);
+        self.0.register_ioevent(event, &at, NoDatamatch).map_err(failed("watching a doorbell"))
+    }
+    fn unwatch(&self, space: Space, address: u64, event: &EventFd) -> Result<(), CpuError> {
+        let at = event_address(space, address);
+        self.0.unregister_ioevent(event, &at, NoDatamatch).map_err(failed("forgetting a doorbell"))
+    }
+}

@@ -1,0 +1,191 @@
+//! One vCPU of KVM: runs, answers its exits in place, and leaves when it is kicked.
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::{failed, state};
+use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Space, Vcpu, VcpuFigures};
+
+/// `immediate_exit` in the page that KVM shares with a vCPU: KVM_RUN returns at once while it is set.
+struct ImmediateExit(NonNull<AtomicU8>);
+
+// SAFETY: it is one byte of a shared mapping, accessed only as an atomic, and the kick forgets it before it is unmapped.
+unsafe impl Send for ImmediateExit {}
+
+/// Makes the vCPU leave the guest: the flag keeps it from entering again, the signal gets it out.
+struct KvmKick {
+    asked: AtomicBool,
+    thread: rustix::thread::Pid,
+    /// Gone when the vCPU is.
+    exit: Mutex<Option<ImmediateExit>>,
+}
+
+/// The signal that gets a thread out of KVM_RUN; its handler does nothing, its arrival is enough.
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+extern "C" fn nothing(_signal: libc::c_int, _info: *mut libc::siginfo_t, _context: *mut libc::c_void) {}
+
+fn install_handler() -> Result<(), CpuError> {
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    let installed =
+        INSTALLED.get_or_init(|| register_signal_handler(kick_signal(), nothing).map_err(|error| error.errno()));
+    installed.map_err(|errno| CpuError::Kvm {
+        what: "installing a signal handler",
+        source: io::Error::from_raw_os_error(errno),
+    })
+}
+
+impl Kick for KvmKick {
+    fn kick(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+        let exit = self.exit.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(exit) = exit.as_ref() else { return };
+        // SAFETY: the mapping exists while the option is `Some`, and the lock is held.
+        unsafe { exit.0.as_ref() }.store(1, Ordering::SeqCst);
+        // SAFETY: a system call on integers; the thread exists, as the vCPU lives on it and takes the lock before it ends.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.thread.as_raw_nonzero().get(), kick_signal()) };
+    }
+}
+
+pub(super) struct KvmVcpu {
+    fd: VcpuFd,
+    kick: Arc<KvmKick>,
+}
+
+impl KvmVcpu {
+    /// Takes the vCPU over, on the thread that will run it.
+    pub(super) fn new(mut fd: VcpuFd) -> Result<Self, CpuError> {
+        install_handler()?;
+        let run: *mut kvm_run = fd.get_kvm_run();
+        // SAFETY: the pointer is to a live mapping; the byte is aligned as every byte is.
+        let exit = NonNull::new(unsafe { &raw mut (*run).immediate_exit }.cast::<AtomicU8>()).map(ImmediateExit);
+        let kick = KvmKick { asked: AtomicBool::new(false), thread: rustix::thread::gettid(), exit: Mutex::new(exit) };
+        Ok(Self { fd, kick: Arc::new(kick) })
+    }
+
+    /// Whether somebody wants the vCPU out; asks once.
+    fn is_kicked(&mut self) -> bool {
+        let asked = self.kick.asked.swap(false, Ordering::SeqCst);
+        if asked {
+            let exit = self.kick.exit.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(exit) = exit.as_ref() {
+                // SAFETY: as in `kick`.
+                unsafe { exit.0.as_ref() }.store(0, Ordering::SeqCst);
+            }
+        }
+        asked
+    }
+
+    fn rip(&self) -> u64 {
+        self.fd.get_regs().map_or(0, |regs| regs.rip)
+    }
+
+    /// Why KVM gave up.
+    fn internal_error(&mut self) -> Exit {
+        let rip = self.rip();
+        // SAFETY: the exit reason says that this is the field of the union.
+        let error = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let reason = match error.suberror {
+            KVM_INTERNAL_ERROR_EMULATION => {
+                "KVM has to interpret this instruction and does not know it; run with --cpu soft".into()
+            }
+            code => format!("KVM failed with internal error {code}"),
+        };
+        Exit::Stuck { rip, reason }
+    }
+
+    /// Answers port I/O: one element, or several of a string instruction.
+    fn port_io(&mut self, port: u16, data: NonNull<u8>, len: usize, write: bool, bus: &mut dyn GuestBus) {
+        // SAFETY: the exit reason says that this is the field of the union.
+        let size = usize::from(unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size }).max(1);
+        // SAFETY: kvm-ioctls made the slice inside the shared page, which lives as long as the vCPU, and the guest does
+        // not run.
+        let data = unsafe { std::slice::from_raw_parts_mut(data.as_ptr(), len) };
+        for element in data.chunks_mut(size) {
+            if write {
+                bus.write(Space::Pio, u64::from(port), element);
+            } else {
+                bus.read(Space::Pio, u64::from(port), element);
+            }
+        }
+    }
+}
+
+/// An exit without the borrow of the vCPU.
+enum Left {
+    Port { port: u16, data: NonNull<u8>, len: usize, write: bool },
+    Done,
+    End(Exit),
+    InternalError,
+    Interrupted,
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError> {
+        loop {
+            if self.is_kicked() {
+                return Ok(Exit::Stopped);
+            }
+            let left = match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    Left::Port { port, len: data.len(), data: NonNull::from(data).cast(), write: false }
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    Left::Port { port, len: data.len(), data: NonNull::from(data).cast(), write: true }
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => {
+                    bus.read(Space::Mmio, address, data);
+                    Left::Done
+                }
+                Ok(VcpuExit::MmioWrite(address, data)) => {
+                    bus.write(Space::Mmio, address, data);
+                    Left::Done
+                }
+                Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Left::Interrupted,
+                Ok(VcpuExit::Shutdown) => Left::End(Exit::TripleFault { rip: 0 }),
+                Ok(VcpuExit::InternalError) => Left::InternalError,
+                Ok(other) => Left::End(Exit::Stuck { rip: 0, reason: format!("KVM left the guest with {other:?}") }),
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
+                Err(error) => return Err(failed("running the guest")(error)),
+            };
+            match left {
+                Left::Port { port, data, len, write } => self.port_io(port, data, len, write, bus),
+                Left::Done | Left::Interrupted => {}
+                Left::InternalError => return Ok(self.internal_error()),
+                Left::End(Exit::TripleFault { .. }) => return Ok(Exit::TripleFault { rip: self.rip() }),
+                Left::End(Exit::Stuck { reason, .. }) => return Ok(Exit::Stuck { rip: self.rip(), reason }),
+                Left::End(Exit::Stopped) => return Ok(Exit::Stopped),
+            }
+        }
+    }
+
+    fn state(&mut self) -> Result<CpuState, CpuError> {
+        state::read(&self.fd)
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), CpuError> {
+        state::write(&self.fd, state)
+    }
+
+    fn kick_handle(&self) -> Arc<dyn Kick> {
+        Arc::clone(&self.kick) as _
+    }
+
+    fn figures(&self) -> VcpuFigures {
+        VcpuFigures::default()
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        *self.kick.exit.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}

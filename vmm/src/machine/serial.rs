@@ -1,0 +1,350 @@
+//! COM1 and where it leads: the terminal, a file or nowhere.
+//!
+//! A thread writes what the guest prints, in batches, so that a guest's byte costs no wake-up of its own; another one
+//! reads what is typed. Neither is a vCPU's: a terminal that stands still fills the port's buffer and slows down the
+//! guest's driver, not its CPU.
+#![allow(unsafe_code, reason = "vmm-sys-util's EventFd has no AsFd; its descriptor is borrowed for one poll")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use atoll_devices::serial::{Serial, SerialHost};
+use rustix::event::{PollFd, PollFlags, poll};
+use thiserror::Error;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::layout::{COM1, COM1_GSI};
+use super::{
+    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent, StopCause,
+};
+use crate::cpu::Space;
+
+/// How long the writer gathers output before it writes again.
+const GATHER: Duration = Duration::from_millis(2);
+/// What is read from the terminal at once.
+const INPUT_CHUNK: usize = 256;
+/// First and second byte of the escape: Ctrl-A x ends the machine, Ctrl-A Ctrl-A types a Ctrl-A.
+const ESCAPE: u8 = 0x01;
+const ESCAPE_QUIT: u8 = b'x';
+
+/// Why the port cannot lead where it should.
+#[derive(Debug, Error)]
+pub enum SerialError {
+    /// The file cannot be written.
+    #[error("cannot write --serial file={path}: {source}; choose another file")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// No thread or eventfd.
+    #[error("no thread or eventfd for the serial port ({0}); raise the limits (ulimit -u, -n)")]
+    Resource(#[from] std::io::Error),
+}
+
+/// Where COM1 leads.
+#[derive(Debug)]
+pub enum SerialEnd {
+    /// Input and output, with the escape.
+    Terminal {
+        /// What is typed.
+        input: File,
+        /// What the guest prints.
+        output: File,
+        /// Hears of the escape.
+        events: EventSender,
+    },
+    /// Output only.
+    Output(File),
+    /// What the guest prints is gone.
+    Null,
+}
+
+impl SerialEnd {
+    /// A file for [`Self::Output`], made or emptied.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create(path: &Path) -> Result<File, SerialError> {
+        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path);
+        file.map_err(|source| SerialError::File { path: path.into(), source })
+    }
+}
+
+/// Builds COM1.
+pub struct SerialBuilder {
+    end: SerialEnd,
+}
+
+impl SerialBuilder {
+    /// A port that leads to `end`.
+    pub fn new(end: SerialEnd) -> Self {
+        Self { end }
+    }
+}
+
+impl DeviceBuilder for SerialBuilder {
+    fn name(&self) -> String {
+        "serial".into()
+    }
+    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let name = self.name();
+        let link = Arc::new(Link::default());
+        let port = Arc::new(Mutex::new(Serial::new(board.wire(COM1_GSI), Arc::clone(&link) as Arc<dyn SerialHost>)));
+        board
+            .add_shared_registers("serial", Space::Pio, COM1, Arc::clone(&port) as _)
+            .map_err(|error| BuildError::new(&name, error))?;
+        let life = SerialLife { end: Some(self.end), port, link, running: None };
+        Ok(BuiltDevice { name, life: Box::new(life) })
+    }
+}
+
+type Port = Arc<Mutex<Serial>>;
+
+fn lock(port: &Port) -> MutexGuard<'_, Serial> {
+    port.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How the port wakes its threads.
+#[derive(Default)]
+struct Link {
+    writer: OnceLock<Thread>,
+    reader: OnceLock<Thread>,
+    ended: AtomicBool,
+}
+
+impl Link {
+    fn wake(thread: &OnceLock<Thread>) {
+        if let Some(thread) = thread.get() {
+            thread.unpark();
+        }
+    }
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+    fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        Self::wake(&self.writer);
+        Self::wake(&self.reader);
+    }
+}
+
+impl SerialHost for Link {
+    fn output_ready(&self) {
+        Self::wake(&self.writer);
+    }
+    fn input_room(&self) {
+        Self::wake(&self.reader);
+    }
+}
+
+/// The threads of a started port.
+struct Running {
+    /// Disconnected when the writer has written everything.
+    drained: Receiver<()>,
+    writer: JoinHandle<()>,
+    reader: Option<(JoinHandle<()>, EventFd)>,
+}
+
+struct SerialLife {
+    end: Option<SerialEnd>,
+    port: Port,
+    link: Arc<Link>,
+    running: Option<Running>,
+}
+
+impl SerialLife {
+    fn launch(&mut self) -> Result<(), SerialError> {
+        let (mut output, input): (Box<dyn Write + Send>, _) = match self.end.take() {
+            Some(SerialEnd::Terminal { input, output, events }) => (Box::new(output), Some((input, events))),
+            Some(SerialEnd::Output(file)) => (Box::new(file), None),
+            Some(SerialEnd::Null) | None => (Box::new(std::io::sink()), None),
+        };
+        let (done, drained) = sync_channel::<()>(0);
+        let writer = {
+            let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
+            std::thread::Builder::new().name("serial-out".into()).spawn(move || {
+                write_output(&port, &link, output.as_mut());
+                drop(done);
+            })?
+        };
+        let _ = self.link.writer.set(writer.thread().clone());
+        // What was printed before the thread was known has woken nobody.
+        writer.thread().unpark();
+        let reader = match input {
+            Some((input, events)) => {
+                let end = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+                let seen = end.try_clone()?;
+                let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
+                let thread = std::thread::Builder::new()
+                    .name("serial-in".into())
+                    .spawn(move || read_input(&port, &link, input, &seen, &events))?;
+                let _ = self.link.reader.set(thread.thread().clone());
+                Some((thread, end))
+            }
+            None => None,
+        };
+        self.running = Some(Running { drained, writer, reader });
+        Ok(())
+    }
+}
+
+impl DeviceLife for SerialLife {
+    fn start(&mut self) -> Result<(), LifeError> {
+        self.launch().map_err(|error| LifeError { device: "serial".into(), step: "start", source: Box::new(error) })
+    }
+
+    fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
+        self.link.end();
+        let Some(running) = self.running.take() else { return Ok(()) };
+        if let Some((thread, end)) = running.reader {
+            let _ = end.write(1);
+            let _ = thread.join();
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        match running.drained.recv_timeout(left) {
+            Err(RecvTimeoutError::Timeout) => {
+                let source = "what it leads to takes no more output; the rest of it is lost".into();
+                Err(LifeError { device: "serial".into(), step: "stop", source })
+            }
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => {
+                let _ = running.writer.join();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Writes what the guest prints until the port has ended and everything is out.
+fn write_output(port: &Port, link: &Link, output: &mut dyn Write) {
+    let mut bytes = Vec::new();
+    let mut broken = false;
+    loop {
+        let ended = link.has_ended();
+        bytes.clear();
+        lock(port).take_output(&mut bytes);
+        if bytes.is_empty() {
+            if ended {
+                return;
+            }
+            std::thread::park();
+            continue;
+        }
+        // Output that nobody takes must not stop the guest.
+        if !broken && let Err(error) = output.write_all(&bytes).and_then(|()| output.flush()) {
+            tracing::warn!(%error, "the serial port's output goes nowhere from here on");
+            broken = true;
+        }
+        if !ended {
+            std::thread::sleep(GATHER);
+        }
+    }
+}
+
+/// What a typed byte means.
+#[derive(Default)]
+struct EscapeFilter {
+    escaped: bool,
+}
+
+impl EscapeFilter {
+    /// Passes bytes on; whether the escape was among them.
+    fn pass(&mut self, typed: &[u8], into: &mut Vec<u8>) -> bool {
+        for byte in typed {
+            match (self.escaped, *byte) {
+                (false, ESCAPE) => self.escaped = true,
+                (true, ESCAPE_QUIT) => return true,
+                (true, ESCAPE) => {
+                    self.escaped = false;
+                    into.push(ESCAPE);
+                }
+                (escaped, byte) => {
+                    self.escaped = false;
+                    if escaped {
+                        into.push(ESCAPE);
+                    }
+                    into.push(byte);
+                }
+            }
+        }
+        false
+    }
+}
+
+/// Reads what is typed until the port ends or there is no more input.
+fn read_input(port: &Port, link: &Link, mut input: File, end: &EventFd, events: &EventSender) {
+    let mut filter = EscapeFilter::default();
+    let mut chunk = [0; INPUT_CHUNK];
+    let mut typed = Vec::new();
+    while wait_for_input(&input, end) {
+        let read = match input.read(&mut chunk) {
+            Ok(0) => return,
+            Ok(read) => read,
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock) => {
+                continue;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "nothing more can be read for the serial port");
+                return;
+            }
+        };
+        typed.clear();
+        if filter.pass(chunk.get(..read).unwrap_or_default(), &mut typed) {
+            events.tell(MachineEvent::Stop(StopCause::Escape));
+            return;
+        }
+        let mut rest = typed.as_slice();
+        while !rest.is_empty() && !link.has_ended() {
+            let taken = lock(port).receive(rest);
+            rest = rest.get(taken..).unwrap_or_default();
+            if taken == 0 {
+                std::thread::park();
+            }
+        }
+    }
+}
+
+/// Whether there is input; not so when the port has ended.
+fn wait_for_input(input: &File, end: &EventFd) -> bool {
+    // SAFETY: the descriptor belongs to `end`, which outlives this borrow.
+    let end = unsafe { BorrowedFd::borrow_raw(end.as_raw_fd()) };
+    loop {
+        let mut fds =
+            [PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::from_borrowed_fd(input.as_fd(), PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+            Ok(_) if !fds[0].revents().is_empty() => return false,
+            Ok(_) => return true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filtered(typed: &[&[u8]]) -> (Vec<u8>, bool) {
+        let (mut filter, mut into) = (EscapeFilter::default(), Vec::new());
+        let quit = typed.iter().any(|part| filter.pass(part, &mut into));
+        (into, quit)
+    }
+
+    /// Ctrl-A x quits also when the two bytes arrive apart; everything else reaches the guest unchanged.
+    #[test]
+    fn escape_is_recognised() {
+        assert_eq!(filtered(&[b"ls\n"]), (b"ls\n".to_vec(), false));
+        assert_eq!(filtered(&[b"ab\x01", b"xcd"]), (b"ab".to_vec(), true));
+        assert_eq!(filtered(&[b"\x01\x01x"]), (b"\x01x".to_vec(), false));
+        assert_eq!(filtered(&[b"\x01c"]), (b"\x01c".to_vec(), false));
+    }
+}

@@ -1,0 +1,120 @@
+//! How a vCPU starts, stops and fails, and what happens without it leaving the guest.
+
+use std::time::{Duration, Instant};
+
+use atoll_vmm::cpu::{Exit, Space};
+use atoll_vmm::doorbell::{Doorbell, Relay};
+use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, edx, rax, word_ptr};
+
+use super::lab::{CODE, Cpu, Lab, MMIO, PORT, long_mode, out, protected_mode};
+
+/// A guest that never leaves by itself, with interrupts off: stopping it must not depend on it.
+fn endless_loop_is_stopped(cpu: Cpu) {
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let mut code = CodeAssembler::new(32).unwrap();
+    code.mov(edx, u32::from(PORT)).unwrap();
+    code.out(dx, al).unwrap();
+    let mut again = code.create_label();
+    code.set_label(&mut again).unwrap();
+    code.jmp(again).unwrap();
+    lab.load(code);
+    lab.start(protected_mode());
+    lab.next();
+    let asked = Instant::now();
+    assert_eq!(lab.stop(), Exit::Stopped);
+    assert!(asked.elapsed() < Duration::from_secs(10));
+}
+
+/// A guest that halts for ever, likewise.
+fn halted_guest_is_stopped(cpu: Cpu) {
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let mut code = CodeAssembler::new(32).unwrap();
+    code.mov(edx, u32::from(PORT)).unwrap();
+    code.out(dx, al).unwrap();
+    code.hlt().unwrap();
+    lab.load(code);
+    lab.start(protected_mode());
+    lab.next();
+    assert_eq!(lab.stop(), Exit::Stopped);
+}
+
+/// No handler for a fault, nor for the fault of that, …: the end names the instruction.
+fn triple_fault_names_rip(cpu: Cpu) {
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let mut code = CodeAssembler::new(64).unwrap();
+    code.nop().unwrap();
+    code.ud2().unwrap();
+    lab.load(code);
+    let mut state = long_mode(&lab);
+    state.system.idtr = atoll_softcpu::state::Table { base: 0, limit: 0 };
+    lab.start(state);
+    assert_eq!(lab.end(), Exit::TripleFault { rip: CODE + 1 });
+}
+
+/// Code that jumps to where no memory is ends the machine; it must neither hang nor take the monitor with it.
+fn jump_into_nowhere_ends(cpu: Cpu) {
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let mut code = CodeAssembler::new(64).unwrap();
+    code.mov(rax, MMIO + 0x10_0000).unwrap();
+    code.jmp(rax).unwrap();
+    lab.load(code);
+    let mut state = long_mode(&lab);
+    state.system.idtr = atoll_softcpu::state::Table { base: 0, limit: 0 };
+    lab.start(state);
+    match lab.end() {
+        Exit::TripleFault { rip } | Exit::Stuck { rip, .. } => assert_eq!(rip, MMIO + 0x10_0000),
+        Exit::Stopped => panic!("nobody stopped it"),
+    }
+}
+
+/// A doorbell is signalled by the guest's write, of whatever width and value, and the register behind it sees nothing.
+fn doorbell_rings(cpu: Cpu) {
+    const DOORBELL: u64 = MMIO + 0x100;
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let relay = Relay::new().unwrap();
+    let bell = Doorbell::new(&relay).unwrap();
+    lab.doorbells.insert(Space::Mmio, DOORBELL, std::sync::Arc::clone(&bell)).unwrap();
+    let mut code = CodeAssembler::new(32).unwrap();
+    code.mov(ebx, DOORBELL as u32).unwrap();
+    code.mov(dword_ptr(ebx), 1).unwrap();
+    code.mov(word_ptr(ebx), 2).unwrap();
+    code.mov(byte_ptr(ebx), 3).unwrap();
+    code.mov(edx, u32::from(PORT)).unwrap();
+    code.out(dx, al).unwrap();
+    code.hlt().unwrap();
+    lab.load(code);
+    lab.start(protected_mode());
+    assert_eq!(lab.next().space, Space::Pio);
+    assert_eq!(bell.backend_event().read().unwrap(), 3);
+}
+
+/// KVM's log names the pages that the guest has written, and only those.
+#[test]
+fn kvm_logs_dirty_pages() {
+    let Some(mut lab) = Lab::new(Cpu::Kvm) else { return };
+    let kvm = lab.kvm.clone().unwrap();
+    let mut code = CodeAssembler::new(32).unwrap();
+    for page in [0x20_0000, 0x20_3000, 0x80_0000] {
+        code.mov(byte_ptr(page), 1).unwrap();
+    }
+    code.mov(eax, dword_ptr(0x30_0000)).unwrap();
+    code.mov(edx, u32::from(PORT)).unwrap();
+    code.out(dx, al).unwrap();
+    code.hlt().unwrap();
+    lab.load(code);
+    kvm.dirty_log().start().unwrap();
+    assert!(kvm.dirty_log().take().unwrap().is_empty());
+    lab.start(protected_mode());
+    assert_eq!(lab.next(), out(0, 1, 0));
+    assert_eq!(kvm.dirty_log().take().unwrap(), [0x20_0000, 0x20_3000, 0x80_0000]);
+    assert!(kvm.dirty_log().take().unwrap().is_empty());
+    kvm.dirty_log().stop().unwrap();
+}
+
+super::lab::on_both_cpus!(
+    endless_loop_is_stopped,
+    halted_guest_is_stopped,
+    triple_fault_names_rip,
+    jump_into_nowhere_ends,
+    doorbell_rings
+);
