@@ -5,24 +5,32 @@
 //! - [`Watch`] is what the spawner knows of a child: a state machine over the words of its sidecar and the clock.
 //! - [`RestartPolicy`] decides what an exit leads to; the [`Supervisor`] actor feeds it with events and hands its
 //!   decisions to whoever can carry them out. The supervisor itself never calls a child, nor waits for one.
+//! - [`RegisterBackend`] keeps a process that serves registers on the bus alive ([`UartBuilder`] is one);
+//!   [`Household`] is what all devices in processes share.
 //! - [`ImageHandle`] keeps hold of a disk image over all incarnations of its backend, without being able to lock it.
 
 mod event;
+mod household;
 mod image;
 mod launch;
 mod lines;
 mod policy;
+mod registers;
 mod spawner;
 mod spec;
 mod supervisor;
+mod uart;
 mod watch;
 
 pub use event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
+pub use household::Household;
 pub use image::{ImageAccess, ImageError, ImageHandle};
 pub use policy::{Decision, PolicyConfig, QuarantineReason, RestartPolicy};
+pub use registers::{RegisterBackend, RegisterError, RegisterProcess};
 pub use spawner::{Child, Spawner};
 pub use spec::{BackendSpec, PassedFd, WatchLimits, beside_this_binary};
 pub use supervisor::{Recovery, Supervisor, SupervisorMail};
+pub use uart::{UartBuilder, UartError, UartOutput};
 pub use watch::Watch;
 
 #[cfg(test)]

@@ -23,8 +23,9 @@ pub trait Recovery: Send {
     /// [`SupervisorMail::NotStarted`].
     fn start(&mut self, generation: Generation);
 
-    /// The present incarnation is gone: stop from own knowledge, keep what the guest asks meanwhile.
-    fn lost(&mut self, generation: Generation, exit: &BackendExit);
+    /// The present incarnation is gone: stop from own knowledge, keep what the guest asks meanwhile. Says whether it had
+    /// completed anything that it did not report itself.
+    fn lost(&mut self, generation: Generation, exit: &BackendExit) -> bool;
 
     /// A stand-in takes the device.
     fn quarantine(&mut self, reason: &QuarantineReason);
@@ -231,7 +232,9 @@ impl Supervisor {
             }
             EventKind::Quiesced | EventKind::Pong { .. } => {}
             EventKind::Exited(exit) => {
-                supervised.recovery.lost(generation, &exit);
+                if supervised.recovery.lost(generation, &exit) {
+                    supervised.policy.progress(generation);
+                }
                 self.tell_story(LifecycleEvent::DeviceDied { device, generation });
                 self.judge(device, |supervised| supervised.policy.exited(generation, &exit, now));
             }

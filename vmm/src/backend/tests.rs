@@ -359,8 +359,9 @@ impl Recovery for Restart {
         let child = self.spawner.spawn(spec(self.part, generation.0), self.sink.clone()).expect("started");
         self.diary.lock().expect("no panic").child = Some(child);
     }
-    fn lost(&mut self, generation: Generation, exit: &BackendExit) {
+    fn lost(&mut self, generation: Generation, exit: &BackendExit) -> bool {
         self.note(format!("lost {} by {}", generation.0, exit.status));
+        false
     }
     fn quarantine(&mut self, reason: &QuarantineReason) {
         self.note(format!("quarantine {reason:?}"));

@@ -129,6 +129,8 @@ struct State {
     /// The thread waits without a limit, and must be woken for a new deadline.
     asleep: bool,
     closing: bool,
+    /// Nobody is expected.
+    given_up: bool,
     limit: RateLimit,
 }
 
@@ -191,6 +193,7 @@ impl Remote {
             counts: RemoteCounts::default(),
             asleep: false,
             closing: false,
+            given_up: false,
             limit,
         };
         let shared = Arc::new(Shared { device, shape, wires, msi, surroundings, wake, state: Mutex::new(state) });
@@ -239,6 +242,7 @@ impl Remote {
         }
         let predecessor = shared.unlink(&mut state);
         state.generation = generation;
+        state.given_up = false;
         state.link = Some(link);
         state.arriving = Some(reader);
         let unsent = state.table.unsent();
@@ -296,6 +300,17 @@ impl Remote {
         let shared = &self.shared;
         let event = shared.ask(BusCall::Reset, Asked::Reset, None);
         shared.tell(event);
+    }
+
+    /// Nobody will come: what is asked from now on is answered as nobody's at once, until somebody is attached after all.
+    pub fn give_up(&self) {
+        let mut state = self.shared.lock();
+        let event = self.shared.unlink(&mut state);
+        state.given_up = true;
+        state.table.abandon_all();
+        drop(state);
+        self.shared.wake();
+        self.shared.tell(event);
     }
 
     /// Whether a process serves it.
@@ -379,6 +394,10 @@ impl Shared {
         let cause = self.surroundings.next_cause();
         let mut state = self.lock();
         state.counts.asked += 1;
+        if state.given_up {
+            state.counts.lost += 1;
+            return None;
+        }
         let deadline = now.after(self.surroundings.budget);
         let Some(id) = state.table.insert(call, asked, cause, deadline, completion) else {
             state.counts.stalled += 1;

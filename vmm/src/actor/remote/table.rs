@@ -134,6 +134,11 @@ impl Table {
         self.open.extract_if(.., |_, question| question.sent).count()
     }
 
+    /// Gives up all questions.
+    pub(super) fn abandon_all(&mut self) {
+        self.open.clear();
+    }
+
     /// Gives up one question.
     pub(super) fn abandon(&mut self, id: RequestId) {
         self.open.remove(&id);

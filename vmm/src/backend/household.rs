@@ -1,0 +1,98 @@
+//! What all device processes of a VMM share: the runtime and tree of the actors, the spawner, the supervisor, the clock.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use atoll_protocol::lifecycle::LifecycleEvent;
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::broadcast;
+
+use super::spawner::Spawner;
+use super::supervisor::{Supervisor, SupervisorMail};
+use crate::actor::{Address, Clock, Ending, Surroundings, Tree};
+
+/// One per VMM process; it outlives the machines that a reset makes one after the other.
+#[derive(Debug)]
+pub struct Household {
+    runtime: Runtime,
+    tree: Tree,
+    clock: Arc<dyn Clock>,
+    spawner: Spawner,
+    supervisor: Address<SupervisorMail>,
+    story: broadcast::Sender<LifecycleEvent>,
+    causes: Arc<AtomicU64>,
+}
+
+impl Household {
+    /// Starts the actors' thread, the spawner's thread and the supervisor.
+    ///
+    /// # Errors
+    /// The kernel has no thread or descriptor left.
+    pub fn new(clock: Arc<dyn Clock>) -> io::Result<Self> {
+        // Actors decide and hand on; one thread is enough, and vCPUs are never on it.
+        let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("actors").enable_time().build()?;
+        let tree = Tree::new("vmm", runtime.handle().clone(), |ended| match &ended.ending {
+            Ending::Finished | Ending::Stopped => tracing::debug!(actor = &*ended.actor, "ended"),
+            ending => tracing::error!(actor = &*ended.actor, ?ending, "an actor did not end as it should"),
+        });
+        let spawner = Spawner::new(Arc::clone(&clock))?;
+        let (supervisor, story) = Supervisor::start(&tree, runtime.handle(), Arc::clone(&clock));
+        Ok(Self { runtime, tree, clock, spawner, supervisor, story, causes: Arc::default() })
+    }
+
+    /// The parent of all device processes.
+    #[must_use]
+    pub fn spawner(&self) -> &Spawner {
+        &self.spawner
+    }
+
+    /// Who judges exits and stalls.
+    #[must_use]
+    pub fn supervisor(&self) -> &Address<SupervisorMail> {
+        &self.supervisor
+    }
+
+    /// What the supervisor saw, from now on. A watcher that is slow misses the oldest.
+    #[must_use]
+    pub fn story(&self) -> broadcast::Receiver<LifecycleEvent> {
+        self.story.subscribe()
+    }
+
+    /// Where actors run.
+    #[must_use]
+    pub fn runtime(&self) -> &tokio::runtime::Handle {
+        self.runtime.handle()
+    }
+
+    /// Where actors are started.
+    #[must_use]
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Time.
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    /// What a device that is not answered at once needs.
+    #[must_use]
+    pub fn surroundings(&self, budget: Duration) -> Surroundings {
+        Surroundings {
+            clock: Arc::clone(&self.clock),
+            budget,
+            supervision: Arc::new(self.supervisor.clone()),
+            causes: Arc::clone(&self.causes),
+        }
+    }
+
+    /// Ends everything: the actors, then the processes, each within `grace`. No process is left afterwards, and none can
+    /// be started.
+    pub fn shutdown(&self, grace: Duration) {
+        self.runtime.block_on(self.tree.shutdown(grace));
+        self.spawner.shutdown(grace);
+    }
+}

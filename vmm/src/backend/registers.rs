@@ -1,0 +1,313 @@
+//! A device of registers that is served elsewhere, by a process that the VMM starts and keeps alive.
+//!
+//! The supervisor decides ([`Recovery`]); a thread of this device's own carries out: starts an incarnation, waits until
+//! it is ready, attaches it to the bus. A stalled incarnation is killed, which makes its successor, so that one access is
+//! late and not every one. In quarantine nobody is asked any more: the registers read as all ones at once.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use atoll_devices::interrupt::Wire;
+use atoll_protocol::{DeviceId, Generation, QueueIndex};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
+
+use super::event::{BackendEvent, BackendExit, EventKind, EventSink, Offer, SpawnError};
+use super::household::Household;
+use super::policy::{PolicyConfig, QuarantineReason};
+use super::spawner::{Child, Spawner};
+use super::spec::{BackendSpec, PassedFd, WatchLimits};
+use super::supervisor::{Recovery, SupervisorMail};
+use crate::actor::remote::{AttachError, Remote, RemoteShape};
+use crate::actor::{Address, TellError};
+
+/// How long an incarnation may take to attach once it is ready.
+const ATTACH_MAX: Duration = Duration::from_secs(5);
+
+/// How to start each incarnation.
+pub struct RegisterProcess {
+    /// Name of the device, for errors and logs.
+    pub name: String,
+    /// The device.
+    pub device: DeviceId,
+    /// Its binary.
+    pub exe: PathBuf,
+    /// Its arguments, without those of descriptors.
+    pub args: Vec<OsString>,
+    /// Descriptors besides the bus, made anew for each incarnation.
+    pub fds: Box<dyn FnMut() -> std::io::Result<Vec<PassedFd>> + Send>,
+    /// What it must serve.
+    pub shape: RemoteShape,
+    /// Its interrupt wires.
+    pub wires: Vec<Wire>,
+    /// How long an access may take.
+    pub budget: Duration,
+    /// Deadlines of a start.
+    pub limits: WatchLimits,
+    /// When to give it up.
+    pub policy: PolicyConfig,
+}
+
+impl fmt::Debug for RegisterProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RegisterProcess({}, {})", self.name, self.exe.display())
+    }
+}
+
+/// Why it does not serve.
+#[derive(Debug, Error)]
+pub enum RegisterError {
+    /// No process.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// It ended before it served.
+    #[error("{0}")]
+    Exit(BackendExit),
+    /// It is not what the board needs.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// No descriptors or threads left.
+    #[error("{name} cannot be started: {source}")]
+    Host {
+        /// Name of the device.
+        name: String,
+        /// The kernel's error.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+enum Order {
+    Start(Generation),
+    Kill(Generation),
+    Stop(Instant),
+}
+
+/// A served device. Dropping it ends the process at once.
+pub struct RegisterBackend {
+    remote: Arc<Remote>,
+    device: DeviceId,
+    supervisor: Address<SupervisorMail>,
+    orders: SyncSender<Order>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for RegisterBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RegisterBackend({})", self.device)
+    }
+}
+
+impl RegisterBackend {
+    /// Starts the first incarnation and waits until it serves.
+    ///
+    /// # Errors
+    /// All of [`RegisterError`]; no process is left then.
+    pub fn start(process: RegisterProcess, household: &Household) -> Result<Self, RegisterError> {
+        let host = |source| RegisterError::Host { name: process.name.clone(), source };
+        let (device, config) = (process.device, process.policy);
+        let surroundings = household.surroundings(process.budget);
+        let remote = Remote::new(device, process.shape.clone(), process.wires.clone(), None, surroundings);
+        let remote = Arc::new(remote.map_err(host)?);
+        let supervisor = household.supervisor().clone();
+        let (orders, taken) = sync_channel(16);
+        let recovery = HandOn { remote: Arc::clone(&remote), answered: 0, orders: orders.clone() };
+        let adopt = SupervisorMail::Adopt { device, config, recovery: Box::new(recovery) };
+        let _ = household.runtime().block_on(supervisor.tell(adopt));
+        let name = process.name.clone();
+        let mut keeper = Keeper {
+            process,
+            remote: Arc::clone(&remote),
+            spawner: household.spawner().clone(),
+            supervisor: supervisor.clone(),
+            child: None,
+        };
+        let release = || {
+            let _ = household.runtime().block_on(supervisor.tell(SupervisorMail::Release(device)));
+        };
+        if let Err(error) = keeper.incarnate(Generation::FIRST) {
+            release();
+            keeper.end(Instant::now());
+            return Err(error);
+        }
+        let thread = std::thread::Builder::new().name(format!("keeper{}", device.0)).spawn(move || keeper.run(&taken));
+        match thread {
+            Ok(thread) => Ok(Self { remote, device, supervisor, orders, thread: Some(thread) }),
+            Err(source) => {
+                release();
+                Err(RegisterError::Host { name, source })
+            }
+        }
+    }
+
+    /// The bus's end, whose regions the board maps.
+    #[must_use]
+    pub fn remote(&self) -> &Remote {
+        &self.remote
+    }
+
+    /// Asks the process to end, kills it at `deadline`, and waits for its end.
+    pub fn stop(&mut self, deadline: Instant) {
+        // First, so that the end is not taken for a crash. A full mailbox belongs to an actor that has nothing to start.
+        let _ = self.supervisor.try_tell(SupervisorMail::Release(self.device));
+        let _ = self.orders.send(Order::Stop(deadline));
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for RegisterBackend {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.stop(Instant::now());
+        }
+    }
+}
+
+/// The supervisor's hand: notes and returns.
+struct HandOn {
+    remote: Arc<Remote>,
+    /// Accesses that all incarnations up to the last one have answered.
+    answered: u64,
+    orders: SyncSender<Order>,
+}
+
+impl Recovery for HandOn {
+    fn start(&mut self, generation: Generation) {
+        // There is at most one start at a time, and a kill or two before it: room is there.
+        let _ = self.orders.try_send(Order::Start(generation));
+    }
+    fn lost(&mut self, _generation: Generation, _exit: &BackendExit) -> bool {
+        self.remote.detach();
+        let answered = self.remote.counts().answered;
+        std::mem::replace(&mut self.answered, answered) < answered
+    }
+    fn quarantine(&mut self, _reason: &QuarantineReason) {
+        self.remote.give_up();
+    }
+    fn stalled(&mut self, generation: Generation, _queue: Option<QueueIndex>) {
+        // Every access may stall at once; one kill is enough.
+        let _ = self.orders.try_send(Order::Kill(generation));
+    }
+}
+
+/// Tells the device's thread how a start went, and the supervisor everything.
+struct Ears {
+    supervisor: Address<SupervisorMail>,
+    start: Mutex<Option<SyncSender<Result<(), BackendExit>>>>,
+}
+
+impl EventSink for Ears {
+    fn offer(&self, event: BackendEvent) -> Offer {
+        let outcome = match &event.kind {
+            EventKind::Ready { .. } => Some(Ok(())),
+            EventKind::Exited(exit) => Some(Err(exit.clone())),
+            _ => None,
+        };
+        if let Err(TellError::Full { message: SupervisorMail::Backend(event), .. }) =
+            self.supervisor.try_tell(SupervisorMail::Backend(event))
+        {
+            return Offer::Full(event);
+        }
+        if let Some(outcome) = outcome
+            && let Some(start) = self.start.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            let _ = start.try_send(outcome);
+        }
+        Offer::Taken
+    }
+}
+
+/// The device's thread.
+struct Keeper {
+    process: RegisterProcess,
+    remote: Arc<Remote>,
+    spawner: Spawner,
+    supervisor: Address<SupervisorMail>,
+    child: Option<Child>,
+}
+
+impl Keeper {
+    fn run(mut self, orders: &Receiver<Order>) {
+        loop {
+            match orders.recv() {
+                Ok(Order::Start(generation)) => {
+                    if let Err(error) = self.incarnate(generation) {
+                        let name = &self.process.name;
+                        tracing::warn!(name, %generation, %error, "a successor did not start");
+                        // An exit has been reported as one; nothing else makes the supervisor try again.
+                        if !matches!(error, RegisterError::Exit(_)) && self.child.is_none() {
+                            let device = self.process.device;
+                            let _ = self.supervisor.try_tell(SupervisorMail::NotStarted { device, generation });
+                        }
+                    }
+                }
+                Ok(Order::Kill(generation)) => {
+                    if let Some(child) = self.child.as_ref().filter(|child| child.generation() == generation) {
+                        child.kill();
+                    }
+                }
+                Ok(Order::Stop(deadline)) => return self.end(deadline),
+                Err(_) => return self.end(Instant::now()),
+            }
+        }
+    }
+
+    fn incarnate(&mut self, generation: Generation) -> Result<(), RegisterError> {
+        self.child = None;
+        let name = self.process.name.clone();
+        let host = |source| RegisterError::Host { name: name.clone(), source };
+        let (ours, theirs) = UnixStream::pair().map_err(host)?;
+        let mut fds = vec![PassedFd { flag: "--bus-fd".into(), fd: OwnedFd::from(theirs) }];
+        fds.extend((self.process.fds)().map_err(host)?);
+        let spec = BackendSpec {
+            name: name.clone(),
+            device: self.process.device,
+            generation,
+            class: self.process.shape.class,
+            exe: self.process.exe.clone(),
+            args: self.process.args.clone(),
+            env: Vec::new(),
+            fds,
+            limits: self.process.limits,
+        };
+        let (start, started) = sync_channel(1);
+        let ears = Ears { supervisor: self.supervisor.clone(), start: Mutex::new(Some(start)) };
+        let child = self.spawner.spawn(spec, ears)?;
+        self.child = Some(child.clone());
+        // The spawner's own deadlines end this wait; ours is for a spawner that does not keep up.
+        let wait = self.process.limits.ready.saturating_mul(2).saturating_add(ATTACH_MAX);
+        match started.recv_timeout(wait) {
+            Ok(Ok(())) => {}
+            Ok(Err(exit)) => return Err(RegisterError::Exit(exit)),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                child.kill();
+                return Err(host(std::io::ErrorKind::TimedOut.into()));
+            }
+        }
+        if let Err(error) = self.remote.attach(ours.into(), generation, ATTACH_MAX) {
+            // Its exit is reported, and judged, as that of any other.
+            child.kill();
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, deadline: Instant) {
+        let Some(child) = self.child.take() else { return };
+        let left = deadline.saturating_duration_since(Instant::now());
+        child.stop(left);
+        // A kill takes a moment too.
+        let wait = Timespec::try_from(left + Duration::from_secs(2)).unwrap_or(Timespec { tv_sec: 10, tv_nsec: 0 });
+        let _ = poll(&mut [PollFd::from_borrowed_fd(child.pidfd().as_fd(), PollFlags::IN)], Some(&wait));
+        self.remote.detach();
+    }
+}

@@ -1,0 +1,172 @@
+//! The second serial port of the board, served by `atoll-uart`: a device of registers elsewhere.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use atoll_protocol::bus::Region;
+use atoll_protocol::sidecar::DeviceClass;
+use atoll_protocol::{DeviceId, RegionIndex, Space};
+use rustix::fs::{Mode, OFlags};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use thiserror::Error;
+
+use super::household::Household;
+use super::policy::PolicyConfig;
+use super::registers::{RegisterBackend, RegisterProcess};
+use super::spec::{PassedFd, WatchLimits, beside_this_binary};
+use crate::actor::remote::RemoteShape;
+use crate::machine::layout::{COM2, COM2_GSI};
+use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
+
+/// Its number among the devices of a machine; disks count from 0.
+const DEVICE: DeviceId = DeviceId(0x1000);
+/// How long one access may take. A process that needs longer for a byte is stuck.
+const ACCESS_MAX: Duration = Duration::from_secs(1);
+
+/// Where the port leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UartOutput {
+    /// A file that gets what the guest prints.
+    File(PathBuf),
+    /// A new pseudo-terminal, whose name is logged.
+    Pty,
+}
+
+/// Why the port cannot be had.
+#[derive(Debug, Error)]
+pub enum UartError {
+    /// The file cannot be written.
+    #[error("{} cannot be opened for the serial port: {source}; name a file in a folder that can be written", .path.display())]
+    Output {
+        /// Which file.
+        path: PathBuf,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
+    },
+    /// No pseudo-terminal.
+    #[error("no pseudo-terminal for the serial port: {0}; give it a file instead")]
+    Pty(#[source] io::Error),
+    /// Where the running binary is cannot be told.
+    #[error("atoll-uart cannot be found: {0}")]
+    Binary(#[source] io::Error),
+}
+
+/// The host's end of the line, which outlives the incarnations of the process.
+struct HostEnd {
+    end: OwnedFd,
+    /// A pseudo-terminal hangs up when nobody holds its other side.
+    _other_side: Option<OwnedFd>,
+}
+
+impl HostEnd {
+    fn open(output: &UartOutput) -> Result<Self, UartError> {
+        match output {
+            UartOutput::File(path) => {
+                let named = |source| UartError::Output { path: path.clone(), source };
+                // Emptied once, here; then each incarnation goes on at the end.
+                File::create(path).map_err(named)?;
+                let file = OpenOptions::new().append(true).open(path).map_err(named)?;
+                Ok(Self { end: file.into(), _other_side: None })
+            }
+            UartOutput::Pty => Self::pty().map_err(UartError::Pty),
+        }
+    }
+
+    fn pty() -> io::Result<Self> {
+        let end = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        grantpt(&end)?;
+        unlockpt(&end)?;
+        let name = ptsname(&end, Vec::new())?.to_string_lossy().into_owned();
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let other = rustix::fs::open(name.as_str(), flags, Mode::empty())?;
+        let mut attributes = tcgetattr(&other)?;
+        attributes.make_raw();
+        tcsetattr(&other, OptionalActions::Now, &attributes)?;
+        tracing::info!("the second serial port is at {name}");
+        Ok(Self { end, _other_side: Some(other) })
+    }
+}
+
+/// Makes the port.
+pub struct UartBuilder {
+    output: UartOutput,
+    binary: Option<PathBuf>,
+    household: Arc<Household>,
+}
+
+impl UartBuilder {
+    /// A port that leads to `output`, whose process `household` starts and keeps.
+    #[must_use]
+    pub fn new(output: UartOutput, household: Arc<Household>) -> Self {
+        Self { output, binary: None, household }
+    }
+
+    /// Another binary than `atoll-uart` beside the running one.
+    #[must_use]
+    pub fn binary(self, binary: PathBuf) -> Self {
+        Self { binary: Some(binary), ..self }
+    }
+
+    /// How the process is started, apart from any board.
+    ///
+    /// # Errors
+    /// All of [`UartError`].
+    pub fn process(&self, wire: atoll_devices::Wire) -> Result<RegisterProcess, UartError> {
+        let exe = match &self.binary {
+            Some(binary) => binary.clone(),
+            None => beside_this_binary("atoll-uart").map_err(UartError::Binary)?,
+        };
+        let host = HostEnd::open(&self.output)?;
+        let fds = move || Ok(vec![PassedFd { flag: "--output-fd".into(), fd: host.end.try_clone()? }]);
+        Ok(RegisterProcess {
+            name: self.name(),
+            device: DEVICE,
+            exe,
+            args: Vec::new(),
+            fds: Box::new(fds),
+            shape: RemoteShape {
+                class: DeviceClass::Uart,
+                regions: vec![Region { space: Space::Pio, length: COM2.len }],
+            },
+            wires: vec![wire],
+            budget: ACCESS_MAX,
+            limits: WatchLimits::default(),
+            policy: PolicyConfig::default(),
+        })
+    }
+}
+
+impl DeviceBuilder for UartBuilder {
+    fn name(&self) -> String {
+        "serial1".into()
+    }
+
+    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let name = self.name();
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::new(name.clone(), source);
+        let process = self.process(board.wire(COM2_GSI)).map_err(|error| failed(error.into()))?;
+        let backend = RegisterBackend::start(process, &self.household).map_err(|error| failed(error.into()))?;
+        if let Some(registers) = backend.remote().region(RegionIndex(0)) {
+            board.add_registers(&name, Space::Pio, COM2, registers).map_err(|error| failed(error.into()))?;
+        }
+        Ok(BuiltDevice { name, life: Box::new(UartLife(backend)) })
+    }
+}
+
+struct UartLife(RegisterBackend);
+
+impl DeviceLife for UartLife {
+    fn start(&mut self) -> Result<(), LifeError> {
+        Ok(())
+    }
+    fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
+        self.0.stop(deadline);
+        Ok(())
+    }
+}
