@@ -190,6 +190,10 @@ pub(crate) struct Exec {
     builder: decode::Builder,
 }
 
+// SAFETY: the pointers lead to memory that this structure owns, to guest RAM (which may be used from any thread), or are
+// set anew by each `run`.
+unsafe impl Send for Exec {}
+
 impl Exec {
     pub(crate) fn new(model: &crate::cpuid::CpuModel) -> Self {
         let mut cache = CodeCache::new();

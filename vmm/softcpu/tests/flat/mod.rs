@@ -69,6 +69,9 @@ pub struct Machine {
     host: *mut u8,
 }
 
+// SAFETY: the mapping is plain memory that lives as long as the process.
+unsafe impl Send for Machine {}
+
 impl Machine {
     /// Real time.
     pub fn new() -> Self {
@@ -144,6 +147,27 @@ impl Machine {
         program(&mut asm);
         let code = asm.assemble(at).expect("assembles");
         self.write(at, &code);
+    }
+    /// Interrupt descriptor table.
+    const IDT: u64 = 0x8000;
+    /// Global descriptor table: null, 64-bit code, data.
+    const GDT: u64 = 0x9000;
+    /// Makes an interrupt gate to `handler`.
+    pub fn gate(&mut self, vector: u8, handler: u64) {
+        self.write(Self::GDT + 8, &0x00af_9b00_0000_ffffu64.to_le_bytes());
+        self.write(Self::GDT + 16, &0x00cf_9300_0000_ffffu64.to_le_bytes());
+        self.cpu.sys.gdtr.base = Self::GDT;
+        self.cpu.sys.gdtr.limit = 23;
+        self.cpu.sys.idtr.base = Self::IDT;
+        self.cpu.sys.idtr.limit = 0xfff;
+        let low = (handler & 0xffff) | (8 << 16) | (0x8e00 << 32) | ((handler >> 16 & 0xffff) << 48);
+        self.write(Self::IDT + u64::from(vector) * 16, &low.to_le_bytes());
+        self.write(Self::IDT + u64::from(vector) * 16 + 8, &(handler >> 32).to_le_bytes());
+    }
+    /// Back to the start of the program.
+    pub fn restart(&mut self) {
+        self.cpu.regs.rip = CODE;
+        self.cpu.halted = false;
     }
     /// Runs to HLT.
     pub fn run(&mut self) {
