@@ -5,15 +5,16 @@ use std::sync::{Arc, Mutex};
 use atoll_devices::AtTime;
 use atoll_devices::acpi_pm::AcpiPm;
 use atoll_devices::pci::{ConfigPorts, Ecam, HostBridge, SharedFunction};
+use atoll_devices::reset_port::{self, ResetPort};
 use atoll_devices::rtc::Rtc;
 
-use super::layout::{ACPI_PM, ECAM, PCI_PORTS, RTC, SCI_GSI};
+use super::layout::{ACPI_PM, ECAM, PCI_PORTS, RTC, SCI_GSI, Span};
 use super::{Board, BoardError, BuildError, BuiltDevice, DeviceBuilder, Passive};
 use crate::cpu::Space;
 
 /// The builders of the chipset, in the order in which they take PCI slots.
 pub fn chipset() -> Vec<Box<dyn DeviceBuilder>> {
-    vec![Box::new(PciBuilder), Box::new(RtcBuilder), Box::new(PowerBuilder)]
+    vec![Box::new(PciBuilder), Box::new(RtcBuilder), Box::new(PowerBuilder), Box::new(ResetPortBuilder)]
 }
 
 fn passive(name: String, built: Result<(), BoardError>) -> Result<BuiltDevice, BuildError> {
@@ -71,5 +72,19 @@ impl DeviceBuilder for PowerBuilder {
         let power = AcpiPm::new(board.wire(SCI_GSI), board.power());
         let registers = AtTime::new(power, board.clock());
         passive(self.name(), board.add_registers("acpi-pm", Space::Pio, ACPI_PM, registers))
+    }
+}
+
+/// The keyboard controller's reset line, the oldest way to start a PC again.
+struct ResetPortBuilder;
+
+impl DeviceBuilder for ResetPortBuilder {
+    fn name(&self) -> String {
+        "reset-port".into()
+    }
+    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let port = ResetPort::new(board.power());
+        let span = Span { start: u64::from(reset_port::PORT), len: 1 };
+        passive(self.name(), board.add_registers("reset-port", Space::Pio, span, port))
     }
 }

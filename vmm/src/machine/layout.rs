@@ -63,7 +63,7 @@ pub const RTC_GSI: u32 = 8;
 /// ACPI event block, control block and power management timer (ACPI 6.5, 4.8.3).
 pub const ACPI_PM: Span = Span { start: 0x600, len: 0x10 };
 /// Value of SLP_TYP that switches the machine off (S5).
-pub const S5_SLEEP_TYPE: u8 = 5;
+pub const S5_SLEEP_TYPE: u8 = atoll_devices::acpi_pm::S5_SLEEP_TYPE;
 /// ACPI system control interrupt.
 pub const SCI_GSI: u32 = 9;
 /// Reset register.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use atoll_vmm::machine::boot::BootSource;
 use atoll_vmm::machine::{MachineConfig, SerialMode};
+use atoll_vmm::vhost::DiskConfig;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::keyvalue::{Bytes, OptionError, Options};
@@ -151,6 +152,19 @@ fn serial(text: &str) -> Result<SerialMode, OptionError> {
             Err(OptionError::NoPair { option: "--serial", part, valid: "file; or give tty, null or off".into() })
         }
     }
+}
+
+/// What the name of the disks' executable is.
+const DISK_BACKEND: &str = "atoll-blk";
+
+/// Reads each `--disk`.
+pub(crate) fn disks(args: &RunArgs) -> Result<Vec<DiskConfig>, OptionError> {
+    let binary = args.backend_dir.as_ref().map(|folder| folder.join(DISK_BACKEND));
+    let read = |text: &String| match text.parse::<DiskConfig>() {
+        Ok(disk) => Ok(DiskConfig { binary: binary.clone(), ..disk }),
+        Err(source) => Err(OptionError::Disk { text: text.clone(), source }),
+    };
+    args.disk.iter().map(read).collect()
 }
 
 /// The machine that the options describe, apart from which CPU runs it.

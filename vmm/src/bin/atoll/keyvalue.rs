@@ -4,6 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use atoll_vmm::vhost::DiskConfigError;
 use thiserror::Error;
 
 /// What is wrong with an option.
@@ -56,6 +57,15 @@ pub(crate) enum OptionError {
         value: String,
         /// What would be right.
         expected: &'static str,
+    },
+    /// A disk that cannot be read.
+    #[error("--disk {text}: {source}")]
+    Disk {
+        /// All of it.
+        text: String,
+        /// What is wrong.
+        #[source]
+        source: DiskConfigError,
     },
     /// A quote without its partner.
     #[error("{option} has a \" without its partner in '{text}'")]

@@ -2,11 +2,17 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
+use atoll_vmm::actor::RealClock;
+use atoll_vmm::backend::Spawner;
 use atoll_vmm::machine::{
-    CpuKind, DeviceBuilder, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures, SerialBuilder, SerialEnd,
-    SerialMode, StopCause, chipset, events,
+    CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures,
+    SerialBuilder, SerialEnd, SerialMode, StopCause, chipset, events,
 };
+use atoll_vmm::vhost::{DiskBuilder, DiskConfig};
 
 use crate::cli::{self, CpuChoice, RunArgs};
 use crate::keyvalue::OptionError;
@@ -74,24 +80,60 @@ impl SerialTarget {
     }
 }
 
-/// All builders of one incarnation, in the order in which they take PCI slots.
-fn builders(serial: &SerialTarget, events: &EventSender) -> anyhow::Result<Vec<Box<dyn DeviceBuilder>>> {
-    let mut builders = chipset();
-    builders.extend(serial.builder(events)?);
-    Ok(builders)
+/// What each incarnation of the machine is built from.
+struct Plan {
+    config: MachineConfig,
+    serial: SerialTarget,
+    disks: Vec<DiskConfig>,
+    spawner: Spawner,
+    events: EventSender,
 }
 
-/// Runs machines until one ends for good; the exit status.
+impl Plan {
+    /// All builders, in the order in which they take PCI slots.
+    fn builders(&self) -> anyhow::Result<Vec<Box<dyn DeviceBuilder>>> {
+        let mut builders = chipset();
+        builders.extend(self.serial.builder(&self.events)?);
+        for (disk, index) in self.disks.iter().zip(0..) {
+            builders.push(Box::new(DiskBuilder::new(disk.clone(), index, self.spawner.clone())));
+        }
+        Ok(builders)
+    }
+
+    /// Builds a machine and runs it to its end.
+    fn run_once(&self, receiver: &EventReceiver, figures: &mut MachineFigures) -> anyhow::Result<MachineEnd> {
+        let mut machine = Machine::build(&self.config, self.builders()?, &self.events)?;
+        machine.start()?;
+        let end = machine.wait(receiver);
+        figures.add(&machine.stop());
+        Ok(end)
+    }
+}
+
+/// Runs what the options describe; the exit status.
 pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let config = cli::machine(args, cpu(args))?;
+    let disks = cli::disks(args)?;
     signals::block()?;
-    let (sender, receiver) = events();
-    signals::listen(sender.clone()).map_err(anyhow::Error::from)?;
+    let (events, receiver) = events();
+    signals::listen(events.clone()).map_err(anyhow::Error::from)?;
     let serial = SerialTarget::open(&config.serial)?;
     let _raw = if config.serial == SerialMode::Tty { RawTerminal::enter() } else { None };
+    let spawner = Spawner::new(Arc::new(RealClock::new())).map_err(anyhow::Error::from)?;
+    let plan = Plan { config, serial, disks, spawner, events };
+    let ended = run_to_end(&plan, args.report.as_deref(), &receiver);
+    plan.spawner.shutdown(BACKEND_GRACE);
+    ended
+}
+
+/// How long device processes have to end by themselves before they are killed.
+const BACKEND_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs machines until one ends for good; the exit status.
+fn run_to_end(plan: &Plan, report: Option<&Path>, receiver: &EventReceiver) -> Result<u8, RunError> {
     let mut figures = MachineFigures::default();
     let end = loop {
-        let end = run_once(&config, &serial, &sender, &receiver, &mut figures)?;
+        let end = plan.run_once(receiver, &mut figures)?;
         if end != MachineEnd::Reset {
             break end;
         }
@@ -101,7 +143,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
         }
         tracing::info!("the guest resets: it starts again");
     };
-    if let Some(path) = &args.report {
+    if let Some(path) = report {
         Report::new(figures.cpu, &figures, &end).write(path)?;
     }
     match end {
@@ -109,18 +151,4 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
         MachineEnd::Stopped(StopCause::Signal(signal)) => Ok(signals::exit_status(signal)),
         MachineEnd::Failed(text) => Err(RunError::Failed(anyhow::anyhow!(text))),
     }
-}
-
-fn run_once(
-    config: &MachineConfig,
-    serial: &SerialTarget,
-    sender: &EventSender,
-    receiver: &atoll_vmm::machine::EventReceiver,
-    figures: &mut MachineFigures,
-) -> anyhow::Result<MachineEnd> {
-    let mut machine = Machine::build(config, builders(serial, sender)?, sender)?;
-    machine.start()?;
-    let end = machine.wait(receiver);
-    figures.add(&machine.stop());
-    Ok(end)
 }

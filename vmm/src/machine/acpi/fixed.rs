@@ -28,9 +28,9 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
         .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup);
     fadt.sci_int = (SCI_GSI as u16).into();
-    // Both forms of each address: kernels differ in which one they believe.
-    fadt.firmware_ctrl = (facs as u32).into();
+    // Only one form: kernels that find two take them for two tables.
     fadt.x_firmware_ctrl = facs.into();
+    // Both forms: older kernels want the short one, and equal ones are one table.
     fadt.dsdt = (dsdt as u32).into();
     fadt.x_dsdt = dsdt.into();
     fadt.pm1a_evt_blk = ((ACPI_PM.start + PM1_EVENT) as u32).into();
