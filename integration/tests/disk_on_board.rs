@@ -369,6 +369,37 @@ fn qemu_storage_daemon_serves_the_disk() -> Result<()> {
     Ok(())
 }
 
+/// The operator of foreign backends kills one and starts another on the same socket. The guest goes on: with
+/// qemu-storage-daemon when nothing was under way, with `atoll-blk` at any moment.
+#[test]
+fn external_backends_are_reached_again() -> Result<()> {
+    type Start = fn(&std::path::Path, &std::path::Path) -> Result<peers::Peer>;
+    for (start, keeps_record) in [(peers::storage_daemon as Start, false), (peers::atoll_blk, true)] {
+        let (folder, path) = image(8 << 20)?;
+        let mut peer = start(&path, folder.path())?;
+        let mut driver = Driver::new(DiskConfig::new(Backing::Socket(peer.socket.clone())))?;
+        driver.start()?;
+        for round in 0..3 {
+            driver.fill(0, round)?;
+            driver.run(1, 8)?;
+            let socket = peer.socket.clone();
+            drop(peer);
+            std::fs::remove_file(&socket)?;
+            if keeps_record {
+                // Nobody is there: the kick waits in the doorbell.
+                driver.submit(1, 0, 8)?;
+            }
+            peer = start(&path, folder.path())?;
+            if keeps_record {
+                ensure!(driver.complete(1)? == [1] && driver.holds(1)? == round);
+            }
+        }
+        driver.run(4, 0)?;
+        driver.stop()?;
+    }
+    Ok(())
+}
+
 /// Each mistake is one line that names the disk and the remedy.
 #[test]
 fn bad_disks_are_named() -> Result<()> {

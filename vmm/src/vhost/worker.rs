@@ -22,6 +22,7 @@ use atoll_devices::Completion;
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::backoff::Backoff;
@@ -29,7 +30,7 @@ use super::call::{CallPath, Transport};
 use super::conversation::Conversation;
 use super::device::{DeviceParts, DeviceState, Recovery, Request, Shared, SwitchError, greet};
 use super::error::{ConversationError, Step};
-use super::features::feature_names;
+use super::features::{feature_names, protocol_feature_names};
 use super::inflight::InflightRegion;
 use super::rings::{RingPosition, in_ram};
 use super::session::{self, Capabilities, InflightPlan, RingPlan, StartPlan};
@@ -45,11 +46,13 @@ pub(super) struct Session {
     pub(super) conversation: Conversation,
     process: Option<Box<dyn BackendProcess>>,
     pub(super) capabilities: Option<Capabilities>,
+    /// It was handed the driver's rings, or some of them.
+    has_rings: bool,
 }
 
 impl Session {
     pub(super) fn new(conversation: Conversation, process: Option<Box<dyn BackendProcess>>) -> Self {
-        Self { conversation, process, capabilities: None }
+        Self { conversation, process, capabilities: None, has_rings: false }
     }
     fn protocol(&self) -> Protocol {
         self.capabilities.as_ref().map_or(Protocol::empty(), |capabilities| capabilities.protocol)
@@ -89,6 +92,18 @@ struct Driver {
     ran: bool,
     /// Used indices when the rings were last handed over.
     used_at_start: Vec<u16>,
+    /// The first queue in which the last backend that had the rings left requests unfinished, and how many.
+    unfinished: Option<(u16, u16)>,
+}
+
+impl Driver {
+    /// Looks at the rings after a backend's death. What the driver adds later, no backend has seen.
+    fn take_stock(&mut self, memory: &GuestMemoryMmap) {
+        self.unfinished = self.queues.iter().find_map(|queue| {
+            let position = RingPosition::read(memory, queue)?;
+            (!position.is_idle()).then(|| (queue.index, position.available.wrapping_sub(position.used)))
+        });
+    }
 }
 
 pub(super) struct Worker {
@@ -255,7 +270,7 @@ impl Worker {
         };
         // Only what was shown can have been accepted; the transport has checked that, and a backend believes it.
         let features = features & self.shown.features;
-        self.driver = Some(Driver { features, queues, calls, ran: false, used_at_start: Vec::new() });
+        self.driver = Some(Driver { features, queues, calls, ran: false, used_at_start: Vec::new(), unfinished: None });
         self.activation = Some(completion);
         self.hand_over();
     }
@@ -279,6 +294,11 @@ impl Worker {
         let (Link::Up(session), Some(driver)) = (&mut self.link, &mut self.driver) else { return Ok(()) };
         let local = |step| move |source| ConversationError::Local { step, source };
         let continued = driver.ran;
+        if let (true, Recovery::IdleOnly, Some((queue, count))) = (continued, session.recovery(), driver.unfinished) {
+            let record = protocol_feature_names(Protocol::INFLIGHT_SHMFD.bits());
+            let what = format!("{record} (it died with {count} unfinished requests in queue {queue})");
+            return Err(ConversationError::Lacks { what });
+        }
         if !continued && let Some(region) = &self.inflight {
             region.clear().map_err(local(Step::SetInflightFd))?;
         }
@@ -296,14 +316,6 @@ impl Worker {
             let position = RingPosition::read(self.parts.memory.mapped(), queue).ok_or_else(|| {
                 ConversationError::Absurd { step: Step::SetVringBase(index), what: "the ring is not in RAM".into() }
             })?;
-            if continued && session.recovery() == Recovery::IdleOnly && !position.is_idle() {
-                let what = format!(
-                    "{} (it died with {} unfinished requests in queue {index})",
-                    super::features::protocol_feature_names(Protocol::INFLIGHT_SHMFD.bits()),
-                    position.available.wrapping_sub(position.used)
-                );
-                return Err(ConversationError::Lacks { what });
-            }
             driver.used_at_start.push(position.used);
             let kick = self.shared.doorbells.get(usize::from(index)).ok_or_else(|| ConversationError::Absurd {
                 step: Step::SetVringKick(index),
@@ -332,6 +344,7 @@ impl Worker {
         };
         let plan = StartPlan { features: driver.features, memory: self.parts.memory.clone(), inflight, rings };
         driver.ran = true;
+        session.has_rings = true;
         let region = session.conversation.perform(move |wire| session::start(wire, plan))?;
         if self.inflight.is_none() {
             self.inflight = region;
@@ -367,12 +380,17 @@ impl Worker {
     fn take_rings_back(&mut self) {
         let Some(driver) = self.driver.take() else { return };
         let rings: Vec<u16> = driver.queues.iter().map(|queue| queue.index).collect();
-        if let (Link::Up(session), true) = (&mut self.link, driver.ran) {
+        if let Link::Up(session) = &mut self.link
+            && session.has_rings
+        {
             session.conversation.set_step_limit(self.parts.limits.drain);
             let stopped = session.conversation.perform(move |wire| session::stop(wire, &rings));
             session.conversation.set_step_limit(self.parts.limits.step);
             match stopped {
-                Ok(_) => self.shared.update(|status| status.state = DeviceState::Idle),
+                Ok(_) => {
+                    session.has_rings = false;
+                    self.shared.update(|status| status.state = DeviceState::Idle);
+                }
                 // It may go on writing: the only way to be rid of it is to end it.
                 Err(error) => self.lose(&error),
             }
@@ -409,7 +427,11 @@ impl Worker {
         if self.has_progressed() {
             self.backoff.progress();
         }
+        let had_rings = session.has_rings;
         let end = session.give_up(Instant::now() + REAP);
+        if let (true, Some(driver)) = (had_rings, &mut self.driver) {
+            driver.take_stock(self.parts.memory.mapped());
+        }
         let wait = self.backoff.next();
         self.link = Link::Down { retry_at: Instant::now() + wait };
         let device = &self.shared.name;
@@ -469,7 +491,7 @@ impl Worker {
         }
         let missing = self.protocol & !session.protocol();
         if !missing.is_empty() {
-            return lacks(super::features::protocol_feature_names(missing.bits()));
+            return lacks(protocol_feature_names(missing.bits()));
         }
         if offer.queue_sizes.len() < self.shown.queue_sizes.len() {
             return lacks(format!("{} queues (it has {})", self.shown.queue_sizes.len(), offer.queue_sizes.len()));

@@ -3,7 +3,7 @@
 mod fake;
 
 use std::future::Future;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::mpsc::Receiver;
@@ -544,4 +544,64 @@ fn pins_and_bad_rings() {
     }
     assert_eq!(rig.told.0.lock().unwrap().len(), 4);
     assert_eq!(rig.device.status().lost, 0, "the backend was not bothered with it");
+}
+
+/// A backend of an earlier age, by hand: one ring, no REPLY_ACK. Messages 3 (SET_OWNER), 2 (SET_FEATURES) and their kin
+/// have no answer there, so none may be asked for; the start ends with a question, which shows that all was read.
+#[test]
+fn backend_without_acknowledgements() {
+    let (front, back) = UnixStream::pair().unwrap();
+    let backend = std::thread::spawn(move || {
+        let mut seen = Vec::new();
+        let mut header = [0; 12];
+        while (&back).read_exact(&mut header).is_ok() {
+            let [request, flags, size] = [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()));
+            let mut body = vec![0; size as usize];
+            (&back).read_exact(&mut body).unwrap();
+            assert_eq!(flags, 1, "message {request} asks for an answer that nobody will give");
+            seen.push(request);
+            let answer: Option<Vec<u8>> = match request {
+                1 => Some(((1_u64 << 32) | (1 << 30)).to_le_bytes().into()),
+                15 => Some((1_u64 << 9).to_le_bytes().into()),
+                24 | 11 => Some(body),
+                _ => None,
+            };
+            if let Some(body) = answer {
+                let mut message = Vec::new();
+                for word in [request, 5, body.len() as u32] {
+                    message.extend(word.to_le_bytes());
+                }
+                message.extend(body);
+                (&back).write_all(&message).unwrap();
+            }
+        }
+        seen
+    });
+    let (mut parts, _lives) = parts(vec![Character::default()]);
+    parts.source = Box::new(Once(Some(front)));
+    let connected = VhostDevice::connect(parts).unwrap();
+    let vectors = Arc::new(VectorTable::new(&Fabric, 3).unwrap());
+    let (mut device, mut frontend) = connected.attach(vectors, Arc::new(Told::default())).unwrap();
+    let intent = Intent::Activate { features: 1 << 32, queues: vec![queue(0)], config_vector: None };
+    assert_eq!(wait(frontend.intent(intent)), Some(0));
+    device.interpose_calls(0, Some(Arc::new(PassThrough))).unwrap();
+    device.stop(Instant::now() + Duration::from_secs(5));
+    drop(device);
+    let handshake = [3, 1, 15, 16, 24];
+    let start = [2, 5, 8, 10, 9, 13, 14, 12, 18, 1];
+    let switch_and_stop = [13, 1, 11];
+    assert_eq!(backend.join().unwrap(), [&handshake[..], &start, &switch_and_stop].concat());
+}
+
+/// A single connection.
+struct Once(Option<UnixStream>);
+
+impl BackendSource for Once {
+    fn connect(&mut self, _generation: u64, _patience: &mut Patience) -> Result<Incarnation, SourceError> {
+        let gone = || SourceError::Start { hopeless: false, source: "there is no second one".into() };
+        Ok(Incarnation { socket: self.0.take().ok_or_else(gone)?, process: None })
+    }
+    fn describe(&self) -> String {
+        "a backend by hand".into()
+    }
 }
