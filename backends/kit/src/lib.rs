@@ -35,6 +35,7 @@ pub mod serve;
 pub mod session;
 pub mod sidecar;
 pub mod signals;
+pub mod spin;
 pub mod uring;
 pub mod worker;
 

@@ -5,9 +5,8 @@
 //! all arrive on the io_uring. Kick descriptors are watched with a multishot poll and never read: each write to
 //! an eventfd wakes the poll, so that a kick costs no system call beyond the wait itself.
 //!
-//! After work the thread spins for a short time before it asks for a kick and sleeps. The time adapts between
-//! 0 and [`SPIN_MAX`]: it grows when a sleep turned out to be short, and shrinks when it was long, so that an idle
-//! queue costs nothing. It never spins while I/O is in flight.
+//! After work the thread may spin for a short time before it asks for a kick and sleeps, see [`spin`](crate::spin).
+//! It never spins while I/O is in flight.
 //!
 //! A ring that turns out to be broken (an index out of bounds, a head twice) is not served further; its requests in
 //! flight are still completed, and the conversation learns of it when it stops the ring.
@@ -17,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::EventfdFlags;
 use thiserror::Error;
@@ -27,11 +26,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::chain::Chain;
 use crate::device::{Io, Progress, QueueHandler};
 use crate::ring::{Ring, RingConfig, RingError, Taken};
+use crate::spin::Spin;
 use crate::uring::{Completion, Uring, UringError};
-
-/// Longest spin before a sleep.
-pub const SPIN_MAX: Duration = Duration::from_micros(50);
-const SPIN_MIN: Duration = Duration::from_micros(10);
 
 /// Operations that are submitted without waiting for the end of the batch.
 const SUBMIT_AT: u32 = 16;
@@ -274,23 +270,6 @@ struct QueueThread<H, M> {
     malformed: u64,
 }
 
-#[derive(Debug, Default)]
-struct Spin {
-    budget: Duration,
-    since: Option<Instant>,
-}
-
-impl Spin {
-    /// A sleep of `slept` followed a spin of the present budget.
-    fn adapt(&mut self, slept: Duration) {
-        if self.budget + slept <= SPIN_MAX {
-            self.budget = (self.budget * 2).clamp(SPIN_MIN, SPIN_MAX);
-        } else if slept > SPIN_MAX {
-            self.budget = if self.budget > SPIN_MIN { self.budget / 2 } else { Duration::ZERO };
-        }
-    }
-}
-
 impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     fn new(
         index: u16,
@@ -322,11 +301,9 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             if self.mailbox.pending.swap(false, Ordering::AcqRel) && !self.obey()? {
                 return Ok(());
             }
-            if self.step()? {
-                self.spin.since = None;
-                continue;
+            if !self.step()? {
+                self.idle()?;
             }
-            self.idle()?;
         }
     }
 
@@ -451,11 +428,13 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             && !running.broken
             && open
         {
-            if self.outstanding == 0 && self.spin.budget > Duration::ZERO {
-                let since = *self.spin.since.get_or_insert_with(Instant::now);
-                while since.elapsed() < self.spin.budget {
+            let budget = self.spin.budget();
+            if self.outstanding == 0 && !budget.is_zero() {
+                let since = Instant::now();
+                while since.elapsed() < budget {
                     for _ in 0..8 {
                         if running.ring.waiting(&*running.mem) {
+                            self.spin.caught();
                             return Ok(());
                         }
                         std::hint::spin_loop();
@@ -465,7 +444,6 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     }
                 }
             }
-            self.spin.since = None;
             let armed = running.ring.arm(&*running.mem);
             match armed {
                 Ok(false) => {}
@@ -477,7 +455,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         let before = Instant::now();
         self.uring.submit_and_wait()?;
         if idle {
-            self.spin.adapt(before.elapsed());
+            self.spin.slept(before.elapsed());
         }
         Ok(())
     }
