@@ -1,6 +1,7 @@
 //! Log lines: to the supervisor when there is one, else to standard error.
 
 use std::fmt::Write as _;
+use std::io::IsTerminal;
 
 use atoll_protocol::sidecar::LogLevel;
 use tracing::field::{Field, Visit};
@@ -18,7 +19,10 @@ pub fn start(reports: Option<Reports>) {
     // A second call, as in tests, changes nothing.
     let _ = match reports {
         Some(reports) => registry.with(ToSupervisor(reports)).try_init(),
-        None => registry.with(fmt::layer().with_writer(std::io::stderr).without_time()).try_init(),
+        None => {
+            let colours = std::io::stderr().is_terminal();
+            registry.with(fmt::layer().with_writer(std::io::stderr).with_ansi(colours).without_time()).try_init()
+        },
     };
 }
 
