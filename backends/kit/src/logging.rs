@@ -22,7 +22,7 @@ pub fn start(reports: Option<Reports>) {
         None => {
             let colours = std::io::stderr().is_terminal();
             registry.with(fmt::layer().with_writer(std::io::stderr).with_ansi(colours).without_time()).try_init()
-        },
+        }
     };
 }
 

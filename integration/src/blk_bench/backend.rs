@@ -183,12 +183,10 @@ fn qemu(medium: Medium, socket: &Path, image: &Path) -> Command {
     };
     let mut command = Command::new("qemu-storage-daemon");
     // An I/O thread, as its manual recommends: it polls adaptively, the main loop does not.
-    command
-        .args(["--object", "iothread,id=t", "--blockdev", &node, "--export"])
-        .arg(format!(
-            "type=vhost-user-blk,id=e,node-name=d,writable=on,iothread=t,addr.type=unix,addr.path={}",
-            socket.display()
-        ));
+    command.args(["--object", "iothread,id=t", "--blockdev", &node, "--export"]).arg(format!(
+        "type=vhost-user-blk,id=e,node-name=d,writable=on,iothread=t,addr.type=unix,addr.path={}",
+        socket.display()
+    ));
     command
 }
 

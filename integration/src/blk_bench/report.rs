@@ -82,8 +82,7 @@ impl Report {
             for (figure, judged) in figures(case.load) {
                 let atoll = median(case.pairs.iter().map(|(a, _)| (figure.of)(a)));
                 let qemu = median(case.pairs.iter().map(|(_, q)| (figure.of)(q)));
-                let mut ratios: Vec<f64> =
-                    case.pairs.iter().map(|(a, q)| (figure.of)(a) / (figure.of)(q)).collect();
+                let mut ratios: Vec<f64> = case.pairs.iter().map(|(a, q)| (figure.of)(a) / (figure.of)(q)).collect();
                 ratios.sort_by(f64::total_cmp);
                 let ratio = median(ratios.iter().copied());
                 let limit = judged.then(|| limit(case.medium, case.load, figure));
