@@ -134,8 +134,11 @@ impl Tlb {
 pub struct Mmu {
     /// Supervisor tables at 0, user tables at 1.
     pub tlb: Box<[Tlb; 2]>,
-    /// Grows whenever a translation may have changed: whoever remembers one by linear address compares it.
-    pub exec_epoch: u64,
+    /// For the lower and the upper half of the address space: grows whenever a translation that
+    /// [`Mmu::remember_exec`] was told of may have changed. Whoever keeps code by linear address compares it.
+    pub exec_epochs: [u64; 2],
+    /// What has been remembered since the epoch last grew, for each half.
+    remembered: [Remembered; 2],
     /// PDPTE registers of PAE paging (SDM vol. 3, 4.4.1); loaded at a CR3 write, or at the first walk after the state
     /// was set from outside.
     pub(crate) pdpte: Option<[u64; 4]>,
@@ -145,6 +148,17 @@ pub struct Mmu {
     filter: [u64; FILTER_WORDS],
     /// Pages that hold decoded code, a bit for each frame of each RAM region.
     code: Vec<CodeBits>,
+}
+
+/// Pages from which code is remembered by linear address.
+#[derive(Clone, Copy, Default)]
+struct Remembered {
+    /// One bit for each hash of a page.
+    pages: [u64; 16],
+    /// One bit for each hash of a large page that some of them are fragments of.
+    large: u64,
+    /// Some page is not global.
+    local: bool,
 }
 
 /// The code bits of one stretch of RAM.
@@ -163,7 +177,8 @@ impl Mmu {
             .collect();
         Self {
             tlb: Box::new([const { Tlb::empty() }; 2]),
-            exec_epoch: 0,
+            exec_epochs: [0; 2],
+            remembered: [Remembered::default(); 2],
             pdpte: None,
             listed: Vec::with_capacity(2 * 3 * TLB_ENTRIES),
             filter: [0; FILTER_WORDS],
@@ -219,7 +234,28 @@ impl Mmu {
         }
         self.listed.clear();
         self.filter = [0; FILTER_WORDS];
-        self.exec_epoch += 1;
+        self.forget_exec(0);
+        self.forget_exec(1);
+    }
+
+    /// To be told of each linear page (with an entry in the execute table) that a jump cache leads to.
+    pub(crate) fn remember_exec(&mut self, user: bool, linear: u64) {
+        let half = &mut self.remembered[(linear >> 63) as usize];
+        let (word, bit) = page_bit(linear);
+        half.pages[word] |= bit;
+        let note = self.tlb[usize::from(user)].notes[Kind::Exec as usize][Tlb::index(linear)];
+        half.local |= note & GLOBAL == 0;
+        match note & (LARGE | HUGE) {
+            0 => {}
+            LARGE => half.large |= region_bit(region_of(linear, PageSize::Large)),
+            HUGE => half.large |= region_bit(region_of(linear, PageSize::Huge)),
+            _ => half.large |= region_bit(region_of(linear, PageSize::Legacy)),
+        }
+    }
+    /// Remembered code of one half may lie elsewhere now.
+    fn forget_exec(&mut self, half: usize) {
+        self.exec_epochs[half] += 1;
+        self.remembered[half] = Remembered::default();
     }
 
     /// Empties what a load of CR3 empties: all but global pages.
@@ -234,7 +270,11 @@ impl Mmu {
             }
         }
         self.listed.clear();
-        self.exec_epoch += 1;
+        for half in 0..2 {
+            if self.remembered[half].local {
+                self.forget_exec(half);
+            }
+        }
     }
 
     /// INVLPG: drops every translation of the page that holds `linear`, whatever its size, global or not.
@@ -255,7 +295,14 @@ impl Mmu {
         }) {
             self.flush_fragments(regions);
         }
-        self.exec_epoch += 1;
+        let half = (linear >> 63) as usize;
+        let remembered = &self.remembered[half];
+        let (word, bit) = page_bit(linear);
+        if remembered.pages[word] & bit != 0
+            || regions.into_iter().any(|region| remembered.large & region_bit(region) != 0)
+        {
+            self.forget_exec(half);
+        }
     }
 
     /// Drops the fragments of some large regions, and makes the filter exact again on the way.
@@ -293,7 +340,8 @@ impl Mmu {
                 entry.tag = EMPTY;
             }
         }
-        self.exec_epoch += 1;
+        self.forget_exec(0);
+        self.forget_exec(1);
     }
 
     fn code_word(&mut self, gpa: u64) -> Option<(&mut u64, u64)> {
@@ -353,4 +401,13 @@ fn region_of(linear: u64, size: PageSize) -> u64 {
 fn filter_bit(region: u64) -> (usize, u64) {
     let hash = region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
     ((hash / 64) as usize & (FILTER_WORDS - 1), 1 << (hash % 64))
+}
+
+fn region_bit(region: u64) -> u64 {
+    1 << (region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
+}
+
+fn page_bit(linear: u64) -> (usize, u64) {
+    let hash = (linear >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+    ((hash / 64) as usize & 15, 1 << (hash % 64))
 }

@@ -15,7 +15,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use super::{Exit, Op, Slot};
 
 /// Entries of the jump cache.
-pub(crate) const JUMPS: usize = 4096;
+pub(crate) const JUMPS: usize = 16384;
 /// Decoded code beyond this is thrown away as a whole.
 const LIMIT_BYTES: usize = 96 << 20;
 /// Bytes of a line, the unit in which decoded bytes are remembered.
@@ -86,8 +86,10 @@ pub(crate) struct CodeCache {
     bytes: usize,
     burials: u64,
     jumps: Box<[Jump; JUMPS]>,
-    /// Generation of the jump cache for addresses of the lower and of the upper half.
+    /// Generation of the jump cache for addresses of the lower and of the upper half: twelve bits.
     generations: [u64; 2],
+    /// The same, but never repeating.
+    ages: [u64; 2],
 }
 
 /// Key of a block: frame address, offset and mode.
@@ -116,6 +118,7 @@ impl CodeCache {
             burials: 0,
             jumps: vec![empty; JUMPS].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!()),
             generations: [1; 2],
+            ages: [0; 2],
         }
     }
 
@@ -139,10 +142,15 @@ impl CodeCache {
     pub(crate) fn jump_keys(&self, mode: u8, user: bool) -> [u64; 2] {
         self.generations.map(|generation| (generation << 52) | (u64::from(mode) << 49) | (u64::from(user) << 48))
     }
+    /// What the links of exits to other frames are compared with, for the lower and the upper half.
+    pub(crate) fn link_keys(&self, mode: u8, user: bool) -> [u64; 2] {
+        self.ages.map(|age| (age << 3) | (u64::from(mode) << 1) | u64::from(user))
+    }
     /// Forgets jumps to one half of the address space.
     pub(crate) fn forget_jumps(&mut self, half: usize) {
         // Neither zero nor all ones (which the sign bits of the upper half would turn into zero) is ever used, so that
         // an empty entry never matches.
+        self.ages[half] += 1;
         self.generations[half] += 1;
         if self.generations[half] == 0xfff {
             self.generations = [1; 2];
@@ -266,11 +274,14 @@ impl CodeCache {
             self.forget_jumps(1);
         }
     }
-    /// Frees buried code; no block may be running.
-    pub(crate) fn free_buried(&mut self) {
+    /// Frees buried code; no block may be running. Returns whether there was any: whoever holds pointers into code drops
+    /// them then.
+    pub(crate) fn free_buried(&mut self) -> bool {
+        let any = !self.buried.is_empty();
         for frame in self.buried.drain(..) {
             self.bytes -= frame.chunks.iter().map(|chunk| chunk.capacity() * size_of::<Slot>()).sum::<usize>();
         }
+        any
     }
     /// Whether decoded code has outgrown its limit.
     pub(crate) fn is_over_limit(&self) -> bool {

@@ -3,7 +3,7 @@
 use iced_x86::Instruction;
 
 use super::general::{Flow, ThunkCall};
-use super::{Exit, Leave, Mode, Next, Op, fold, unfold};
+use super::{Exit, FarLink, Leave, Mode, Next, Op, fold, unfold};
 use crate::cpu::Cpu;
 use crate::state::Exception;
 
@@ -60,6 +60,26 @@ macro_rules! jump_cached {
     }};
 }
 pub(crate) use jump_cached;
+
+/// Goes to the block at `regs.rip` by a link if it is good, else by the jump cache, remembering the way.
+macro_rules! go_far {
+    ($cpu:expr, $link:expr, $fuel:expr, $flags:expr) => {{
+        let link: *mut crate::exec::FarLink = $link;
+        let rip = (*$cpu).regs.rip;
+        let half = (rip >> 63) as usize;
+        let key = *(&raw const (*$cpu).exec.link_keys).cast::<u64>().add(half);
+        if (*link).rip == rip && (*link).key == key {
+            crate::exec::dispatch::go!($cpu, (*link).op, $fuel, $flags);
+        }
+        let jump = (*$cpu).exec.jumps.add(crate::exec::dispatch::jump_index(rip));
+        if (*jump).tag == rip ^ *(&raw const (*$cpu).exec.jump_keys).cast::<u64>().add(half) {
+            *link = crate::exec::FarLink { rip, key, op: (*jump).op };
+            crate::exec::dispatch::go!($cpu, (*jump).op, $fuel, $flags);
+        }
+        crate::exec::dispatch::leave!($cpu, crate::exec::Leave::Lookup, $fuel, $flags)
+    }};
+}
+pub(crate) use go_far;
 
 /// Stores what flows in registers.
 ///
@@ -227,9 +247,10 @@ pub(crate) unsafe extern "sysv64" fn lookup(cpu: *mut Cpu, _op: *const Op, fuel:
     leave!(cpu, Leave::Lookup, fuel, flags)
 }
 
-/// An exit whose target is in another frame: by way of the jump cache each time.
-pub(crate) unsafe extern "sysv64" fn elsewhere(cpu: *mut Cpu, _op: *const Op, fuel: i64, flags: u64) -> Next {
-    jump_cached!(cpu, fuel, flags)
+/// Where exits to another frame lead: on by the far link behind this op if that is still good, else by the jump cache.
+pub(crate) unsafe extern "sysv64" fn elsewhere(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
+    // SAFETY: the decoder puts a far link behind this op.
+    unsafe { go_far!(cpu, op.cast_mut().add(1).cast::<FarLink>(), fuel, flags) }
 }
 
 /// Slot of a linear address in the jump cache.

@@ -119,12 +119,38 @@ pub(crate) struct Exit {
 
 const _: () = assert!(size_of::<Exit>() == size_of::<Op>() && align_of::<Exit>() == align_of::<Op>());
 
+/// A block in another frame, behind an [`Exit`] that leads there: good while address and key are the present ones.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct FarLink {
+    rip: u64,
+    key: u64,
+    op: *const Op,
+}
+
+/// Where a call expects its return, and the link to what runs there.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Return {
+    rip: u64,
+    link: *mut FarLink,
+}
+
+/// Calls remembered.
+const RETURNS: usize = 16;
+/// No call: not canonical, so no return goes there.
+const NO_RETURN: Return = Return { rip: 1 << 63, link: std::ptr::null_mut() };
+
+/// A key that never is the present one.
+pub(crate) const NO_KEY: u64 = !0;
+
 /// What a block is an array of.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) union Slot {
     op: Op,
     exit: Exit,
+    far: FarLink,
     /// Two such hold the instruction behind an op that needs all of it.
     raw: [u64; 3],
 }
@@ -162,6 +188,12 @@ pub(crate) struct Exec {
     jumps: *mut Jump,
     /// Keys of the jump cache for the lower and the upper half.
     jump_keys: [u64; 2],
+    /// Keys of links to other frames.
+    link_keys: [u64; 2],
+    /// The latest calls, a ring.
+    returns: [Return; RETURNS],
+    /// Index of the latest.
+    return_at: usize,
     /// Base of CS outside 64-bit mode.
     cs_base: u64,
     /// Set when the running block may have been overwritten: leave it after the present instruction.
@@ -178,8 +210,8 @@ pub(crate) struct Exec {
     fuel: i64,
     /// Retired instructions when it was full.
     base: u64,
-    /// Translation epoch that the jump cache knows.
-    epoch: u64,
+    /// Translation epochs that the jump cache knows.
+    epochs: [u64; 2],
     /// Frames whose code was thrown away as a whole; their protection is lifted by the run loop.
     forgotten: Vec<u64>,
     /// What the CPU model lets through the decoder.
@@ -206,6 +238,9 @@ impl Exec {
             world: None,
             tlb: std::ptr::null_mut(),
             jump_keys: [0; 2],
+            link_keys: [0; 2],
+            returns: [NO_RETURN; RETURNS],
+            return_at: 0,
             cs_base: 0,
             stale: false,
             missed: 0,
@@ -214,7 +249,7 @@ impl Exec {
             slice: 0,
             fuel: 0,
             base: 0,
-            epoch: 0,
+            epochs: [0; 2],
             forgotten: Vec::new(),
             offered: decode::Offered::new(model),
             trace: None,
@@ -315,12 +350,19 @@ impl Cpu {
         self.exec.cs_base = if self.exec.mode == Mode::Bits64 { 0 } else { cs.base };
         self.exec.user = self.cpl() == 3;
         self.exec.tlb = &raw mut self.mmu.tlb[usize::from(self.exec.user)];
-        if self.exec.epoch != self.mmu.exec_epoch {
-            self.exec.epoch = self.mmu.exec_epoch;
-            self.exec.cache.forget_jumps(0);
-            self.exec.cache.forget_jumps(1);
+        for half in 0..2 {
+            if self.exec.epochs[half] != self.mmu.exec_epochs[half] {
+                self.exec.epochs[half] = self.mmu.exec_epochs[half];
+                self.exec.cache.forget_jumps(half);
+            }
         }
+        self.refresh_keys();
+    }
+    /// Takes over the jump cache's generations.
+    fn refresh_keys(&mut self) {
         self.exec.jumps = self.exec.cache.jumps();
-        self.exec.jump_keys = self.exec.cache.jump_keys(self.exec.mode as u8, self.exec.user);
+        let (mode, user) = (self.exec.mode as u8, self.exec.user);
+        self.exec.jump_keys = self.exec.cache.jump_keys(mode, user);
+        self.exec.link_keys = self.exec.cache.link_keys(mode, user);
     }
 }

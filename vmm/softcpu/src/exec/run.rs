@@ -4,7 +4,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::general::Flow;
 use super::general::arith::{IF, TF};
-use super::{Leave, Mode, Op};
+use super::{Leave, Mode, NO_RETURN, Op, RETURNS};
 use crate::cpu::Cpu;
 use crate::state::Exception;
 use crate::world::{Attention, Stop, World};
@@ -123,7 +123,9 @@ impl Cpu {
         for page in std::mem::take(&mut self.exec.forgotten) {
             self.mmu.unprotect_code(page);
         }
-        self.exec.cache.free_buried();
+        if self.exec.cache.free_buried() {
+            self.exec.returns = [NO_RETURN; RETURNS];
+        }
         self.exec.stale = false;
     }
 
@@ -280,7 +282,8 @@ impl Cpu {
             },
         };
         if self.exec.mode == Mode::Bits64 {
-            self.exec.jump_keys = self.exec.cache.jump_keys(mode, user);
+            self.refresh_keys();
+            self.mmu.remember_exec(user, linear);
             let key = self.exec.jump_keys[(rip >> 63) as usize];
             self.exec.cache.remember_jump(super::dispatch::jump_index(rip), rip ^ key, op);
         }

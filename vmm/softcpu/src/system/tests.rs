@@ -106,9 +106,10 @@ fn flushes_drop_what_the_manual_says() {
     let state = |m: &TestMachine| [0x4000, 0x5000, 0x6000, 0x20_0000, 0x20_7000].map(|linear| cached(m, linear));
     touch(m);
     assert_eq!(state(m), [true; 5]);
-    let epoch = m.cpu.mmu.exec_epoch;
+    m.cpu.mmu.remember_exec(false, 0);
+    let epoch = m.cpu.mmu.exec_epochs[0];
     m.cpu.write_cr(&mut m.world, 3, 0xe_0000).expect("CR3");
-    assert!(m.cpu.mmu.exec_epoch > epoch);
+    assert!(m.cpu.mmu.exec_epochs[0] > epoch);
     assert_eq!(state(m), [false, true, false, true, true], "global pages stay");
     touch(m);
     m.cpu.invlpg(0x6fff).expect("INVLPG");

@@ -14,7 +14,7 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, 
 use super::cache::LINE;
 use super::general::ThunkCall;
 use super::run::BLOCK_MAX;
-use super::{Exit, Handler, Mode, Op, Slot, dispatch};
+use super::{Exit, FarLink, Handler, Mode, NO_KEY, Op, Slot, dispatch};
 use crate::cpu::Cpu;
 use crate::state::Regs;
 
@@ -50,8 +50,8 @@ struct FlagUse {
 pub(crate) struct Builder {
     slots: Vec<Slot>,
     uses: Vec<FlagUse>,
-    /// Slots of exits that lead within the frame: their links point to themselves until known.
-    exits: Vec<usize>,
+    /// Slots of exits, and of what they link to until a better way is known.
+    exits: Vec<(usize, usize)>,
 }
 
 /// Whether the block goes on behind an instruction.
@@ -89,8 +89,23 @@ impl Builder {
             (false, Mode::Bits64) => dispatch::elsewhere,
             (false, _) => dispatch::lookup,
         };
-        self.exits.push(self.slots.len());
+        self.exits.push((self.slots.len(), self.slots.len()));
         self.slots.push(Slot { exit: Exit { handler, count, delta: delta as i32, link: std::ptr::null() } });
+    }
+    /// Puts the link of a call's return.
+    fn put_return_link(&mut self) {
+        self.slots.push(Slot { far: FarLink { rip: 0, key: NO_KEY, op: std::ptr::null() } });
+    }
+    /// Puts, at the block's end, the links of exits to other frames.
+    fn put_far_links(&mut self) {
+        for (at, target) in &mut self.exits {
+            // SAFETY: `at` is the slot of an exit.
+            if unsafe { self.slots[*at].exit.handler } as usize == dispatch::elsewhere as Handler as usize {
+                *target = self.slots.len();
+                self.slots.push(Slot { op: bare_op(dispatch::elsewhere, 0, 0) });
+                self.slots.push(Slot { far: FarLink { rip: 0, key: NO_KEY, op: std::ptr::null() } });
+            }
+        }
     }
     /// Gives ops whose flags nobody sees their quiet handlers.
     fn silence(&mut self) {
@@ -163,15 +178,16 @@ impl Cpu {
             None
         } else {
             builder.silence();
+            builder.put_far_links();
             let used_lines = (start % LINE + used).div_ceil(LINE);
             let mode = self.exec.mode as u8;
             let op = self.exec.cache.insert(gpa, mode, &builder.slots, first_line, &copy[..used_lines]);
             if let Some(op) = op {
-                for &at in &builder.exits {
+                for &(at, target) in &builder.exits {
                     // SAFETY: the block was copied as a whole, so its exits are at the same places.
                     unsafe {
                         let exit = op.cast_mut().add(at).cast::<Exit>();
-                        (*exit).link = exit.cast::<Op>();
+                        (*exit).link = op.add(target);
                     }
                 }
             }

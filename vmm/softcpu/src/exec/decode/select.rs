@@ -58,6 +58,7 @@ impl Builder {
             (Mnemonic::Call, OpKind::NearBranch64) => {
                 self.put_pick(op, branch::pick_call());
                 self.put_exit(Mode::Bits64, at.start, relative(insn, at), count);
+                self.put_return_link();
             }
             (Mnemonic::Ret, _) => {
                 if insn.stack_pointer_increment() < 8 {
@@ -70,6 +71,7 @@ impl Builder {
                 let target = slot(insn.op0_register()).filter(|slot| slot.size == 8)?;
                 op.r0 = target.offset;
                 self.put_pick(op, branch::pick_jump_r(insn.mnemonic() == Mnemonic::Call));
+                self.put_return_link();
             }
             (Mnemonic::Jmp | Mnemonic::Call, OpKind::Memory) => {
                 if insn.memory_size().size() != 8 || insn.is_jmp_far_indirect() || insn.is_call_far_indirect() {
@@ -77,6 +79,7 @@ impl Builder {
                 }
                 let kind = address(insn, &mut op, at)?;
                 self.put_pick(op, branch::pick_jump_m(insn.mnemonic() == Mnemonic::Call, kind));
+                self.put_return_link();
             }
             (Mnemonic::Jmp | Mnemonic::Call, _) => return None,
             _ => return Some(false),

@@ -1,8 +1,8 @@
 //! Branches. A conditional jump's op has an exit record behind it for the taken way; the other way is the next op.
 
-use super::super::dispatch::{go, jump_cached, leave, take_exit};
+use super::super::dispatch::{go, go_far, jump_cached, leave, take_exit};
 use super::super::general::arith;
-use super::super::{Exit, Handler, Leave, Next, Op};
+use super::super::{Exit, Handler, Leave, Next, Op, RETURNS, Return};
 use super::memory::{Address, EaKind, read_host, slow_leave, write_host};
 use super::moves::holds;
 use super::word::Word;
@@ -10,6 +10,8 @@ use super::{Pick, for_address, for_condition, for_width};
 use crate::cpu::Cpu;
 
 const RSP: u8 = 32;
+/// Slots from a conditional jump to the op behind its exit.
+const BEHIND_EXIT: usize = 2;
 
 /// Goes to a computed address.
 macro_rules! indirect {
@@ -30,7 +32,7 @@ unsafe extern "sysv64" fn jcc<const C: u8>(cpu: *mut Cpu, op: *const Op, fuel: i
         if holds::<C>(flags) {
             take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, flags);
         }
-        go!(cpu, op.add(2), fuel, flags)
+        go!(cpu, op.add(BEHIND_EXIT), fuel, flags)
     }
 }
 unsafe extern "sysv64" fn jmp(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -87,7 +89,7 @@ unsafe extern "sysv64" fn cmp_jcc<W: Word, const C: u8, const IMM: bool, const L
         if holds_cmp::<W, C>(a, b) {
             take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, W::sub(a, b).1);
         }
-        go!(cpu, op.add(2), fuel, if LOUD { W::sub(a, b).1 } else { flags })
+        go!(cpu, op.add(BEHIND_EXIT), fuel, if LOUD { W::sub(a, b).1 } else { flags })
     }
 }
 /// TEST and Jcc in one.
@@ -105,7 +107,21 @@ unsafe extern "sysv64" fn test_jcc<W: Word, const C: u8, const IMM: bool, const 
         if holds_test::<W, C>(value) {
             take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, W::logic(value));
         }
-        go!(cpu, op.add(2), fuel, if LOUD { W::logic(value) } else { flags })
+        go!(cpu, op.add(BEHIND_EXIT), fuel, if LOUD { W::logic(value) } else { flags })
+    }
+}
+
+/// Notes a call, for its return: `link` is the slot of the far link behind the call.
+#[inline(always)]
+unsafe fn remember(cpu: *mut Cpu, back: u64, link: *const Op) {
+    // SAFETY: the index is cut to the ring's size; the ring is cleared before the code that holds the link is freed.
+    unsafe {
+        let at = (*cpu).exec.return_at.wrapping_add(1) & (RETURNS - 1);
+        (*cpu).exec.return_at = at;
+        (&raw mut (*cpu).exec.returns)
+            .cast::<Return>()
+            .add(at)
+            .write(Return { rip: back, link: link.cast_mut().cast() });
     }
 }
 
@@ -115,8 +131,10 @@ unsafe extern "sysv64" fn call(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u
     unsafe {
         let top = u64::get(cpu, RSP).wrapping_sub(8);
         let host = write_host!(u64, cpu, op, fuel, flags, top, false);
-        u64::store(host, (*cpu).regs.rip.wrapping_add_signed(i64::from((*op).imm)));
+        let back = (*cpu).regs.rip.wrapping_add_signed(i64::from((*op).imm));
+        u64::store(host, back);
         u64::set(cpu, RSP, top);
+        remember(cpu, back, op.add(2));
         take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, flags)
     }
 }
@@ -131,7 +149,18 @@ unsafe extern "sysv64" fn ret(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u6
             return slow_leave(cpu, op, fuel, flags);
         }
         u64::set(cpu, RSP, top.wrapping_add_signed(i64::from((*op).imm)));
-        indirect!(cpu, op, fuel, flags, target)
+        let fuel = fuel - i64::from((*op).disp);
+        (*cpu).regs.rip = target;
+        if fuel < 0 {
+            leave!(cpu, Leave::Lookup, fuel, flags);
+        }
+        let at = (*cpu).exec.return_at & (RETURNS - 1);
+        let call = (&raw const (*cpu).exec.returns).cast::<Return>().add(at);
+        (*cpu).exec.return_at = at.wrapping_sub(1);
+        if (*call).rip == target {
+            go_far!(cpu, (*call).link, fuel, flags);
+        }
+        jump_cached!(cpu, fuel, flags)
     }
 }
 unsafe extern "sysv64" fn jmp_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -153,8 +182,10 @@ unsafe extern "sysv64" fn call_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags:
         }
         let top = u64::get(cpu, RSP).wrapping_sub(8);
         let host = write_host!(u64, cpu, op, fuel, flags, top, false);
-        u64::store(host, (*cpu).regs.rip.wrapping_add_signed(i64::from((*op).imm)));
+        let back = (*cpu).regs.rip.wrapping_add_signed(i64::from((*op).imm));
+        u64::store(host, back);
         u64::set(cpu, RSP, top);
+        remember(cpu, back, op.add(1));
         indirect!(cpu, op, fuel, flags, target)
     }
 }
@@ -175,8 +206,10 @@ unsafe extern "sysv64" fn jump_m<A: Address, const CALL: bool>(
         if CALL {
             let top = u64::get(cpu, RSP).wrapping_sub(8);
             let host = write_host!(u64, cpu, op, fuel, flags, top, false);
-            u64::store(host, (*cpu).regs.rip.wrapping_add_signed(i64::from((*op).imm)));
+            let back = (*cpu).regs.rip.wrapping_add_signed(i64::from((*op).imm));
+            u64::store(host, back);
             u64::set(cpu, RSP, top);
+            remember(cpu, back, op.add(1));
         }
         let fuel = fuel - i64::from((*op).ordinal) - 1;
         (*cpu).regs.rip = target;
