@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use atoll_kit::jail::{self, Jail};
 use atoll_kit::serve::inherited;
 use atoll_kit::sidecar::{Orders, Reports, Sidecar};
 use atoll_kit::{logging, signals};
@@ -31,6 +32,9 @@ struct Options {
     /// The supervisor's socket; without it, the process serves unsupervised.
     #[arg(long, value_name = "N")]
     sidecar_fd: Option<RawFd>,
+    /// Serve without a jail (for debuggers and tracers).
+    #[arg(long)]
+    no_jail: bool,
 }
 
 #[derive(Args)]
@@ -65,8 +69,7 @@ impl Orders for AtOnce {
 
 fn main() -> ExitCode {
     signals::hold();
-    let options = Options::parse();
-    match start(options) {
+    match start(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -75,12 +78,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(options: Options) -> anyhow::Result<()> {
+fn start(options: &Options) -> anyhow::Result<()> {
+    let passed = [Some(options.bus_fd), options.output.output_fd, options.sidecar_fd];
+    jail::begin(&passed.into_iter().flatten().collect::<Vec<_>>(), options.sidecar_fd.is_some())?;
     let sidecar = options.sidecar_fd.map(|fd| inherited("--sidecar-fd", fd)).transpose()?;
     let sidecar = sidecar.map(|fd| Sidecar::introduce(fd, DeviceClass::Uart, SidecarFeatures::QUIESCE)).transpose()?;
     let reports = sidecar.as_ref().map(|sidecar| sidecar.reports().clone());
     logging::start(reports.clone());
-    signals::end_on_signal(|| std::process::exit(0)).context("no thread for signals")?;
     let outcome = serve(options, sidecar, reports.as_ref());
     if let (Err(error), Some(reports)) = (&outcome, &reports) {
         let text = format!("{error:#}");
@@ -93,14 +97,31 @@ fn start(options: Options) -> anyhow::Result<()> {
     outcome
 }
 
-fn serve(options: Options, sidecar: Option<Sidecar>, reports: Option<&Reports>) -> anyhow::Result<()> {
+fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>) -> anyhow::Result<()> {
     let bus = FrameSocket::new(inherited("--bus-fd", options.bus_fd)?);
+    let line = line(&options.output, reports)?;
+    let jail = (!options.no_jail).then(|| Jail { socket: None, supervised: sidecar.is_some() });
+    if let Some(jail) = &jail {
+        jail.confine()?;
+    }
+    signals::end_on_signal(|| std::process::exit(0)).context("no thread for signals")?;
     // The supervisor must be heard while we wait for anything else, so its thread comes first.
     let started = sidecar.map(|sidecar| sidecar.attend(Vec::new(), AtOnce)).transpose().context("no thread")?;
+    // Before a word of the guest's comes in.
+    if let Some(jail) = &jail {
+        jail.lock()?;
+    }
     let started = started.map(|started| started.recv().context("the supervisor never said start")).transpose()?;
-    let line = match options.output {
-        Output { output: Some(path), .. } => Line::file(&path)?,
-        Output { output_fd: Some(fd), .. } => Line::descriptor(inherited("--output-fd", fd)?)?,
+    if let (Some(started), Some(reports)) = (started, reports) {
+        reports.send(&SidecarReport::Ready { generation: started.generation })?;
+    }
+    Ok(Server::new(bus, line).run()?)
+}
+
+fn line(output: &Output, reports: Option<&Reports>) -> anyhow::Result<Line> {
+    match output {
+        Output { output: Some(path), .. } => Ok(Line::file(path)?),
+        Output { output_fd: Some(fd), .. } => Ok(Line::descriptor(inherited("--output-fd", *fd)?)?),
         Output { .. } => {
             let (line, name) = Line::pty()?;
             // Wanted news whatever the log's level is.
@@ -108,11 +129,7 @@ fn serve(options: Options, sidecar: Option<Sidecar>, reports: Option<&Reports>) 
                 Some(reports) => reports.log(LogLevel::Info, &format!("the serial port is at {name}")),
                 None => tracing::warn!("the serial port is at {name}"),
             }
-            line
+            Ok(line)
         }
-    };
-    if let (Some(started), Some(reports)) = (started, reports) {
-        reports.send(&SidecarReport::Ready { generation: started.generation })?;
     }
-    Ok(Server::new(bus, line).run()?)
 }
