@@ -6,6 +6,7 @@
 
 mod address_space;
 pub mod kvm;
+pub mod probe;
 pub mod soft;
 mod state;
 mod thread;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use atoll_vmm::actor::RealClock;
 use atoll_vmm::backend::Spawner;
+use atoll_vmm::cpu::probe::{Memo, Verdict, probe};
 use atoll_vmm::machine::{
     CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures,
     SerialBuilder, SerialEnd, SerialMode, StopCause, chipset, events,
@@ -40,13 +41,18 @@ impl From<anyhow::Error> for RunError {
     }
 }
 
-/// The CPU that the options ask for, or that suits this host.
+/// The CPU that the options ask for, or that suits this host; one line says which and why.
 fn cpu(args: &RunArgs) -> CpuKind {
-    match args.cpu {
-        CpuChoice::Kvm => CpuKind::Kvm,
-        CpuChoice::Soft => CpuKind::Soft,
-        CpuChoice::Auto => CpuKind::Soft,
-    }
+    let verdict = match args.cpu {
+        CpuChoice::Kvm => return CpuKind::Kvm,
+        CpuChoice::Soft => return CpuKind::Soft,
+        CpuChoice::Auto if args.deterministic => {
+            Verdict { usable: false, reason: "--deterministic counts instructions, which KVM does not".into() }
+        }
+        CpuChoice::Auto => probe(Memo::of_user().as_ref()),
+    };
+    tracing::info!("cpu: {verdict}");
+    if verdict.usable { CpuKind::Kvm } else { CpuKind::Soft }
 }
 
 /// Where COM1 leads; opened once, handed to each incarnation of the machine as a copy.
