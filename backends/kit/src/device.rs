@@ -89,7 +89,8 @@ pub struct Io<'a> {
 }
 
 impl<'a> Io<'a> {
-    pub(crate) fn new(uring: &'a mut Uring, outstanding: &'a mut u32) -> Self {
+    /// Puts operations into `uring` and counts them in `outstanding`.
+    pub fn new(uring: &'a mut Uring, outstanding: &'a mut u32) -> Self {
         Self { uring, outstanding }
     }
 

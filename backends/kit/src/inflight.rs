@@ -195,7 +195,8 @@ impl Tracker {
             self.store_u16(10, self.ring_size);
             self.store_u16(12, 0);
             self.store_u16(14, used);
-            for head in 0..self.ring_size {
+            // All of it, also what this ring does not reach: a later one may be larger.
+            for head in 0..self.region.queue_size {
                 self.set_in_flight(head, false);
             }
             self.store_u16(8, VERSION);
@@ -346,6 +347,17 @@ mod tests {
             damage(&tracker);
             assert!(region.tracker(0, 8).unwrap().recover(10).is_err(), "{name}");
         }
+    }
+
+    /// A region came with entries set and no version: they were cleared only as far as the ring went, and a
+    /// successor with a larger ring found requests that nobody had made.
+    #[test]
+    fn a_fresh_region_is_cleared_beyond_a_small_ring() {
+        let region = region();
+        let small = region.tracker(0, 2);
+        region.tracker(0, 8).unwrap().set_in_flight(5, true);
+        assert_eq!(small.unwrap().recover(0).unwrap(), Recovered::default());
+        assert_eq!(region.tracker(0, 8).unwrap().recover(0).unwrap().resubmit, []);
     }
 
     #[test]
