@@ -3,6 +3,7 @@
 //! Tests live in `tests/`, one story a file; guests are driven over their serial port by `xtask::console`.
 
 pub mod blk_bench;
+pub mod cpu_bench;
 pub mod guests;
 pub mod peers;
 pub use xtask::processes;

@@ -78,6 +78,9 @@ pub(super) type SlowFn = unsafe extern "sysv64" fn(*mut Regs, *mut u8, ThunkFn, 
 /// Runs `raw`, the bare instruction between its loads and stores, under a guest MXCSR other than the default; `shape`
 /// is [`ResultShape::to_bits`]. Returns 19 (#XM) when it raises an exception that the guest has unmasked.
 ///
+/// Known difference: when unmasked overflow or underflow is raised, silicon sets PE by a rounding without bound on the
+/// exponent; here PE says what the masked response would have lost.
+///
 /// # Safety
 /// As for [`ThunkFn`]; `raw` must be such a code sequence of this arena.
 pub(super) unsafe extern "sysv64" fn run_with_guest_mxcsr(

@@ -220,8 +220,14 @@ struct Draft {
 
 impl Draft {
     fn new(address: u64) -> Self {
-        let frame =
-            Frame { pinned: BTreeMap::new(), written: 0, patches: Vec::new(), unmasked: false, taken: address + TAKEN };
+        let frame = Frame {
+            pinned: BTreeMap::new(),
+            written: 0,
+            patches: Vec::new(),
+            unmasked: false,
+            stored: false,
+            taken: address + TAKEN,
+        };
         Self { frame, instructions: Vec::new(), bytes: Vec::new(), address, undefined: 0, ended: false }
     }
 
@@ -275,6 +281,9 @@ impl Draft {
                 }
             }
         }
+        let reads = |access| matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+        self.frame.stored |=
+            instruction.is_stack_instruction() || info.used_memory().iter().any(|used| !reads(used.access()));
         if instruction.mnemonic() == Mnemonic::Leave || instruction.mnemonic() == Mnemonic::Enter {
             written |= 1 << 4;
         }

@@ -58,6 +58,8 @@ pub(super) struct Frame {
     pub(super) patches: Vec<(u64, u64)>,
     /// An instruction has unmasked x87 exceptions: the rest of the slot leaves memory alone.
     pub(super) unmasked: bool,
+    /// An instruction has stored something or moved the stack pointer: patched memory may be gone.
+    pub(super) stored: bool,
     /// Where branches go when taken.
     pub(super) taken: u64,
 }
@@ -428,11 +430,14 @@ fn implicit(instruction: &Instruction, address32: bool, random: &mut Random, fra
         }
         M::Call | M::Jmp if instruction.op_kind(0) == OpKind::Register => {
             let index = instruction.op0_register().full_register().number();
+            if index == 4 {
+                return None;
+            }
             frame.pin(index, frame.taken)?;
         }
         M::Call | M::Jmp if instruction.op_kind(0) == OpKind::Memory => {
             let place = address(instruction, frame)?;
-            if !is_writable(place, 8) {
+            if frame.stored || !is_writable(place, 8) {
                 return None;
             }
             frame.patches.push((place, frame.taken));
@@ -449,6 +454,9 @@ fn implicit(instruction: &Instruction, address32: bool, random: &mut Random, fra
             frame.patches.push((place, random.u64() & !0xf0bf | 0x40 | masks));
         }
         M::Ret => {
+            if frame.stored {
+                return None;
+            }
             let top = frame.base(4, STACK + STACK_LEN / 2)?;
             frame.patches.push((top, frame.taken));
         }

@@ -33,7 +33,13 @@ impl Outcome {
         if let Some(fault) = self.fault.as_mut().filter(|fault| fault.cr2 >= 0x7fff_ffff_f000) {
             fault.error |= 1;
         }
+        let unmasked_simd = self.fault.is_some_and(|fault| fault.vector == 19);
         if let Some(fp) = &mut self.fp {
+            // With an unmasked overflow or underflow, the precision flag tells of a rounding without bound on the
+            // exponent, which only hardware knows.
+            if unmasked_simd && fp.mxcsr & 0x18 != 0 {
+                fp.mxcsr &= !0x20;
+            }
             fp.fop = 0;
             fp.fip = 0;
             fp.fdp = 0;
