@@ -275,6 +275,11 @@ fn backend_of(image: &std::path::Path) -> Result<u32> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         for pid in processes::children(std::process::id()) {
+            // Before its exec, every child of this process shows all our descriptors.
+            let exe = std::fs::read_link(format!("/proc/{pid}/exe"));
+            if !exe.is_ok_and(|exe| exe.ends_with("atoll-blk")) {
+                continue;
+            }
             let open = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
             if open.into_iter().any(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link == image)) {
                 return Ok(pid);
