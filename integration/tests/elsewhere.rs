@@ -10,8 +10,11 @@ use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::{Generation, RegionIndex};
 use atoll_vmm::actor::remote::RemoteRegion;
 use atoll_vmm::actor::{Clock, Parked, RealClock, StopSignal, park};
-use atoll_vmm::backend::{Household, RegisterBackend, UartBuilder, UartOutput};
+use atoll_vmm::backend::{Household, RegisterBackend, UartBuilder, UartLine, UartOutput};
 use rustix::process::Signal;
+use xtask::console::Console;
+use xtask::demo::{BOOT_LIMIT, Demo, KernelForm};
+use xtask::images;
 
 const STEP: Duration = Duration::from_secs(20);
 const DATA: u64 = 0;
@@ -114,8 +117,9 @@ impl Bench {
         let story = heard::Story::of(&household);
         let folder = tempfile::tempdir()?;
         let levels = Arc::new(Levels::default());
-        let builder = UartBuilder::new(UartOutput::File(folder.path().join("serial")), Arc::clone(&household))
-            .binary(xtask::place::program("atoll-uart")?);
+        let line = UartLine::open(&UartOutput::File(folder.path().join("serial")))?;
+        let builder =
+            UartBuilder::new(Arc::new(line), Arc::clone(&household)).binary(xtask::place::program("atoll-uart")?);
         let process = builder.process(Wire::new(Arc::clone(&levels) as Arc<dyn WireSink>, 3))?;
         let backend = RegisterBackend::start(process, &household)?;
         let registers = backend.remote().region(RegionIndex(0)).context("a port has registers")?;
@@ -218,5 +222,31 @@ fn accesses_wait_for_the_successor() -> Result<()> {
     let counts = bench.backend.remote().counts();
     assert_eq!((counts.stalled, counts.stale), (0, 0), "{counts:?}");
     bench.household.shutdown(STEP);
+    Ok(())
+}
+
+/// The same as a guest sees it: Linux finds the port, prints to it, and goes on printing while its process is killed.
+#[test]
+fn a_guest_prints_to_a_port_elsewhere() -> Result<()> {
+    let guest = images::guest("6.1")?;
+    let folder = tempfile::tempdir()?;
+    let printed = folder.path().join("ttyS1");
+    let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
+    let mut command = demo.command(&guest)?;
+    command.arg("--serial2").arg(format!("file={}", printed.display()));
+    let mut console = Console::spawn(&mut command)?;
+    console.prompt(BOOT_LIMIT)?;
+    let found = console.run("dmesg | grep ttyS1", STEP)?;
+    ensure!(found.contains("is a 16550A"), "{found}");
+    let mut expected = String::new();
+    for round in 0..3 {
+        console.run(&format!("echo round {round} > /dev/ttyS1"), STEP)?;
+        expected.push_str(&format!("round {round}\r\n"));
+        processes::signal(processes::child_named(console.pid(), "atoll-uart", STEP)?, Signal::KILL)?;
+    }
+    console.send("poweroff -f\n")?;
+    let (status, errors) = console.wait(STEP)?;
+    ensure!(status.success(), "{status}: {errors}");
+    assert_eq!(std::fs::read_to_string(&printed)?, expected);
     Ok(())
 }

@@ -30,7 +30,7 @@ pub use registers::{RegisterBackend, RegisterError, RegisterProcess};
 pub use spawner::{Child, Spawner};
 pub use spec::{BackendSpec, PassedFd, WatchLimits, beside_this_binary};
 pub use supervisor::{Recovery, Supervisor, SupervisorMail};
-pub use uart::{UartBuilder, UartError, UartOutput};
+pub use uart::{UartBuilder, UartError, UartLine, UartOutput};
 pub use watch::Watch;
 
 #[cfg(test)]

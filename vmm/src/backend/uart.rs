@@ -57,15 +57,20 @@ pub enum UartError {
     Binary(#[source] io::Error),
 }
 
-/// The host's end of the line, which outlives the incarnations of the process.
-struct HostEnd {
+/// The host's end of the line: opened once, it outlives the incarnations of the process and the resets of the guest.
+#[derive(Debug)]
+pub struct UartLine {
     end: OwnedFd,
     /// A pseudo-terminal hangs up when nobody holds its other side.
     _other_side: Option<OwnedFd>,
 }
 
-impl HostEnd {
-    fn open(output: &UartOutput) -> Result<Self, UartError> {
+impl UartLine {
+    /// Empties the file, or makes the pseudo-terminal.
+    ///
+    /// # Errors
+    /// [`UartError::Output`] and [`UartError::Pty`].
+    pub fn open(output: &UartOutput) -> Result<Self, UartError> {
         match output {
             UartOutput::File(path) => {
                 let named = |source| UartError::Output { path: path.clone(), source };
@@ -95,16 +100,16 @@ impl HostEnd {
 
 /// Makes the port.
 pub struct UartBuilder {
-    output: UartOutput,
+    line: Arc<UartLine>,
     binary: Option<PathBuf>,
     household: Arc<Household>,
 }
 
 impl UartBuilder {
-    /// A port that leads to `output`, whose process `household` starts and keeps.
+    /// A port at the end of `line`, whose process `household` starts and keeps.
     #[must_use]
-    pub fn new(output: UartOutput, household: Arc<Household>) -> Self {
-        Self { output, binary: None, household }
+    pub fn new(line: Arc<UartLine>, household: Arc<Household>) -> Self {
+        Self { line, binary: None, household }
     }
 
     /// Another binary than `atoll-uart` beside the running one.
@@ -122,8 +127,8 @@ impl UartBuilder {
             Some(binary) => binary.clone(),
             None => beside_this_binary("atoll-uart").map_err(UartError::Binary)?,
         };
-        let host = HostEnd::open(&self.output)?;
-        let fds = move || Ok(vec![PassedFd { flag: "--output-fd".into(), fd: host.end.try_clone()? }]);
+        let line = Arc::clone(&self.line);
+        let fds = move || Ok(vec![PassedFd { flag: "--output-fd".into(), fd: line.end.try_clone()? }]);
         Ok(RegisterProcess {
             name: self.name(),
             device: DEVICE,

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use atoll_vmm::backend::UartOutput;
 use atoll_vmm::machine::boot::BootSource;
 use atoll_vmm::machine::{MachineConfig, SerialMode};
 use atoll_vmm::vhost::DiskConfig;
@@ -85,6 +86,9 @@ pub(crate) struct RunArgs {
     /// First serial port: tty, file=PATH, null or off.
     #[arg(long, value_name = "WHERE", default_value = "tty")]
     pub(crate) serial: String,
+    /// Second serial port, served by a process of its own: file=PATH, pty (its name is logged) or off.
+    #[arg(long, value_name = "WHERE", default_value = "off")]
+    pub(crate) serial2: String,
     /// Console device: there is none yet, only off is accepted.
     #[arg(long, value_name = "WHERE", default_value = "off")]
     pub(crate) console: String,
@@ -154,6 +158,24 @@ fn serial(text: &str) -> Result<SerialMode, OptionError> {
     }
 }
 
+/// Reads `--serial2`.
+pub(crate) fn serial2(args: &RunArgs) -> Result<Option<UartOutput>, OptionError> {
+    match args.serial2.as_str() {
+        "off" => Ok(None),
+        "pty" => Ok(Some(UartOutput::Pty)),
+        text if text.starts_with("file=") => {
+            let path = Options::parse("--serial2", text, &["file"])?.need::<String>("file")?;
+            Ok(Some(UartOutput::File(path.into())))
+        }
+        text => {
+            let part = text.into();
+            Err(OptionError::NoPair { option: "--serial2", part, valid: "file; or give pty or off".into() })
+        }
+    }
+}
+
+/// What the name of the second serial port's executable is.
+pub(crate) const UART_BACKEND: &str = "atoll-uart";
 /// What the name of the disks' executable is.
 const DISK_BACKEND: &str = "atoll-blk";
 
@@ -234,6 +256,7 @@ mod tests {
             cpus("boot=0").unwrap_err().to_string(),
             cpus("boot=1,max=4").unwrap_err().to_string(),
             serial("pty").unwrap_err().to_string(),
+            serial2(&parse(&["atoll", "run", "--kernel", "k", "--serial2", "tty"])).unwrap_err().to_string(),
             memory("sze=1").unwrap_err().to_string(),
         ];
         for message in messages {

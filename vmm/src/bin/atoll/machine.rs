@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_vmm::actor::RealClock;
-use atoll_vmm::backend::Spawner;
+use atoll_vmm::backend::{Household, UartBuilder, UartLine};
 use atoll_vmm::cpu::probe::{Memo, Verdict, probe};
 use atoll_vmm::machine::{
     CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures,
@@ -91,7 +91,9 @@ struct Plan {
     config: MachineConfig,
     serial: SerialTarget,
     disks: Vec<DiskConfig>,
-    spawner: Spawner,
+    uart: Option<Arc<UartLine>>,
+    backend_dir: Option<PathBuf>,
+    household: Arc<Household>,
     events: EventSender,
 }
 
@@ -100,8 +102,15 @@ impl Plan {
     fn builders(&self) -> anyhow::Result<Vec<Box<dyn DeviceBuilder>>> {
         let mut builders = chipset();
         builders.extend(self.serial.builder(&self.events)?);
+        if let Some(line) = &self.uart {
+            let builder = UartBuilder::new(Arc::clone(line), Arc::clone(&self.household));
+            builders.push(Box::new(match &self.backend_dir {
+                Some(folder) => builder.binary(folder.join(cli::UART_BACKEND)),
+                None => builder,
+            }));
+        }
         for (disk, index) in self.disks.iter().zip(0..) {
-            builders.push(Box::new(DiskBuilder::new(disk.clone(), index, self.spawner.clone())));
+            builders.push(Box::new(DiskBuilder::new(disk.clone(), index, self.household.spawner().clone())));
         }
         Ok(builders)
     }
@@ -120,15 +129,17 @@ impl Plan {
 pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let config = cli::machine(args, cpu(args))?;
     let disks = cli::disks(args)?;
+    let serial2 = cli::serial2(args)?;
     signals::block()?;
     let (events, receiver) = events();
     signals::listen(events.clone()).map_err(anyhow::Error::from)?;
     let serial = SerialTarget::open(&config.serial)?;
     let _raw = if config.serial == SerialMode::Tty { RawTerminal::enter() } else { None };
-    let spawner = Spawner::new(Arc::new(RealClock::new())).map_err(anyhow::Error::from)?;
-    let plan = Plan { config, serial, disks, spawner, events };
+    let uart = serial2.map(|output| UartLine::open(&output)).transpose().map_err(anyhow::Error::from)?.map(Arc::new);
+    let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(anyhow::Error::from)?);
+    let plan = Plan { config, serial, disks, uart, backend_dir: args.backend_dir.clone(), household, events };
     let ended = run_to_end(&plan, args.report.as_deref(), &receiver);
-    plan.spawner.shutdown(BACKEND_GRACE);
+    plan.household.shutdown(BACKEND_GRACE);
     ended
 }
 
