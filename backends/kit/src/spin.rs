@@ -72,21 +72,23 @@ mod tests {
 
     #[test]
     fn only_sleeps_that_a_spin_would_have_bridged_make_it_spin() {
-        assert_eq!(after(10_000, 100).budget(), Duration::ZERO, "idle");
-        assert_eq!(after(2, 100).budget(), Duration::ZERO, "hand-over on one processor");
-        assert_eq!(after(30, 100).budget(), SPIN_MAX, "wake-ups across processors");
+        assert_eq!(after(10_000, TRIAL).budget(), Duration::ZERO, "idle");
+        assert_eq!(after(2, TRIAL).budget(), Duration::ZERO, "hand-over on one processor");
+        assert_eq!(after(30, TRIAL).budget(), SPIN_MAX, "wake-ups across processors");
     }
 
     #[test]
     fn a_spin_in_vain_ends_spinning() {
-        let mut spin = after(30, 100);
+        let mut spin = after(30, TRIAL);
+        assert_eq!(spin.budget(), SPIN_MAX);
         spin.slept(Duration::from_millis(5));
         assert_eq!(spin.budget(), Duration::ZERO);
     }
 
     #[test]
     fn a_spinning_queue_tries_sleeping_now_and_then() {
-        let mut spin = after(30, 100);
+        let mut spin = after(30, TRIAL);
+        assert_eq!(spin.budget(), SPIN_MAX);
         for _ in 0..SPINS_MAX {
             spin.caught();
         }
