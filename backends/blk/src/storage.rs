@@ -283,7 +283,7 @@ fn open_path(path: &Path, read_only: bool, direct: bool) -> Result<File, OpenErr
 }
 
 fn adopt(fd: RawFd, read_only: bool, direct: bool) -> Result<(File, String), OpenError> {
-    let name = format!("descriptor {fd}");
+    let name = name_of(fd);
     let failed = |reason: String| OpenError::Open { name: name.clone(), reason };
     // SAFETY: only asks for the flags of a number; nothing is owned yet.
     if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
@@ -307,6 +307,14 @@ fn adopt(fd: RawFd, read_only: bool, direct: bool) -> Result<(File, String), Ope
         return Err(OpenError::NoDirect(name));
     }
     Ok((file, name))
+}
+
+/// The path behind a descriptor, which tells people more than its number.
+fn name_of(fd: RawFd) -> String {
+    match std::fs::read_link(format!("/proc/self/fd/{fd}")) {
+        Ok(path) if path.is_absolute() => path.display().to_string(),
+        _ => format!("descriptor {fd}"),
+    }
 }
 
 /// The demands of direct I/O as the kernel states them, else those that every device meets.

@@ -295,11 +295,15 @@ fn a_successor_is_ready_when_the_fence_has_fallen() -> Result<()> {
 fn the_process_dies_with_the_thread_that_started_it() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let started = std::thread::spawn(move || supervised(&path, &[]).map_err(|e| e.to_string()));
-    let (mut blk, _front, _sidecar) =
-        started.join().map_err(|_| anyhow::anyhow!("panic"))?.map_err(anyhow::Error::msg)?;
-    // The thread is gone: either the kernel kills the child, or the child notices by itself.
+    let started = std::thread::spawn(move || -> Result<_> {
+        let (blk, front, mut sidecar) = supervised(&path, &[])?;
+        let _hello: SidecarReport = sidecar.reader.receive_message(SOON)?;
+        let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 0 };
+        sidecar.ask::<_, SidecarReport>(&start, Duration::from_secs(20))?;
+        Ok((blk, front, sidecar))
+    });
+    let (mut blk, _front, _sidecar) = started.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
     let status = blk.end()?;
-    assert!(!status.success(), "{status}");
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "{status}");
     Ok(())
 }

@@ -43,7 +43,7 @@ pub enum FenceError {
         waited: Duration,
     },
     /// Another program uses what we need, or we would disturb it.
-    #[error("{name} is locked by another program ({what}): stop that program, or open both with --read-only")]
+    #[error("{name} is locked by another program ({what}): stop that program, or let both only read it")]
     Locked {
         /// What is fenced.
         name: String,

@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -200,10 +202,11 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
         },
     };
     let reports = sidecar.as_ref().map(|s| s.reports().clone());
+    let serving = sidecar.as_ref().map(Sidecar::serving);
     let started = sidecar
         .map(|sidecar| {
-            let counters = session::lock(&conversation).workers().iter().map(|w| Arc::clone(w.counters())).collect();
-            sidecar.attend(counters, keeper()).map_err(|source| ServeError::Thread { what: "sidecar", source })
+            let pulses = session::lock(&conversation).workers().iter().map(|w| Arc::clone(w.pulse())).collect();
+            sidecar.attend(pulses, keeper()).map_err(|source| ServeError::Thread { what: "sidecar", source })
         })
         .transpose()?;
     crate::signals::end_on_signal({
@@ -215,7 +218,12 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
     if let Some(jail) = jail {
         jail.lock()?;
     }
-    let outcome = talk(&conversation, &gate, transport, started, reports.as_ref(), &*fence);
+    let outcome = raise(&gate, started, reports.as_ref(), &*fence).and_then(|()| {
+        if let Some(serving) = &serving {
+            serving.store(true, Ordering::Release);
+        }
+        talk(&conversation, transport)
+    });
     if let Some(reports) = &reports {
         reports.goodbye(match &outcome {
             Ok(()) => GoodbyeReason::Asked,
@@ -227,11 +235,10 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
     outcome
 }
 
-fn talk<D: Device>(
-    conversation: &Arc<Mutex<Conversation<D>>>,
+/// Waits for the start, raises the fence, opens the gate and says ready.
+fn raise(
     gate: &Gate,
-    transport: Transport,
-    started: Option<std::sync::mpsc::Receiver<Started>>,
+    started: Option<Receiver<Started>>,
     reports: Option<&Reports>,
     fence: &dyn Fence,
 ) -> Result<(), ServeError> {
@@ -242,6 +249,10 @@ fn talk<D: Device>(
     if let (Some(reports), Some(started)) = (reports, started) {
         reports.send(&SidecarReport::Ready { generation: started.generation })?;
     }
+    Ok(())
+}
+
+fn talk<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, transport: Transport) -> Result<(), ServeError> {
     match transport {
         Transport::Connected(stream) => {
             let end = session::serve(conversation, stream);

@@ -100,6 +100,7 @@ struct QueueState {
     addresses: Option<Addresses>,
     base: u16,
     call: Option<File>,
+    err: Option<File>,
     enabled: bool,
     running: bool,
 }
@@ -222,7 +223,8 @@ impl<D: Device> Conversation<D> {
         };
         let call = queue.call.as_ref().map(event_fd).transpose();
         let call = call.map_err(|e| RingError::Broken { index, reason: format!("call descriptor: {e}") })?;
-        worker.start(RingStart { mem, config, kick, call, enabled: queue.enabled })??;
+        let err = queue.err.as_ref().and_then(|err| err.try_clone().ok()).map(OwnedFd::from);
+        worker.start(RingStart { mem, config, kick, call, err, enabled: queue.enabled })??;
         queue.running = true;
         Ok(())
     }
@@ -379,8 +381,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
         Ok(())
     }
 
-    fn set_vring_err(&mut self, index: u8, _fd: Option<File>) -> VhostResult<()> {
-        self.queue(u32::from(index))?;
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> VhostResult<()> {
+        // Used from the ring's next start on.
+        let (queue, ..) = self.queue(u32::from(index))?;
+        queue.err = fd;
         Ok(())
     }
 

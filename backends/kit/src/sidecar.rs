@@ -1,8 +1,9 @@
 //! The channel to the supervisor that started this process (`--sidecar-fd`).
 //!
 //! One thread of the process belongs to it: it answers orders, reports how far each queue is, and ends the
-//! process when the supervisor hangs up, because a backend must not outlive its VMM. Without a supervisor the
-//! process serves whoever connects, and there is no such thread.
+//! process when the supervisor hangs up, because a backend must not outlive its VMM. It answers a ping only when every
+//! queue thread goes round: that this thread lives says nothing. Without a supervisor the process serves whoever
+//! connects, and there is no such thread.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,10 +18,12 @@ use atoll_protocol::{FrameReader, FrameSocket, FrameWriter, PROTOCOL_VERSION, So
 use atoll_protocol::{Generation, ProcessId, QueueIndex};
 use thiserror::Error;
 
-use crate::worker::QueueCounters;
+use crate::worker::QueuePulse;
 
 /// How long the supervisor may take to take a report.
 const SEND_MAX: Duration = Duration::from_secs(2);
+/// How long a queue thread may take to show that it goes round.
+const PULSE_MAX: Duration = Duration::from_secs(1);
 /// How long the supervisor may take to say start.
 const START_MAX: Duration = Duration::from_secs(30);
 
@@ -58,6 +61,7 @@ impl Reports {
 pub struct Sidecar {
     reader: FrameReader,
     reports: Reports,
+    serving: Arc<AtomicBool>,
 }
 
 /// What the supervisor said at the start.
@@ -94,7 +98,7 @@ impl Sidecar {
             pid: ProcessId(std::process::id()),
             features,
         })?;
-        Ok(Self { reader, reports })
+        Ok(Self { reader, reports, serving: Arc::default() })
     }
 
     /// The sending half.
@@ -102,8 +106,13 @@ impl Sidecar {
         &self.reports
     }
 
+    /// To be set when the device serves: progress before that is nothing that a supervisor wants to hear.
+    pub fn serving(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.serving)
+    }
+
     /// Starts the thread; the receiver gets what the supervisor says at the start.
-    pub fn attend(self, queues: Vec<Arc<QueueCounters>>, orders: impl Orders) -> std::io::Result<Receiver<Started>> {
+    pub fn attend(self, queues: Vec<Arc<QueuePulse>>, orders: impl Orders) -> std::io::Result<Receiver<Started>> {
         let (start, started) = sync_channel(1);
         std::thread::Builder::new()
             .name("sidecar".to_owned())
@@ -113,25 +122,26 @@ impl Sidecar {
     }
 }
 
-fn attend(mut sidecar: Sidecar, queues: &[Arc<QueueCounters>], orders: &impl Orders, start: &SyncSender<Started>) {
+fn attend(mut sidecar: Sidecar, queues: &[Arc<QueuePulse>], orders: &impl Orders, start: &SyncSender<Started>) {
     let begun = Instant::now();
-    let running = AtomicBool::new(false);
+    let mut running = false;
     let mut interval = None;
     let mut last = Vec::new();
     loop {
-        let wait = if running.load(Ordering::Relaxed) {
+        let wait = if running {
             interval
         } else {
             Some(START_MAX.saturating_sub(begun.elapsed()).max(Duration::from_millis(1)))
         };
         match sidecar.reader.receive_message::<SidecarOrder>(wait) {
             Ok(SidecarOrder::Start { generation, progress_ms }) => {
-                running.store(true, Ordering::Relaxed);
+                running = true;
                 interval = (progress_ms > 0).then(|| Duration::from_millis(progress_ms.into()));
                 let _ = start.try_send(Started { generation });
             }
             Ok(SidecarOrder::Ping { nonce }) => {
-                if sidecar.reports.send(&SidecarReport::Pong { nonce }).is_err() {
+                // Silence is the truth about a queue thread that hangs.
+                if all_beat(queues) && sidecar.reports.send(&SidecarReport::Pong { nonce }).is_err() {
                     orders.orphaned();
                 }
             }
@@ -142,7 +152,10 @@ fn attend(mut sidecar: Sidecar, queues: &[Arc<QueueCounters>], orders: &impl Ord
                 }
             }
             Ok(SidecarOrder::Exit) => orders.exit(&sidecar.reports),
-            Err(SocketError::Timeout(_)) if running.load(Ordering::Relaxed) => {
+            Err(SocketError::Timeout(_)) if running => {
+                if !sidecar.serving.load(Ordering::Acquire) {
+                    continue;
+                }
                 let now = progress(queues);
                 // Nothing new is no news: an idle disk costs its supervisor nothing.
                 if now != last {
@@ -160,7 +173,20 @@ fn attend(mut sidecar: Sidecar, queues: &[Arc<QueueCounters>], orders: &impl Ord
     }
 }
 
-fn progress(queues: &[Arc<QueueCounters>]) -> Vec<QueueProgress> {
+/// Asks all queue threads to show that they go round, and waits a moment for it.
+fn all_beat(queues: &[Arc<QueuePulse>]) -> bool {
+    queues.iter().for_each(|queue| queue.ask());
+    let deadline = Instant::now() + PULSE_MAX;
+    while !queues.iter().all(|queue| queue.beats()) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+fn progress(queues: &[Arc<QueuePulse>]) -> Vec<QueueProgress> {
     queues
         .iter()
         .zip(0_u16..)

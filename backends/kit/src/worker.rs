@@ -43,13 +43,46 @@ pub(crate) fn device_tag(head: u16) -> u64 {
     TAG_DEVICE << TAG_SHIFT | u64::from(head)
 }
 
-/// What a queue has done so far; the supervisor is told of it.
-#[derive(Debug, Default)]
-pub struct QueueCounters {
+/// What a queue has done so far, and whether its thread still goes round; the supervisor is told of it.
+#[derive(Debug)]
+pub struct QueuePulse {
     /// Requests taken.
     pub taken: AtomicU64,
     /// Requests completed.
     pub completed: AtomicU64,
+    asked: AtomicU64,
+    seen: AtomicU64,
+    wake: OwnedFd,
+}
+
+impl QueuePulse {
+    fn new(wake: OwnedFd) -> Self {
+        let zero = || AtomicU64::new(0);
+        Self { taken: zero(), completed: zero(), asked: zero(), seen: zero(), wake }
+    }
+
+    /// Wakes the thread and asks it to show that it goes round.
+    pub fn ask(&self) {
+        self.asked.fetch_add(1, Ordering::Release);
+        wake(&self.wake);
+    }
+
+    /// True when the thread has gone round since it was asked last.
+    pub fn beats(&self) -> bool {
+        self.seen.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
+    }
+
+    fn beat(&self) {
+        let asked = self.asked.load(Ordering::Acquire);
+        if self.seen.load(Ordering::Relaxed) != asked {
+            self.seen.store(asked, Ordering::Release);
+        }
+    }
+}
+
+fn wake(eventfd: &OwnedFd) {
+    // It fails only when the count is full, and then the thread is awake.
+    let _ = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
 }
 
 /// A queue thread is gone.
@@ -68,6 +101,8 @@ pub struct RingStart<M> {
     pub kick: OwnedFd,
     /// Interrupts the guest.
     pub call: Option<EventFd>,
+    /// Tells the front end that the ring is broken.
+    pub err: Option<OwnedFd>,
     /// Whether requests may be taken at once.
     pub enabled: bool,
 }
@@ -91,7 +126,7 @@ struct Mailbox<M> {
 pub struct Worker<M> {
     index: u16,
     mailbox: Arc<Mailbox<M>>,
-    counters: Arc<QueueCounters>,
+    pulse: Arc<QueuePulse>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -124,10 +159,10 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
         let failed = |reason: String| SpawnError::Thread { index, reason };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| failed(e.to_string()))?;
+        let pulse = Arc::new(QueuePulse::new(wake.try_clone().map_err(|e| failed(e.to_string()))?));
         let mailbox = Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
-        let counters = Arc::new(QueueCounters::default());
         let (ready, is_ready) = sync_channel(1);
-        let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&counters));
+        let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&pulse));
         let thread = std::thread::Builder::new()
             .name(format!("queue{index}"))
             .stack_size(256 << 10)
@@ -154,20 +189,20 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
             })
             .map_err(|e| failed(e.to_string()))?;
         match is_ready.recv() {
-            Ok(Ok(())) => Ok(Self { index, mailbox, counters, thread: Some(thread) }),
+            Ok(Ok(())) => Ok(Self { index, mailbox, pulse, thread: Some(thread) }),
             Ok(Err(source)) => Err(SpawnError::Uring { index, source }),
             Err(_) => Err(failed("it ended at once".to_owned())),
         }
     }
 
-    /// What the queue has done.
-    pub fn counters(&self) -> &Arc<QueueCounters> {
-        &self.counters
+    /// What the queue has done, and whether its thread goes round.
+    pub fn pulse(&self) -> &Arc<QueuePulse> {
+        &self.pulse
     }
 
     /// Wakes the thread, so that it looks at its gate again.
     pub fn wake(&self) {
-        let _ = rustix::io::write(&self.mailbox.wake, &1_u64.to_ne_bytes());
+        wake(&self.mailbox.wake);
     }
 
     fn send(&self, command: Command<M>) {
@@ -216,7 +251,7 @@ impl<M> Drop for Worker<M> {
     fn drop(&mut self) {
         self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(Command::Quit);
         self.mailbox.pending.store(true, Ordering::Release);
-        let _ = rustix::io::write(&self.mailbox.wake, &1_u64.to_ne_bytes());
+        wake(&self.mailbox.wake);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -250,6 +285,7 @@ struct Running<M> {
     mem: Arc<M>,
     ring: Ring,
     kick: OwnedFd,
+    err: Option<OwnedFd>,
     enabled: bool,
     broken: bool,
 }
@@ -259,7 +295,7 @@ struct QueueThread<H, M> {
     uring: Uring,
     handler: H,
     mailbox: Arc<Mailbox<M>>,
-    counters: Arc<QueueCounters>,
+    pulse: Arc<QueuePulse>,
     gate: Arc<Gate>,
     running: Option<Running<M>>,
     kick_epoch: u64,
@@ -276,7 +312,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         uring: Uring,
         handler: H,
         mailbox: Arc<Mailbox<M>>,
-        counters: Arc<QueueCounters>,
+        pulse: Arc<QueuePulse>,
         gate: Arc<Gate>,
     ) -> Self {
         Self {
@@ -284,7 +320,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             uring,
             handler,
             mailbox,
-            counters,
+            pulse,
             gate,
             running: None,
             kick_epoch: 0,
@@ -326,6 +362,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
 
     /// Handles completions that have been delivered.
     fn finish(&mut self) -> Result<bool, UringError> {
+        self.pulse.beat();
         let mut completions = std::mem::take(&mut self.completions);
         self.uring.reap(&mut completions);
         let mut worked = false;
@@ -354,7 +391,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         let mut io = Io::new(&mut self.uring, &mut self.outstanding);
         let progress = self.handler.completion(&mut io, &*running.mem, head, result);
         if let Progress::Done { written } = progress {
-            self.counters.completed.fetch_add(1, Ordering::Relaxed);
+            self.pulse.completed.fetch_add(1, Ordering::Relaxed);
             let ended = running.ring.complete(&*running.mem, head, written);
             self.check(ended);
         }
@@ -375,10 +412,10 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     if count == 0 {
                         failed = running.ring.disarm(&*running.mem);
                     }
-                    self.counters.taken.fetch_add(1, Ordering::Relaxed);
+                    self.pulse.taken.fetch_add(1, Ordering::Relaxed);
                     let mut io = Io::new(&mut self.uring, &mut self.outstanding);
                     if let Progress::Done { written } = self.handler.request(&mut io, &*running.mem, &self.chain) {
-                        self.counters.completed.fetch_add(1, Ordering::Relaxed);
+                        self.pulse.completed.fetch_add(1, Ordering::Relaxed);
                         if let Err(e) = running.ring.complete(&*running.mem, self.chain.head(), written) {
                             failed = Err(e);
                             break;
@@ -409,6 +446,9 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             && !running.broken
         {
             running.broken = true;
+            if let Some(err) = &running.err {
+                wake(err);
+            }
             tracing::warn!(queue = self.index, error = %e, "the ring is broken and is not served until it is reset");
         }
     }
@@ -534,7 +574,14 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         if ring.continued() {
             ring.interrupt();
         }
-        self.running = Some(Running { mem: start.mem, ring, kick: start.kick, enabled: start.enabled, broken: false });
+        self.running = Some(Running {
+            mem: start.mem,
+            ring,
+            kick: start.kick,
+            err: start.err,
+            enabled: start.enabled,
+            broken: false,
+        });
         self.kick_epoch += 1;
         self.watch_kick()?;
         Ok(Ok(()))
