@@ -4,6 +4,8 @@
 //! and the interrupt controllers; 64-bit BARs have a window of their own at 512 GiB, below the 40 physical address bits
 //! that every CPU model has.
 
+use std::fmt;
+
 use thiserror::Error;
 
 /// Name and version of the board.
@@ -84,17 +86,29 @@ pub const RAM_MIN: u64 = 16 * MIB;
 /// Most RAM: what lies below the window of 64-bit BARs.
 pub const RAM_MAX: u64 = MMIO64.start - PCI_HOLE.len;
 
+/// A number of bytes as users write it, with the largest unit that divides it.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(50, "P"), (40, "T"), (30, "G"), (20, "M"), (10, "K")];
+        let unit = units.into_iter().find(|(shift, _)| self.0 != 0 && self.0.is_multiple_of(1 << shift));
+        let (shift, name) = unit.unwrap_or((0, ""));
+        write!(formatter, "{}{name}", self.0 >> shift)
+    }
+}
+
 /// Memory of a size that the board cannot have.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum MemorySizeError {
     /// Too little.
-    #[error("--memory size={0} bytes is too little for a guest; the least is {min}M", min = RAM_MIN / MIB)]
+    #[error("--memory size={} is too little for a guest; the least is {}", Size(*.0), Size(RAM_MIN))]
     TooSmall(u64),
     /// Too much.
-    #[error("--memory size={0} bytes is more than board {BOARD} can hold; the most is {max}G", max = RAM_MAX / GIB)]
+    #[error("--memory size={} is more than board {BOARD} can hold; the most is {}", Size(*.0), Size(RAM_MAX))]
     TooLarge(u64),
     /// Not whole MiB.
-    #[error("--memory size={0} bytes is not a multiple of 1M")]
+    #[error("--memory size={} is not a multiple of 1M", Size(*.0))]
     Uneven(u64),
 }
 

@@ -152,8 +152,8 @@ fn serial(text: &str) -> Result<SerialMode, OptionError> {
             Ok(SerialMode::File(path.into()))
         }
         _ => {
-            let part = text.into();
-            Err(OptionError::NoPair { option: "--serial", part, valid: "file; or give tty, null or off".into() })
+            let (option, value) = ("--serial", text.into());
+            Err(OptionError::Choice { option, value, valid: "tty, file=PATH, null or off" })
         }
     }
 }
@@ -192,8 +192,8 @@ pub(crate) fn disks(args: &RunArgs) -> Result<Vec<DiskConfig>, OptionError> {
 /// The machine that the options describe, apart from which CPU runs it.
 pub(crate) fn machine(args: &RunArgs, cpu: atoll_vmm::machine::CpuKind) -> Result<MachineConfig, OptionError> {
     if args.console != "off" {
-        let (option, part) = ("--console", args.console.clone());
-        return Err(OptionError::NoPair { option, part, valid: "none; give off and use --serial".into() });
+        let (option, value) = ("--console", args.console.clone());
+        return Err(OptionError::Choice { option, value, valid: "off; the guest's console is --serial" });
     }
     Ok(MachineConfig {
         boot: BootSource {

@@ -58,6 +58,16 @@ pub(crate) enum OptionError {
         /// What would be right.
         expected: &'static str,
     },
+    /// None of the values that an option has.
+    #[error("{option} cannot be '{value}'; it can be {valid}")]
+    Choice {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// The valid ones.
+        valid: &'static str,
+    },
     /// A disk that cannot be read.
     #[error("--disk {text}: {source}")]
     Disk {

@@ -17,6 +17,8 @@ use tracing_subscriber::EnvFilter;
 
 use cli::{Cli, Command, LogForm, NOT_RUN, RunArgs};
 
+/// What is logged unless ATOLL_LOG says otherwise: what goes wrong, and which CPU was taken and why.
+const LOG_LEVEL: &str = "warn,atoll::machine=info";
 /// Exit status of a machine that failed.
 const FAILED: u8 = 1;
 /// Exit status of a mistake on the command line.
@@ -56,7 +58,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn start_log(args: &RunArgs) {
-    let filter = EnvFilter::try_from_env("ATOLL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("ATOLL_LOG").unwrap_or_else(|_| EnvFilter::new(LOG_LEVEL));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
     match args.log {
         LogForm::Human => log.with_ansi(stderr().is_terminal()).with_target(false).init(),

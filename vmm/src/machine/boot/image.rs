@@ -132,6 +132,10 @@ fn load_bzimage(path: &Path, file: &mut File, memory: &GuestMemoryMmap) -> Resul
     if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(BootError::No64Bit { path: path.into() });
     }
+    let told = u64::from(header.syssize) * 16;
+    if loaded.kernel_end - loaded.kernel_load.0 < told {
+        return Err(BootError::Damaged { path: path.into(), reason: "it is cut short".into() });
+    }
     // The kernel unpacks itself to where it prefers to be, or to where it was loaded if that is higher, and needs
     // `init_size` bytes from there on.
     let runs_at = header.pref_address.max(loaded.kernel_load.0);
