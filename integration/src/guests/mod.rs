@@ -4,6 +4,7 @@
 //! and the worst that a guest can try. All begin with the same prologue, which leaves them in long mode with the first
 //! 4 GiB mapped one to one.
 
+pub mod disk;
 pub mod elf;
 pub mod hostile;
 pub mod prologue;

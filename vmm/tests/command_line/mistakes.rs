@@ -110,12 +110,15 @@ fn memory_that_cannot_be() {
 fn options_that_are_none() {
     let bench = Bench::new();
     check(bench.with(&["--flub"]), 2, &["--flub", "--help"]);
-    let mut misspelt = command();
-    misspelt.args(["run", "--cpu", "soft", "--memory", "sze=1G", "--kernel"]).arg(&bench.kernel);
-    check(misspelt, 2, &["--memory has no key 'sze'", "size"]);
+    let only = |arguments: &[&str]| {
+        let mut command = command();
+        command.arg("run").args(arguments).arg("--kernel").arg(&bench.kernel);
+        command
+    };
+    check(only(&["--memory", "sze=1G"]), 2, &["--memory has no key 'sze'", "size"]);
+    check(only(&["--cpu", "fast"]), 2, &["fast", "auto"]);
     check(bench.with(&["--disk", "path=a,colour=red"]), 2, &["--disk path=a,colour=red", "colour", "readonly"]);
     check(bench.with(&["--cpus", "boot=0"]), 2, &["--cpus boot=0", "1 to 255"]);
-    check(bench.with(&["--cpu", "fast"]), 2, &["fast", "auto"]);
     check(bench.with(&["--cpu-model", "pentium"]), 1, &["pentium", "atoll-v1"]);
     check(bench.with(&["--console", "tty"]), 2, &["--console", "off"]);
     check(bench.with(&["--serial", "file=/missing/x"]), 1, &["/missing/x", "another file"]);
