@@ -225,6 +225,28 @@ fn accesses_wait_for_the_successor() -> Result<()> {
     Ok(())
 }
 
+/// A reset of the guest takes the machine down and builds it again, with the same household. The end of the old process
+/// was once judged as that of the new one, which then was never restarted: both were generation 1.
+#[test]
+fn a_reset_is_no_crash_and_crashes_after_it_count() -> Result<()> {
+    let mut bench = Bench::new()?;
+    for round in 0..3 {
+        bench.backend.stop(Instant::now() + STEP);
+        let line = UartLine::open(&UartOutput::File(bench.folder.path().join("serial")))?;
+        let process = UartBuilder::new(Arc::new(line), Arc::clone(&bench.household))
+            .binary(xtask::place::program("atoll-uart")?)
+            .process(Wire::new(Arc::clone(&bench.levels) as Arc<dyn WireSink>, 3))?;
+        bench.backend = RegisterBackend::start(process, &bench.household)?;
+        bench.vcpu.registers = bench.backend.remote().region(RegionIndex(0)).context("a port has registers")?;
+        bench.wait_serving(2 + 2 * round)?;
+        processes::signal(bench.process()?, Signal::KILL)?;
+        bench.wait_serving(3 + 2 * round)?;
+        assert_eq!(bench.vcpu.read(LINE_STATUS), 0x60);
+    }
+    bench.household.shutdown(STEP);
+    Ok(())
+}
+
 /// The same as a guest sees it: Linux finds the port, prints to it, and goes on printing while its process is killed.
 #[test]
 fn a_guest_prints_to_a_port_elsewhere() -> Result<()> {

@@ -1,11 +1,13 @@
 //! What all device processes of a VMM share: the runtime and tree of the actors, the spawner, the supervisor, the clock.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use atoll_protocol::lifecycle::LifecycleEvent;
+use atoll_protocol::{DeviceId, Generation};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::broadcast;
 
@@ -23,6 +25,30 @@ pub struct Household {
     supervisor: Address<SupervisorMail>,
     story: broadcast::Sender<LifecycleEvent>,
     causes: Arc<AtomicU64>,
+    generations: Generations,
+}
+
+/// The last generation of each device, over all machines that this process has run: no number is used twice, so an event
+/// of a machine that is gone is never taken for one of its successor.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Generations(Arc<Mutex<BTreeMap<DeviceId, Generation>>>);
+
+impl Generations {
+    /// The generation of a device's next process.
+    pub(super) fn first(&self, device: DeviceId) -> Generation {
+        self.lock().get(&device).map_or(Generation::FIRST, |last| last.next())
+    }
+
+    /// A device had this generation.
+    pub(super) fn used(&self, device: DeviceId, generation: Generation) {
+        let mut all = self.lock();
+        let last = all.entry(device).or_insert(generation);
+        *last = generation.max(*last);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<DeviceId, Generation>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Household {
@@ -39,7 +65,16 @@ impl Household {
         });
         let spawner = Spawner::new(Arc::clone(&clock))?;
         let (supervisor, story) = Supervisor::start(&tree, runtime.handle(), Arc::clone(&clock));
-        Ok(Self { runtime, tree, clock, spawner, supervisor, story, causes: Arc::default() })
+        Ok(Self {
+            runtime,
+            tree,
+            clock,
+            spawner,
+            supervisor,
+            story,
+            causes: Arc::default(),
+            generations: Generations::default(),
+        })
     }
 
     /// The parent of all device processes.
@@ -76,6 +111,10 @@ impl Household {
     #[must_use]
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
+    }
+
+    pub(super) fn generations(&self) -> &Generations {
+        &self.generations
     }
 
     /// What a device that is not answered at once needs.

@@ -92,12 +92,12 @@ pub struct RestartPolicy {
 }
 
 impl RestartPolicy {
-    /// A device whose first incarnation is being started.
+    /// A device whose first incarnation is being started; after a reset of the machine that is not generation 1.
     #[must_use]
-    pub fn new(config: PolicyConfig) -> Self {
+    pub fn new(config: PolicyConfig, first: Generation) -> Self {
         Self {
             config,
-            generation: Generation::FIRST,
+            generation: first,
             phase: Phase::Starting,
             crashes: VecDeque::new(),
             start_failures: 0,
@@ -273,7 +273,7 @@ mod tests {
 
     impl Story {
         fn running() -> Self {
-            let mut policy = RestartPolicy::new(config());
+            let mut policy = RestartPolicy::new(config(), Generation::FIRST);
             policy.ready(Generation::FIRST);
             Self { clock: ManualClock::new(), policy }
         }
@@ -374,7 +374,7 @@ mod tests {
         assert_eq!(asked.policy.exited(Generation(1), &exit(ExitCause::Asked), now), Decision::Nothing);
         assert_eq!(asked.policy.exited(Generation(1), &crash(), now), Decision::Nothing);
 
-        let mut never = RestartPolicy::new(PolicyConfig::default());
+        let mut never = RestartPolicy::new(PolicyConfig::default(), Generation::FIRST);
         assert_eq!(never.exited(Generation(1), &crash(), now), Decision::GiveUp);
     }
 }

@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use super::event::{BackendEvent, BackendExit, EventKind, EventSink, Offer, SpawnError};
-use super::household::Household;
+use super::household::{Generations, Household};
 use super::policy::{PolicyConfig, QuarantineReason};
 use super::spawner::{Child, Spawner};
 use super::spec::{BackendSpec, PassedFd, WatchLimits};
@@ -119,7 +119,8 @@ impl RegisterBackend {
         let supervisor = household.supervisor().clone();
         let (orders, taken) = sync_channel(16);
         let recovery = HandOn { remote: Arc::clone(&remote), answered: 0, orders: orders.clone() };
-        let adopt = SupervisorMail::Adopt { device, config, recovery: Box::new(recovery) };
+        let generation = household.generations().first(device);
+        let adopt = SupervisorMail::Adopt { device, generation, config, recovery: Box::new(recovery) };
         let _ = household.runtime().block_on(supervisor.tell(adopt));
         let name = process.name.clone();
         let mut keeper = Keeper {
@@ -127,12 +128,13 @@ impl RegisterBackend {
             remote: Arc::clone(&remote),
             spawner: household.spawner().clone(),
             supervisor: supervisor.clone(),
+            generations: household.generations().clone(),
             child: None,
         };
         let release = || {
             let _ = household.runtime().block_on(supervisor.tell(SupervisorMail::Release(device)));
         };
-        if let Err(error) = keeper.incarnate(Generation::FIRST) {
+        if let Err(error) = keeper.incarnate(generation) {
             release();
             keeper.end(Instant::now());
             return Err(error);
@@ -232,6 +234,7 @@ struct Keeper {
     remote: Arc<Remote>,
     spawner: Spawner,
     supervisor: Address<SupervisorMail>,
+    generations: Generations,
     child: Option<Child>,
 }
 
@@ -263,6 +266,7 @@ impl Keeper {
 
     fn incarnate(&mut self, generation: Generation) -> Result<(), RegisterError> {
         self.child = None;
+        self.generations.used(self.process.device, generation);
         let name = self.process.name.clone();
         let host = |source| RegisterError::Host { name: name.clone(), source };
         let (ours, theirs) = UnixStream::pair().map_err(host)?;

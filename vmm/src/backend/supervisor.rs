@@ -41,6 +41,9 @@ pub enum SupervisorMail {
     Adopt {
         /// Which.
         device: DeviceId,
+        /// That incarnation. Later than all that this device had before: what a predecessor's end still has to say must
+        /// not be taken for its own.
+        generation: Generation,
         /// How patient to be.
         config: PolicyConfig,
         /// Who carries out decisions.
@@ -179,8 +182,8 @@ impl Supervisor {
 
     fn hear(&mut self, mail: SupervisorMail) {
         match mail {
-            SupervisorMail::Adopt { device, config, recovery } => {
-                let policy = RestartPolicy::new(config);
+            SupervisorMail::Adopt { device, generation, config, recovery } => {
+                let policy = RestartPolicy::new(config, generation);
                 self.devices.insert(device, Supervised { policy, recovery, completed: BTreeMap::new() });
             }
             SupervisorMail::Release(device) => {

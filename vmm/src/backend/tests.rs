@@ -384,7 +384,12 @@ fn supervisor_restarts_what_crashes() {
         |part| Restart { spawner: spawner.clone(), sink: supervisor.clone(), diary: Arc::clone(&diary), part };
     let mut first = recovery("serves");
     let config = PolicyConfig { intensity: 2, ..PolicyConfig::default() };
-    let adopt = SupervisorMail::Adopt { device: DeviceId(1), config, recovery: Box::new(recovery("serves")) };
+    let adopt = SupervisorMail::Adopt {
+        device: DeviceId(1),
+        generation: Generation::FIRST,
+        config,
+        recovery: Box::new(recovery("serves")),
+    };
     runtime.block_on(supervisor.tell(adopt)).expect("room");
     first.start(Generation::FIRST);
     let wait_ready = |story: &mut tokio::sync::broadcast::Receiver<_>, generation| {
