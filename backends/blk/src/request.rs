@@ -378,7 +378,7 @@ impl BlkQueue {
                     match done {
                         Err(e) if unsupported(&e) && range.how == Clear::Discard => {}
                         Err(e) if unsupported(&e) => {
-                            storage.zero_inline(range.offset, range.len).map_err(|e| io_error(storage.name(), &e))?
+                            storage.zero_inline(range.offset, range.len).map_err(|e| io_error(storage.name(), &e))?;
                         }
                         done => done.map_err(|e| io_error(storage.name(), &e))?,
                     }

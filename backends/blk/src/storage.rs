@@ -209,7 +209,7 @@ impl Storage {
 
     /// Makes all completed writes durable.
     pub fn flush_inline(&self) -> io::Result<()> {
-        Ok(self.file.as_ref().map_or(Ok(()), |file| rustix::fs::fdatasync(file))?)
+        Ok(self.file.as_ref().map_or(Ok(()), rustix::fs::fdatasync)?)
     }
 
     /// fallocate on the queue's thread.

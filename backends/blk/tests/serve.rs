@@ -102,15 +102,15 @@ fn what_does_not_fit_the_disk_is_an_error_and_changes_nothing() -> Result<()> {
         let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
         let mut driver = blk.driver(Options::default())?;
         let last = (1 << 20) / 512;
-        let outside = (16 << 20) - 256;
-        let cases: &[(&str, Kind, u64, &[(u64, u32)], u8)] = &[
+        type Case = (&'static str, Kind, u64, &'static [(u64, u32)], u8);
+        let cases: &[Case] = &[
             ("one sector behind the end", Kind::Out, last, &[(DATA, 512)], IOERR),
             ("across the end", Kind::Out, last - 1, &[(DATA, 1024)], IOERR),
             ("sector overflow", Kind::Out, u64::MAX, &[(DATA, 512)], IOERR),
             ("byte overflow", Kind::In, u64::MAX / 512, &[(DATA, 512)], IOERR),
             ("half a sector", Kind::Out, 0, &[(DATA, 256)], IOERR),
             ("data outside guest memory", Kind::Out, 0, &[(1 << 40, 512)], IOERR),
-            ("data across the end of guest memory", Kind::In, 0, &[(outside, 512)], IOERR),
+            ("data across the end of guest memory", Kind::In, 0, &[((16 << 20) - 256, 512)], IOERR),
             ("data at the end of the address space", Kind::In, 0, &[(u64::MAX - 100, 512)], IOERR),
             ("discard without a range", Kind::Discard, 0, &[], IOERR),
             ("discard with half a range", Kind::Discard, 0, &[(DATA, 8)], IOERR),
@@ -281,5 +281,28 @@ fn a_guest_that_cannot_flush_or_event_idx_is_served_as_well() -> Result<()> {
         }
         assert_eq!(driver.stop(0)?, 200);
     }
+    Ok(())
+}
+
+#[test]
+fn a_disabled_ring_keeps_its_requests_and_a_reset_device_starts_anew() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = image(folder.path(), 1 << 20)?;
+    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut driver = blk.driver(Options::default())?;
+    driver.front()?.set_vring_enable(0, false)?;
+    let (queue, guest) = driver.queue(0)?;
+    disk::add(queue, guest, Kind::In, 0, &[(DATA, 512)]).unwrap();
+    queue.publish(guest)?;
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert!(queue.take(guest).is_none());
+    driver.front()?.set_vring_enable(0, true)?;
+    let (queue, guest) = driver.queue(0)?;
+    queue.take_within(guest, disk::REQUEST_MAX)?;
+    driver.front()?.reset_device()?;
+    let features = driver.features();
+    driver.set_features(features)?;
+    driver.start(0)?;
+    assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
     Ok(())
 }

@@ -5,8 +5,8 @@ use thiserror::Error;
 use vm_memory::GuestMemory;
 
 use crate::chain::Chain;
+use crate::queue_thread::device_tag;
 use crate::uring::{Uring, UringError};
-use crate::worker::device_tag;
 
 /// How many queues a device has and how long they may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

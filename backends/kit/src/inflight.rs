@@ -330,7 +330,8 @@ mod tests {
 
     #[test]
     fn a_damaged_region_is_refused() {
-        let cases: &[(&str, fn(&Tracker))] = &[
+        type Damage = (&'static str, fn(&Tracker));
+        let cases: &[Damage] = &[
             ("unknown version", |t| t.store_u16(8, 7)),
             ("other queue size", |t| t.store_u16(10, 4)),
             ("used index far away", |t| t.store_u16(14, 1000)),

@@ -30,6 +30,7 @@ pub mod inflight;
 pub mod jail;
 pub mod logging;
 pub mod memory;
+mod queue_thread;
 pub mod ring;
 pub mod serve;
 pub mod session;
@@ -41,6 +42,8 @@ pub mod worker;
 
 /// Exit status of a process whose queue thread could not drive its ring any longer.
 pub const EXIT_QUEUE_FAILED: i32 = 70;
+/// Exit status of a process that found a bug in itself.
+pub const EXIT_PANIC: i32 = 72;
 /// Exit status of a process whose supervisor has gone.
 pub const EXIT_ORPHANED: i32 = 71;
 

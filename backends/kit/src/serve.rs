@@ -189,6 +189,7 @@ impl<D: Device> Orders for Keeper<D> {
 /// Serves `device` until its front end or its supervisor has gone.
 pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
     let Service { transport, sidecar, fence, jail } = service;
+    end_on_panic();
     if let Some(jail) = &jail {
         jail.confine()?;
     }
@@ -233,6 +234,16 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
         });
     }
     outcome
+}
+
+/// A thread that panics takes the process with it: a successor serves better than what is left.
+fn end_on_panic() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        tracing::error!(%panic, "this is a bug in the device process");
+        std::process::exit(crate::EXIT_PANIC);
+    }));
 }
 
 /// Waits for the start, raises the fence, opens the gate and says ready.

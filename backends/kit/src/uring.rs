@@ -34,6 +34,11 @@ pub enum UringError {
     Enter(#[source] io::Error),
 }
 
+/// Room for completions: more than a queue can have in flight, so that none ever waits in the kernel for room.
+const COMPLETIONS: u32 = 2048;
+/// Submissions that may fail to make room before a ring counts as stuck.
+const PUSH_TRIES: u32 = 1000;
+
 /// A restricted ring and the entries that wait for the next submission.
 pub struct Uring {
     ring: IoUring,
@@ -60,7 +65,7 @@ impl Uring {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
-            .setup_cqsize(entries.saturating_mul(2))
+            .setup_cqsize(COMPLETIONS)
             .build(entries)
             .map_err(UringError::Create)?;
         let mut restrictions: Vec<Restriction> = opcodes.iter().map(|op| Restriction::sqe_op(*op)).collect();
@@ -77,7 +82,7 @@ impl Uring {
     /// # Safety
     /// Everything that the entry points to must stay valid until its completion has been seen.
     pub unsafe fn push(&mut self, entry: &squeue::Entry) -> Result<(), UringError> {
-        loop {
+        for _ in 0..PUSH_TRIES {
             // SAFETY: the caller keeps what the entry points to alive until its completion.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
                 self.queued += 1;
@@ -85,6 +90,7 @@ impl Uring {
             }
             self.submit()?;
         }
+        Err(UringError::Enter(io::Error::from_raw_os_error(libc::EBUSY)))
     }
 
     /// Watches `fd` for readability; completes once per wake-up until removed or until `more` is false.

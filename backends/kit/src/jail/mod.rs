@@ -49,12 +49,23 @@ pub fn begin(keep: &[RawFd], supervised: bool) -> Result<(), JailError> {
     let parent = rustix::process::getppid();
     files::close_others(keep).map_err(|source| JailError::Step { what: "close inherited descriptors", source })?;
     rustix::thread::set_no_new_privs(true).map_err(step("give up new privileges"))?;
+    one_heap();
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none).map_err(step("forbid core dumps"))?;
     if supervised {
         die_with(parent)?;
     }
     Ok(())
+}
+
+/// A few heaps at most: each costs memory, and to choose their number some C libraries open a file, which the jail
+/// forbids by then.
+fn one_heap() {
+    #[allow(unsafe_code, reason = "a tuning call of the C library")]
+    // SAFETY: it sets a number, before any other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2)
+    };
 }
 
 /// The kernel kills this process when the thread that forked it ends.

@@ -1,0 +1,381 @@
+//! The thread of one queue.
+//!
+//! It owns an io_uring, the device's [`QueueHandler`] and, while the ring runs, the [`Ring`]. It waits for
+//! everything in one place: kicks, commands of the conversation (a mailbox with an eventfd) and completions
+//! all arrive on the io_uring. Kick descriptors are watched with a multishot poll and never read: each write to
+//! an eventfd wakes the poll, so that a kick costs no system call beyond the wait itself.
+//!
+//! After work the thread may spin for a short time before it asks for a kick and sleeps, see [`spin`](crate::spin).
+//! It never spins while I/O is in flight.
+//!
+//! A ring that turns out to be broken (an index out of bounds, a head twice) is not served further; its requests in
+//! flight are still completed, and the conversation learns of it when it stops the ring.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use vm_memory::GuestMemory;
+
+use crate::chain::Chain;
+use crate::device::{Io, Progress, QueueHandler};
+use crate::ring::{Ring, RingError, Taken};
+use crate::spin::Spin;
+use crate::uring::{Completion, Uring, UringError};
+use crate::worker::{Command, Gate, Mailbox, QueuePulse, RingStart, wake};
+
+/// Operations that are submitted without waiting for the end of the batch.
+const SUBMIT_AT: u32 = 16;
+
+const TAG_SHIFT: u32 = 56;
+const TAG_DEVICE: u64 = 1;
+const TAG_KICK: u64 = 2;
+const TAG_MAILBOX: u64 = 3;
+const TAG_REMOVED: u64 = 4;
+
+/// The `user_data` of an operation for request `head`.
+pub(crate) fn device_tag(head: u16) -> u64 {
+    TAG_DEVICE << TAG_SHIFT | u64::from(head)
+}
+
+/// A ring for `handler`, which hears of `mailbox`. To be called by the thread that will drive it.
+pub(crate) fn open<H: QueueHandler, M>(handler: &H, mailbox: &Mailbox<M>) -> Result<Uring, UringError> {
+    let mut uring = Uring::new(256, handler.opcodes())?;
+    uring.watch(mailbox.wake.as_fd(), TAG_MAILBOX << TAG_SHIFT)?;
+    Ok(uring)
+}
+
+struct Running<M> {
+    mem: Arc<M>,
+    ring: Ring,
+    kick: OwnedFd,
+    err: Option<OwnedFd>,
+    enabled: bool,
+    broken: bool,
+}
+
+pub(crate) struct QueueThread<H, M> {
+    index: u16,
+    uring: Uring,
+    handler: H,
+    mailbox: Arc<Mailbox<M>>,
+    pulse: Arc<QueuePulse>,
+    gate: Arc<Gate>,
+    running: Option<Running<M>>,
+    kick_epoch: u64,
+    outstanding: u32,
+    completions: Vec<Completion>,
+    chain: Chain,
+    spin: Spin,
+    malformed: u64,
+}
+
+impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
+    pub(crate) fn new(
+        index: u16,
+        uring: Uring,
+        handler: H,
+        mailbox: Arc<Mailbox<M>>,
+        pulse: Arc<QueuePulse>,
+        gate: Arc<Gate>,
+    ) -> Self {
+        Self {
+            index,
+            uring,
+            handler,
+            mailbox,
+            pulse,
+            gate,
+            running: None,
+            kick_epoch: 0,
+            outstanding: 0,
+            completions: Vec::with_capacity(512),
+            chain: Chain::default(),
+            spin: Spin::default(),
+            malformed: 0,
+        }
+    }
+
+    pub(crate) fn run(&mut self) -> Result<(), UringError> {
+        loop {
+            if self.mailbox.pending.swap(false, Ordering::AcqRel) && !self.obey()? {
+                return Ok(());
+            }
+            if !self.step()? {
+                self.idle()?;
+            }
+        }
+    }
+
+    /// Completes, takes and submits what there is; true when there was anything.
+    fn step(&mut self) -> Result<bool, UringError> {
+        if self.uring.deliverable() {
+            self.uring.submit()?;
+        }
+        let completed = self.finish()?;
+        let taken = self.take()?;
+        if completed || taken {
+            self.announce();
+            // A few operations wait for the sleep, which submits them in the same system call.
+            if self.uring.queued() >= SUBMIT_AT {
+                self.uring.submit()?;
+            }
+        }
+        Ok(completed || taken)
+    }
+
+    /// Handles completions that have been delivered.
+    fn finish(&mut self) -> Result<bool, UringError> {
+        self.pulse.beat();
+        let mut completions = std::mem::take(&mut self.completions);
+        self.uring.reap(&mut completions);
+        let mut worked = false;
+        for completion in &completions {
+            let value = completion.user_data & ((1 << TAG_SHIFT) - 1);
+            match completion.user_data >> TAG_SHIFT {
+                TAG_DEVICE => {
+                    self.outstanding = self.outstanding.saturating_sub(1);
+                    self.device_completion(value as u16, completion.result);
+                    worked = true;
+                }
+                TAG_KICK if !completion.more && value == self.kick_epoch => self.rewatch_kick(completion.result)?,
+                TAG_MAILBOX if !completion.more => {
+                    self.uring.watch(self.mailbox.wake.as_fd(), TAG_MAILBOX << TAG_SHIFT)?;
+                }
+                _ => {}
+            }
+        }
+        completions.clear();
+        self.completions = completions;
+        Ok(worked)
+    }
+
+    fn device_completion(&mut self, head: u16, result: i32) {
+        let Some(running) = &mut self.running else { return };
+        let mut io = Io::new(&mut self.uring, &mut self.outstanding);
+        let progress = self.handler.completion(&mut io, &*running.mem, head, result);
+        if let Progress::Done { written } = progress {
+            self.pulse.completed.fetch_add(1, Ordering::Relaxed);
+            let ended = running.ring.complete(&*running.mem, head, written);
+            self.check(ended);
+        }
+    }
+
+    /// Takes what the guest has made available, at most one ring full at a time.
+    fn take(&mut self) -> Result<bool, UringError> {
+        let Some(running) = &mut self.running else { return Ok(false) };
+        if !running.enabled || running.broken || !self.gate.is_open() {
+            return Ok(false);
+        }
+        let mut count = 0_u16;
+        let mut failed = Ok(());
+        while count < running.ring.size() {
+            match running.ring.take(&*running.mem, &mut self.chain) {
+                Ok(Taken::Empty) => break,
+                Ok(Taken::Request) => {
+                    if count == 0 {
+                        failed = running.ring.disarm(&*running.mem);
+                    }
+                    self.pulse.taken.fetch_add(1, Ordering::Relaxed);
+                    let mut io = Io::new(&mut self.uring, &mut self.outstanding);
+                    if let Progress::Done { written } = self.handler.request(&mut io, &*running.mem, &self.chain) {
+                        self.pulse.completed.fetch_add(1, Ordering::Relaxed);
+                        if let Err(e) = running.ring.complete(&*running.mem, self.chain.head(), written) {
+                            failed = Err(e);
+                            break;
+                        }
+                    }
+                }
+                Ok(Taken::Malformed(e)) => {
+                    self.malformed += 1;
+                    // The guest decides how often this happens: say it at each power of two.
+                    if self.malformed.is_power_of_two() {
+                        tracing::warn!(queue = self.index, count = self.malformed, error = %e, "malformed request");
+                    }
+                }
+                Err(e) => {
+                    failed = Err(e);
+                    break;
+                }
+            }
+            count += 1;
+        }
+        self.check(failed);
+        Ok(count > 0)
+    }
+
+    /// A ring error stops the ring, not the process.
+    fn check(&mut self, result: Result<(), RingError>) {
+        if let (Err(e), Some(running)) = (result, &mut self.running)
+            && !running.broken
+        {
+            running.broken = true;
+            if let Some(err) = &running.err {
+                wake(err);
+            }
+            tracing::warn!(queue = self.index, error = %e, "the ring is broken and is not served until it is reset");
+        }
+    }
+
+    fn announce(&mut self) {
+        if let Some(running) = &mut self.running {
+            let told = running.ring.notify(&*running.mem);
+            self.check(told);
+        }
+    }
+
+    /// Nothing to do: spin a little, then ask for a kick and sleep.
+    fn idle(&mut self) -> Result<(), UringError> {
+        let open = self.gate.is_open();
+        if let Some(running) = &mut self.running
+            && running.enabled
+            && !running.broken
+            && open
+        {
+            let budget = self.spin.budget();
+            if self.outstanding == 0 && !budget.is_zero() {
+                let since = Instant::now();
+                while since.elapsed() < budget {
+                    for _ in 0..8 {
+                        if running.ring.waiting(&*running.mem) {
+                            self.spin.caught();
+                            return Ok(());
+                        }
+                        std::hint::spin_loop();
+                    }
+                    if self.mailbox.pending.load(Ordering::Acquire) {
+                        return Ok(());
+                    }
+                }
+            }
+            let armed = running.ring.arm(&*running.mem);
+            match armed {
+                Ok(false) => {}
+                Ok(true) => return Ok(()),
+                Err(e) => self.check(Err(e)),
+            }
+        }
+        let idle = self.outstanding == 0;
+        let before = Instant::now();
+        self.uring.submit_and_wait()?;
+        if idle {
+            self.spin.slept(before.elapsed());
+        }
+        Ok(())
+    }
+
+    /// The poll has ended: begin another one, unless the descriptor can never be waited for.
+    fn rewatch_kick(&mut self, result: i32) -> Result<(), UringError> {
+        let gone = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
+        if result < 0 || result & gone != 0 {
+            self.check(Err(RingError::Broken {
+                index: self.index,
+                reason: "its kick descriptor is no eventfd".into(),
+            }));
+            return Ok(());
+        }
+        self.watch_kick()
+    }
+
+    fn watch_kick(&mut self) -> Result<(), UringError> {
+        let tag = TAG_KICK << TAG_SHIFT | self.kick_epoch;
+        match &self.running {
+            Some(running) => self.uring.watch(running.kick.as_fd(), tag),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until nothing is in flight, taking nothing new.
+    fn drain(&mut self) -> Result<(), UringError> {
+        while self.outstanding > 0 {
+            self.uring.submit_and_wait()?;
+            self.finish()?;
+        }
+        self.announce();
+        Ok(())
+    }
+
+    /// Does what the conversation wants; false when the thread shall end.
+    fn obey(&mut self) -> Result<bool, UringError> {
+        // Take the eventfd's count, so that the level-triggered poll does not fire again by itself.
+        let _ = rustix::io::read(&self.mailbox.wake, &mut [0_u8; 8]);
+        loop {
+            let command = self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            match command {
+                None => return Ok(true),
+                Some(Command::Quit) => {
+                    self.stop()?;
+                    return Ok(false);
+                }
+                Some(Command::Start(start, reply)) => {
+                    let started = self.start(*start)?;
+                    let _ = reply.send(started);
+                }
+                Some(Command::Stop(reply)) => {
+                    let base = self.stop()?;
+                    let _ = reply.send(base);
+                }
+                Some(Command::Memory(mem, reply)) => {
+                    self.drain()?;
+                    if let Some(running) = &mut self.running {
+                        running.mem = mem;
+                    }
+                    let _ = reply.send(());
+                }
+                Some(Command::Call(call, reply)) => {
+                    if let Some(running) = &mut self.running {
+                        running.ring.call = call;
+                        // What was announced to the old descriptor may have been lost with it.
+                        running.ring.interrupt();
+                    }
+                    let _ = reply.send(());
+                }
+                Some(Command::Enable(enabled, reply)) => {
+                    if let Some(running) = &mut self.running {
+                        running.enabled = enabled;
+                    }
+                    let _ = reply.send(());
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
+        self.stop()?;
+        let mut ring = match Ring::start(&*start.mem, start.config) {
+            Ok(ring) => ring,
+            Err(e) => return Ok(Err(e)),
+        };
+        ring.call = start.call;
+        self.handler.started(ring.size());
+        if ring.continued() {
+            ring.interrupt();
+        }
+        self.running = Some(Running {
+            mem: start.mem,
+            ring,
+            kick: start.kick,
+            err: start.err,
+            enabled: start.enabled,
+            broken: false,
+        });
+        self.kick_epoch += 1;
+        self.watch_kick()?;
+        Ok(Ok(()))
+    }
+
+    fn stop(&mut self) -> Result<Option<u16>, UringError> {
+        if self.running.is_none() {
+            return Ok(None);
+        }
+        self.drain()?;
+        let Some(running) = self.running.take() else { return Ok(None) };
+        let watched = TAG_KICK << TAG_SHIFT | self.kick_epoch;
+        self.kick_epoch += 1;
+        self.uring.unwatch(watched, TAG_REMOVED << TAG_SHIFT)?;
+        self.uring.submit()?;
+        self.handler.stopped();
+        Ok(Some(running.ring.next_avail()))
+    }
+}
