@@ -284,3 +284,132 @@ impl Ring {
 fn broken(index: u16, error: &virtio_queue::Error) -> RingError {
     RingError::Broken { index, reason: error.to_string() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeSet;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
+    use vm_memory::mmap::NewBitmap;
+    use vm_memory::{FileOffset, GuestMemoryMmap};
+
+    use super::*;
+    use crate::inflight::{Region, create, region_bytes};
+
+    const SIZE: u16 = 8;
+    const MEMORY_BYTES: usize = 0x4000;
+    const USED: u64 = 0x2000;
+
+    /// What a successor finds when the device dies at one moment: guest memory and the in-flight region.
+    type Remains = (Vec<u8>, Vec<u8>);
+
+    thread_local! {
+        static WATCHED: RefCell<Option<(File, File)>> = const { RefCell::new(None) };
+        static MOMENTS: RefCell<Vec<Remains>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// A dirty bitmap that takes a picture after each write to guest memory.
+    #[derive(Debug, Clone, Default)]
+    struct Camera;
+
+    impl Bitmap for Camera {
+        fn mark_dirty(&self, _offset: usize, _len: usize) {
+            picture();
+        }
+        fn dirty_at(&self, _offset: usize) -> bool {
+            false
+        }
+        fn slice_at(&self, _offset: usize) -> Self {
+            Self
+        }
+    }
+    impl WithBitmapSlice<'_> for Camera {
+        type S = Self;
+    }
+    impl BitmapSlice for Camera {}
+    impl NewBitmap for Camera {
+        fn with_len(_len: usize) -> Self {
+            Self
+        }
+    }
+
+    fn picture() {
+        WATCHED.with_borrow(|watched| {
+            let Some((memory, region)) = watched else { return };
+            let all = |file: &File| {
+                let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+                file.read_exact_at(&mut bytes, 0).unwrap();
+                bytes
+            };
+            MOMENTS.with_borrow_mut(|moments| moments.push((all(memory), all(region))));
+        });
+    }
+
+    fn memory() -> (GuestMemoryMmap<Camera>, File) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(MEMORY_BYTES as u64).unwrap();
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        (GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), MEMORY_BYTES, Some(offset))]).unwrap(), file)
+    }
+
+    fn config(tracker: Tracker) -> RingConfig {
+        RingConfig {
+            index: 0,
+            size: SIZE,
+            desc: GuestAddress(0),
+            avail: GuestAddress(0x1000),
+            used: GuestAddress(USED),
+            base: 0,
+            event_idx: false,
+            indirect: false,
+            tracker: Some(tracker),
+        }
+    }
+
+    /// Dies at each moment of a short life in turn: what has been taken is either in the used ring or will be
+    /// submitted again, never both and never neither.
+    #[test]
+    fn a_death_at_any_moment_leaves_each_request_in_exactly_one_place() {
+        let (mem, memory_file) = memory();
+        let region_file = create(1, SIZE).unwrap();
+        let region =
+            Region::map(region_file.try_clone().unwrap(), 0, region_bytes(1, SIZE), 1, SIZE).unwrap();
+        let mut ring = Ring::start(&mem, config(region.tracker(0, SIZE).unwrap())).unwrap();
+        for head in 0..5_u16 {
+            mem.store(head, GuestAddress(0x1004 + 2 * u64::from(head)), Ordering::Relaxed).unwrap();
+        }
+        mem.store(5_u16, GuestAddress(0x1002), Ordering::Release).unwrap();
+        WATCHED.set(Some((memory_file, region_file)));
+        let mut chain = Chain::default();
+        for _ in 0..5 {
+            assert_eq!(ring.take(&mem, &mut chain).unwrap(), Taken::Request);
+        }
+        for head in [2, 0, 4, 1] {
+            picture();
+            ring.complete(&mem, head, 1).unwrap();
+        }
+        picture();
+        WATCHED.set(None);
+        let moments = MOMENTS.take();
+        assert!(moments.len() > 12, "only {} moments", moments.len());
+        for (moment, (memory_bytes, region_bytes_then)) in moments.iter().enumerate() {
+            let (mem, file) = memory();
+            file.write_all_at(memory_bytes, 0).unwrap();
+            let file = create(1, SIZE).unwrap();
+            file.write_all_at(region_bytes_then, 0).unwrap();
+            let region = Region::map(file, 0, region_bytes(1, SIZE), 1, SIZE).unwrap();
+            let used: u16 = mem.load(GuestAddress(USED + 2), Ordering::Relaxed).unwrap();
+            let finished: BTreeSet<u16> = (0..used)
+                .map(|n| mem.load::<u32>(GuestAddress(USED + 4 + 8 * u64::from(n)), Ordering::Relaxed).unwrap() as u16)
+                .collect();
+            let again = region.tracker(0, SIZE).unwrap().recover(used).unwrap().resubmit;
+            let both: BTreeSet<u16> = again.iter().copied().chain(finished.iter().copied()).collect();
+            assert_eq!(both, (0..5).collect(), "moment {moment}: none is lost");
+            assert_eq!(again.len() + finished.len(), 5, "moment {moment}: none is in both places");
+            assert!(again.is_sorted(), "moment {moment}: in the order of taking");
+        }
+    }
+}
