@@ -375,8 +375,7 @@ mod tests {
     fn a_death_at_any_moment_leaves_each_request_in_exactly_one_place() {
         let (mem, memory_file) = memory();
         let region_file = create(1, SIZE).unwrap();
-        let region =
-            Region::map(region_file.try_clone().unwrap(), 0, region_bytes(1, SIZE), 1, SIZE).unwrap();
+        let region = Region::map(region_file.try_clone().unwrap(), 0, region_bytes(1, SIZE), 1, SIZE).unwrap();
         let mut ring = Ring::start(&mem, config(region.tracker(0, SIZE).unwrap())).unwrap();
         for head in 0..5_u16 {
             mem.store(head, GuestAddress(0x1004 + 2 * u64::from(head)), Ordering::Relaxed).unwrap();
