@@ -226,7 +226,7 @@ impl Machine {
                     tracing::warn!(vcpu, address, write = stall.write, waited_ms, "a device did not answer in time");
                 }
                 Ok(MachineEvent::VcpuEnded(end)) => {
-                    if let Some(failure) = failure(&end) {
+                    if let Some(failure) = failure(&end, self.board.processor().name()) {
                         return MachineEnd::Failed(failure);
                     }
                 }
@@ -266,15 +266,16 @@ impl Drop for Machine {
 }
 
 /// What a vCPU's end means for the machine, if it is its end too.
-fn failure(end: &VcpuEnd) -> Option<String> {
+fn failure(end: &VcpuEnd, cpu: &str) -> Option<String> {
     let vcpu = end.index;
+    let remedy = if cpu == "kvm" { "run with --cpu soft" } else { "it is a limit of the software CPU" };
     match &end.exit {
         Ok(Exit::Stopped) => None,
         Ok(Exit::TripleFault { rip }) => Some(format!(
             "vcpu{vcpu} shut down by a triple fault at rip {rip:#x}: the guest faulted where it had no handler; \
              look at what it printed last"
         )),
-        Ok(Exit::Stuck { rip, reason }) => Some(format!("vcpu{vcpu} cannot go on at rip {rip:#x}: {reason}")),
+        Ok(Exit::Stuck { rip, reason }) => Some(format!("vcpu{vcpu} cannot go on at rip {rip:#x}: {reason}; {remedy}")),
         Err(error) => Some(format!("vcpu{vcpu} failed: {error}")),
     }
 }

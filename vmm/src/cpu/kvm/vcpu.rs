@@ -94,9 +94,7 @@ impl KvmVcpu {
         // SAFETY: the exit reason says that this is the field of the union.
         let error = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
         let reason = match error.suberror {
-            KVM_INTERNAL_ERROR_EMULATION => {
-                "KVM has to interpret this instruction and does not know it; run with --cpu soft".into()
-            }
+            KVM_INTERNAL_ERROR_EMULATION => "KVM has to interpret this instruction and does not know it".into(),
             code => format!("KVM failed with internal error {code}"),
         };
         Exit::Stuck { rip, reason }

@@ -95,8 +95,8 @@ fn load(memory: &GuestMemory) {
         put(SCRATCH_AT + 0x800 + index as u64 * 8, &entry.to_le_bytes());
     }
     // The first 2 MiB, mapped onto themselves.
-    put(PAGE_TABLES, &(PAGE_TABLES + 0x1000 | 3).to_le_bytes());
-    put(PAGE_TABLES + 0x1000, &(PAGE_TABLES + 0x2000 | 3).to_le_bytes());
+    put(PAGE_TABLES, &((PAGE_TABLES + 0x1000) | 3).to_le_bytes());
+    put(PAGE_TABLES + 0x1000, &((PAGE_TABLES + 0x2000) | 3).to_le_bytes());
     put(PAGE_TABLES + 0x2000, &0x83_u64.to_le_bytes());
 }
 
