@@ -5,8 +5,9 @@
 //! guest's driver, not its CPU.
 #![allow(unsafe_code, reason = "vmm-sys-util's EventFd has no AsFd; its descriptor is borrowed for one poll")]
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,7 @@ use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use atoll_devices::serial::{Serial, SerialHost};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -30,6 +31,10 @@ use crate::cpu::Space;
 const GATHER: Duration = Duration::from_millis(2);
 /// What is read from the terminal at once.
 const INPUT_CHUNK: usize = 256;
+/// Typed bytes that may wait for room in the port.
+const TYPED_MAX: usize = 4096;
+/// How often to see whether there is room, while some wait.
+const ROOM_LOOK_NS: i64 = 5_000_000;
 /// First and second byte of the escape: Ctrl-A x ends the machine, Ctrl-A Ctrl-A types a Ctrl-A.
 const ESCAPE: u8 = 0x01;
 const ESCAPE_QUIT: u8 = b'x';
@@ -118,13 +123,12 @@ fn lock(port: &Port) -> MutexGuard<'_, Serial> {
 #[derive(Default)]
 struct Link {
     writer: OnceLock<Thread>,
-    reader: OnceLock<Thread>,
     ended: AtomicBool,
 }
 
 impl Link {
-    fn wake(thread: &OnceLock<Thread>) {
-        if let Some(thread) = thread.get() {
+    fn wake_writer(&self) {
+        if let Some(thread) = self.writer.get() {
             thread.unpark();
         }
     }
@@ -133,18 +137,16 @@ impl Link {
     }
     fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        Self::wake(&self.writer);
-        Self::wake(&self.reader);
+        self.wake_writer();
     }
 }
 
 impl SerialHost for Link {
     fn output_ready(&self) {
-        Self::wake(&self.writer);
+        self.wake_writer();
     }
-    fn input_room(&self) {
-        Self::wake(&self.reader);
-    }
+    /// The reader looks by itself while anything waits: it has to watch for the escape meanwhile.
+    fn input_room(&self) {}
 }
 
 /// The threads of a started port.
@@ -188,7 +190,6 @@ impl SerialLife {
                 let thread = std::thread::Builder::new()
                     .name("serial-in".into())
                     .spawn(move || read_input(&port, &link, input, &seen, &events))?;
-                let _ = self.link.reader.set(thread.thread().clone());
                 Some((thread, end))
             }
             None => None,
@@ -280,52 +281,85 @@ impl EscapeFilter {
     }
 }
 
+/// Typed bytes that wait for room in the port.
+struct Typed {
+    waiting: VecDeque<u8>,
+    /// A person types: what finds no room is lost, but the escape is still seen. Else nothing is read until there is room.
+    lossy: bool,
+}
+
+impl Typed {
+    fn accepts_input(&self) -> bool {
+        self.lossy || self.waiting.len() < TYPED_MAX
+    }
+    fn add(&mut self, bytes: &[u8]) {
+        let room = if self.lossy { TYPED_MAX.saturating_sub(self.waiting.len()) } else { usize::MAX };
+        self.waiting.extend(bytes.iter().take(room));
+    }
+    /// Hands over what the port has room for.
+    fn feed(&mut self, port: &Port) {
+        if !self.waiting.is_empty() {
+            let taken = lock(port).receive(self.waiting.make_contiguous());
+            self.waiting.drain(..taken.min(self.waiting.len()));
+        }
+    }
+}
+
 /// Reads what is typed until the port ends or there is no more input.
 fn read_input(port: &Port, link: &Link, mut input: File, end: &EventFd, events: &EventSender) {
     let mut filter = EscapeFilter::default();
     let mut chunk = [0; INPUT_CHUNK];
-    let mut typed = Vec::new();
-    while wait_for_input(&input, end) {
+    let mut passed = Vec::new();
+    let mut typed = Typed { waiting: VecDeque::new(), lossy: input.is_terminal() };
+    let mut ended = false;
+    while !link.has_ended() && !(ended && typed.waiting.is_empty()) {
+        typed.feed(port);
+        match wait_for_input((!ended && typed.accepts_input()).then_some(&input), end, !typed.waiting.is_empty()) {
+            Wait::Input => {}
+            Wait::Nothing => continue,
+            Wait::End => return,
+        }
         let read = match input.read(&mut chunk) {
-            Ok(0) => return,
             Ok(read) => read,
             Err(error) if matches!(error.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock) => {
                 continue;
             }
             Err(error) => {
                 tracing::warn!(%error, "nothing more can be read for the serial port");
-                return;
+                0
             }
         };
-        typed.clear();
-        if filter.pass(chunk.get(..read).unwrap_or_default(), &mut typed) {
+        ended = read == 0;
+        passed.clear();
+        if filter.pass(chunk.get(..read).unwrap_or_default(), &mut passed) {
             events.tell(MachineEvent::Stop(StopCause::Escape));
             return;
         }
-        let mut rest = typed.as_slice();
-        while !rest.is_empty() && !link.has_ended() {
-            let taken = lock(port).receive(rest);
-            rest = rest.get(taken..).unwrap_or_default();
-            if taken == 0 {
-                std::thread::park();
-            }
-        }
+        typed.add(&passed);
     }
 }
 
-/// Whether there is input; not so when the port has ended.
-fn wait_for_input(input: &File, end: &EventFd) -> bool {
+/// Why waiting for input has ended.
+enum Wait {
+    Input,
+    /// Time to see whether the port has room.
+    Nothing,
+    /// The port has ended.
+    End,
+}
+
+/// Waits for input, if it is wanted, and not for long when something `waits` for room in the port.
+fn wait_for_input(input: Option<&File>, end: &EventFd, waits: bool) -> Wait {
     // SAFETY: the descriptor belongs to `end`, which outlives this borrow.
     let end = unsafe { BorrowedFd::borrow_raw(end.as_raw_fd()) };
-    loop {
-        let mut fds =
-            [PollFd::from_borrowed_fd(end, PollFlags::IN), PollFd::from_borrowed_fd(input.as_fd(), PollFlags::IN)];
-        match poll(&mut fds, None) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return false,
-            Ok(_) if !fds[0].revents().is_empty() => return false,
-            Ok(_) => return true,
-        }
+    let look = Timespec { tv_sec: 0, tv_nsec: ROOM_LOOK_NS };
+    let mut fds = vec![PollFd::from_borrowed_fd(end, PollFlags::IN)];
+    fds.extend(input.map(|input| PollFd::from_borrowed_fd(input.as_fd(), PollFlags::IN)));
+    match poll(&mut fds, waits.then_some(&look)) {
+        Err(rustix::io::Errno::INTR) | Ok(0) => Wait::Nothing,
+        Err(_) => Wait::End,
+        Ok(_) if fds.first().is_some_and(|end| !end.revents().is_empty()) => Wait::End,
+        Ok(_) => Wait::Input,
     }
 }
 

@@ -128,3 +128,24 @@ impl RegisterDevice for BarWindow {
         self.function.lock().unwrap_or_else(PoisonError::into_inner).bar_write(self.bar, offset, data)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Part of the frozen board: where the BARs of the first devices lie. Each is aligned to its length.
+    #[test]
+    fn bars_are_where_they_were() {
+        let mut windows = BarWindows::default();
+        let bars = [
+            (BarSpace::Memory, 0x1_0000),
+            (BarSpace::Memory, 0x4000),
+            (BarSpace::Memory, 0x1_0000),
+            (BarSpace::Io, 32),
+        ];
+        let bases: Vec<_> = bars.into_iter().map(|(space, len)| windows.take(space, len)).collect();
+        assert_eq!(bases, [Some(0x80_0000_0000), Some(0x80_0001_0000), Some(0x80_0002_0000), Some(0x1000)]);
+        assert_eq!(windows.take(BarSpace::Memory, 512 << 30), None);
+        assert_eq!(windows.take(BarSpace::Io, 0x1_0000), None);
+    }
+}

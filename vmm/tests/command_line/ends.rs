@@ -93,6 +93,20 @@ fn escape_ends_it() {
     assert_eq!(running.end().status, Some(0));
 }
 
+/// A long script on standard input reaches the guest whole, however slowly it reads.
+#[test]
+fn piped_input_is_not_lost() {
+    let folder = folder();
+    let mut running = Running::start(run(&obedient(folder.path())));
+    running.line();
+    // The guest ignores all but the last byte; 20,000 of them do not fit into any buffer on the way.
+    let mut script = vec![b'.'; 20_000];
+    script.push(b'q');
+    running.send(&script);
+    drop(running.stdin.take());
+    assert_eq!(running.end().status, Some(0));
+}
+
 /// A signal that asks for an end gets one: the machine stops, devices are taken down, the status says which signal.
 #[test]
 fn sigterm_is_a_clean_stop() {
