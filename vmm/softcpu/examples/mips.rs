@@ -126,7 +126,7 @@ fn report(name: &str, instructions: f64, elapsed: f64, native: Option<f64>) {
 }
 
 /// Thousands of functions, each run twice: decoding dominates.
-fn run_wide() {
+fn run_wide(only_first: bool) {
     let mut machine = Machine::new();
     let base = 0x200_0000u64;
     let mut asm = CodeAssembler::new(64).expect("assembler");
@@ -183,7 +183,8 @@ fn run_wide() {
     let entry = result.label_ip(&main).expect("main");
     let mut first = 0.0;
     let mut retired = 0.0;
-    for _ in 0..16 {
+    let fresh = if only_first { 200 } else { 16 };
+    for _ in 0..fresh {
         machine = Machine::new();
         machine.write(base, &result.inner.code_buffer);
         machine.cpu.regs.rip = entry;
@@ -194,7 +195,10 @@ fn run_wide() {
         retired += machine.cpu.retired() as f64;
     }
     report("wide 1st", retired, first, None);
-    first /= 16.0;
+    first /= f64::from(fresh);
+    if only_first {
+        return;
+    }
     let before = machine.cpu.retired();
     let start = cpu_seconds();
     for _ in 0..100 {
@@ -218,7 +222,7 @@ fn main() {
             run_loop(name, body, argument);
         }
     }
-    if wanted("wide") {
-        run_wide();
+    if wanted("wide") || only.as_deref() == Some("decode") {
+        run_wide(only.as_deref() == Some("decode"));
     }
 }

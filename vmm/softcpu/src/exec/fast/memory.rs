@@ -62,23 +62,20 @@ impl Address for Seg {
     }
 }
 
-/// Host address of `W` at a linear address, or null on a miss.
+/// Whether `W` at a linear address is cached, and its host address if so.
 ///
 /// # Safety
 /// `cpu` is valid.
 #[inline(always)]
-pub(super) unsafe fn host<W: Word, const WRITE: bool>(cpu: *const Cpu, linear: u64) -> *mut u8 {
+pub(super) unsafe fn host<W: Word, const WRITE: bool>(cpu: *const Cpu, linear: u64) -> (bool, *mut u8) {
     // SAFETY: the table pointer is set while blocks run, and the index is cut to its size.
     unsafe {
         let tlb: *const Tlb = (*cpu).exec.tlb;
         let table = if WRITE { &raw const (*tlb).write } else { &raw const (*tlb).read };
         let entry = table.cast::<crate::tlb::TlbEntry>().add((linear >> 12) as usize & (TLB_ENTRIES - 1));
         // An access that crosses into the next page compares that page with this page's entry, and misses.
-        if (*entry).tag == linear.wrapping_add(W::BYTES - 1) & !0xfff {
-            (linear as usize).wrapping_add((*entry).addend) as *mut u8
-        } else {
-            std::ptr::null_mut()
-        }
+        let hit = (*entry).tag == linear.wrapping_add(W::BYTES - 1) & !0xfff;
+        (hit, (linear as usize).wrapping_add((*entry).addend) as *mut u8)
     }
 }
 
@@ -87,8 +84,8 @@ pub(super) unsafe fn host<W: Word, const WRITE: bool>(cpu: *const Cpu, linear: u
 macro_rules! read_host {
     ($word:ty, $cpu:expr, $op:expr, $fuel:expr, $flags:expr, $linear:expr, $simple:literal) => {{
         let linear: u64 = $linear;
-        let host = crate::exec::fast::memory::host::<$word, false>($cpu, linear);
-        if host.is_null() {
+        let (hit, host) = crate::exec::fast::memory::host::<$word, false>($cpu, linear);
+        if !hit {
             (*$cpu).exec.missed = linear;
             return crate::exec::fast::memory::miss::<$word, false, $simple>($cpu, $op, $fuel, $flags);
         }
@@ -99,8 +96,8 @@ macro_rules! read_host {
 macro_rules! write_host {
     ($word:ty, $cpu:expr, $op:expr, $fuel:expr, $flags:expr, $linear:expr, $simple:literal) => {{
         let linear: u64 = $linear;
-        let host = crate::exec::fast::memory::host::<$word, true>($cpu, linear);
-        if host.is_null() {
+        let (hit, host) = crate::exec::fast::memory::host::<$word, true>($cpu, linear);
+        if !hit {
             (*$cpu).exec.missed = linear;
             return crate::exec::fast::memory::miss::<$word, true, $simple>($cpu, $op, $fuel, $flags);
         }
@@ -109,7 +106,9 @@ macro_rules! write_host {
 }
 pub(super) use {read_host, write_host};
 
-/// The address in `exec.missed` is not cached: fill and run the op again, or do it slowly.
+/// The address in `exec.missed` is not cached: fill and run the op again, or do it slowly. Never inlined, so that the
+/// handlers that jump here need no stack frame.
+#[inline(never)]
 pub(super) unsafe extern "sysv64" fn miss<W: Word, const WRITE: bool, const SIMPLE: bool>(
     cpu: *mut Cpu,
     op: *const Op,
@@ -135,6 +134,7 @@ fn slow<const SIMPLE: bool>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64)
 }
 
 /// As [`slow`], for handlers that find something other than a miss out of the ordinary.
+#[inline(never)]
 pub(super) unsafe extern "sysv64" fn slow_leave(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     slow::<false>(cpu, op, fuel, flags)
 }

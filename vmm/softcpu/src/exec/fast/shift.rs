@@ -93,10 +93,26 @@ unsafe extern "sysv64" fn shift_cl<K: Kind, W: Word, const LOUD: bool>(
     let flags = unsafe {
         let a = W::get(cpu, (*op).r0);
         let count = u64::from(u8::get(cpu, RCX));
-        if LOUD || W::BYTES < 4 {
+        if W::BYTES < 4 {
             let (value, out) = arith::shift(K::KIND, a.wide(), count, W::BYTES as u32, fold(0, flags));
             W::set(cpu, (*op).r0, W::narrow(value));
             unfold(out)
+        } else if LOUD {
+            let count = count as u32 & (W::BYTES as u32 * 8 - 1);
+            let (value, out) = match K::KIND {
+                // A count of zero leaves the flags.
+                _ if count == 0 => (a, flags),
+                Shift::Shl => W::shl(a, count),
+                Shift::Shr => W::shr(a, count),
+                Shift::Sar => W::sar(a, count),
+                kind => {
+                    let wide = u64::from(count);
+                    let (value, out) = arith::shift(kind, a.wide(), wide, W::BYTES as u32, fold(0, flags));
+                    (W::narrow(value), unfold(out))
+                }
+            };
+            W::set(cpu, (*op).r0, value);
+            out
         } else {
             let count = count as u32 & (W::BYTES as u32 * 8 - 1);
             W::set(cpu, (*op).r0, shifted::<K, W>(a, count));
@@ -144,9 +160,9 @@ unsafe fn multiply<W: Word, const LOUD: bool>(cpu: *mut Cpu, op: *const Op, a: W
     // SAFETY: by the contract of a handler.
     unsafe {
         if LOUD {
-            let (low, _, out) = arith::imul(a.wide(), b.wide(), W::BYTES as u32, fold(0, flags));
-            W::set(cpu, (*op).r0, W::narrow(low));
-            unfold(out)
+            let low = W::narrow(a.wide().wrapping_mul(b.wide()));
+            W::set(cpu, (*op).r0, low);
+            W::logic(low) | if W::product_fits(a, b) { 0 } else { CARRY | 1 }
         } else {
             W::set(cpu, (*op).r0, W::narrow(a.wide().wrapping_mul(b.wide())));
             flags

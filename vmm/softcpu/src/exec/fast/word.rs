@@ -38,6 +38,15 @@ pub(super) trait Word: Copy + PartialEq + PartialOrd {
     fn inc(a: Self, flags: u64) -> (Self, u64);
     /// DEC: CF is kept.
     fn dec(a: Self, flags: u64) -> (Self, u64);
+    /// SHL by a count between one and the width less one. OF and AF as the general interpreter defines them, not as the
+    /// host happens to.
+    fn shl(a: Self, count: u32) -> (Self, u64);
+    /// SHR, likewise.
+    fn shr(a: Self, count: u32) -> (Self, u64);
+    /// SAR, likewise.
+    fn sar(a: Self, count: u32) -> (Self, u64);
+    /// Whether the signed product fits.
+    fn product_fits(a: Self, b: Self) -> bool;
     /// Flags of a logical result.
     fn logic(a: Self) -> u64;
     /// Value of a register at a byte offset in `Regs`.
@@ -139,6 +148,41 @@ macro_rules! word {
                         a = inout($class) a, f = in(reg) flags, out("ax") out, options(pure, nomem, nostack));
                 }
                 (a, u64::from(out))
+            }
+            #[inline(always)]
+            fn shl(mut a: Self, count: u32) -> (Self, u64) {
+                let out: u64;
+                // SAFETY: arithmetic on registers only.
+                unsafe {
+                    asm!(concat!("shl {a", $suffix, "}, cl"), "lahf", "and eax, 0xc500",
+                        a = inout($class) a, in("ecx") count, out("rax") out, options(pure, nomem, nostack));
+                }
+                (a, out | ((out >> 15) ^ (out >> 8)) & 1)
+            }
+            #[inline(always)]
+            fn shr(mut a: Self, count: u32) -> (Self, u64) {
+                let top = (a as u64 >> (Self::BYTES * 8 - 1)) & u64::from(count == 1);
+                let out: u64;
+                // SAFETY: arithmetic on registers only.
+                unsafe {
+                    asm!(concat!("shr {a", $suffix, "}, cl"), "lahf", "and eax, 0xc500",
+                        a = inout($class) a, in("ecx") count, out("rax") out, options(pure, nomem, nostack));
+                }
+                (a, out | top)
+            }
+            #[inline(always)]
+            fn sar(mut a: Self, count: u32) -> (Self, u64) {
+                let out: u64;
+                // SAFETY: arithmetic on registers only.
+                unsafe {
+                    asm!(concat!("sar {a", $suffix, "}, cl"), "lahf", "and eax, 0xc500",
+                        a = inout($class) a, in("ecx") count, out("rax") out, options(pure, nomem, nostack));
+                }
+                (a, out)
+            }
+            #[inline(always)]
+            fn product_fits(a: Self, b: Self) -> bool {
+                !(a as $signed).overflowing_mul(b as $signed).1
             }
             #[inline(always)]
             fn logic(a: Self) -> u64 {
