@@ -97,7 +97,7 @@ pub(crate) struct Op {
     offset: u16,
     /// Instructions of the block before this one.
     ordinal: u8,
-    /// Scale of the index (log2), and in the high half the segment whose base is added (0: none).
+    /// Factor of the index (1, 2, 4 or 8), and in the high half the segment whose base is added (0: none).
     scale: u8,
 }
 

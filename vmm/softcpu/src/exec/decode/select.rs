@@ -176,7 +176,7 @@ fn address(insn: &Instruction, op: &mut Op, at: At) -> Option<EaKind> {
     };
     if index != Register::None {
         op.index = slot(index).filter(|slot| slot.size == 8)?.offset;
-        op.scale = insn.memory_index_scale().trailing_zeros() as u8;
+        op.scale = insn.memory_index_scale() as u8;
     }
     op.scale |= segment << 4;
     Some(match (segment, index) {

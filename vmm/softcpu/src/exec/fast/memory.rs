@@ -45,7 +45,7 @@ impl Address for Sib {
     unsafe fn linear(cpu: *const Cpu, op: *const Op) -> u64 {
         // SAFETY: by contract.
         unsafe {
-            let index = u64::get(cpu, (*op).index).wrapping_shl(u32::from((*op).scale));
+            let index = u64::get(cpu, (*op).index).wrapping_mul(u64::from((*op).scale));
             Base::linear(cpu, op).wrapping_add(index)
         }
     }
@@ -55,7 +55,7 @@ impl Address for Seg {
     unsafe fn linear(cpu: *const Cpu, op: *const Op) -> u64 {
         // SAFETY: by contract; the upper half of `scale` is 4 (FS) or 5 (GS).
         unsafe {
-            let index = u64::get(cpu, (*op).index).wrapping_shl(u32::from((*op).scale & 15));
+            let index = u64::get(cpu, (*op).index).wrapping_mul(u64::from((*op).scale & 15));
             let segment = (*cpu).sys.segments.as_ptr().add(usize::from((*op).scale >> 4));
             Base::linear(cpu, op).wrapping_add(index).wrapping_add((*segment).base)
         }
