@@ -10,7 +10,7 @@ mod flat;
 use std::hint::black_box;
 
 use flat::{CODE, DATA, Machine, STACK};
-use iced_x86::code_asm::*;
+use iced_x86::code_asm::{CodeAssembler, CodeLabel, qword_ptr, r8, r9, r10, r11, rax, rcx, rdi, rdx};
 
 type Loop = unsafe extern "sysv64" fn(*mut u8, u64) -> u64;
 
@@ -107,7 +107,7 @@ fn run_loop(name: &str, body: Loop, argument: u64) {
     machine.cpu.regs.gpr[6] = argument;
     let start = cpu_seconds();
     machine.run();
-    let elapsed = (cpu_seconds() - start);
+    let elapsed = cpu_seconds() - start;
     let mut copy = noise;
     copy.resize(1 << 20, 0);
     let native_start = cpu_seconds();
@@ -206,7 +206,7 @@ fn run_wide(only_first: bool) {
         machine.cpu.halted = false;
         machine.run();
     }
-    let again = (cpu_seconds() - start);
+    let again = cpu_seconds() - start;
     report("wide +100", (machine.cpu.retired() - before) as f64, again, None);
     println!("{count} static instructions, {} MiB of decoded code", machine.cpu.cache_bytes() >> 20);
     report("wide all", machine.cpu.retired() as f64, first + again, None);

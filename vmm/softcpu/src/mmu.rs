@@ -52,8 +52,6 @@ pub(crate) enum HostRw {
 pub(crate) struct PageSpan {
     /// Host address of the first byte.
     pub(crate) host: *mut u8,
-    /// Its guest-physical address.
-    pub(crate) gpa: u64,
     /// Bytes from there to the end of the page.
     pub(crate) len: usize,
 }
@@ -274,7 +272,7 @@ impl Cpu {
         let access = if write { Access::Write } else { Access::Read };
         let len = 0x1000 - (linear & 0xfff) as usize;
         Ok(match self.locate(linear, access, user)? {
-            Place::Ram { host, gpa, code } if !(write && code) => Some(PageSpan { host, gpa, len }),
+            Place::Ram { host, code, .. } if !(write && code) => Some(PageSpan { host, len }),
             _ => None,
         })
     }

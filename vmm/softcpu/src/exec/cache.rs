@@ -80,6 +80,7 @@ pub(crate) struct CodeCache {
     frames: Map<Box<Frame>>,
     blocks: Map<Found>,
     /// Code that may still be running.
+    #[allow(clippy::vec_box, reason = "blocks point to their frame, which must not move")]
     buried: Vec<Box<Frame>>,
     /// Grows with every report of DMA.
     epoch: u64,

@@ -5,13 +5,13 @@ use iced_x86::Instruction;
 use super::general::{Flow, ThunkCall};
 use super::{Exit, FarLink, Leave, Mode, Next, Op, fold, unfold};
 use crate::cpu::Cpu;
-use crate::state::Exception;
 
 /// Goes on with an op: a jump in optimised builds, a return to the trampoline in others.
 macro_rules! go {
     ($cpu:expr, $op:expr, $fuel:expr, $flags:expr) => {{
         let op: *const crate::exec::Op = $op;
         #[cfg(not(debug_assertions))]
+        #[allow(unused_unsafe, reason = "some users of the macro are within unsafe blocks")]
         {
             // SAFETY: `op` is an op of a live block, and the arguments are passed on.
             return unsafe { ((*op).handler)($cpu, op, $fuel, $flags) };
@@ -34,20 +34,33 @@ macro_rules! next {
 macro_rules! leave {
     ($cpu:expr, $why:expr, $fuel:expr, $flags:expr) => {{
         // SAFETY: `cpu` is valid by the contract of a handler.
-        unsafe { crate::exec::dispatch::record_leave($cpu, $why, $fuel, $flags) };
+        #[allow(unused_unsafe, reason = "some users of the macro are within unsafe blocks")]
+        unsafe {
+            crate::exec::dispatch::record_leave($cpu, $why, $fuel, $flags)
+        };
         #[cfg(not(debug_assertions))]
         return;
         #[cfg(debug_assertions)]
         return crate::exec::Next { op: std::ptr::null(), rest: 0 };
     }};
 }
-pub(crate) use {go, leave, next};
+/// The end of a handler after which `exec` already says everything.
+macro_rules! finish {
+    () => {{
+        #[cfg(not(debug_assertions))]
+        return;
+        #[cfg(debug_assertions)]
+        return crate::exec::Next { op: std::ptr::null(), rest: 0 };
+    }};
+}
+pub(crate) use {finish, go, leave, next};
 
 /// Goes to the block at `regs.rip` if the jump cache knows it, else to the run loop. 64-bit code only: there RIP is the
 /// linear address.
 macro_rules! jump_cached {
     ($cpu:expr, $fuel:expr, $flags:expr) => {{
         // SAFETY: the jump cache has a power of two of entries, and those whose tag fits hold ops of live blocks.
+        #[allow(unused_unsafe, reason = "some users of the macro are within unsafe blocks")]
         unsafe {
             let rip = (*$cpu).regs.rip;
             let jump = (*$cpu).exec.jumps.add(crate::exec::dispatch::jump_index(rip));
@@ -199,7 +212,7 @@ pub(crate) unsafe extern "sysv64" fn general(cpu: *mut Cpu, op: *const Op, fuel:
         // SAFETY: two slots hold the instruction, the block goes on behind them.
         go!(cpu, unsafe { op.add(GENERAL_SLOTS) }, fuel, flags);
     }
-    finish()
+    finish!();
 }
 
 /// Slots that an op with thunk and instruction behind it takes.
@@ -217,14 +230,7 @@ pub(crate) unsafe extern "sysv64" fn native(cpu: *mut Cpu, op: *const Op, fuel: 
         // SAFETY: the slots behind the op hold the call.
         go!(cpu, unsafe { op.add(THUNK_SLOTS) }, fuel, flags);
     }
-    finish()
-}
-
-/// The end of a handler after which `exec` already says everything.
-#[inline(always)]
-pub(crate) fn finish() -> Next {
-    #[cfg(debug_assertions)]
-    return Next { op: std::ptr::null(), rest: 0 };
+    finish!();
 }
 
 /// The instruction cannot be kept in a block (it crosses into another frame): the run loop does it alone.
@@ -264,6 +270,7 @@ macro_rules! take_exit {
     ($cpu:expr, $exit:expr, $fuel:expr, $flags:expr) => {{
         let exit: *const crate::exec::Exit = $exit;
         // SAFETY: the exit record belongs to the running block.
+        #[allow(unused_unsafe, reason = "some users of the macro are within unsafe blocks")]
         unsafe {
             let fuel = $fuel - i64::from((*exit).count);
             (*$cpu).regs.rip = (*$cpu).regs.rip.wrapping_add_signed(i64::from((*exit).delta));
@@ -279,16 +286,5 @@ pub(crate) use take_exit;
 /// The end of a block without a jump: the exit record is behind the op.
 pub(crate) unsafe extern "sysv64" fn fall_out(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: the decoder puts an exit record behind this op.
-    take_exit!(cpu, unsafe { op.add(1).cast::<Exit>() }, fuel, flags)
-}
-
-/// A fault in a handler of a block.
-#[inline(never)]
-pub(crate) unsafe fn fault(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64, fault: Exception) {
-    // SAFETY: by the contract of a handler.
-    unsafe {
-        (*cpu).exec.fault = fault;
-        (*cpu).regs.rip = (*cpu).regs.rip.wrapping_add(u64::from((*op).offset));
-        record_leave(cpu, Leave::Fault, fuel - i64::from((*op).ordinal), flags);
-    }
+    take_exit!(cpu, unsafe { op.add(1).cast::<Exit>() }, fuel, flags);
 }

@@ -6,6 +6,7 @@ use super::general::Flow;
 use super::general::arith::{IF, TF};
 use super::{Leave, Mode, NO_RETURN, Op, RETURNS};
 use crate::cpu::Cpu;
+use crate::interrupt::DR6_BS;
 use crate::state::Exception;
 use crate::world::{Attention, Stop, World};
 
@@ -15,8 +16,6 @@ const SLICE: u64 = 4096;
 pub(super) const BLOCK_MAX: u64 = 64;
 /// Resume flag: set until one instruction has completed.
 const RF: u64 = 1 << 16;
-/// DR6: single step.
-const DR6_BS: u64 = 1 << 14;
 
 /// A rolling hash of the register state at fixed distances.
 #[derive(Clone, Copy, Debug)]

@@ -112,8 +112,7 @@ impl Builder {
         let mut seen = true;
         for flag_use in self.uses.iter().rev() {
             if !seen && let Some(quiet) = flag_use.quiet {
-                // SAFETY: `slot` is that of an op.
-                unsafe { self.slots[flag_use.slot].op.handler = quiet };
+                self.slots[flag_use.slot].op.handler = quiet;
             }
             if flag_use.overwrites {
                 seen = false;

@@ -81,7 +81,7 @@ unsafe extern "sysv64" fn rr<O: Alu, W: Word, const LOUD: bool>(
         }
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// Register with immediate.
 unsafe extern "sysv64" fn ri<O: Alu, W: Word, const LOUD: bool>(
@@ -99,7 +99,7 @@ unsafe extern "sysv64" fn ri<O: Alu, W: Word, const LOUD: bool>(
         }
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// Register with memory.
 unsafe extern "sysv64" fn rm<O: Alu, W: Word, A: Address, const LOUD: bool>(
@@ -117,7 +117,7 @@ unsafe extern "sysv64" fn rm<O: Alu, W: Word, A: Address, const LOUD: bool>(
         }
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// Memory with register (`IMM` false) or immediate.
 unsafe extern "sysv64" fn mx<O: Alu, W: Word, A: Address, const IMM: bool, const LOUD: bool>(
@@ -141,7 +141,7 @@ unsafe extern "sysv64" fn mx<O: Alu, W: Word, A: Address, const IMM: bool, const
         }
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// Operand forms.
@@ -277,7 +277,7 @@ unsafe extern "sysv64" fn unary_r<O: Unary, W: Word, const LOUD: bool>(
         W::set(cpu, (*op).r0, value);
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn unary_m<O: Unary, W: Word, A: Address, const LOUD: bool>(
     cpu: *mut Cpu,
@@ -293,7 +293,7 @@ unsafe extern "sysv64" fn unary_m<O: Unary, W: Word, A: Address, const LOUD: boo
         W::store(host, value);
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// Handlers of a one-operand operation; no `kind` means a register.

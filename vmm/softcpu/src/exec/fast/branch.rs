@@ -24,7 +24,6 @@ macro_rules! indirect {
         jump_cached!($cpu, fuel, $flags)
     }};
 }
-use indirect;
 
 unsafe extern "sysv64" fn jcc<const C: u8>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: the decoder puts an exit behind this op, and another op behind that.
@@ -32,7 +31,7 @@ unsafe extern "sysv64" fn jcc<const C: u8>(cpu: *mut Cpu, op: *const Op, fuel: i
         if holds::<C>(flags) {
             take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, flags);
         }
-        go!(cpu, op.add(BEHIND_EXIT), fuel, flags)
+        go!(cpu, op.add(BEHIND_EXIT), fuel, flags);
     }
 }
 unsafe extern "sysv64" fn jmp(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -89,7 +88,7 @@ unsafe extern "sysv64" fn cmp_jcc<W: Word, const C: u8, const IMM: bool, const L
         if holds_cmp::<W, C>(a, b) {
             take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, W::sub(a, b).1);
         }
-        go!(cpu, op.add(BEHIND_EXIT), fuel, if LOUD { W::sub(a, b).1 } else { flags })
+        go!(cpu, op.add(BEHIND_EXIT), fuel, if LOUD { W::sub(a, b).1 } else { flags });
     }
 }
 /// TEST and Jcc in one.
@@ -107,7 +106,7 @@ unsafe extern "sysv64" fn test_jcc<W: Word, const C: u8, const IMM: bool, const 
         if holds_test::<W, C>(value) {
             take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, W::logic(value));
         }
-        go!(cpu, op.add(BEHIND_EXIT), fuel, if LOUD { W::logic(value) } else { flags })
+        go!(cpu, op.add(BEHIND_EXIT), fuel, if LOUD { W::logic(value) } else { flags });
     }
 }
 
@@ -135,7 +134,7 @@ unsafe extern "sysv64" fn call(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u
         u64::store(host, back);
         u64::set(cpu, RSP, top);
         remember(cpu, back, op.add(2));
-        take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, flags)
+        take_exit!(cpu, op.add(1).cast::<Exit>(), fuel, flags);
     }
 }
 /// RET and RET imm16 (`imm` is what is added to RSP); `disp` is the number of instructions of the block.
@@ -160,7 +159,7 @@ unsafe extern "sysv64" fn ret(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u6
         if (*call).rip == target {
             go_far!(cpu, (*call).link, fuel, flags);
         }
-        jump_cached!(cpu, fuel, flags)
+        jump_cached!(cpu, fuel, flags);
     }
 }
 unsafe extern "sysv64" fn jmp_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -170,7 +169,7 @@ unsafe extern "sysv64" fn jmp_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: 
         if !super::super::general::is_canonical(target) {
             return slow_leave(cpu, op, fuel, flags);
         }
-        indirect!(cpu, op, fuel, flags, target)
+        indirect!(cpu, op, fuel, flags, target);
     }
 }
 unsafe extern "sysv64" fn call_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -186,7 +185,7 @@ unsafe extern "sysv64" fn call_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags:
         u64::store(host, back);
         u64::set(cpu, RSP, top);
         remember(cpu, back, op.add(1));
-        indirect!(cpu, op, fuel, flags, target)
+        indirect!(cpu, op, fuel, flags, target);
     }
 }
 /// JMP and CALL through memory: the count and the return offset share `imm`, because `disp` is the operand's.
@@ -216,7 +215,7 @@ unsafe extern "sysv64" fn jump_m<A: Address, const CALL: bool>(
         if fuel < 0 {
             leave!(cpu, Leave::Lookup, fuel, flags);
         }
-        jump_cached!(cpu, fuel, flags)
+        jump_cached!(cpu, fuel, flags);
     }
 }
 

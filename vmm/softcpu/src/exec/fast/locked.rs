@@ -142,7 +142,7 @@ unsafe extern "sysv64" fn alu<W: Locked, A: Address, const O: u8, const IMM: boo
             _ => <W as Locked>::dec(host, flags),
         }
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn xchg<W: Locked, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -151,7 +151,7 @@ unsafe extern "sysv64" fn xchg<W: Locked, A: Address>(cpu: *mut Cpu, op: *const 
         let old = W::exchange(host, W::get(cpu, (*op).r0));
         W::set(cpu, (*op).r0, old);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn xadd<W: Locked, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -161,7 +161,7 @@ unsafe extern "sysv64" fn xadd<W: Locked, A: Address>(cpu: *mut Cpu, op: *const 
         W::set(cpu, (*op).r0, old);
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn cmpxchg<W: Locked, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -174,7 +174,7 @@ unsafe extern "sysv64" fn cmpxchg<W: Locked, A: Address>(cpu: *mut Cpu, op: *con
         }
         flags
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// LOCK forms with a memory destination; `imm`: the source is an immediate. XCHG needs no prefix.

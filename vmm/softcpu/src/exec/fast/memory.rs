@@ -1,6 +1,6 @@
 //! Guest memory from handlers: effective addresses, the translation cache, misses.
 
-use super::super::dispatch::{go, next};
+use super::super::dispatch::{finish, go, next};
 use super::super::general::Flow;
 use super::super::{Leave, Next, Op, fold, unfold};
 use super::word::Word;
@@ -106,6 +106,18 @@ macro_rules! write_host {
 }
 pub(super) use {read_host, write_host};
 
+/// Runs an op's first instruction in the general interpreter.
+macro_rules! slow {
+    ($cpu:ident, $op:ident, $fuel:ident, $flags:ident, $simple:expr) => {{
+        // SAFETY: by the contract of a handler.
+        let (on, flags) = unsafe { ((*$cpu).slow_op(&*$op, $fuel, $flags, $simple), unfold((*$cpu).regs.rflags)) };
+        if on {
+            next!($cpu, $op, $fuel, flags);
+        }
+        finish!();
+    }};
+}
+
 /// The address in `exec.missed` is not cached: fill and run the op again, or do it slowly. Never inlined, so that the
 /// handlers that jump here need no stack frame.
 #[inline(never)]
@@ -119,24 +131,13 @@ pub(super) unsafe extern "sysv64" fn miss<W: Word, const WRITE: bool, const SIMP
     if unsafe { (*cpu).refill(W::BYTES, WRITE) } {
         go!(cpu, op, fuel, flags);
     }
-    slow::<SIMPLE>(cpu, op, fuel, flags)
+    slow!(cpu, op, fuel, flags, SIMPLE)
 }
 
-/// Runs an op's first instruction in the general interpreter.
-#[inline(always)]
-fn slow<const SIMPLE: bool>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
-    // SAFETY: by the contract of a handler.
-    let (on, flags) = unsafe { ((*cpu).slow_op(&*op, fuel, flags, SIMPLE), unfold((*cpu).regs.rflags)) };
-    if on {
-        next!(cpu, op, fuel, flags);
-    }
-    super::super::dispatch::finish()
-}
-
-/// As [`slow`], for handlers that find something other than a miss out of the ordinary.
+/// For handlers that find something other than a miss out of the ordinary.
 #[inline(never)]
 pub(super) unsafe extern "sysv64" fn slow_leave(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
-    slow::<false>(cpu, op, fuel, flags)
+    slow!(cpu, op, fuel, flags, false)
 }
 
 impl Cpu {

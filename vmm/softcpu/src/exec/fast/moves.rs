@@ -15,12 +15,12 @@ const RBP: u8 = 40;
 unsafe extern "sysv64" fn mov_rr<W: Word>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { W::set(cpu, (*op).r0, W::get(cpu, (*op).r1)) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn mov_ri<W: Word>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { W::set(cpu, (*op).r0, W::narrow(i64::from((*op).imm) as u64)) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// A 64-bit immediate in displacement (low) and immediate (high).
 unsafe extern "sysv64" fn mov_ri64(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -29,7 +29,7 @@ unsafe extern "sysv64" fn mov_ri64(cpu: *mut Cpu, op: *const Op, fuel: i64, flag
         let value = u64::from((*op).disp as u32) | (u64::from((*op).imm as u32) << 32);
         u64::set(cpu, (*op).r0, value);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn mov_rm<W: Word, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -37,7 +37,7 @@ unsafe extern "sysv64" fn mov_rm<W: Word, A: Address>(cpu: *mut Cpu, op: *const 
         let host = read_host!(W, cpu, op, fuel, flags, A::linear(cpu, op), true);
         W::set(cpu, (*op).r0, W::load(host));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn mov_mr<W: Word, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -45,7 +45,7 @@ unsafe extern "sysv64" fn mov_mr<W: Word, A: Address>(cpu: *mut Cpu, op: *const 
         let host = write_host!(W, cpu, op, fuel, flags, A::linear(cpu, op), true);
         W::store(host, W::get(cpu, (*op).r0));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn mov_mi<W: Word, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -53,12 +53,12 @@ unsafe extern "sysv64" fn mov_mi<W: Word, A: Address>(cpu: *mut Cpu, op: *const 
         let host = write_host!(W, cpu, op, fuel, flags, A::linear(cpu, op), true);
         W::store(host, W::narrow(i64::from((*op).imm) as u64));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn lea<W: Word, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { W::set(cpu, (*op).r0, W::narrow(A::linear(cpu, op))) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// MOVZX and MOVSX (`SIGNED`) from `S` to `D`.
@@ -73,7 +73,7 @@ unsafe extern "sysv64" fn extend_rr<D: Word, S: Word, const SIGNED: bool>(
         let value = S::get(cpu, (*op).r1);
         D::set(cpu, (*op).r0, D::narrow(if SIGNED { value.signed() as u64 } else { value.wide() }));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn extend_rm<D: Word, S: Word, const SIGNED: bool, A: Address>(
     cpu: *mut Cpu,
@@ -87,7 +87,7 @@ unsafe extern "sysv64" fn extend_rm<D: Word, S: Word, const SIGNED: bool, A: Add
         let value = S::load(host);
         D::set(cpu, (*op).r0, D::narrow(if SIGNED { value.signed() as u64 } else { value.wide() }));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 unsafe extern "sysv64" fn push_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -98,7 +98,7 @@ unsafe extern "sysv64" fn push_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags:
         u64::store(host, u64::get(cpu, (*op).r0));
         u64::set(cpu, RSP, top);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn push_i(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -108,7 +108,7 @@ unsafe extern "sysv64" fn push_i(cpu: *mut Cpu, op: *const Op, fuel: i64, flags:
         u64::store(host, i64::from((*op).imm) as u64);
         u64::set(cpu, RSP, top);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn push_m<A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -119,7 +119,7 @@ unsafe extern "sysv64" fn push_m<A: Address>(cpu: *mut Cpu, op: *const Op, fuel:
         u64::store(host, u64::load(from));
         u64::set(cpu, RSP, top);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn pop_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -131,7 +131,7 @@ unsafe extern "sysv64" fn pop_r(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: 
         u64::set(cpu, RSP, top.wrapping_add(8));
         u64::set(cpu, (*op).r0, value);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn leave_frame(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -141,7 +141,7 @@ unsafe extern "sysv64" fn leave_frame(cpu: *mut Cpu, op: *const Op, fuel: i64, f
         u64::set(cpu, RBP, u64::load(host));
         u64::set(cpu, RSP, frame.wrapping_add(8));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// A condition of flowing flags.
@@ -165,7 +165,7 @@ pub(super) fn holds<const CONDITION: u8>(flags: u64) -> bool {
 unsafe extern "sysv64" fn setcc_r<const C: u8>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { u8::set(cpu, (*op).r0, u8::from(holds::<C>(flags))) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn cmov_rr<W: Word, const C: u8>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
@@ -174,7 +174,7 @@ unsafe extern "sysv64" fn cmov_rr<W: Word, const C: u8>(cpu: *mut Cpu, op: *cons
         let target = W::get(cpu, (*op).r0);
         W::set(cpu, (*op).r0, if holds::<C>(flags) { source } else { target });
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn cmov_rm<W: Word, const C: u8, A: Address>(
     cpu: *mut Cpu,
@@ -189,7 +189,7 @@ unsafe extern "sysv64" fn cmov_rm<W: Word, const C: u8, A: Address>(
         let target = W::get(cpu, (*op).r0);
         W::set(cpu, (*op).r0, if holds::<C>(flags) { source } else { target });
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// XCHG of registers.
@@ -200,29 +200,29 @@ unsafe extern "sysv64" fn xchg_rr<W: Word>(cpu: *mut Cpu, op: *const Op, fuel: i
         W::set(cpu, (*op).r0, b);
         W::set(cpu, (*op).r1, a);
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// CDQE, CWDE, CBW: sign extension within RAX.
 unsafe extern "sysv64" fn widen_a<D: Word, S: Word>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { D::set(cpu, 0, D::narrow(S::get(cpu, 0).signed() as u64)) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// CQO, CDQ, CWD: RDX becomes the sign of RAX.
 unsafe extern "sysv64" fn widen_d<W: Word>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { W::set(cpu, 16, W::narrow((W::get(cpu, 0).signed() >> 63) as u64)) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn bswap32(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { u32::set(cpu, (*op).r0, u32::get(cpu, (*op).r0).swap_bytes()) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 unsafe extern "sysv64" fn bswap64(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe { u64::set(cpu, (*op).r0, u64::get(cpu, (*op).r0).swap_bytes()) };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// A pick that neither looks at flags nor changes them; `memory`: it may fault.

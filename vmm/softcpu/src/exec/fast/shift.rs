@@ -80,7 +80,7 @@ unsafe extern "sysv64" fn shift_i<K: Kind, W: Word, const LOUD: bool>(
             flags
         }
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// By CL.
 unsafe extern "sysv64" fn shift_cl<K: Kind, W: Word, const LOUD: bool>(
@@ -119,7 +119,7 @@ unsafe extern "sysv64" fn shift_cl<K: Kind, W: Word, const LOUD: bool>(
             flags
         }
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// IMUL r, r and IMUL r, r, imm.
@@ -138,7 +138,7 @@ unsafe extern "sysv64" fn imul<W: Word, const IMM: bool, const LOUD: bool>(
         };
         multiply::<W, LOUD>(cpu, op, a, b, flags)
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// IMUL r, m and IMUL r, m, imm.
 unsafe extern "sysv64" fn imul_m<W: Word, A: Address, const IMM: bool, const LOUD: bool>(
@@ -153,7 +153,7 @@ unsafe extern "sysv64" fn imul_m<W: Word, A: Address, const IMM: bool, const LOU
         let b = if IMM { W::narrow(i64::from((*op).imm) as u64) } else { W::get(cpu, (*op).r0) };
         multiply::<W, LOUD>(cpu, op, W::load(host), b, flags)
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 #[inline(always)]
 unsafe fn multiply<W: Word, const LOUD: bool>(cpu: *mut Cpu, op: *const Op, a: W, b: W, flags: u64) -> u64 {
@@ -187,7 +187,7 @@ unsafe extern "sysv64" fn mul_a<W: Word, const SIGNED: bool>(
         W::set(cpu, RDX, W::narrow(high));
         unfold(out)
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// DIV (`SIGNED`: IDIV) by a register, 32 or 64 bits; #DE in the general interpreter.
 unsafe extern "sysv64" fn div_a<W: Word, const SIGNED: bool>(
@@ -215,7 +215,7 @@ unsafe extern "sysv64" fn div_a<W: Word, const SIGNED: bool>(
         W::set(cpu, RAX, W::narrow(quotient));
         W::set(cpu, RDX, W::narrow(remainder));
     }
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// BT r, r / imm, and with `CHANGE` 1 BTS, 2 BTR, 3 BTC.
@@ -238,7 +238,7 @@ unsafe extern "sysv64" fn bit_test<W: Word, const IMM: bool, const CHANGE: u8>(
         }
         (flags & !CARRY) | (((a >> at) & 1) << 8)
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// BT m, imm.
 unsafe extern "sysv64" fn bit_test_m<W: Word, A: Address>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
@@ -248,7 +248,7 @@ unsafe extern "sysv64" fn bit_test_m<W: Word, A: Address>(cpu: *mut Cpu, op: *co
         let at = i64::from((*op).imm) as u64 & (W::BYTES * 8 - 1);
         (flags & !CARRY) | (((W::load(host).wide() >> at) & 1) << 8)
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 /// BSF, and BSR with `REVERSE`.
 unsafe extern "sysv64" fn bit_scan<W: Word, const REVERSE: bool>(
@@ -268,7 +268,7 @@ unsafe extern "sysv64" fn bit_scan<W: Word, const REVERSE: bool>(
             flags & !ZERO_FLAG
         }
     };
-    next!(cpu, op, fuel, flags)
+    next!(cpu, op, fuel, flags);
 }
 
 /// Shift of a register by an immediate or by CL.

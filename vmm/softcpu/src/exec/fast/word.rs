@@ -2,6 +2,8 @@
 //!
 //! Flags have the form in which they flow between handlers: AH as LAHF gives it, above OF in bit 0.
 
+#![allow(clippy::cast_lossless, reason = "one macro for all widths")]
+
 use std::arch::asm;
 
 use super::REGS;

@@ -15,16 +15,16 @@ unsafe fn compare_exchange(host: *mut u8, size: u32, old: u64, new: u64) -> u64 
     unsafe {
         match size {
             1 => {
-                asm!("lock cmpxchg [{p}], {n}", p = in(reg) host, n = in(reg_byte) new as u8, inout("rax") seen, options(nostack))
+                asm!("lock cmpxchg [{p}], {n}", p = in(reg) host, n = in(reg_byte) new as u8, inout("rax") seen, options(nostack));
             }
             2 => {
-                asm!("lock cmpxchg [{p}], {n:x}", p = in(reg) host, n = in(reg) new, inout("rax") seen, options(nostack))
+                asm!("lock cmpxchg [{p}], {n:x}", p = in(reg) host, n = in(reg) new, inout("rax") seen, options(nostack));
             }
             4 => {
-                asm!("lock cmpxchg [{p}], {n:e}", p = in(reg) host, n = in(reg) new, inout("rax") seen, options(nostack))
+                asm!("lock cmpxchg [{p}], {n:e}", p = in(reg) host, n = in(reg) new, inout("rax") seen, options(nostack));
             }
             _ => {
-                asm!("lock cmpxchg [{p}], {n}", p = in(reg) host, n = in(reg) new, inout("rax") seen, options(nostack))
+                asm!("lock cmpxchg [{p}], {n}", p = in(reg) host, n = in(reg) new, inout("rax") seen, options(nostack));
             }
         }
     }

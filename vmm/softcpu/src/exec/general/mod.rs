@@ -21,7 +21,7 @@ use iced_x86::{Instruction, Mnemonic};
 
 pub(crate) use control::is_canonical;
 pub(crate) use integer::condition_of;
-pub(crate) use operand::{Slot, segment_name, slot, stack_fault};
+pub(crate) use operand::{segment_name, slot, stack_fault};
 pub(crate) use thunk::ThunkCall;
 
 use crate::cpu::Cpu;

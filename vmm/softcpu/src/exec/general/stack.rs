@@ -193,7 +193,7 @@ impl Cpu {
         let top = top.wrapping_sub(locals);
         // The new top must be writable, or the fault would come later at an instruction that is not restartable.
         let linear = self.stack_linear(top, size, true)?;
-        let _ = self.host_rw(linear, size as usize, self.exec.user).map_err(|fault| super::stack_fault(fault, true))?;
+        self.check_write(linear, size as usize, self.exec.user).map_err(|fault| super::stack_fault(fault, true))?;
         self.set_sp(top);
         self.set_frame(size, frame);
         Ok(Flow::Next)

@@ -203,7 +203,7 @@ impl Cpu {
             Kind::Ins => {
                 let target = to(self, true)?;
                 // A device is asked only when the answer can be stored.
-                self.host_rw(target, size as usize, user)?;
+                self.check_write(target, size as usize, user)?;
                 let mut bytes = [0; 8];
                 world.pio_in(op.port, &mut bytes[..size as usize]);
                 self.store_value(world, target, size, u64::from_le_bytes(bytes), false)?;
@@ -243,7 +243,7 @@ impl Cpu {
         }
         let span = self.host_ptr(start, self.exec.user, write);
         let span = span.map_err(|fault| super::stack_fault(fault, segment == SegmentName::Ss))?;
-        Ok(span.map(|span| (span.host, count)))
+        Ok(span.map(|span| (span.host, count.min(span.len as u64 / u64::from(op.size)))))
     }
 
     /// Does as many elements as one page allows on host memory; 0 if it cannot.

@@ -202,9 +202,9 @@ impl Cpu {
         }
         let table = Table { base, limit };
         if insn.mnemonic() == Mnemonic::Lgdt {
-            self.lgdt(table)?
+            self.lgdt(table)?;
         } else {
-            self.lidt(table)?
+            self.lidt(table)?;
         }
         Ok(Flow::Boundary)
     }
@@ -259,9 +259,9 @@ impl Cpu {
         let good =
             if insn.mnemonic() == Mnemonic::Verr { self.verr(world, selector)? } else { self.verw(world, selector)? };
         if good {
-            self.regs.rflags |= ZF
+            self.regs.rflags |= ZF;
         } else {
-            self.regs.rflags &= !ZF
+            self.regs.rflags &= !ZF;
         }
         Ok(Flow::Next)
     }
@@ -278,9 +278,9 @@ impl Cpu {
             lower.then_some((value & !3) | source)
         })?;
         if lower {
-            self.regs.rflags |= ZF
+            self.regs.rflags |= ZF;
         } else {
-            self.regs.rflags &= !ZF
+            self.regs.rflags &= !ZF;
         }
         Ok(Flow::Next)
     }
