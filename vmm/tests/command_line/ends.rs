@@ -44,16 +44,21 @@ fn options_alone_mean_run() {
     assert_eq!(std::fs::read_to_string(text).unwrap(), "to a file\n");
 }
 
-/// A guest that resets starts again, as often as it likes, in the same process.
+/// A guest that resets starts again, as often as it likes, in the same process; a machine that is gone leaves neither
+/// threads nor descriptors behind.
 #[test]
 fn reset_starts_again() {
     let folder = folder();
     let mut running = Running::start(run(&obedient(folder.path())));
-    for _ in 0..3 {
-        assert_eq!(running.line(), "hello\n");
-        running.send(b"r");
-    }
+    let (tasks, descriptors) = (format!("/proc/{}/task", running.pid()), format!("/proc/{}/fd", running.pid()));
+    let count = |folder: &str| std::fs::read_dir(folder).unwrap().count();
     assert_eq!(running.line(), "hello\n");
+    let before = (count(&tasks), count(&descriptors));
+    for _ in 0..20 {
+        running.send(b"r");
+        assert_eq!(running.line(), "hello\n");
+    }
+    assert_eq!((count(&tasks), count(&descriptors)), before);
     running.send(b"q");
     assert_eq!(running.end().status, Some(0));
 }

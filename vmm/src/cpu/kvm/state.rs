@@ -183,9 +183,17 @@ pub(super) fn write(fd: &VcpuFd, state: &CpuState) -> Result<(), CpuError> {
         .filter(|(data, index)| **data != 0 || *index < 0x4b56_4d00)
         .map(|(data, index)| kvm_msr_entry { index, data: *data, ..Default::default() })
         .collect();
-    let written = fd.set_msrs(&msr_list(&entries)?).map_err(failed("setting MSRs"))?;
-    match entries.get(written) {
-        Some(refused) => Err(CpuError::Unsupported(format!("KVM refused MSR {:#x}", refused.index))),
-        None => Ok(()),
+    // KVM stops at the first one that it refuses. One that was never used may be missing on this host.
+    let mut rest = entries.as_slice();
+    while !rest.is_empty() {
+        let written = fd.set_msrs(&msr_list(rest)?).map_err(failed("setting MSRs"))?;
+        match rest.get(written) {
+            Some(refused) if refused.data != 0 => {
+                return Err(CpuError::Unsupported(format!("KVM refused MSR {:#x}", refused.index)));
+            }
+            Some(_) => rest = rest.get(written + 1..).unwrap_or_default(),
+            None => break,
+        }
     }
+    Ok(())
 }
