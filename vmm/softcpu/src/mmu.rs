@@ -153,8 +153,18 @@ impl Cpu {
         match access {
             Access::Execute => self.mmu.fill(user, Kind::Exec, fill),
             Access::Read | Access::Write => {
-                self.mmu.fill(user, Kind::Read, fill);
-                if write_fits {
+                // Likely both will be needed. But the one that was not asked for only goes where nothing is: an
+                // instruction that reads one page and writes another of the same slot would push out its own entry
+                // for ever.
+                let tlb = &self.mmu.tlb[usize::from(user)];
+                let (fills_read, fills_write) = match access {
+                    Access::Read => (true, tlb.is_free(Kind::Write, linear)),
+                    _ => (tlb.is_free(Kind::Read, linear), true),
+                };
+                if fills_read {
+                    self.mmu.fill(user, Kind::Read, fill);
+                }
+                if fills_write && write_fits {
                     self.mmu.fill(user, Kind::Write, fill);
                 }
             }

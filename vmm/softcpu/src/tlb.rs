@@ -123,6 +123,18 @@ impl Tlb {
         (entry.tag == linear & !0xfff).then_some(entry)
     }
 
+    /// Whether an entry for `linear` would push out no other page's.
+    #[inline(always)]
+    pub fn is_free(&self, kind: Kind, linear: u64) -> bool {
+        let tag = match kind {
+            Kind::Read => &self.read,
+            Kind::Write => &self.write,
+            Kind::Exec => &self.exec,
+        }[Self::index(linear)]
+        .tag;
+        tag == EMPTY || tag == linear & !0xfff
+    }
+
     /// Guest-physical frame of the slot at `index`; meaningful while the slot's tag is set.
     #[inline(always)]
     pub fn frame(&self, kind: Kind, index: usize) -> u64 {

@@ -75,6 +75,34 @@ fn a_hundred_million_instructions_need_no_stack() {
         .expect("no overflow");
 }
 
+/// About one boot in fifty hung: `call [mem]` reads its target in one page and writes the return address into another.
+/// When both pages fell into the same slot of the TLB, filling the entry for the read also replaced the one for the write,
+/// and the other way round, so that the instruction was tried for ever.
+#[test]
+fn two_operands_in_one_tlb_slot_make_progress() {
+    let mut machine = Machine::new();
+    // As many pages apart as any direct table has entries: a multiple of 4 MiB.
+    let same_slot = STACK - 0x1000 + 0x0100_0000;
+    machine.load(|a| {
+        let mut function = a.create_label();
+        a.mov(rsp, STACK - 0x800).unwrap();
+        a.mov(rbx, same_slot).unwrap();
+        a.lea(rax, qword_ptr(function)).unwrap();
+        a.mov(qword_ptr(rbx), rax).unwrap();
+        a.push(rax).unwrap();
+        a.call(qword_ptr(rbx)).unwrap();
+        a.push(qword_ptr(rbx)).unwrap();
+        a.pop(qword_ptr(rbx + 8)).unwrap();
+        a.hlt().unwrap();
+        a.set_label(&mut function).unwrap();
+        a.inc(ecx).unwrap();
+        a.ret().unwrap();
+    });
+    assert_eq!(machine.cpu.run(&mut machine.world, Some(1000)), Stop::Halted);
+    assert_eq!(machine.gpr(1), 1);
+    assert_eq!(machine.read_u64(same_slot + 8), machine.gpr(0));
+}
+
 #[test]
 fn code_that_overwrites_the_very_next_instruction_runs_the_new_one() {
     let mut machine = Machine::new();
