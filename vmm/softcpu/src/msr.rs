@@ -19,6 +19,9 @@ const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
 const PATCH_LEVEL: u32 = 0x8b;
 const MTRR_CAP: u32 = 0xfe;
 const SYSENTER_CS: u32 = 0x174;
+/// Machine check: no bank reports anything.
+const MCG_CAP: u32 = 0x179;
+const MCG_STATUS: u32 = 0x17a;
 const SYSENTER_EIP: u32 = 0x176;
 const MISC_ENABLE: u32 = 0x1a0;
 const DEBUG_CONTROL: u32 = 0x1d9;
@@ -41,6 +44,9 @@ const FS_BASE: u32 = 0xc000_0100;
 const GS_BASE: u32 = 0xc000_0101;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const TSC_AUX: u32 = 0xc000_0103;
+/// Event selectors and counters, which AMD's processors have without telling: they never count.
+const PERF_FIRST: u32 = 0xc001_0000;
+const PERF_LAST: u32 = 0xc001_0007;
 /// AMD's, as far as kernels read them without being ready for a fault.
 const SYSCFG: u32 = 0xc001_0010;
 const HWCR: u32 = 0xc001_0015;
@@ -88,6 +94,7 @@ impl Cpu {
             PATCH_LEVEL => PATCH_LEVEL_VALUE,
             MTRR_CAP => MTRR_CAP_VALUE,
             SYSENTER_CS..=SYSENTER_EIP => sys.sysenter[(msr - SYSENTER_CS) as usize],
+            MCG_CAP | MCG_STATUS => 0,
             MISC_ENABLE => sys.stored.misc_enable,
             DEBUG_CONTROL | LAST_BRANCH_FIRST..=LAST_BRANCH_LAST => 0,
             MTRR_VARIABLE_FIRST..=MTRR_VARIABLE_LAST => sys.stored.mtrr_variable[(msr - MTRR_VARIABLE_FIRST) as usize],
@@ -104,6 +111,7 @@ impl Cpu {
             TSC_AUX => sys.tsc_aux,
             HWCR => sys.stored.hwcr | HWCR_FIXED,
             DE_CFG => DE_CFG_VALUE,
+            PERF_FIRST..=PERF_LAST => 0,
             SYSCFG | NB_CFG | INT_PENDING | TSEG_ADDR | LS_CFG | DC_CFG | BU_CFG2 => 0,
             _ => match MTRR_FIXED.iter().position(|fixed| *fixed == msr) {
                 Some(index) => sys.stored.mtrr_fixed[index],
@@ -127,14 +135,14 @@ impl Cpu {
                 self.sys.kvm_system_time = value;
                 self.refresh_clock(world);
             }
-            // No microcode is loaded; DE_CFG says already what a kernel would set; the others have nothing to set.
-            PATCH_LEVEL | DE_CFG | SYSCFG | NB_CFG | INT_PENDING | TSEG_ADDR | LS_CFG | DC_CFG | BU_CFG2 => {}
+            // Nothing counts; no microcode is loaded; DE_CFG says already what a kernel would set; the others have nothing to set.
+            PERF_FIRST..=PERF_LAST | PATCH_LEVEL | DE_CFG | SYSCFG | NB_CFG | INT_PENDING | TSEG_ADDR | LS_CFG | DC_CFG | BU_CFG2 => {}
             SYSENTER_CS..=SYSENTER_EIP => {
                 canonical()?;
                 self.sys.sysenter[(msr - SYSENTER_CS) as usize] = value;
             }
             MISC_ENABLE => self.sys.stored.misc_enable = value,
-            DEBUG_CONTROL => check(value == 0)?,
+            DEBUG_CONTROL | MCG_STATUS => check(value == 0)?,
             MTRR_VARIABLE_FIRST..=MTRR_VARIABLE_LAST => {
                 // Even numbers are bases with a memory type, odd ones masks with a valid bit.
                 let (reserved, type_ok) =
