@@ -393,7 +393,8 @@ impl Cpu {
         for name in [SegmentName::Es, SegmentName::Ds, SegmentName::Fs, SegmentName::Gs] {
             let segment = &mut self.sys.segments[name as usize];
             if segment.present() && !segment.is_conforming_code() && segment.dpl() < privilege {
-                *segment = Segment::null(0, 0);
+                // The selector becomes null; the hidden base stays, which matters to FS and GS.
+                *segment = Segment { base: segment.base, ..Segment::null(0, 0) };
             }
         }
         self.commit_code(code, rip);

@@ -136,7 +136,16 @@ impl Cpu {
                 self.refresh_clock(world);
             }
             // Nothing counts; no microcode is loaded; DE_CFG says already what a kernel would set; the others have nothing to set.
-            PERF_FIRST..=PERF_LAST | PATCH_LEVEL | DE_CFG | SYSCFG | NB_CFG | INT_PENDING | TSEG_ADDR | LS_CFG | DC_CFG | BU_CFG2 => {}
+            PERF_FIRST..=PERF_LAST
+            | PATCH_LEVEL
+            | DE_CFG
+            | SYSCFG
+            | NB_CFG
+            | INT_PENDING
+            | TSEG_ADDR
+            | LS_CFG
+            | DC_CFG
+            | BU_CFG2 => {}
             SYSENTER_CS..=SYSENTER_EIP => {
                 canonical()?;
                 self.sys.sysenter[(msr - SYSENTER_CS) as usize] = value;

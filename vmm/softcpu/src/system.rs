@@ -24,6 +24,11 @@ const CR4_KNOWN: u64 = CR4_TSD | CR4_DE | CR4_PSE | CR4_PAE | CR4_PGE | 7 << 8 |
 const CR4_TSD: u64 = 1 << 2;
 const CR4_DE: u64 = 1 << 3;
 
+/// IA32_APIC_BASE, which is the board's, its enable bit, and the bit of CPUID's EDX that shows it.
+const APIC_BASE: u32 = 0x1b;
+const APIC_ENABLED: u64 = 1 << 11;
+const CPUID_APIC: u32 = 1 << 9;
+
 /// Debug register bits that always read the same.
 const DR6_FIXED: u64 = 0xffff_0ff0;
 const DR6_WRITABLE: u64 = 0xe00f;
@@ -242,13 +247,28 @@ impl Cpu {
         self.require_cpl0()
     }
 
-    /// CPUID.
-    pub(crate) fn cpuid(&mut self) {
-        let [a, b, c, d] = self.model.cpuid(self.regs.gpr[0] as u32, self.regs.gpr[1] as u32);
+    /// CPUID. The APIC bits follow the enable bit of the APIC base.
+    pub(crate) fn cpuid(&mut self, world: &mut dyn World) {
+        let leaf = self.regs.gpr[0] as u32;
+        let [a, b, c, mut d] = self.model.cpuid(leaf, self.regs.gpr[1] as u32);
+        if matches!(leaf, 1 | 0x8000_0001) && world.read_msr(APIC_BASE).is_some_and(|base| base & APIC_ENABLED == 0) {
+            d &= !CPUID_APIC;
+        }
         self.regs.gpr[0] = u64::from(a);
         self.regs.gpr[3] = u64::from(b);
         self.regs.gpr[1] = u64::from(c);
         self.regs.gpr[2] = u64::from(d);
+    }
+
+    /// VMCALL and VMMCALL. A guest that sees KVM's signature may ask KVM for services without looking twice; there are
+    /// none here, and the answers are KVM's own for that (Linux `uapi/linux/kvm_para.h`).
+    pub(crate) fn hypercall(&mut self) {
+        /// No such service.
+        const ENOSYS: i64 = -1000;
+        /// Not from user mode.
+        const EPERM: i64 = -1;
+        let answer = if self.cpl() == 0 { ENOSYS } else { EPERM } as u64;
+        self.regs.gpr[0] = if self.is_64bit() { answer } else { answer & 0xffff_ffff };
     }
 
     /// RDTSC.

@@ -29,6 +29,25 @@ fn a_loop_adds_up() {
     assert_eq!(machine.cpu.retired(), 2 + 3000 + 2);
 }
 
+/// The decoder calls INTO and VMMCALL calls, so that a block ended behind them with nothing there; when they came back
+/// the processor ran into whatever lay behind the block.
+#[test]
+fn calls_that_come_back_find_the_next_instruction() {
+    let mut machine = Machine::new();
+    machine.load(|a| {
+        let mut top = a.create_label();
+        a.mov(ecx, 3).unwrap();
+        a.set_label(&mut top).unwrap();
+        a.vmmcall().unwrap();
+        a.add(qword_ptr(DATA as i32), rax).unwrap();
+        a.dec(ecx).unwrap();
+        a.jne(top).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.run();
+    assert_eq!(machine.read_u64(DATA) as i64, -3000, "there is no such hypercall, three times");
+}
+
 /// Handlers call each other in tail position. If one of those calls were not turned into a jump, each instruction would
 /// use stack until the end of the slice: thousands of frames, of which this stack has no room for a part.
 #[test]

@@ -175,8 +175,10 @@ impl Cpu {
         let shadow = std::mem::take(&mut self.sys.interrupt_shadow);
         let here = self.regs.rip;
         let mut trap = self.regs.rflags & TF != 0;
+        let mut sti = false;
         let done = self.fetch(here).and_then(|insn| {
             trap &= !enters_handler(insn.mnemonic());
+            sti = insn.mnemonic() == Mnemonic::Sti;
             let next = here.wrapping_add(insn.len() as u64);
             self.regs.rip = if self.exec.mode == Mode::Bits64 { next } else { next & 0xffff_ffff };
             self.execute(world, &insn)
@@ -196,7 +198,8 @@ impl Cpu {
                 return self.deliver_fault(world, fault);
             }
         }
-        if trap && !self.sys.interrupt_shadow {
+        // The shadow of a load of SS holds debug traps off too, that of STI does not.
+        if trap && (sti || !self.sys.interrupt_shadow) {
             let trap = self.debug_trap(DR6_BS);
             return self.deliver(world, trap).map_err(|_| TripleFault);
         }

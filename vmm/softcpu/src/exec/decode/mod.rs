@@ -297,15 +297,12 @@ impl Cpu {
         builder.put(op, true);
         builder.put_behind(insn, dispatch::GENERAL_SLOTS - 1);
         match insn.flow_control() {
-            FlowControl::Next | FlowControl::ConditionalBranch | FlowControl::Call | FlowControl::IndirectCall => {
-                // A call never falls through into the next op, but what follows it is likely to run soon.
-                if matches!(insn.flow_control(), FlowControl::Next | FlowControl::ConditionalBranch) {
-                    After::GoOn
-                } else {
-                    After::Ended
-                }
+            FlowControl::Next | FlowControl::ConditionalBranch => After::GoOn,
+            _ => {
+                // Most of these never come back, but some do: INTO without overflow, hypercalls.
+                builder.put(bare_op(dispatch::step, offset + insn.len(), ordinal + 1), true);
+                After::Ended
             }
-            _ => After::Ended,
         }
     }
 }

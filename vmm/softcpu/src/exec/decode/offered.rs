@@ -16,7 +16,9 @@ impl Offered {
         let features = model.features();
         let allowed = Code::values()
             .map(|code| {
-                is_hint(code) || (code != Code::INVALID && code.cpuid_features().iter().all(|&f| has(f, features)))
+                is_hint(code)
+                    || is_hypercall(code)
+                    || (code != Code::INVALID && code.cpuid_features().iter().all(|&f| has(f, features)))
             })
             .collect();
         Self { allowed }
@@ -25,6 +27,11 @@ impl Offered {
     pub(crate) fn allows(&self, code: Code) -> bool {
         self.allowed.get(code as usize).copied().unwrap_or(false)
     }
+}
+
+/// The way to the hypervisor whose signature CPUID shows; both vendors' forms, as KVM has it.
+fn is_hypercall(code: Code) -> bool {
+    matches!(code, Code::Vmcall | Code::Vmmcall)
 }
 
 /// Forms that processors without their extension execute as no-operations.

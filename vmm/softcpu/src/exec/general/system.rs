@@ -50,7 +50,11 @@ impl Cpu {
             M::Sti => self.sti().map(|()| Flow::Boundary),
             M::Hlt => self.halt(),
             M::Cpuid => {
-                self.cpuid();
+                self.cpuid(world);
+                Ok(Flow::Next)
+            }
+            M::Vmcall | M::Vmmcall => {
+                self.hypercall();
                 Ok(Flow::Next)
             }
             M::Rdtsc => self.rdtsc(world).map(|()| Flow::Next),
