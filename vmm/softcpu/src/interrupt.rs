@@ -22,6 +22,7 @@ const VECTOR_DF: u8 = 8;
 const VECTOR_PF: u8 = 14;
 
 /// DR6 bits.
+pub(crate) const DR6_BS: u64 = 1 << 14;
 pub(crate) const DR6_BD: u64 = 1 << 13;
 /// DR7.GD.
 pub(crate) const DR7_GD: u64 = 1 << 13;
