@@ -22,7 +22,7 @@ use crate::irq::InterruptFabric;
 pub use address_space::{ANSWER_BUDGET, AddressSpace, SharedDevice, Stall, StallSink, VcpuBus};
 pub use atoll_protocol::Space;
 pub use state::{CpuState, reset_system};
-pub use thread::{VcpuEnd, VcpuThread};
+pub use thread::{Kicks, VcpuEnd, VcpuThread};
 
 /// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
 /// that asked complete: a read that nobody answers gives all ones, a write that nobody takes is dropped.

@@ -1,7 +1,7 @@
 //! The thread that runs a vCPU, named `vcpu0`, `vcpu1`, … because people pin them by name.
 
-use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -23,6 +23,21 @@ pub struct VcpuEnd {
     pub busy_ns: u64,
 }
 
+/// The vCPUs of a machine, as whoever must stop them at once reaches them. Each is on the list before it runs its first
+/// instruction.
+#[derive(Clone, Default)]
+pub struct Kicks(Arc<Mutex<Vec<Arc<dyn Kick>>>>);
+
+impl Kicks {
+    fn list(&self) -> MutexGuard<'_, Vec<Arc<dyn Kick>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// Makes every vCPU leave the guest after the instruction that it is in. May be called from within one.
+    pub fn kick_all(&self) {
+        self.list().iter().for_each(|kick| kick.kick());
+    }
+}
+
 /// A running vCPU.
 pub struct VcpuThread {
     kick: Arc<dyn Kick>,
@@ -31,8 +46,8 @@ pub struct VcpuThread {
 }
 
 impl VcpuThread {
-    /// Starts vCPU `index` in `state` (none for one that waits to be started by another) and calls `ended` on its thread
-    /// when it leaves the guest for good.
+    /// Starts vCPU `index` in `state` (none for one that waits to be started by another), enters it in `kicks`, and calls
+    /// `ended` on its thread when it leaves the guest for good.
     ///
     /// # Errors
     /// When the thread or the vCPU cannot be made.
@@ -41,11 +56,13 @@ impl VcpuThread {
         index: u32,
         state: Option<CpuState>,
         mut bus: VcpuBus,
+        kicks: &Kicks,
         ended: impl FnOnce(VcpuEnd) + Send + 'static,
     ) -> Result<Self, CpuError> {
         let name = format!("vcpu{index}");
         let stop = bus.stop.clone();
         let (made, ready) = sync_channel(1);
+        let kicks = kicks.clone();
         let run = move || {
             let created = processor.create_vcpu(index).and_then(|mut vcpu| {
                 if let Some(state) = &state {
@@ -60,6 +77,7 @@ impl VcpuThread {
                     return;
                 }
             };
+            kicks.list().push(vcpu.kick_handle());
             let _ = made.send(Ok(vcpu.kick_handle()));
             let exit = vcpu.run(&mut bus).map_err(Arc::new);
             ended(VcpuEnd { index, exit, figures: vcpu.figures(), busy_ns: busy_ns() });

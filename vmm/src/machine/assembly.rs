@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use atoll_devices::PowerEvent;
+use atoll_devices::{PowerEvent, PowerSink};
 use thiserror::Error;
 
 use super::acpi::{self, AcpiConfig};
@@ -15,7 +15,7 @@ use super::{Board, BoardParts, BuildError, BuiltDevice, DeviceBuilder, LifeError
 use crate::actor::{Clock, RealClock, StopSignal};
 use crate::cpu::kvm::{KvmConfig, KvmProcessor};
 use crate::cpu::soft::{Pace, SoftConfig, SoftProcessor};
-use crate::cpu::{ANSWER_BUDGET, CpuError, Exit, Processor, VcpuBus, VcpuEnd, VcpuThread};
+use crate::cpu::{ANSWER_BUDGET, CpuError, Exit, Kicks, Processor, VcpuBus, VcpuEnd, VcpuThread};
 use crate::doorbell::{Relay, RelayError};
 use crate::memory::{GuestMemory, MemoryError};
 
@@ -87,11 +87,26 @@ impl MachineFigures {
     }
 }
 
+/// Hears the guest's wish for power-off or reset: no vCPU executes another instruction, and the loop is told. So the
+/// last state of a deterministic run does not depend on how soon the loop wakes up.
+struct PowerSwitch {
+    kicks: Kicks,
+    events: EventSender,
+}
+
+impl PowerSink for PowerSwitch {
+    fn power_event(&self, event: PowerEvent) {
+        self.kicks.kick_all();
+        self.events.power_event(event);
+    }
+}
+
 /// A built machine.
 pub struct Machine {
     board: Board,
     devices: Vec<BuiltDevice>,
     vcpus: Vec<VcpuThread>,
+    kicks: Kicks,
     ended: Arc<Mutex<Vec<VcpuEnd>>>,
     boot_state: Option<crate::cpu::CpuState>,
     events: EventSender,
@@ -152,17 +167,19 @@ impl Machine {
         let rsdp = acpi::write_tables(tables, memory.mapped())?;
         let boot_state = boot::load(&config.boot, memory.mapped(), &ram, rsdp)?;
         let wall_base_ns = wall_base_ns(config);
+        let kicks = Kicks::default();
         let board = Board::new(BoardParts {
             processor: processor(config, &memory, wall_base_ns)?,
             memory,
             relay: Relay::new()?,
-            power: Arc::new(events.clone()),
+            power: Arc::new(PowerSwitch { kicks: kicks.clone(), events: events.clone() }),
             wall_base_ns,
         });
         let mut machine = Self {
             board,
             devices: Vec::with_capacity(builders.len()),
             vcpus: Vec::new(),
+            kicks,
             ended: Arc::default(),
             boot_state: Some(boot_state),
             events: events.clone(),
@@ -208,7 +225,7 @@ impl Machine {
                 events.tell(exit);
             };
             let processor = Arc::clone(self.board.processor());
-            self.vcpus.push(VcpuThread::spawn(processor, index, state, bus, report)?);
+            self.vcpus.push(VcpuThread::spawn(processor, index, state, bus, &self.kicks, report)?);
         }
         Ok(())
     }

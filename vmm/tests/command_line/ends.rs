@@ -98,6 +98,38 @@ fn escape_ends_it() {
     assert_eq!(running.end().status, Some(0));
 }
 
+/// Names of a process's threads.
+fn threads(pid: i32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let mut names: Vec<String> = tasks
+        .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok())
+        .map(|name| name.trim().to_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Users pin vCPUs by the names of their threads, in the very process that they have started. The second one waits for
+/// the guest to start it, and its waiting must not keep the machine from ending.
+#[test]
+fn vcpus_are_named_threads() {
+    if !std::path::Path::new("/dev/kvm").exists() {
+        let allowed = std::env::var_os("ATOLL_ALLOW_SKIP").is_some_and(|value| value == "1");
+        assert!(allowed, "/dev/kvm is missing; set ATOLL_ALLOW_SKIP=1 to leave this test out");
+        return;
+    }
+    let folder = folder();
+    let mut command = command();
+    command.args(["run", "--cpu", "kvm", "--cpus", "boot=2", "--memory", "size=32M", "--kernel"]);
+    command.arg(obedient(folder.path()));
+    let mut running = Running::start(command);
+    running.line();
+    let vcpus: Vec<_> = threads(running.pid()).into_iter().filter(|name| name.starts_with("vcpu")).collect();
+    assert_eq!(vcpus, ["vcpu0", "vcpu1"]);
+    running.send(b"q");
+    assert_eq!(running.end().status, Some(0));
+}
+
 /// A long script on standard input reaches the guest whole, however slowly it reads.
 #[test]
 fn piped_input_is_not_lost() {

@@ -10,7 +10,7 @@ use atoll_vmm::actor::{RealClock, StopSignal};
 use atoll_vmm::cpu::kvm::{KvmConfig, KvmProcessor};
 use atoll_vmm::cpu::soft::{Pace, SoftConfig, SoftProcessor};
 use atoll_vmm::cpu::{
-    AddressSpace, CpuState, Exit, Processor, Space, Stall, StallSink, VcpuBus, VcpuEnd, VcpuThread, reset_system,
+    AddressSpace, CpuState, Exit, Kicks, Processor, Space, Stall, StallSink, VcpuBus, VcpuEnd, VcpuThread, reset_system,
 };
 use atoll_vmm::doorbell::DoorbellTable;
 use atoll_vmm::machine::layout::ram;
@@ -166,7 +166,9 @@ impl Lab {
         let report = move |end| {
             let _ = ended.send(end);
         };
-        self.thread = Some(VcpuThread::spawn(Arc::clone(&self.processor), 0, Some(state), bus, report).unwrap());
+        self.thread = Some(
+            VcpuThread::spawn(Arc::clone(&self.processor), 0, Some(state), bus, &Kicks::default(), report).unwrap(),
+        );
     }
 
     /// The next write that reaches the bench.

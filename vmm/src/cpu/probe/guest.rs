@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::actor::{RealClock, StopSignal};
 use crate::cpu::kvm::{KvmConfig, KvmProcessor};
 use crate::cpu::{
-    AddressSpace, CpuError, CpuState, Exit, Space, Stall, StallSink, VcpuBus, VcpuEnd, VcpuThread, reset_system,
+    AddressSpace, CpuError, CpuState, Exit, Kicks, Space, Stall, StallSink, VcpuBus, VcpuEnd, VcpuThread, reset_system,
 };
 use crate::doorbell::DoorbellTable;
 use crate::machine::layout::{RAM_MIN, ram};
@@ -154,7 +154,7 @@ pub(super) fn run(time_max: Duration) -> Result<(), Obstacle> {
     let ended = move |end| {
         let _ = told.try_send(Err(obstacle(end)));
     };
-    let mut vcpu = VcpuThread::spawn(processor, 0, Some(state()), bus, ended)?;
+    let mut vcpu = VcpuThread::spawn(processor, 0, Some(state()), bus, &Kicks::default(), ended)?;
     let outcome = end.recv_timeout(time_max);
     vcpu.stop();
     match outcome {
