@@ -410,3 +410,6 @@ impl Cpu {
 fn with_rpl(segment: Segment, privilege: u8) -> Segment {
     Segment { selector: segment.selector & !3 | u16::from(privilege), ..segment }
 }
+
+#[cfg(test)]
+mod tests;
