@@ -72,6 +72,9 @@ pub trait BackendSource: Send {
     fn describe(&self) -> String;
 }
 
+/// How many slices of patience a socket is worth at which nobody listens.
+const REFUSALS_MAX: u32 = 50;
+
 /// Somebody else's backend behind a socket in the file system.
 #[derive(Clone, Debug)]
 pub struct ExternalSocket {
@@ -97,17 +100,25 @@ impl BackendSource for ExternalSocket {
     fn connect(&mut self, _generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
         let address = SocketAddrUnix::new(&self.path)
             .map_err(|errno| SourceError::Name { path: self.path.clone(), source: errno.into() })?;
+        let mut refusals = REFUSALS_MAX;
         loop {
-            match self.attempt(&address) {
+            let source = match self.attempt(&address) {
                 Ok(socket) => return Ok(Incarnation { socket, process: None }),
-                Err(source) => {
-                    // Only a listener whose backlog is full is worth waiting for here.
-                    let full = source.kind() == io::ErrorKind::WouldBlock;
-                    match patience.slice().filter(|_| full) {
-                        Some(slice) => std::thread::sleep(slice),
-                        None => return Err(SourceError::Connect { path: self.path.clone(), source }),
-                    }
+                Err(source) => source,
+            };
+            let worth_waiting = match source.kind() {
+                // A listener whose backlog is full.
+                io::ErrorKind::WouldBlock => true,
+                // One that has its name and does not listen yet; or a name that somebody left behind.
+                io::ErrorKind::ConnectionRefused => {
+                    refusals = u32::saturating_sub(refusals, 1);
+                    refusals > 0
                 }
+                _ => false,
+            };
+            match patience.slice().filter(|_| worth_waiting) {
+                Some(slice) => std::thread::sleep(slice),
+                None => return Err(SourceError::Connect { path: self.path.clone(), source }),
             }
         }
     }
