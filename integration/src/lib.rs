@@ -4,6 +4,7 @@
 
 pub mod blk_bench;
 pub mod cpu_bench;
+pub mod cpu_emulator;
 pub mod guests;
 pub mod peers;
 pub use xtask::processes;

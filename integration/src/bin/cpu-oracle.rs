@@ -3,7 +3,8 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool")]
 
 use anyhow::{Context, bail};
-use atoll_softcpu::oracle::{self, Family, OracleError};
+use atoll_integration::cpu_emulator::Emulator;
+use atoll_softcpu::oracle::{self, Family, Mismatch, OracleError};
 use clap::Parser;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -29,6 +30,12 @@ struct Arguments {
     /// Go on after mismatches and print one for each group of instructions.
     #[arg(long)]
     survey: bool,
+    /// Compare with this emulator of x86-64 programs (qemu-x86_64) instead of the host.
+    #[arg(long)]
+    emulator: Option<PathBuf>,
+    /// Run cases and write their outcomes to standard output: what the emulator is given to do.
+    #[arg(long, hide = true)]
+    answer: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -40,6 +47,16 @@ fn main() -> anyhow::Result<()> {
                 .with_context(|| format!("there is no family '{name}': choose one of integer, vector, x87, all"))?,
         ],
     };
+    if arguments.answer {
+        let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+        for family in families {
+            oracle::answer(arguments.seed, family, arguments.range(), &mut out)?;
+        }
+        return Ok(());
+    }
+    if let Some(emulator) = &arguments.emulator {
+        return emulated(&arguments, emulator, &families);
+    }
     if arguments.survey {
         return survey(&arguments, &families);
     }
@@ -82,11 +99,36 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+impl Arguments {
+    fn range(&self) -> std::ops::Range<u64> {
+        self.from..self.from.saturating_add(self.cases)
+    }
+}
+
+fn emulated(arguments: &Arguments, emulator: &Path, families: &[Family]) -> anyhow::Result<()> {
+    let own = std::env::current_exe().context("where is this program?")?;
+    let mut report = Vec::new();
+    for &family in families {
+        let emulator = Emulator { program: emulator, runner: &own };
+        let mut known: Vec<Mismatch> = Vec::new();
+        let compared = emulator.compare(arguments.seed, family, arguments.range(), |mismatch| {
+            if !known.iter().any(|earlier| earlier.alike(&mismatch)) {
+                println!("{mismatch}");
+                known.push(mismatch);
+            }
+            arguments.survey
+        })?;
+        anyhow::ensure!(known.is_empty(), "{} groups of instructions disagree with the emulator", known.len());
+        report.push(serde_json::json!({ "family": family.name(), "compared": compared }));
+    }
+    println!("{}", serde_json::json!({ "soak": "cpu", "seed": arguments.seed, "mismatches": 0, "families": report }));
+    Ok(())
+}
+
 fn survey(arguments: &Arguments, families: &[Family]) -> anyhow::Result<()> {
     let mut count = 0;
     for &family in families {
-        let range = arguments.from..arguments.from.saturating_add(arguments.cases);
-        for mismatch in oracle::survey(arguments.seed, family, range)? {
+        for mismatch in oracle::survey(arguments.seed, family, arguments.range())? {
             count += 1;
             println!("{mismatch}");
         }

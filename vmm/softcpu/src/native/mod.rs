@@ -18,7 +18,7 @@ mod control;
 mod emit;
 mod family;
 mod normalise;
-mod sse;
+pub(crate) mod sse;
 
 use crate::state::{Exception, Regs};
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic};

@@ -16,7 +16,7 @@ const FLUSH_TO_ZERO: u32 = 0x8000;
 /// The floating-point elements of a result that may be tiny, for the one case in which masked and unmasked exceptions
 /// differ in more than delivery: unmasked underflow is raised for a tiny result even if it is exact.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(super) enum ResultShape {
+pub(crate) enum ResultShape {
     /// Never tiny: comparisons, minima, conversions to integers, square roots.
     NoTiny,
     /// `lanes` elements of `double` or single precision in this XMM register.
@@ -45,7 +45,7 @@ impl ResultShape {
 }
 
 /// How the instruction depends on MXCSR: `None` when it neither reads nor changes it.
-pub(super) fn mxcsr_use(mnemonic: Mnemonic, destination: Option<u8>) -> Option<ResultShape> {
+pub(crate) fn mxcsr_use(mnemonic: Mnemonic, destination: Option<u8>) -> Option<ResultShape> {
     use Mnemonic as M;
     let elements = |double, lanes| match destination {
         Some(xmm) => ResultShape::Elements { xmm, double, lanes },

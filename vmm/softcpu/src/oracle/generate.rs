@@ -39,6 +39,11 @@ impl Slot {
         self.instructions.iter().any(|instruction| !matches!(instruction.memory_size().size(), 0..=10 | 16))
     }
 
+    /// Whether an instruction computes several results one from another.
+    pub(super) fn has_dot_product(&self) -> bool {
+        self.instructions.iter().any(|instruction| matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd))
+    }
+
     /// Whether an instruction stores several values, of which some may be in memory when it faults.
     pub(super) fn may_store_before_fault(&self) -> bool {
         self.instructions.iter().any(|instruction| instruction.mnemonic() == Mnemonic::Enter)
@@ -65,6 +70,8 @@ pub(super) struct Generator {
     stream: u64,
     family: Family,
     codes: Vec<Code>,
+    /// One instruction a slot: what an emulator does otherwise must not spread.
+    single: bool,
 }
 
 impl Generator {
@@ -76,7 +83,7 @@ impl Generator {
         }
         assert!(!codes.is_empty(), "no encodings in the {} family", family.name());
         // Streams of random numbers: two a family.
-        Self { seed, stream: 2 * family as u64, family, codes }
+        Self { seed, stream: 2 * family as u64, family, codes, single: portable }
     }
 
     pub(super) fn seed(&self) -> u64 {
@@ -113,6 +120,7 @@ impl Generator {
         debug_assert!(address < CODE + SLOTS * SLOT);
         let length = match random.below(4) {
             0 | 1 => 1,
+            _ if self.single => 1,
             2 => 2 + random.below(2),
             _ => 3 + random.below(4),
         };
@@ -180,7 +188,13 @@ fn random_fp(family: Family, random: &mut Random) -> FpState {
     if family == Family::X87 {
         fp.fcw = 0x37f & !0xf00 | *random.pick(&[0u16, 0x200, 0x300]) | (random.below(4) as u16) << 10;
         fp.fsw = random.u64() as u16 & 0x7f00;
-        fp.ftw = if random.one_in(4) { random.u64() as u8 } else { 0xff };
+        // Mostly with room for one more: ST(7) is the physical register below the top.
+        let top = fp.fsw >> 11 & 7;
+        fp.ftw = match random.below(4) {
+            0 => random.u64() as u8,
+            1 => 0xff,
+            _ => !(1 << (top.wrapping_sub(1) & 7)),
+        };
     }
     for st in &mut fp.st {
         *st = if family == Family::X87 { extended(random) } else { u128::from(random.integer()) | 0xffff << 64 };

@@ -17,8 +17,8 @@ pub struct Mismatch {
     pub family: Family,
     /// Number of the case.
     pub case: u64,
-    text: String,
-    mnemonics: Vec<Mnemonic>,
+    pub(super) text: String,
+    pub(super) mnemonics: Vec<Mnemonic>,
 }
 
 impl fmt::Display for Mismatch {
@@ -36,7 +36,7 @@ impl fmt::Display for Mismatch {
 
 impl Mismatch {
     /// Whether the same instructions disagree in `other`.
-    pub(super) fn alike(&self, other: &Self) -> bool {
+    pub fn alike(&self, other: &Self) -> bool {
         self.mnemonics == other.mnemonics
     }
 }
