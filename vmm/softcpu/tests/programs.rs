@@ -480,3 +480,69 @@ fn an_instruction_across_pages_follows_both() {
     machine.run();
     assert_eq!((machine.gpr(6), machine.gpr(0)), (0x0101_0101, 0x7f01_0101));
 }
+
+#[test]
+fn real_mode_has_segments_and_wrapping_addresses() {
+    let mut machine = Machine::new();
+    machine.real_mode();
+    machine.write(0x1_2345, b"segment");
+    machine.load_bits(16, 0x7c00, |a| {
+        a.mov(ax, 0x1000u32).unwrap();
+        a.mov(ds, ax).unwrap();
+        a.mov(ax, 0x2000u32).unwrap();
+        a.mov(es, ax).unwrap();
+        a.mov(si, 0x2345u32).unwrap();
+        a.mov(di, 0xfffdu32).unwrap();
+        a.mov(cx, 3u32).unwrap();
+        a.cld().unwrap();
+        a.rep().movsb().unwrap();
+        // DI has wrapped to zero: the next byte goes to the segment's start.
+        a.movsb().unwrap();
+        // An offset of 16 bits wraps too: BX + SI is 0x1_0010.
+        a.mov(bx, 0xffffu32).unwrap();
+        a.mov(si, 0x11u32).unwrap();
+        a.mov(byte_ptr(bx + si), 0x5a).unwrap();
+        a.pusha().unwrap();
+        a.mov(ax, 0x1234u32).unwrap();
+        a.popa().unwrap();
+        let mut function = a.create_label();
+        a.call(function).unwrap();
+        a.hlt().unwrap();
+        a.set_label(&mut function).unwrap();
+        a.aam(10).unwrap();
+        a.ret().unwrap();
+    });
+    machine.run();
+    assert_eq!(machine.read(0x2_fffd, 3), b"seg");
+    assert_eq!(machine.read(0x2_0000, 1), b"m");
+    assert_eq!(machine.read(0x1_0010, 1), [0x5a]);
+    assert_eq!(machine.gpr(0) & 0xffff, 0, "AX held 0x2000: AL is 0");
+    assert_eq!(machine.gpr(4), 0x7000);
+}
+
+#[test]
+fn protected_mode_wraps_at_four_gibibytes() {
+    let mut machine = Machine::new();
+    machine.protected_mode();
+    machine.load_bits(32, CODE, |a| {
+        let mut top = a.create_label();
+        let mut function = a.create_label();
+        a.mov(ecx, 1000).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.set_label(&mut top).unwrap();
+        a.call(function).unwrap();
+        a.loop_(top).unwrap();
+        a.mov(ebx, 0xffff_fff0u32).unwrap();
+        a.mov(dword_ptr(ebx + (DATA as i32 + 16)), eax).unwrap();
+        a.inc(edx).unwrap();
+        a.push(0x1234_5678).unwrap();
+        a.pop(esi).unwrap();
+        a.hlt().unwrap();
+        a.set_label(&mut function).unwrap();
+        a.add(eax, ecx).unwrap();
+        a.ret().unwrap();
+    });
+    machine.run();
+    assert_eq!(machine.read_u64(DATA) as u32, 500_500);
+    assert_eq!((machine.gpr(2), machine.gpr(6)), (1, 0x1234_5678));
+}

@@ -75,6 +75,17 @@ struct Found {
     frame: *mut Frame,
 }
 
+/// What a write to a protected frame did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    /// There is no code of it any more (a backend overwrote it before): the protection can go.
+    NoCode,
+    /// No decoded byte was touched.
+    BesideCode,
+    /// Its code has been taken out of use: the protection can go.
+    OverCode,
+}
+
 /// All decoded code of one CPU.
 pub(crate) struct CodeCache {
     frames: Map<Box<Frame>>,
@@ -248,19 +259,18 @@ impl CodeCache {
         }
     }
 
-    /// Guest bytes were written. Returns the frame if its code is gone (its protection can be lifted), `None` if no
-    /// decoded byte was touched.
-    pub(crate) fn written(&mut self, gpa: u64, len: usize) -> Option<u64> {
+    /// Guest bytes of a protected frame were written: what that means for its code.
+    pub(crate) fn written(&mut self, gpa: u64, len: usize) -> Written {
         let page = gpa & !0xfff;
-        let frame = self.frames.get(&page)?;
+        let Some(frame) = self.frames.get(&page) else { return Written::NoCode };
         let first = (gpa & 0xfff) as usize / LINE;
         let last = (((gpa & 0xfff) as usize + len.max(1) - 1).min(0xfff)) / LINE;
         let touched = (u64::MAX << first) & (u64::MAX >> (63 - last));
         if frame.lines & touched == 0 {
-            return None;
+            return Written::BesideCode;
         }
         self.bury(page);
-        Some(page)
+        Written::OverCode
     }
 
     /// Takes a frame's code out of use.

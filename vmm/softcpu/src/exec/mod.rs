@@ -25,7 +25,7 @@ use crate::state::{Exception, SegmentName};
 use crate::tlb::{Kind, Tlb};
 use crate::world::{Attention, World};
 
-pub(crate) use cache::{CodeCache, Jump};
+pub(crate) use cache::{CodeCache, Jump, Written};
 
 /// Width of code: what the CS descriptor and EFER.LMA say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,10 +282,12 @@ pub(crate) fn fold(rflags: u64, flags: u64) -> u64 {
 impl Cpu {
     /// Reports a write to guest-physical memory that may hold decoded code.
     pub(crate) fn code_written(&mut self, gpa: u64, len: usize) {
-        if let Some(page) = self.exec.cache.written(gpa, len) {
-            self.mmu.unprotect_code(page);
-            self.exec.stale = true;
+        match self.exec.cache.written(gpa, len) {
+            Written::BesideCode => return,
+            Written::NoCode => {}
+            Written::OverCode => self.exec.stale = true,
         }
+        self.mmu.unprotect_code(gpa & !0xfff);
     }
     /// Whether something wants the run loop's notice at the next instruction boundary.
     pub(crate) fn wants_attention(&self) -> bool {

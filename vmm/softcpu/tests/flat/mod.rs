@@ -120,6 +120,37 @@ impl Machine {
         self.cpu.regs.rflags = 2;
         self.cpu.state_replaced();
     }
+    /// 32-bit protected mode without paging, flat.
+    pub fn protected_mode(&mut self) {
+        let sys = &mut self.cpu.sys;
+        sys.cr0 = 0x31;
+        sys.efer = 0;
+        for segment in &mut sys.segments {
+            segment.attributes = 0xc093;
+        }
+        sys.segments[1].attributes = 0xc09b;
+        self.cpu.state_replaced();
+    }
+    /// Real mode, all segments at zero.
+    pub fn real_mode(&mut self) {
+        let sys = &mut self.cpu.sys;
+        sys.cr0 = 0x30;
+        sys.efer = 0;
+        for segment in &mut sys.segments {
+            *segment = atoll_softcpu::Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+        }
+        sys.segments[1].attributes = 0x9b;
+        self.cpu.regs.gpr[4] = 0x7000;
+        self.cpu.regs.rip = 0x7c00;
+        self.cpu.state_replaced();
+    }
+    /// Assembles code of another width.
+    pub fn load_bits(&mut self, bits: u32, at: u64, program: impl FnOnce(&mut CodeAssembler)) {
+        let mut asm = CodeAssembler::new(bits).expect("assembler");
+        program(&mut asm);
+        let code = asm.assemble(at).expect("assembles");
+        self.write(at, &code);
+    }
     pub fn host(&self, gpa: u64) -> *mut u8 {
         assert!(gpa < RAM as u64);
         // SAFETY: within the mapping.
