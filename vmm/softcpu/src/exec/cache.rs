@@ -79,11 +79,11 @@ struct Found {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Written {
     /// There is no code of it any more (a backend overwrote it before): the protection can go.
-    NoCode,
+    Nothing,
     /// No decoded byte was touched.
-    BesideCode,
+    Beside,
     /// Its code has been taken out of use: the protection can go.
-    OverCode,
+    Over,
 }
 
 /// All decoded code of one CPU.
@@ -262,15 +262,15 @@ impl CodeCache {
     /// Guest bytes of a protected frame were written: what that means for its code.
     pub(crate) fn written(&mut self, gpa: u64, len: usize) -> Written {
         let page = gpa & !0xfff;
-        let Some(frame) = self.frames.get(&page) else { return Written::NoCode };
+        let Some(frame) = self.frames.get(&page) else { return Written::Nothing };
         let first = (gpa & 0xfff) as usize / LINE;
         let last = (((gpa & 0xfff) as usize + len.max(1) - 1).min(0xfff)) / LINE;
         let touched = (u64::MAX << first) & (u64::MAX >> (63 - last));
         if frame.lines & touched == 0 {
-            return Written::BesideCode;
+            return Written::Beside;
         }
         self.bury(page);
-        Written::OverCode
+        Written::Over
     }
 
     /// Takes a frame's code out of use.

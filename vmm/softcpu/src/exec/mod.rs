@@ -283,9 +283,9 @@ impl Cpu {
     /// Reports a write to guest-physical memory that may hold decoded code.
     pub(crate) fn code_written(&mut self, gpa: u64, len: usize) {
         match self.exec.cache.written(gpa, len) {
-            Written::BesideCode => return,
-            Written::NoCode => {}
-            Written::OverCode => self.exec.stale = true,
+            Written::Beside => return,
+            Written::Nothing => {}
+            Written::Over => self.exec.stale = true,
         }
         self.mmu.unprotect_code(gpa & !0xfff);
     }

@@ -2,8 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::super::fast::{EaKind, Pick, alu, branch, locked, moves, shift};
-use super::super::general::{condition_of, slot};
+use super::super::fast::{EaKind, Pick, alu, branch, locked, moves, shift, system};
+use super::super::general::{condition_of, segment_name, slot};
 use super::super::{Mode, Op};
 use super::{After, Builder, FlagUse, RIP, ZERO, bare_op};
 use crate::exec::dispatch;
@@ -254,6 +254,11 @@ fn select(insn: &Instruction, op: &mut Op, at: At) -> Option<Option<Pick>> {
                 op.disp = insn.immediate64() as i32;
                 op.imm = (insn.immediate64() >> 32) as i32;
                 moves::pick_mov64()
+            } else if insn.op1_kind() == OpKind::Register && insn.op1_register().is_segment_register() {
+                let (r0, size) = register(insn, 0)?;
+                op.r0 = r0;
+                op.imm = segment_name(insn.op1_register()) as i32;
+                system::pick_mov_from_segment(size)
             } else {
                 let (form, size) = form(insn, op, at)?;
                 moves::pick_mov(form, size)
@@ -344,8 +349,12 @@ fn select(insn: &Instruction, op: &mut Op, at: At) -> Option<Option<Pick>> {
         | M::Setge
         | M::Setle
         | M::Setg => {
-            op.r0 = register(insn, 0)?.0;
-            moves::pick_setcc(condition_of(insn))
+            if insn.op0_kind() == OpKind::Memory {
+                moves::pick_setcc_m(condition_of(insn), address(insn, op, at)?)
+            } else {
+                op.r0 = register(insn, 0)?.0;
+                moves::pick_setcc(condition_of(insn))
+            }
         }
         M::Cmovo
         | M::Cmovno
@@ -404,12 +413,16 @@ fn select(insn: &Instruction, op: &mut Op, at: At) -> Option<Option<Pick>> {
         M::Bt | M::Bts | M::Btr | M::Btc => {
             let imm = insn.op1_kind() != OpKind::Register;
             if insn.op0_kind() == OpKind::Memory {
-                if !imm || insn.mnemonic() != M::Bt {
+                if !imm {
                     return None;
                 }
                 op.imm = immediate(insn, 1)?;
                 let kind = address(insn, op, at)?;
-                shift::pick_bit_test_m(kind, insn.memory_size().size() as u32)
+                let size = insn.memory_size().size() as u32;
+                match insn.mnemonic() {
+                    M::Bt => shift::pick_bit_test_m(kind, size),
+                    change => locked::pick_bit(change, kind, size)?,
+                }
             } else {
                 let (r0, size) = register(insn, 0)?;
                 op.r0 = r0;
@@ -421,6 +434,10 @@ fn select(insn: &Instruction, op: &mut Op, at: At) -> Option<Option<Pick>> {
                 shift::pick_bit_test(insn.mnemonic(), imm, size)?
             }
         }
+        // Without LOCK they may be atomic all the same.
+        M::Cmpxchg | M::Xadd if insn.op0_kind() == OpKind::Memory => return select_locked(insn, op, at).map(Some),
+        M::Pushf if insn.stack_pointer_increment() == -8 => system::pick_pushf(),
+        M::Cli => system::pick_cli(),
         M::Bsf | M::Bsr => {
             let (r0, size) = register(insn, 0)?;
             op.r0 = r0;
@@ -448,6 +465,9 @@ fn select_locked(insn: &Instruction, op: &mut Op, at: At) -> Option<Pick> {
     };
     if size > 8 {
         return None;
+    }
+    if imm && matches!(insn.mnemonic(), Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc) {
+        return locked::pick_bit(insn.mnemonic(), kind, size);
     }
     locked::pick(insn.mnemonic(), kind, imm, size)
 }

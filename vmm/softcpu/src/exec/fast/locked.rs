@@ -7,7 +7,7 @@ use iced_x86::Mnemonic;
 use super::super::dispatch::next;
 use super::super::{Handler, Next, Op};
 use super::memory::{Address, EaKind, write_host};
-use super::word::Word;
+use super::word::{CARRY, Word};
 use super::{Pick, for_address, for_width};
 use crate::cpu::Cpu;
 
@@ -27,7 +27,11 @@ trait Locked: Word {
     unsafe fn dec(host: *mut u8, flags: u64) -> u64;
     unsafe fn exchange(host: *mut u8, b: Self) -> Self;
     unsafe fn exchange_add(host: *mut u8, b: Self) -> (Self, u64);
-    /// Whether it was equal, what was there, flags.
+    /// BTS, BTR, BTC of a bit within the operand: CF.
+    unsafe fn bit_set(host: *mut u8, bit: u64) -> bool;
+    unsafe fn bit_reset(host: *mut u8, bit: u64) -> bool;
+    unsafe fn bit_complement(host: *mut u8, bit: u64) -> bool;
+    /// What was there, and flags.
     unsafe fn compare_exchange(host: *mut u8, old: Self, new: Self) -> (Self, u64);
 }
 
@@ -45,14 +49,31 @@ macro_rules! simple {
         }
     };
 }
+macro_rules! bit {
+    ($name:ident, $text:literal, $suffix:literal) => {
+        #[inline(always)]
+        unsafe fn $name(host: *mut u8, bit: u64) -> bool {
+            let carry: u8;
+            // SAFETY: by contract; the bit is within the operand.
+            unsafe {
+                asm!(concat!("lock ", $text, " [{p}], {b", $suffix, "}"), "setc {c}",
+                    p = in(reg) host, b = in(reg) bit, c = out(reg_byte) carry, options(nostack));
+            }
+            carry != 0
+        }
+    };
+}
 macro_rules! locked {
-    ($word:ty, $class:ident, $suffix:literal, $pointer:literal, $accumulator:literal) => {
+    ($word:ty, $class:ident, $suffix:literal, $pointer:literal, $wide:literal) => {
         impl Locked for $word {
             simple!(add, "add", $word, $class, $suffix);
             simple!(sub, "sub", $word, $class, $suffix);
             simple!(and, "and", $word, $class, $suffix);
             simple!(or, "or", $word, $class, $suffix);
             simple!(xor, "xor", $word, $class, $suffix);
+            bit!(bit_set, "bts", $wide);
+            bit!(bit_reset, "btr", $wide);
+            bit!(bit_complement, "btc", $wide);
             #[inline(always)]
             unsafe fn inc(host: *mut u8, flags: u64) -> u64 {
                 let out: u16;
@@ -108,10 +129,11 @@ macro_rules! locked {
         }
     };
 }
-locked!(u8, reg_byte, "", "byte", "al");
-locked!(u16, reg, ":x", "word", "ax");
-locked!(u32, reg, ":e", "dword", "eax");
-locked!(u64, reg, ":r", "qword", "rax");
+// There are no bit operations on bytes: the decoder never asks for those.
+locked!(u8, reg_byte, "", "byte", ":x");
+locked!(u16, reg, ":x", "word", ":x");
+locked!(u32, reg, ":e", "dword", ":e");
+locked!(u64, reg, ":r", "qword", ":r");
 
 /// What a locked operation does, as a constant.
 const ADD: u8 = 0;
@@ -175,6 +197,47 @@ unsafe extern "sysv64" fn cmpxchg<W: Locked, A: Address>(cpu: *mut Cpu, op: *con
         flags
     };
     next!(cpu, op, fuel, flags);
+}
+
+/// BTS (1), BTR (2), BTC (3) with an immediate.
+unsafe extern "sysv64" fn bit_change<W: Locked, A: Address, const CHANGE: u8>(
+    cpu: *mut Cpu,
+    op: *const Op,
+    fuel: i64,
+    flags: u64,
+) -> Next {
+    // SAFETY: by the contract of a handler.
+    let flags = unsafe {
+        let host = write_host!(W, cpu, op, fuel, flags, A::linear(cpu, op), true);
+        let bit = i64::from((*op).imm) as u64 & (W::BYTES * 8 - 1);
+        let carry = match CHANGE {
+            1 => W::bit_set(host, bit),
+            2 => W::bit_reset(host, bit),
+            _ => W::bit_complement(host, bit),
+        };
+        (flags & !CARRY) | (u64::from(carry) << 8)
+    };
+    next!(cpu, op, fuel, flags);
+}
+/// BTS, BTR, BTC of memory with an immediate, with or without LOCK.
+pub(in crate::exec) fn pick_bit(mnemonic: Mnemonic, kind: EaKind, bytes: u32) -> Option<Pick> {
+    macro_rules! widths {
+        ($change:literal) => {
+            match bytes {
+                2 => for_address!(kind, A => bit_change::<u16, A, $change> as Handler),
+                4 => for_address!(kind, A => bit_change::<u32, A, $change> as Handler),
+                8 => for_address!(kind, A => bit_change::<u64, A, $change> as Handler),
+                _ => return None,
+            }
+        };
+    }
+    let handler = match mnemonic {
+        Mnemonic::Bts => widths!(1),
+        Mnemonic::Btr => widths!(2),
+        Mnemonic::Btc => widths!(3),
+        _ => return None,
+    };
+    Some(Pick { loud: handler, quiet: None, observes: true, overwrites: false })
 }
 
 /// LOCK forms with a memory destination; `imm`: the source is an immediate. XCHG needs no prefix.

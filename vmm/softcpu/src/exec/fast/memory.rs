@@ -134,7 +134,13 @@ pub(super) unsafe extern "sysv64" fn miss<W: Word, const WRITE: bool, const SIMP
     slow!(cpu, op, fuel, flags, SIMPLE)
 }
 
-/// For handlers that find something other than a miss out of the ordinary.
+/// For one-instruction handlers that find something other than a miss out of the ordinary.
+#[inline(never)]
+pub(super) unsafe extern "sysv64" fn slow_simple(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
+    slow!(cpu, op, fuel, flags, true)
+}
+
+/// The same for handlers behind which the block does not go on.
 #[inline(never)]
 pub(super) unsafe extern "sysv64" fn slow_leave(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     slow!(cpu, op, fuel, flags, false)

@@ -12,6 +12,7 @@ pub(super) mod locked;
 mod memory;
 pub(super) mod moves;
 pub(super) mod shift;
+pub(super) mod system;
 
 mod word;
 

@@ -167,6 +167,19 @@ unsafe extern "sysv64" fn setcc_r<const C: u8>(cpu: *mut Cpu, op: *const Op, fue
     unsafe { u8::set(cpu, (*op).r0, u8::from(holds::<C>(flags))) };
     next!(cpu, op, fuel, flags);
 }
+unsafe extern "sysv64" fn setcc_m<const C: u8, A: Address>(
+    cpu: *mut Cpu,
+    op: *const Op,
+    fuel: i64,
+    flags: u64,
+) -> Next {
+    // SAFETY: by the contract of a handler.
+    unsafe {
+        let host = write_host!(u8, cpu, op, fuel, flags, A::linear(cpu, op), true);
+        u8::store(host, u8::from(holds::<C>(flags)));
+    }
+    next!(cpu, op, fuel, flags);
+}
 unsafe extern "sysv64" fn cmov_rr<W: Word, const C: u8>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler.
     unsafe {
@@ -295,6 +308,10 @@ pub(in crate::exec) fn pick_leave() -> Pick {
 /// SETcc r8.
 pub(in crate::exec) fn pick_setcc(condition: u8) -> Pick {
     Pick { observes: true, ..plain(for_condition!(condition, C => setcc_r::<C>), false) }
+}
+/// SETcc m8.
+pub(in crate::exec) fn pick_setcc_m(condition: u8, kind: EaKind) -> Pick {
+    plain(for_condition!(condition, C => for_address!(kind, A => setcc_m::<C, A>)), true)
 }
 /// CMOVcc.
 pub(in crate::exec) fn pick_cmov(condition: u8, kind: Option<EaKind>, bytes: u32) -> Pick {

@@ -60,6 +60,17 @@ fn shifted<K: Kind, W: Word>(a: W, count: u32) -> W {
     }
 }
 
+/// Flags after a rotation with this result: CF and OF change, the others stay.
+#[inline(always)]
+fn rotated<K: Kind, W: Word>(result: W, flags: u64) -> u64 {
+    let top = (result.wide() >> (W::BYTES * 8 - 1)) & 1;
+    let (carry, other) = match K::KIND {
+        Shift::Rol => (result.wide() & 1, top),
+        _ => (top, (result.wide() >> (W::BYTES * 8 - 2)) & 1),
+    };
+    (flags & !(CARRY | 1)) | (carry << 8) | (carry ^ other)
+}
+
 /// By an immediate: nonzero and below the width.
 unsafe extern "sysv64" fn shift_i<K: Kind, W: Word, const LOUD: bool>(
     cpu: *mut Cpu,
@@ -105,10 +116,9 @@ unsafe extern "sysv64" fn shift_cl<K: Kind, W: Word, const LOUD: bool>(
                 Shift::Shl => W::shl(a, count),
                 Shift::Shr => W::shr(a, count),
                 Shift::Sar => W::sar(a, count),
-                kind => {
-                    let wide = u64::from(count);
-                    let (value, out) = arith::shift(kind, a.wide(), wide, W::BYTES as u32, fold(0, flags));
-                    (W::narrow(value), unfold(out))
+                _ => {
+                    let value = shifted::<K, W>(a, count);
+                    (value, rotated::<K, W>(value, flags))
                 }
             };
             W::set(cpu, (*op).r0, value);
