@@ -139,3 +139,14 @@ pub(crate) fn image(folder: &Path, bytes: u64) -> Result<PathBuf> {
     std::fs::File::create(&path)?.set_len(bytes)?;
     Ok(path)
 }
+
+/// Lets a command inherit a descriptor that it is not told of.
+pub(crate) fn keep_open(command: &mut Command, fd: std::os::fd::RawFd) {
+    #[allow(unsafe_code, reason = "a descriptor is made inheritable in the child only")]
+    // SAFETY: fcntl is async-signal-safe and touches only the child's table.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::fcntl(fd, libc::F_SETFD, 0) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        })
+    };
+}
