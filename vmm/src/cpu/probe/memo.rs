@@ -18,7 +18,8 @@ pub struct Memo {
 impl Memo {
     /// The memo in `folder`, for the boot named `boot`.
     pub fn new(folder: &Path, boot: &str) -> Self {
-        Self { file: folder.join("cpu-probe"), boot: boot.trim().into() }
+        // Another release may ask other questions.
+        Self { file: folder.join("cpu-probe"), boot: format!("{} {}", boot.trim(), env!("CARGO_PKG_VERSION")) }
     }
 
     /// The user's: in the runtime folder, else in the cache. `None` where neither is known.
@@ -77,8 +78,8 @@ mod tests {
         memo.note(&verdict);
         assert_eq!(memo.recall(), Some(verdict));
         assert_eq!(Memo::new(&folder.path().join("atoll"), "other").recall(), None);
-        for text in ["b00t\n", "b00t\nusable", "b00t\nperhaps\nx\n", "", "b00t\nusable\n\n"] {
-            fs::write(&memo.file, text).unwrap();
+        for text in ["", "usable", "perhaps\nx\n", "usable\n\n"] {
+            fs::write(&memo.file, format!("{}\n{text}", memo.boot)).unwrap();
             assert_eq!(memo.recall(), None, "{text:?}");
         }
         assert_eq!(fs::read_dir(folder.path().join("atoll")).unwrap().count(), 1);
