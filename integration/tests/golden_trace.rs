@@ -11,7 +11,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 /// Hash over (rip, registers) at each million instructions. It changes only with the CPU's visible behaviour, the
 /// board's timers, or the guest: say which in the commit that changes it.
-const GOLDEN: &str = "unset";
+const GOLDEN: &str = "6b2cacc7550e5a59";
 
 fn run() -> Result<(String, String)> {
     let folder = tempfile::tempdir()?;
