@@ -312,7 +312,7 @@ fn read_input(port: &Port, link: &Link, mut input: File, end: &EventFd, events: 
     let mut passed = Vec::new();
     let mut typed = Typed { waiting: VecDeque::new(), lossy: input.is_terminal() };
     let mut ended = false;
-    while !link.has_ended() && !(ended && typed.waiting.is_empty()) {
+    while !link.has_ended() && (!ended || !typed.waiting.is_empty()) {
         typed.feed(port);
         match wait_for_input((!ended && typed.accepts_input()).then_some(&input), end, !typed.waiting.is_empty()) {
             Wait::Input => {}
