@@ -1,6 +1,6 @@
 //! A device process dies with requests in flight; its successor finishes them.
 
-mod common;
+mod process;
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
@@ -12,7 +12,7 @@ use atoll_kit::driver::disk::{self, Kind};
 use atoll_kit::driver::{Driver, Options};
 use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarOrder, SidecarReport};
 use atoll_protocol::{FrameSocket, Generation};
-use common::{Blk, DATA, command, fails, image, pattern, with_fds};
+use process::{Blk, DATA, command, fails, image, pattern, with_fds};
 
 const BLOCK: u32 = 16 << 10;
 const BLOCKS: u64 = 512;
@@ -190,7 +190,7 @@ fn a_damaged_region_or_an_impossible_base_is_refused_and_the_process_lives() -> 
         assert!(driver.connect(blk.connect()?).is_err(), "{damage:?}");
     }
     let mut driver = blk.driver(Options::default())?;
-    assert_eq!(common::run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
+    assert_eq!(process::run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
     Ok(())
 }
 
@@ -236,7 +236,7 @@ fn the_sidecar_speaks_its_part_and_its_hang_up_ends_the_process() -> Result<()> 
         SidecarReport::Ready { generation: Generation(1) }
     );
     let mut driver = Driver::connected(Options::default(), front)?;
-    assert_eq!(common::run(&mut driver, Kind::Out, 0, &[(DATA, 512)])?.0, 0);
+    assert_eq!(process::run(&mut driver, Kind::Out, 0, &[(DATA, 512)])?.0, 0);
     let completed = loop {
         match sidecar.reader.receive_message(SOON)? {
             SidecarReport::Progress { queues } if queues[0].completed > 0 => break queues[0],

@@ -1,6 +1,6 @@
 //! A guest, or a front end, that means harm: it hurts nobody but itself.
 
-mod common;
+mod process;
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use anyhow::Result;
 use atoll_kit::driver::disk::Kind;
 use atoll_kit::driver::queue::{INDIRECT, NEXT, Queue, WRITE};
 use atoll_kit::driver::{Driver, Guest, Options};
-use common::{Blk, DATA, image, pattern, run};
+use process::{Blk, DATA, image, pattern, run};
 use vhost::{VhostBackend, VringConfigData};
 
 const SECOND: Duration = Duration::from_secs(10);

@@ -1,13 +1,13 @@
 //! What a serving process can no longer do.
 
-mod common;
+mod process;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use anyhow::{Context, Result};
 use atoll_kit::driver::Options;
 use atoll_kit::driver::disk::Kind;
-use common::{Blk, DATA, image, run};
+use process::{Blk, DATA, image, run};
 
 /// The value of a line in a thread's status.
 fn status(task: &std::path::Path, name: &str) -> Result<String> {
@@ -23,9 +23,9 @@ fn every_thread_is_jailed_and_no_stray_descriptor_is_kept() -> Result<()> {
     let socket = folder.path().join("blk.sock");
     // A descriptor that a careless parent lets it inherit: the process must not keep it.
     let stray: OwnedFd = std::fs::File::open("/")?.into();
-    let mut command = common::command();
+    let mut command = process::command();
     command.arg("--socket").arg(&socket).arg("--path").arg(&path).args(["--num-queues", "3"]);
-    common::keep_open(&mut command, stray.as_raw_fd());
+    process::keep_open(&mut command, stray.as_raw_fd());
     let mut blk = Blk { child: command.spawn()?, socket: Some(socket) };
     let mut driver = blk.driver(Options::default())?;
     assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);

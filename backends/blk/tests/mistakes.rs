@@ -1,11 +1,11 @@
 //! Mistakes on the command line: one line that names the thing and the remedy, status 1, and nothing left behind.
 
-mod common;
+mod process;
 
 use std::path::Path;
 
 use anyhow::Result;
-use common::{fails, image};
+use process::{fails, image};
 
 fn left(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(folder)
@@ -72,7 +72,8 @@ fn an_image_on_a_read_only_descriptor_is_not_opened_for_writing() -> Result<()> 
     let path = image(folder.path(), 1 << 20)?;
     let file = std::fs::File::open(&path)?;
     let socket = folder.path().join("s");
-    let output = common::with_fds(common::command().arg("--socket").arg(&socket), &[("--fd", file.into())]).output()?;
+    let output =
+        process::with_fds(process::command().arg("--socket").arg(&socket), &[("--fd", file.into())]).output()?;
     let text = String::from_utf8(output.stderr)?;
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("--read-only"), "{text}");
@@ -87,7 +88,7 @@ fn a_socket_that_nobody_listens_on_is_replaced_and_one_in_use_is_not() -> Result
     let socket = folder.path().join("blk.sock");
     // A predecessor that was killed leaves its file.
     drop(std::os::unix::net::UnixListener::bind(&socket)?);
-    let mut blk = common::Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = process::Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     blk.connect()?;
     let (status, text) = fails(&["--socket", socket.to_str().unwrap(), "--null", "1M"]);
     assert_eq!(status.code(), Some(1));

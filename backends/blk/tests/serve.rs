@@ -1,6 +1,6 @@
 //! What a driver can do with `atoll-blk`, on a tmpfs (inline I/O) and on the build folder's file system (io_uring).
 
-mod common;
+mod process;
 
 use std::os::fd::AsRawFd;
 
@@ -11,7 +11,7 @@ use atoll_kit::driver::{Driver, Guest, LOG_ALL, Options, USER_OFFSET};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 
-use common::{Blk, DATA, image, pattern, run};
+use process::{Blk, DATA, image, pattern, run};
 
 /// A tmpfs, where there is one, and a disk.
 fn folders() -> Vec<tempfile::TempDir> {
