@@ -1,3 +1,5 @@
+//! Doorbells under load: no kick is lost while the route changes, and the address table follows the BARs.
+
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
