@@ -39,6 +39,12 @@ impl Slot {
         self.instructions.iter().any(|instruction| !matches!(instruction.memory_size().size(), 0..=10 | 16))
     }
 
+    /// Whether the x87 stack may have been rotated: an MMX instruction that faults has or has not rotated it back.
+    pub(super) fn may_rotate_before_fault(&self) -> bool {
+        let loads = |mnemonic| matches!(mnemonic, Mnemonic::Fxrstor | Mnemonic::Fxrstor64);
+        self.instructions.iter().any(|instruction| loads(instruction.mnemonic()))
+    }
+
     /// Whether an instruction computes several results one from another.
     pub(super) fn has_dot_product(&self) -> bool {
         self.instructions.iter().any(|instruction| matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd))

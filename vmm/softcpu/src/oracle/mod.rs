@@ -172,6 +172,10 @@ impl Pair {
             if let Some(fault) = outcome.fault.as_mut().filter(|_| slot.vague_fault_address()) {
                 fault.cr2 = 0;
             }
+            let faulted = outcome.fault.is_some();
+            if let Some(fp) = outcome.fp.as_mut().filter(|_| faulted && slot.may_rotate_before_fault()) {
+                (fp.fsw, fp.ftw, fp.st) = (0, 0, [0; 8]);
+            }
             // A dot product stops somewhere on its way when an intermediate result raises an exception.
             let stopped = outcome.fault.is_some_and(|fault| fault.vector == 19) && slot.has_dot_product();
             if let Some(fp) = outcome.fp.as_mut().filter(|_| stopped) {
@@ -227,5 +231,23 @@ mod tests {
                 assert!(vectors.contains_key(&Some(vector)), "{family:?} never gives vector {vector}: {vectors:?}");
             }
         }
+    }
+
+    /// A CPU that lacks what the generator uses must be caught, and the case shrunk to the instruction at fault.
+    #[test]
+    fn a_processor_without_an_extension_is_found_out() {
+        let lesser = CpuModel::named("atoll-v1", VcpuTopology::SINGLE).expect("the model table has this name");
+        let mut pair = Pair {
+            generator: Generator::new(3, Family::Vector, model().features(), false),
+            host: Host::new().expect("fixed mappings"),
+            soft: Soft::new(Arc::new(lesser)),
+            pristine: None,
+        };
+        let mismatch = pair.batch(0..BATCH, |_| false).expect("SSE3 and later are a third of the encodings");
+        assert_eq!(mismatch.mnemonics.len(), 1, "{mismatch}");
+        assert!(mismatch.to_string().contains("cpu Some(Fault { vector: 6"), "{mismatch}");
+        // The numbers in the report make the case again.
+        let again = pair.batch(mismatch.case..mismatch.case + 1, |_| false).expect("the same case");
+        assert_eq!(again.to_string(), mismatch.to_string());
     }
 }

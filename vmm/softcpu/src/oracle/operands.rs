@@ -300,6 +300,9 @@ fn memory(
         near
     };
     let base_value = if base == 4 { frame.base(4, STACK + STACK_LEN / 2)? } else { frame.base(base, fresh)? };
+    if wild && base_value != fresh {
+        return None;
+    }
     let mut sum = base_value;
     instruction.set_memory_base(names[base]);
     if form >= 7 {
