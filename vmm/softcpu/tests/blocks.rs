@@ -8,8 +8,8 @@ mod flat;
 
 use flat::{CODE, DATA, Machine, STACK};
 use iced_x86::code_asm::registers as r;
-use iced_x86::code_asm::{AsmRegister8, AsmRegister16, AsmRegister32, AsmRegister64};
-use iced_x86::code_asm::{CodeAssembler, CodeLabel, byte_ptr, dword_ptr, ptr, qword_ptr, word_ptr};
+use iced_x86::code_asm::{AsmRegister8, AsmRegister16, AsmRegister32, AsmRegister64, AsmRegisterXmm};
+use iced_x86::code_asm::{CodeAssembler, CodeLabel, byte_ptr, dword_ptr, ptr, qword_ptr, word_ptr, xmmword_ptr};
 
 /// A small generator of its own, so that a failing program can be named by its number for good.
 struct Random(u64);
@@ -31,6 +31,8 @@ const R64: [AsmRegister64; 8] = [r::rax, r::rcx, r::rdx, r::rbx, r::r8, r::r9, r
 const R32: [AsmRegister32; 8] = [r::eax, r::ecx, r::edx, r::ebx, r::r8d, r::r9d, r::r12d, r::r13d];
 const R16: [AsmRegister16; 8] = [r::ax, r::cx, r::dx, r::bx, r::r8w, r::r9w, r::r12w, r::r13w];
 const R8: [AsmRegister8; 8] = [r::al, r::ch, r::dl, r::bh, r::bl, r::ah, r::dh, r::cl];
+
+const XMM: [AsmRegisterXmm; 4] = [r::xmm0, r::xmm1, r::xmm7, r::xmm13];
 
 type Step = Result<(), iced_x86::IcedError>;
 
@@ -256,7 +258,20 @@ fn put_one(a: &mut CodeAssembler, random: &mut Random) -> Step {
             6 => a.mov(dword_ptr(r::rdi + offset), offset),
             _ => a.mov(R8[x], R8[y]),
         },
-        37 => a.nop(),
+        37 => {
+            let (v, w) = (XMM[random.below(4) as usize], XMM[random.below(4) as usize]);
+            match random.below(9) {
+                0 => a.movdqu(v, xmmword_ptr(r::rdi + offset)),
+                1 => a.movups(xmmword_ptr(r::rdi + r::rsi * 4 + offset), v),
+                2 => a.paddd(v, w),
+                3 => a.pxor(v, w),
+                4 => a.pcmpeqb(v, w),
+                5 => a.pmovmskb(R32[x], v),
+                6 => a.movq(v, R64[x]),
+                7 => a.movaps(v, w),
+                _ => a.movq(qword_ptr(r::rdi + offset), v),
+            }
+        }
         _ => two!(a, random, cmp test add),
     }
 }
@@ -295,11 +310,11 @@ fn program(a: &mut CodeAssembler, random: &mut Random) -> Step {
 }
 
 /// Everything that a program can change.
-fn outcome(machine: &Machine) -> ([u64; 16], u64, u64, Vec<u8>) {
+fn outcome(machine: &Machine) -> ([u64; 16], u64, u64, [u128; 16], Vec<u8>) {
     let regs = &machine.cpu.regs;
     let mut memory = machine.read(DATA - 64, 4096 + 256);
     memory.extend(machine.read(STACK - 256, 256));
-    (regs.gpr, regs.rip, regs.rflags, memory)
+    (regs.gpr, regs.rip, regs.rflags, regs.fp.xmm, memory)
 }
 
 #[test]

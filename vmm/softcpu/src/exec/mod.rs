@@ -174,6 +174,8 @@ pub(crate) enum Leave {
 pub(crate) struct Exec {
     /// CPL is 3.
     pub(crate) user: bool,
+    /// SSE is enabled: neither emulated nor lazily switched off, and the system has said that it saves its state.
+    vectors: bool,
     /// Width of code.
     pub(crate) mode: Mode,
     /// Native thunks.
@@ -231,6 +233,7 @@ impl Exec {
         let mut cache = CodeCache::new();
         Self {
             user: false,
+            vectors: false,
             mode: Mode::Bits16,
             thunks: Thunks::new(),
             jumps: cache.jumps(),
@@ -351,6 +354,7 @@ impl Cpu {
         };
         self.exec.cs_base = if self.exec.mode == Mode::Bits64 { 0 } else { cs.base };
         self.exec.user = self.cpl() == 3;
+        self.exec.vectors = self.check_unit(crate::native::Unit::Sse).is_ok();
         self.exec.tlb = &raw mut self.mmu.tlb[usize::from(self.exec.user)];
         for half in 0..2 {
             if self.exec.epochs[half] != self.mmu.exec_epochs[half] {

@@ -9,13 +9,15 @@
 mod offered;
 mod select;
 
-use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, FlowControl, Instruction};
 
 use super::cache::LINE;
+use super::fast::vector;
 use super::general::ThunkCall;
 use super::run::BLOCK_MAX;
 use super::{Exit, FarLink, Handler, Mode, NO_KEY, Op, Slot, dispatch};
 use crate::cpu::Cpu;
+use crate::native::MemAccess;
 use crate::state::Regs;
 
 pub(crate) use offered::Offered;
@@ -279,16 +281,23 @@ impl Cpu {
         {
             return after;
         }
-        self.put_general(builder, insn, at.offset, at.ordinal)
+        self.put_general(builder, insn, at)
     }
 
     /// Puts an instruction that the general interpreter or a thunk does.
-    fn put_general(&mut self, builder: &mut Builder, insn: &Instruction, offset: usize, ordinal: usize) -> After {
+    fn put_general(&mut self, builder: &mut Builder, insn: &Instruction, at: At) -> After {
+        let At { offset, ordinal, .. } = at;
         let length = insn.len() as u8;
-        if is_native(insn)
+        if self.exec.offered.is_native(insn.code())
             && let Ok(thunk) = self.exec.thunks.compile(insn)
         {
-            let op = Op { r0: length, ..bare_op(dispatch::native, offset, ordinal) };
+            let mut op = Op { r0: length, ..bare_op(dispatch::native, offset, ordinal) };
+            if self.exec.mode == Mode::Bits64 {
+                let kind = if thunk.mem == MemAccess::None { None } else { select::address(insn, &mut op, at) };
+                if let Some(handler) = vector::pick(&thunk, kind) {
+                    op.handler = handler;
+                }
+            }
             builder.put(op, true);
             builder.put_behind(&ThunkCall { insn: *insn, thunk }, dispatch::THUNK_SLOTS - 1);
             return After::GoOn;
@@ -305,11 +314,4 @@ impl Cpu {
             }
         }
     }
-}
-
-/// Whether an instruction may have a thunk; the others need not be looked up.
-fn is_native(insn: &Instruction) -> bool {
-    insn.op_kinds().any(|kind| kind == OpKind::Register)
-        && (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && insn.op_register(n).is_vector_register())
-        || insn.mnemonic() == Mnemonic::Fxsave64
 }

@@ -4,10 +4,11 @@ use iced_x86::{Code, CpuidFeature};
 
 use crate::cpuid::{CpuModel, Features};
 
-/// One bit for each instruction form.
+/// What the decoder wants to know of each instruction form.
 #[derive(Clone)]
 pub(crate) struct Offered {
     allowed: Vec<bool>,
+    native: Vec<bool>,
 }
 
 impl Offered {
@@ -21,7 +22,12 @@ impl Offered {
                     || (code != Code::INVALID && code.cpuid_features().iter().all(|&f| has(f, features)))
             })
             .collect();
-        Self { allowed }
+        let native = Code::values().map(|code| code.cpuid_features().iter().any(|&f| is_unit(f))).collect();
+        Self { allowed, native }
+    }
+    /// Whether a form may have a thunk: the others need not be looked up.
+    pub(crate) fn is_native(&self, code: Code) -> bool {
+        self.native.get(code as usize).copied().unwrap_or(false)
     }
     /// Whether the model has this form.
     pub(crate) fn allows(&self, code: Code) -> bool {
@@ -97,4 +103,27 @@ fn has(feature: CpuidFeature, features: Features) -> bool {
         F::POPCNT => features.contains(Features::POPCNT),
         _ => false,
     }
+}
+
+/// Extensions whose instructions run natively.
+fn is_unit(feature: CpuidFeature) -> bool {
+    use CpuidFeature as F;
+    matches!(
+        feature,
+        F::FPU
+            | F::FPU287
+            | F::FPU387
+            | F::FXSR
+            | F::MMX
+            | F::SSE
+            | F::SSE2
+            | F::SSE3
+            | F::SSSE3
+            | F::SSE4_1
+            | F::SSE4_2
+            | F::AES
+            | F::PCLMULQDQ
+            | F::SHA
+            | F::POPCNT
+    )
 }

@@ -150,7 +150,7 @@ fn immediate(insn: &Instruction, n: u32) -> Option<i32> {
 
 /// Puts the memory operand into an op; `None` if it takes the general interpreter (32-bit addresses, far-off
 /// RIP-relative ones, absolute 64-bit ones).
-fn address(insn: &Instruction, op: &mut Op, at: At) -> Option<EaKind> {
+pub(super) fn address(insn: &Instruction, op: &mut Op, at: At) -> Option<EaKind> {
     let (base, index) = (insn.memory_base(), insn.memory_index());
     let displacement = insn.memory_displacement64();
     if base == Register::RIP {

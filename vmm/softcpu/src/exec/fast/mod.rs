@@ -13,6 +13,7 @@ mod memory;
 pub(super) mod moves;
 pub(super) mod shift;
 pub(super) mod system;
+pub(super) mod vector;
 
 mod word;
 
