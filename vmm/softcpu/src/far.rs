@@ -212,8 +212,7 @@ impl Cpu {
         Ok(())
     }
 
-    /// Writes RFLAGS as IRET does from privilege `cpl`. RF is not kept: it would say that the next instruction skips
-    /// an instruction breakpoint, and there are none.
+    /// Writes RFLAGS as IRET does from privilege `cpl`.
     fn restore_flags(&mut self, flags: u64, size: OperandSize, cpl: u8) {
         let iopl = (self.regs.rflags >> 12 & 3) as u8;
         let mut writable = FLAGS_FREE;
@@ -223,7 +222,7 @@ impl Cpu {
         if cpl <= iopl {
             writable |= FLAG_IF;
         }
-        writable &= size.mask();
+        writable = (writable | FLAG_RF) & size.mask();
         self.regs.rflags = self.regs.rflags & !(writable | FLAG_RF) | flags & writable | 2;
     }
 

@@ -136,6 +136,10 @@ impl Cpu {
         kind: SoftwareInterrupt,
     ) -> Result<(), Exception> {
         let source = if kind == SoftwareInterrupt::Int1 { Source::Event } else { Source::Program };
+        if kind == SoftwareInterrupt::Int1 {
+            // It is a debug exception already: whatever waits is told with it.
+            self.sys.dr[6] |= std::mem::take(&mut self.mmu.pending_debug);
+        }
         self.enter(world, vector, None, source, false)
     }
 
@@ -146,9 +150,9 @@ impl Cpu {
         }
     }
 
-    /// The #DB for a cause, with DR6 told.
+    /// The #DB for a cause, with DR6 told: the breakpoints are those of this time, other bits stay until cleared.
     pub(crate) fn debug_trap(&mut self, cause: u64) -> Exception {
-        self.sys.dr[6] |= cause;
+        self.sys.dr[6] = self.sys.dr[6] & !0xf | cause;
         Exception::plain(VECTOR_DB)
     }
 

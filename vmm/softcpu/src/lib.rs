@@ -8,6 +8,7 @@
 //! tail calls, other builds by a trampoline loop over the same handlers. SSE, x87 and their kin are re-encoded and run
 //! on the host's own units (`native`).
 
+mod breakpoint;
 pub mod cpu;
 pub mod cpuid;
 mod descriptor;

@@ -152,6 +152,8 @@ impl Cpu {
         let write_fits = writable && !code && found.write_ready;
         match access {
             Access::Execute => self.mmu.fill(user, Kind::Exec, fill),
+            // Each access to it must come by here.
+            Access::Read | Access::Write if self.page_is_watched(linear) => {}
             Access::Read | Access::Write => {
                 // Likely both will be needed. But the one that was not asked for only goes where nothing is: an
                 // instruction that reads one page and writes another of the same slot would push out its own entry
@@ -196,12 +198,14 @@ impl Cpu {
         if data.len() <= room {
             let place = self.locate(linear, Access::Read, user)?;
             read_place(world, place, data);
+            self.note_access(linear, data.len(), false);
             return Ok(());
         }
         debug_assert!(data.len() <= 0x1000, "an operand spans at most two pages");
         let next = self.check_linear(self.next_page(linear))?;
         let first = self.locate(linear, Access::Read, user)?;
         let second = self.locate(next, Access::Read, user)?;
+        self.note_access(linear, data.len(), false);
         let (low, high) = data.split_at_mut(room);
         read_place(world, first, low);
         read_place(world, second, high);
@@ -219,6 +223,7 @@ impl Cpu {
         let room = 0x1000 - (linear & 0xfff) as usize;
         if data.len() <= room {
             let place = self.locate(linear, Access::Write, user)?;
+            self.note_access(linear, data.len(), true);
             self.write_place(world, place, data);
             return Ok(());
         }
@@ -226,6 +231,7 @@ impl Cpu {
         let next = self.check_linear(self.next_page(linear))?;
         let first = self.locate(linear, Access::Write, user)?;
         let second = self.locate(next, Access::Write, user)?;
+        self.note_access(linear, data.len(), true);
         let (low, high) = data.split_at(room);
         self.write_place(world, first, low);
         self.write_place(world, second, high);
@@ -282,7 +288,9 @@ impl Cpu {
         let access = if write { Access::Write } else { Access::Read };
         let len = 0x1000 - (linear & 0xfff) as usize;
         Ok(match self.locate(linear, access, user)? {
-            Place::Ram { host, code, .. } if !(write && code) => Some(PageSpan { host, len }),
+            Place::Ram { host, code, .. } if !(write && code || self.page_is_watched(linear)) => {
+                Some(PageSpan { host, len })
+            }
             _ => None,
         })
     }

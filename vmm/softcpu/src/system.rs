@@ -3,8 +3,8 @@
 
 use crate::cpu::Cpu;
 use crate::descriptor::{TYPE_TSS32, TYPE_TSS32_BUSY};
-use crate::far::{FLAG_IF, FLAG_IOPL, FLAG_RF, FLAG_VM};
-use crate::interrupt::{DR6_BD, DR7_GD};
+use crate::far::{FLAG_IF, FLAG_IOPL, FLAG_RF, FLAG_TF, FLAG_VM};
+use crate::interrupt::{DR6_BD, DR6_BS, DR7_GD};
 use crate::mmu::is_canonical;
 use crate::msr::{EFER_LME, EFER_SCE};
 use crate::segment::{CR0_PE, OperandSize};
@@ -161,7 +161,7 @@ impl Cpu {
         Ok(self.sys.dr[index])
     }
 
-    /// MOV to a debug register. Breakpoints are kept, and do not fire.
+    /// MOV to a debug register.
     pub(crate) fn write_dr(&mut self, number: u8, value: u64) -> Result<(), Exception> {
         let index = self.debug_register(number)?;
         if index >= 6 && value >> 32 != 0 {
@@ -172,6 +172,10 @@ impl Cpu {
             7 => value & DR7_WRITABLE | DR7_FIXED,
             _ => value,
         };
+        // Watched pages have no entries for data.
+        if index != 6 {
+            self.mmu.flush_all();
+        }
         Ok(())
     }
 
@@ -338,6 +342,10 @@ impl Cpu {
         let selector = (self.sys.star >> 48) as u16;
         if self.is_64bit() {
             self.regs.rflags = self.regs.gpr[11] & SYSRET_FLAGS | 2;
+            // A trap flag that comes with the return traps before the first instruction there.
+            if self.regs.rflags & FLAG_TF != 0 {
+                self.mmu.pending_debug |= DR6_BS;
+            }
         } else {
             self.regs.rflags |= FLAG_IF;
         }

@@ -154,6 +154,8 @@ pub struct Mmu {
     /// PDPTE registers of PAE paging (SDM vol. 3, 4.4.1); loaded at a CR3 write, or at the first walk after the state
     /// was set from outside.
     pub(crate) pdpte: Option<[u64; 4]>,
+    /// DR6 bits of debug traps that wait for the next instruction boundary.
+    pub(crate) pending_debug: u64,
     /// Slots filled since the last flush that were not global when filled: privilege << 15 | kind << 13 | index.
     listed: Vec<u16>,
     /// One bit for each hash of a 2 MiB or 1 GiB region of which fragments may be cached.
@@ -192,6 +194,7 @@ impl Mmu {
             exec_epochs: [0; 2],
             remembered: [Remembered::default(); 2],
             pdpte: None,
+            pending_debug: 0,
             listed: Vec::with_capacity(2 * 3 * TLB_ENTRIES),
             filter: [0; FILTER_WORDS],
             code,

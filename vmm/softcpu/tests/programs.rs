@@ -545,4 +545,42 @@ fn protected_mode_wraps_at_four_gibibytes() {
     machine.run();
     assert_eq!(machine.read_u64(DATA) as u32, 500_500);
     assert_eq!((machine.gpr(2), machine.gpr(6)), (1, 0x1234_5678));
+
+/// A watched variable is stored to twice and loaded once; the handler of #DB counts, and notes where it was told. The
+/// breakpoint on an instruction fires before it, once, because the handler sets RF.
+#[test]
+fn breakpoints_fire_on_data_and_on_instructions() {
+    let mut machine = Machine::new();
+    let handler = CODE + 0x800;
+    machine.load(|a| {
+        let mut watched = a.create_label();
+        a.mov(rax, DATA + 0x100).unwrap();
+        a.mov(dr0, rax).unwrap();
+        a.lea(rax, qword_ptr(watched)).unwrap();
+        a.mov(dr1, rax).unwrap();
+        // 0: writes to eight bytes; 1: execution.
+        a.mov(eax, 0x0009_040a).unwrap();
+        a.mov(dr7, rax).unwrap();
+        a.mov(qword_ptr((DATA + 0x100) as i32), 1).unwrap();
+        a.mov(rcx, qword_ptr((DATA + 0x100) as i32)).unwrap();
+        a.mov(byte_ptr((DATA + 0x107) as i32), 1).unwrap();
+        a.mov(byte_ptr((DATA + 0x108) as i32), 1).unwrap();
+        a.set_label(&mut watched).unwrap();
+        a.inc(rcx).unwrap();
+        a.hlt().unwrap();
+    });
+    machine.load_at(handler, |a| {
+        a.push(rax).unwrap();
+        a.mov(rax, dr6).unwrap();
+        a.shl(qword_ptr(DATA as i32), 4).unwrap();
+        a.and(eax, 0xf).unwrap();
+        a.or(qword_ptr(DATA as i32), rax).unwrap();
+        a.or(dword_ptr(rsp + 24), 0x1_0000).unwrap();
+        a.pop(rax).unwrap();
+        a.iretq().unwrap();
+    });
+    machine.gate(1, handler);
+    machine.run();
+    assert_eq!(machine.read_u64(DATA), 0x112, "two stores and the instruction");
+    assert_eq!(machine.gpr(1), 2);
 }

@@ -66,6 +66,12 @@ impl Cpu {
     fn run_until(&mut self, world: &mut dyn World, end: Option<u64>) -> Stop {
         loop {
             self.settle_code();
+            if !self.sys.interrupt_shadow
+                && let Some(trap) = self.take_debug_trap(0)
+                && self.deliver(world, trap).is_err()
+            {
+                return Stop::TripleFault;
+            }
             if let Some(stop) = self.attend(world) {
                 return stop;
             }
@@ -77,7 +83,7 @@ impl Cpu {
                 left = left.min(trace.next.saturating_sub(self.retired).max(1));
             }
             self.refresh_mode();
-            let alone = self.sys.interrupt_shadow || self.regs.rflags & (TF | RF) != 0;
+            let alone = self.sys.interrupt_shadow || self.regs.rflags & (TF | RF) != 0 || self.breakpoints_armed();
             let outcome = if alone || left <= BLOCK_MAX {
                 self.step(world)
             } else {
@@ -176,9 +182,19 @@ impl Cpu {
         let here = self.regs.rip;
         let mut trap = self.regs.rflags & TF != 0;
         let mut sti = false;
+        let mut iret = false;
+        let waiting = self.mmu.pending_debug;
+        if self.breakpoints_armed() && self.regs.rflags & RF == 0 {
+            let hits = self.execution_breakpoints(here.wrapping_add(self.exec.cs_base));
+            if hits != 0 {
+                let fault = self.debug_trap(hits);
+                return self.deliver_fault(world, fault);
+            }
+        }
         let done = self.fetch(here).and_then(|insn| {
             trap &= !enters_handler(insn.mnemonic());
             sti = insn.mnemonic() == Mnemonic::Sti;
+            iret = matches!(insn.mnemonic(), Mnemonic::Iret | Mnemonic::Iretd | Mnemonic::Iretq);
             let next = here.wrapping_add(insn.len() as u64);
             self.regs.rip = if self.exec.mode == Mode::Bits64 { next } else { next & 0xffff_ffff };
             self.execute(world, &insn)
@@ -190,17 +206,21 @@ impl Cpu {
             }
             Ok(_) => {
                 self.retired += 1;
-                // RF protects one instruction only.
-                self.regs.rflags &= !RF;
+                // RF protects one instruction only: not the IRET that sets it, but the one after.
+                if !iret {
+                    self.regs.rflags &= !RF;
+                }
             }
             Err(fault) => {
                 self.regs.rip = here;
+                self.mmu.pending_debug = waiting;
                 return self.deliver_fault(world, fault);
             }
         }
         // The shadow of a load of SS holds debug traps off too, that of STI does not.
-        if trap && (sti || !self.sys.interrupt_shadow) {
-            let trap = self.debug_trap(DR6_BS);
+        if (sti || !self.sys.interrupt_shadow)
+            && let Some(trap) = self.take_debug_trap(if trap { DR6_BS } else { 0 })
+        {
             return self.deliver(world, trap).map_err(|_| TripleFault);
         }
         Ok(())
@@ -297,7 +317,14 @@ impl Cpu {
 fn enters_handler(mnemonic: Mnemonic) -> bool {
     matches!(
         mnemonic,
-        Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into | Mnemonic::Syscall | Mnemonic::Sysenter
+        Mnemonic::Int
+            | Mnemonic::Int1
+            | Mnemonic::Int3
+            | Mnemonic::Into
+            | Mnemonic::Syscall
+            | Mnemonic::Sysenter
+            | Mnemonic::Sysret
+            | Mnemonic::Sysretq
     )
 }
 
