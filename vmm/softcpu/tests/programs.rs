@@ -545,6 +545,7 @@ fn protected_mode_wraps_at_four_gibibytes() {
     machine.run();
     assert_eq!(machine.read_u64(DATA) as u32, 500_500);
     assert_eq!((machine.gpr(2), machine.gpr(6)), (1, 0x1234_5678));
+}
 
 /// A watched variable is stored to twice and loaded once; the handler of #DB counts, and notes where it was told. The
 /// breakpoint on an instruction fires before it, once, because the handler sets RF.
