@@ -202,6 +202,9 @@ pub(crate) struct Exec {
     stale: bool,
     /// Linear address that the translation cache did not hold.
     missed: u64,
+    /// The op that missed last, and how often in a row.
+    missed_by: *const Op,
+    misses: u32,
     /// Why the last block was left.
     left: Leave,
     /// The fault that goes with [`Leave::Fault`].
@@ -247,6 +250,8 @@ impl Exec {
             cs_base: 0,
             stale: false,
             missed: 0,
+            missed_by: std::ptr::null(),
+            misses: 0,
             left: Leave::Boundary,
             fault: Exception::ud(),
             slice: 0,

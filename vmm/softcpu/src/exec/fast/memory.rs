@@ -106,6 +106,9 @@ macro_rules! write_host {
 }
 pub(super) use {read_host, write_host};
 
+/// Misses of one op in a row that are answered by filling.
+const MISSES_MAX: u32 = 7;
+
 /// Runs an op's first instruction in the general interpreter.
 macro_rules! slow {
     ($cpu:ident, $op:ident, $fuel:ident, $flags:ident, $simple:expr) => {{
@@ -128,7 +131,7 @@ pub(super) unsafe extern "sysv64" fn miss<W: Word, const WRITE: bool, const SIMP
     flags: u64,
 ) -> Next {
     // SAFETY: by the contract of a handler.
-    if unsafe { (*cpu).refill(W::BYTES, WRITE) } {
+    if unsafe { (*cpu).refill(op, W::BYTES, WRITE) } {
         go!(cpu, op, fuel, flags);
     }
     slow!(cpu, op, fuel, flags, SIMPLE)
@@ -147,10 +150,21 @@ pub(super) unsafe extern "sysv64" fn slow_leave(cpu: *mut Cpu, op: *const Op, fu
 }
 
 impl Cpu {
-    /// Makes a translation for `exec.missed`; true if the access will hit now.
+    /// Makes a translation for `exec.missed`; true if the access will hit now. An op that misses again and again with no
+    /// other miss in between may be one whose operands push each other out: after a few tries it is done slowly.
     #[inline(never)]
-    fn refill(&mut self, bytes: u64, write: bool) -> bool {
+    fn refill(&mut self, op: *const Op, bytes: u64, write: bool) -> bool {
         let linear = self.exec.missed;
+        if std::ptr::eq(self.exec.missed_by, op) {
+            self.exec.misses += 1;
+            if self.exec.misses > MISSES_MAX {
+                self.exec.misses = 0;
+                return false;
+            }
+        } else {
+            self.exec.missed_by = op;
+            self.exec.misses = 0;
+        }
         if (linear & 0xfff) + bytes > 0x1000 {
             return false;
         }
