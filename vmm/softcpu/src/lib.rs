@@ -19,6 +19,7 @@ mod kvmclock;
 mod mmu;
 mod msr;
 pub mod native;
+#[cfg(any(test, feature = "oracle"))]
 pub mod oracle;
 pub mod ram;
 mod segment;
