@@ -41,18 +41,17 @@ impl From<anyhow::Error> for RunError {
     }
 }
 
-/// The CPU that the options ask for, or that suits this host; one line says which and why.
-fn cpu(args: &RunArgs) -> CpuKind {
+/// The CPU that the options ask for, or that suits this host and why.
+fn cpu(args: &RunArgs) -> (CpuKind, Option<Verdict>) {
     let verdict = match args.cpu {
-        CpuChoice::Kvm => return CpuKind::Kvm,
-        CpuChoice::Soft => return CpuKind::Soft,
+        CpuChoice::Kvm => return (CpuKind::Kvm, None),
+        CpuChoice::Soft => return (CpuKind::Soft, None),
         CpuChoice::Auto if args.deterministic => {
             Verdict { usable: false, reason: "--deterministic counts instructions, which KVM does not".into() }
         }
         CpuChoice::Auto => probe(Memo::of_user().as_ref()),
     };
-    tracing::info!("cpu: {verdict}");
-    if verdict.usable { CpuKind::Kvm } else { CpuKind::Soft }
+    (if verdict.usable { CpuKind::Kvm } else { CpuKind::Soft }, Some(verdict))
 }
 
 /// Where COM1 leads; opened once, handed to each incarnation of the machine as a copy.
@@ -89,6 +88,8 @@ impl SerialTarget {
 /// What each incarnation of the machine is built from.
 struct Plan {
     config: MachineConfig,
+    /// Why the configured CPU was taken, where Atoll chose it.
+    choice: Option<Verdict>,
     serial: SerialTarget,
     disks: Vec<DiskConfig>,
     uart: Option<Arc<UartLine>>,
@@ -115,9 +116,18 @@ impl Plan {
         Ok(builders)
     }
 
-    /// Builds a machine and runs it to its end.
-    fn run_once(&self, receiver: &EventReceiver, figures: &mut MachineFigures) -> anyhow::Result<MachineEnd> {
+    /// Builds a machine and runs it to its end; the `first` says which CPU was chosen.
+    fn run_once(
+        &self,
+        first: bool,
+        receiver: &EventReceiver,
+        figures: &mut MachineFigures,
+    ) -> anyhow::Result<MachineEnd> {
         let mut machine = Machine::build(&self.config, self.builders()?, &self.events)?;
+        // Only now: a mistake is one line, not the choice of a CPU that runs nothing and then the mistake.
+        if let (Some(choice), true) = (&self.choice, first) {
+            tracing::info!("cpu: {choice}");
+        }
         machine.start()?;
         let end = machine.wait(receiver);
         figures.add(&machine.stop());
@@ -127,9 +137,10 @@ impl Plan {
 
 /// Runs what the options describe; the exit status.
 pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
-    let config = cli::machine(args, cpu(args))?;
     let disks = cli::disks(args)?;
     let serial2 = cli::serial2(args)?;
+    let (kind, choice) = cpu(args);
+    let config = cli::machine(args, kind)?;
     signals::block()?;
     let (events, receiver) = events();
     signals::listen(events.clone()).map_err(anyhow::Error::from)?;
@@ -137,7 +148,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let _raw = if config.serial == SerialMode::Tty { RawTerminal::enter() } else { None };
     let uart = serial2.map(|output| UartLine::open(&output)).transpose().map_err(anyhow::Error::from)?.map(Arc::new);
     let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(anyhow::Error::from)?);
-    let plan = Plan { config, serial, disks, uart, backend_dir: args.backend_dir.clone(), household, events };
+    let plan = Plan { config, choice, serial, disks, uart, backend_dir: args.backend_dir.clone(), household, events };
     let ended = run_to_end(&plan, args.report.as_deref(), &receiver);
     plan.household.shutdown(BACKEND_GRACE);
     ended
@@ -149,8 +160,10 @@ const BACKEND_GRACE: Duration = Duration::from_secs(2);
 /// Runs machines until one ends for good; the exit status.
 fn run_to_end(plan: &Plan, report: Option<&Path>, receiver: &EventReceiver) -> Result<u8, RunError> {
     let mut figures = MachineFigures::default();
+    let mut first = true;
     let end = loop {
-        let end = plan.run_once(receiver, &mut figures)?;
+        let end = plan.run_once(first, receiver, &mut figures)?;
+        first = false;
         if end != MachineEnd::Reset {
             break end;
         }
