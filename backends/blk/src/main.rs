@@ -83,15 +83,33 @@ fn parse_serial(text: &str) -> Result<String, String> {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
     signals::hold();
     match start(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            report(&format!("{e:#}"));
+            // Not the chain: each error's text has its cause in it.
+            report(&e.to_string());
             ExitCode::FAILURE
         }
     }
+}
+
+/// What clap has to say: help and version as they are, mistakes in one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // With standard output gone there is nobody left to tell.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.render().to_string();
+    let first: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+    let first = first.join(" ");
+    report(&format!("{}; see atoll-blk --help", first.trim_start_matches("error: ")));
+    ExitCode::from(2)
 }
 
 #[allow(clippy::print_stderr, reason = "the one line that says why the program ends")]
@@ -114,7 +132,7 @@ fn start(cli: &Cli) -> Result<()> {
     logging::start(reports.clone());
     let prepared = prepare(cli);
     if let (Err(e), Some(reports)) = (&prepared, &reports) {
-        reports.goodbye(GoodbyeReason::Config(format!("{e:#}")));
+        reports.goodbye(GoodbyeReason::Config(e.to_string()));
     }
     let (disk, transport, fence) = prepared?;
     let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised });

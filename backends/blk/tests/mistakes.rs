@@ -45,12 +45,13 @@ fn each_mistake_is_one_line_with_its_remedy_and_leaves_nothing() -> Result<()> {
         let (status, text) = fails(args);
         assert_eq!(status.code(), Some(1), "{name}: {text}");
         assert_eq!(text.lines().count(), 1, "{name}: {text}");
+        assert!(text.matches("os error").count() <= 1, "{name} gives its cause twice: {text}");
         for word in *words {
             assert!(text.contains(word), "{name}: {word} is missing in {text}");
         }
     }
     assert_eq!(left(folder.path()), before);
-    // Usage errors are clap's: status 2.
+    // Usage errors have status 2.
     for args in [
         &["--socket", &socket][..],
         &["--path", &good][..],
@@ -61,6 +62,8 @@ fn each_mistake_is_one_line_with_its_remedy_and_leaves_nothing() -> Result<()> {
     ] {
         let (status, text) = fails(args);
         assert_eq!(status.code(), Some(2), "{args:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{args:?}: {text}");
+        assert!(text.contains("see atoll-blk --help"), "{args:?}: {text}");
     }
     assert_eq!(left(folder.path()), before);
     Ok(())

@@ -35,7 +35,7 @@ const RESIZE: i64 = 3;
 #[derive(Debug, Error)]
 pub enum FenceError {
     /// The predecessor's I/O is not over, or another process serves the same device.
-    #[error("{name} is still in use by another incarnation of this device after {waited:?}: is it served twice?")]
+    #[error("{name} is still in use by another incarnation of this device after {waited:.1?}: is it served twice?")]
     Predecessor {
         /// What is fenced.
         name: String,
@@ -108,6 +108,9 @@ impl FileFence {
             if self.try_own(byte)? {
                 return Ok(());
             }
+            if self.wholly_locked(byte)? {
+                return Err(FenceError::Locked { name: self.name.clone(), what: "it locks all of it" });
+            }
             let waited = start.elapsed();
             if waited >= wait {
                 return Err(FenceError::Predecessor { name: self.name.clone(), waited });
@@ -167,6 +170,14 @@ impl FileFence {
         }
     }
 
+    /// True when a lock on `byte` covers its neighbours too: not a predecessor's, waiting is of no use.
+    fn wholly_locked(&self, byte: i64) -> Result<bool, FenceError> {
+        let mut lock = one_byte(byte, libc::F_WRLCK);
+        self.fcntl(libc::F_OFD_GETLK, &mut lock)
+            .map_err(|source| FenceError::Lock { name: self.name.clone(), source })?;
+        Ok(i32::from(lock.l_type) != libc::F_UNLCK && lock.l_len != 1)
+    }
+
     /// True when no other description holds any lock on `byte`.
     fn free(&self, byte: i64) -> Result<bool, FenceError> {
         let mut lock = one_byte(byte, libc::F_WRLCK);
@@ -223,6 +234,20 @@ mod tests {
         one.raise(NO_WAIT).unwrap();
         two.raise(NO_WAIT).unwrap();
         assert!(matches!(image.fence(false, 3).raise(NO_WAIT), Err(FenceError::Locked { .. })));
+    }
+
+    /// Other monitors lock an image as a whole, also where a predecessor's byte lies. It was waited for, and the
+    /// message spoke of a device that is served twice.
+    #[test]
+    fn a_lock_on_the_whole_image_is_not_a_predecessor() {
+        let image = Image(tempfile::NamedTempFile::new().unwrap());
+        let stranger = image.fence(false, 1);
+        let mut whole = libc::flock { l_start: 0, l_len: 0, ..one_byte(0, libc::F_WRLCK) };
+        stranger.fcntl(libc::F_OFD_SETLK, &mut whole).unwrap();
+        for read_only in [false, true] {
+            let error = image.fence(read_only, 1).raise(Duration::from_secs(60));
+            assert!(matches!(error, Err(FenceError::Locked { .. })), "{error:?}");
+        }
     }
 
     #[test]
