@@ -268,7 +268,8 @@ impl Draft {
         encoder.encode(&instruction, self.next()).ok()?;
         let mut bytes = encoder.take_buffer();
         let branch = instruction.flow_control() != FlowControl::Next;
-        if !branch && bytes.len() < 14 && random.one_in(24) {
+        // (A longer instruction would move an operand relative to its end.)
+        if !branch && !instruction.is_ip_rel_memory_operand() && bytes.len() < 14 && random.one_in(24) {
             // Segment overrides that 64-bit mode ignores, and GS, whose base is zero on both sides.
             bytes.insert(0, *random.pick(&[0x26, 0x2e, 0x36, 0x3e, 0x65]));
         }
