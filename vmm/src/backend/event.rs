@@ -123,6 +123,9 @@ impl fmt::Display for BackendExit {
             ExitCause::HungUp => write!(f, "closed its sidecar{when} and was killed")?,
         }
         match self.last_stderr.as_slice() {
+            [] if self.cause == ExitCause::Unknown && !self.was_ready => {
+                write!(f, " and said nothing: is its binary a backend of this release?")
+            }
             [] => Ok(()),
             [.., last] => write!(f, "; its last words: {last}"),
         }

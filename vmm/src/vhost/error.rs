@@ -77,7 +77,10 @@ pub enum ConversationError {
         reason: String,
     },
     /// The backend is there and silent. The connection has been cut; a new one may do better.
-    #[error("the backend did not answer {step} within {waited:?}")]
+    #[error(
+        "the backend did not answer {step} within {:?}: look whether it is stopped or serves another front end",
+        in_milliseconds(*.waited)
+    )]
     Silent {
         /// What it was asked.
         step: Step,
@@ -113,6 +116,11 @@ pub enum ConversationError {
         #[source]
         source: io::Error,
     },
+}
+
+/// For people: what is left of a longer deadline has nine digits.
+fn in_milliseconds(time: Duration) -> Duration {
+    Duration::from_millis(u64::try_from((time.as_micros() + 500) / 1000).unwrap_or(u64::MAX))
 }
 
 impl ConversationError {

@@ -22,6 +22,7 @@ use atoll_devices::Completion;
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -500,6 +501,10 @@ impl Worker {
         let known = self.shown.config.iter().zip(&self.config);
         let differs = known.zip(&offer.config).position(|((shown, written), new)| new != shown && new != written);
         match differs {
+            // virtio 1.2, 5.2.4: what differs when an image was resized behind our back.
+            Some(0..8) if self.shown.device_type == VIRTIO_ID_BLOCK as u16 => {
+                lacks("the capacity that the guest was shown (was its image resized?)".into())
+            }
             Some(offset) => lacks(format!("the configuration that the guest was shown (it differs at byte {offset})")),
             None => Ok(()),
         }

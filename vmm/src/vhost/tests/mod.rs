@@ -280,7 +280,7 @@ fn handshake_fails_in_words() {
     assert!(matches!(error, ConversationError::Refused { step: Step::GetConfig }), "{error}");
     assert_eq!(error.to_string(), "the backend refused GET_CONFIG");
     let error = connect_with(spoiled("GET_FEATURES", Misdeed::Silence));
-    assert_eq!(error.to_string(), "the backend did not answer GET_FEATURES within 200ms");
+    assert!(error.to_string().starts_with("the backend did not answer GET_FEATURES within 200ms"), "{error}");
 }
 
 /// Answers that cannot be right, and features that are missing, are named.
@@ -418,7 +418,7 @@ fn successor_must_offer_what_was_shown() {
         Character { protocol: vhost::vhost_user::VhostUserProtocolFeatures::CONFIG, queues: 1, ..Character::default() };
     let cases = [
         (less, "lacks VIRTIO_BLK_F_FLUSH"),
-        (other_config, "differs at byte 0"),
+        (other_config, "lacks the capacity that the guest was shown"),
         (one_queue, "lacks 2 queues (it has 1)"),
         (no_record, "lacks MQ, INFLIGHT_SHMFD"),
     ];
