@@ -4,6 +4,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
 use xtask::{bench, fuzz, soak, suite, tidy};
@@ -71,8 +72,8 @@ enum Bench {
         #[arg(long, default_value = "6.1")]
         kernel: String,
         /// Pairs of boots for each command line.
-        #[arg(long, default_value_t = 3)]
-        rounds: usize,
+        #[arg(long, default_value = "3")]
+        rounds: NonZeroUsize,
     },
     /// Five loops: software CPU, QEMU TCG, native.
     Cpu {
@@ -95,8 +96,8 @@ enum Soak {
     /// Boots during which the VMM is stopped and continued at random moments.
     Boots {
         /// How many.
-        #[arg(long, default_value_t = 50)]
-        count: u32,
+        #[arg(long, default_value = "50")]
+        count: NonZeroU32,
         /// Says when each stop happens.
         #[arg(long, default_value_t = 0x5eed)]
         seed: u64,
@@ -128,7 +129,7 @@ fn main() -> Result<ExitCode> {
         Task::Tidy => tidy::run()?,
         Task::Bench { what } => match what {
             Bench::Boot { kernel, rounds } => {
-                if !bench::boot::run(&kernel, rounds)? {
+                if !bench::boot::run(&kernel, rounds.get())? {
                     return Ok(ExitCode::FAILURE);
                 }
             }
@@ -141,7 +142,7 @@ fn main() -> Result<ExitCode> {
             Bench::Blk { arguments } => bench::blk(&arguments)?,
         },
         Task::Soak { what } => match what {
-            Soak::Boots { count, seed } => soak::boots(count, seed)?,
+            Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
         },
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
