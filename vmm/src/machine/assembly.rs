@@ -123,6 +123,7 @@ fn processor(config: &MachineConfig, memory: &GuestMemory, wall: u64) -> Result<
             memory: memory.clone(),
             model: config.cpu_model.clone(),
             vcpus: config.vcpus,
+            trial: false,
         })?)),
         CpuKind::Soft => {
             let pace = config.deterministic.map_or(Pace::Real, |ns_per_1000| Pace::Retired { ns_per_1000 });

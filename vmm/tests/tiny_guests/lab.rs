@@ -116,7 +116,9 @@ impl Lab {
         let processor: Arc<dyn Processor> = match cpu {
             Cpu::Kvm if kvm_is_missing() => return None,
             Cpu::Kvm => {
-                let made = Arc::new(KvmProcessor::new(KvmConfig { memory: memory.clone(), model, vcpus: 1 }).unwrap());
+                let made = Arc::new(
+                    KvmProcessor::new(KvmConfig { memory: memory.clone(), model, vcpus: 1, trial: false }).unwrap(),
+                );
                 kvm = Some(Arc::clone(&made));
                 made
             }

@@ -25,8 +25,8 @@ fn supported(host: &CpuId, row: &CpuidLeaf) -> [u32; 4] {
     registers
 }
 
-/// The model's table for KVM_SET_CPUID2. What the host lacks is named in the log, once.
-pub(super) fn masked(kvm: &Kvm, model: &CpuModel) -> Result<CpuId, CpuError> {
+/// The model's table for KVM_SET_CPUID2. With `tell`, what the host lacks is named in the log, once.
+pub(super) fn masked(kvm: &Kvm, model: &CpuModel, tell: bool) -> Result<CpuId, CpuError> {
     static TOLD: Once = Once::new();
     let host = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("reading what CPUID supports"))?;
     let mut entries = Vec::new();
@@ -55,7 +55,7 @@ pub(super) fn masked(kvm: &Kvm, model: &CpuModel) -> Result<CpuId, CpuError> {
             ..Default::default()
         });
     }
-    if !missing.is_empty() {
+    if tell && !missing.is_empty() {
         TOLD.call_once(|| {
             let (model, missing) = (model.name(), missing.join(" "));
             tracing::warn!(model, missing, "this host lacks features of the CPU model; the guest does not see them");
