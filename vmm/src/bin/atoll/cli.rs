@@ -95,7 +95,7 @@ pub(crate) struct RunArgs {
     /// Which CPU runs the guest.
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) cpu: CpuChoice,
-    /// CPU model that the guest sees.
+    /// CPU model that the guest sees: atoll-v1, atoll-v2 (x86-64-v2), or host (KVM only).
     #[arg(long, value_name = "NAME", default_value = "atoll-v1")]
     pub(crate) cpu_model: String,
     /// Software CPU only: guest time comes from retired instructions, so that two runs are identical.

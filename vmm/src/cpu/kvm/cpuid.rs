@@ -1,8 +1,9 @@
-//! KVM masked down to a CPU model: the guest sees the model's table, less what this host cannot do.
+//! KVM masked down to a CPU model: the guest sees the model's table, less what this host cannot do. Or, as the model
+//! `host`, all that KVM supports here: the fastest, and bound to hosts like this one.
 
 use std::sync::Once;
 
-use atoll_softcpu::{CpuModel, CpuidLeaf};
+use atoll_softcpu::{CpuModel, CpuidLeaf, UnknownModel, VcpuTopology};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
@@ -11,6 +12,37 @@ use crate::cpu::CpuError;
 
 /// Bits of leaf 1's ECX that KVM's own chips provide whatever the host has: x2APIC, TSC deadline timer, hypervisor.
 const LEAF1_ECX_OF_KVM: u32 = 1 << 21 | 1 << 24 | 1 << 31;
+
+/// Name of the model that hides nothing.
+pub(super) const HOST: &str = "host";
+/// Leaves that hold the extended topology and the x2APIC id (SDM vol. 2, CPUID).
+const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
+
+/// What a vCPU of the named model sees. With `tell`, what the host lacks of it is named in the log, once.
+pub(super) fn table(kvm: &Kvm, name: &str, vcpu: VcpuTopology, tell: bool) -> Result<CpuId, CpuError> {
+    if name == HOST { host(kvm, vcpu) } else { masked(kvm, &CpuModel::named(name, vcpu)?, tell) }
+}
+
+/// Whether [`table`] knows the name.
+pub(super) fn check(name: &str) -> Result<(), UnknownModel> {
+    if name == HOST { Ok(()) } else { CpuModel::named(name, VcpuTopology::SINGLE).map(drop) }
+}
+
+/// Everything that KVM supports, with this vCPU's APIC id where the architecture shows it.
+fn host(kvm: &Kvm, vcpu: VcpuTopology) -> Result<CpuId, CpuError> {
+    let mut table = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("reading what CPUID supports"))?;
+    for entry in table.as_mut_slice() {
+        match entry.function {
+            1 => {
+                entry.ebx = (entry.ebx & 0xffff) | (vcpu.count & 0xff) << 16 | vcpu.index << 24;
+                entry.ecx |= LEAF1_ECX_OF_KVM;
+            }
+            leaf if TOPOLOGY_LEAVES.contains(&leaf) => entry.edx = vcpu.index,
+            _ => {}
+        }
+    }
+    Ok(table)
+}
 
 /// What KVM supports for a row of the model.
 fn supported(host: &CpuId, row: &CpuidLeaf) -> [u32; 4] {
@@ -26,7 +58,7 @@ fn supported(host: &CpuId, row: &CpuidLeaf) -> [u32; 4] {
 }
 
 /// The model's table for KVM_SET_CPUID2. With `tell`, what the host lacks is named in the log, once.
-pub(super) fn masked(kvm: &Kvm, model: &CpuModel, tell: bool) -> Result<CpuId, CpuError> {
+fn masked(kvm: &Kvm, model: &CpuModel, tell: bool) -> Result<CpuId, CpuError> {
     static TOLD: Once = Once::new();
     let host = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("reading what CPUID supports"))?;
     let mut entries = Vec::new();

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use atoll_devices::GuestClock;
-use atoll_softcpu::{CpuModel, VcpuTopology};
+use atoll_softcpu::VcpuTopology;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -50,7 +50,7 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> CpuError {
 pub struct KvmConfig {
     /// Guest RAM.
     pub memory: GuestMemory,
-    /// Name of the CPU model.
+    /// Name of the CPU model, or `host`.
     pub model: String,
     /// Number of vCPUs.
     pub vcpus: u32,
@@ -74,7 +74,7 @@ impl KvmProcessor {
     /// # Errors
     /// When KVM is missing, lacks something or refuses it.
     pub fn new(config: KvmConfig) -> Result<Self, CpuError> {
-        CpuModel::named(&config.model, VcpuTopology { index: 0, count: config.vcpus })?;
+        cpuid::check(&config.model)?;
         let kvm = Kvm::new().map_err(|error| CpuError::NoKvm(error.into()))?;
         if kvm.get_api_version() != API_VERSION {
             return Err(CpuError::KvmLacks("API version 12"));
@@ -125,10 +125,10 @@ impl Processor for KvmProcessor {
     }
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, CpuError> {
         let topology = VcpuTopology { index, count: self.config.vcpus };
-        let model = CpuModel::named(&self.config.model, topology)?;
         let fd = self.vm.create_vcpu(u64::from(index)).map_err(failed("making a vCPU"))?;
         // Before any register: KVM checks EFER and CR4 against it.
-        fd.set_cpuid2(&cpuid::masked(&self.kvm, &model, !self.config.trial)?).map_err(failed("setting CPUID"))?;
+        let table = cpuid::table(&self.kvm, &self.config.model, topology, !self.config.trial)?;
+        fd.set_cpuid2(&table).map_err(failed("setting CPUID"))?;
         Ok(Box::new(KvmVcpu::new(fd)?))
     }
     fn interrupts(&self) -> Arc<dyn InterruptFabric> {

@@ -89,6 +89,12 @@ impl SoftProcessor {
                 "the software CPU runs one vCPU and --cpus boot={found} asks for more; use --cpus boot=1 or --cpu kvm"
             )));
         }
+        if config.model == "host" {
+            let names = CpuModel::NAMES.join(" or ");
+            return Err(CpuError::Unsupported(format!(
+                "--cpu-model host shows the host's own processor, which the software CPU is not; use {names}"
+            )));
+        }
         let topology = VcpuTopology { index: 0, count: config.vcpus };
         CpuModel::named(&config.model, topology)?;
         let notices = Arc::new(Notices((0..config.vcpus).map(|_| Arc::default()).collect()));
