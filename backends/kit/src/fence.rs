@@ -113,23 +113,10 @@ impl FileFence {
             }
             let waited = start.elapsed();
             if waited >= wait {
-                let name = self.name.clone();
-                return Err(if self.is_locked_beyond(byte)? {
-                    FenceError::Locked { name, what: "it locks more of the file than its own byte" }
-                } else {
-                    FenceError::Predecessor { name, waited }
-                });
+                return Err(FenceError::Predecessor { name: self.name.clone(), waited });
             }
             std::thread::sleep(Duration::from_micros(200));
         }
-    }
-
-    /// Whether the lock in the way is wider than the one byte that an incarnation takes: then it is somebody else's.
-    fn is_locked_beyond(&self, byte: i64) -> Result<bool, FenceError> {
-        let mut lock = one_byte(byte, libc::F_WRLCK);
-        self.fcntl(libc::F_OFD_GETLK, &mut lock)
-            .map_err(|source| FenceError::Lock { name: self.name.clone(), source })?;
-        Ok(i32::from(lock.l_type) != libc::F_UNLCK && lock.l_len != 1)
     }
 
     fn try_own(&self, byte: i64) -> Result<bool, FenceError> {
@@ -261,18 +248,6 @@ mod tests {
             let error = image.fence(read_only, 1).raise(Duration::from_secs(60));
             assert!(matches!(error, Err(FenceError::Locked { .. })), "{error:?}");
         }
-    }
-
-    /// A program that locks the whole file was taken for a predecessor: "is it served twice?" helped nobody.
-    #[test]
-    fn a_lock_on_the_whole_file_is_another_programs() {
-        let image = Image(tempfile::NamedTempFile::new().unwrap());
-        let other = File::options().read(true).write(true).open(image.0.path()).unwrap();
-        let mut whole = libc::flock { l_start: 0, l_len: 0, ..one_byte(0, libc::F_WRLCK) };
-        // SAFETY: an open descriptor and a valid structure.
-        assert_eq!(unsafe { libc::fcntl(other.as_raw_fd(), libc::F_OFD_SETLK, std::ptr::from_mut(&mut whole)) }, 0);
-        let told = image.fence(false, 1).raise(NO_WAIT).unwrap_err();
-        assert!(matches!(told, FenceError::Locked { .. }), "{told}");
     }
 
     #[test]

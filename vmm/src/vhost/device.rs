@@ -59,7 +59,7 @@ impl Default for Limits {
         Self {
             start: Duration::from_secs(10),
             step: Duration::from_secs(5),
-            drain: Duration::from_secs(30),
+            drain: Duration::from_secs(10),
             fence: Duration::from_secs(10),
         }
     }

@@ -468,7 +468,7 @@ impl Worker {
                     Err(error) if error.is_gone() => return self.lose(&error),
                     Err(error) => return self.quarantine(&error.to_string()),
                 }
-                tracing::info!(device = self.shared.name, generation, "backend is back");
+                tracing::warn!(device = self.shared.name, generation, "backend is back");
                 for (completion, _) in self.resets.drain(..) {
                     completion.complete(0);
                 }

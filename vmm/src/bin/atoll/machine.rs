@@ -44,7 +44,8 @@ impl From<anyhow::Error> for RunError {
 /// The CPU that the options ask for, or that suits this host and why.
 fn cpu(args: &RunArgs) -> (CpuKind, Option<Verdict>) {
     let verdict = match args.cpu {
-        CpuChoice::Kvm => return (CpuKind::Kvm, None),
+        // Taken as asked; the trial says whether to expect much of it.
+        CpuChoice::Kvm => return (CpuKind::Kvm, Some(probe(Memo::of_user().as_ref()))),
         CpuChoice::Soft => return (CpuKind::Soft, None),
         CpuChoice::Auto if args.deterministic => {
             Verdict { usable: false, reason: "--deterministic counts instructions, which KVM does not".into() }
@@ -126,7 +127,14 @@ impl Plan {
         let mut machine = Machine::build(&self.config, self.builders()?, &self.events)?;
         // Only now: a mistake is one line, not the choice of a CPU that runs nothing and then the mistake.
         if let (Some(choice), true) = (&self.choice, first) {
-            tracing::info!("cpu: {choice}");
+            if self.config.cpu == CpuKind::Kvm && !choice.usable {
+                let reason = &choice.reason;
+                tracing::warn!(
+                    "cpu: kvm, as asked, though a stock guest may stay silent on it: {reason}; see --cpu auto"
+                );
+            } else {
+                tracing::info!("cpu: {choice}");
+            }
         }
         machine.start()?;
         let end = machine.wait(receiver);
