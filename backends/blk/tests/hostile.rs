@@ -220,3 +220,16 @@ fn restart(driver: &mut Driver, ring: &VringConfigData) -> Result<()> {
     let kick = vmm_sys_util::eventfd::EventFd::new(0)?;
     Ok(driver.front()?.set_vring_kick(0, &kick)?)
 }
+
+/// One client that connected and never said a word kept the device from everybody else, for ever.
+#[test]
+fn a_silent_client_does_not_keep_others_waiting() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = image(folder.path(), 1 << 20)?;
+    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let silent = blk.connect()?;
+    let mut driver = blk.driver(Options::default())?;
+    assert_eq!(driver.config(60)?.len(), 60);
+    drop(silent);
+    Ok(())
+}

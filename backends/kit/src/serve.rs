@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use atoll_protocol::sidecar::{GoodbyeReason, SidecarReport};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use crate::device::Device;
@@ -263,6 +264,16 @@ fn raise(
     Ok(())
 }
 
+/// A front end asks for features as soon as it has connected; nobody else may keep it waiting for longer.
+const FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// Whether the client says something, or hangs up, in time.
+fn speaks(stream: &UnixStream) -> bool {
+    let mut watched = [PollFd::new(stream, PollFlags::IN)];
+    let limit = Timespec { tv_sec: FIRST_WORD.as_secs() as i64, tv_nsec: 0 };
+    matches!(poll(&mut watched, Some(&limit)), Ok(1..))
+}
+
 fn talk<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, transport: Transport) -> Result<(), ServeError> {
     match transport {
         Transport::Connected(stream) => {
@@ -278,6 +289,10 @@ fn talk<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, transport: Transp
                 .listener
                 .accept()
                 .map_err(|source| ServeError::Listen { path: listening.path.display().to_string(), source })?;
+            if !speaks(&stream) {
+                tracing::warn!(within = ?FIRST_WORD, "a client connected and said nothing: hanging up");
+                continue;
+            }
             tracing::info!(socket = stream.as_raw_fd(), "a front end has connected");
             let end = session::serve(conversation, stream);
             session::lock(conversation).reset();
