@@ -68,6 +68,9 @@ pub(crate) struct QueueThread<H, M> {
     completions: Vec<Completion>,
     chain: Chain,
     spin: Spin,
+    /// The last requests were not done on this thread but waited for in the ring: a device so slow gains little by a
+    /// spin, which costs as much as its requests do.
+    waited_for_storage: bool,
     malformed: u64,
 }
 
@@ -93,6 +96,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             completions: Vec::with_capacity(512),
             chain: Chain::default(),
             spin: Spin::default(),
+            waited_for_storage: false,
             malformed: 0,
         }
     }
@@ -234,7 +238,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             && open
         {
             let budget = self.spin.budget();
-            if self.outstanding == 0 && !budget.is_zero() {
+            if self.outstanding == 0 && !self.waited_for_storage && !budget.is_zero() {
                 let since = Instant::now();
                 while since.elapsed() < budget {
                     for _ in 0..8 {
@@ -259,7 +263,9 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         let idle = self.outstanding == 0;
         let before = Instant::now();
         self.uring.submit_and_wait()?;
-        if idle {
+        if !idle {
+            self.waited_for_storage = true;
+        } else if !std::mem::take(&mut self.waited_for_storage) {
             self.spin.slept(before.elapsed());
         }
         Ok(())
