@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use atoll_protocol::sidecar::{GoodbyeReason, SidecarReport};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use thiserror::Error;
 
 use crate::device::Device;
@@ -271,7 +272,7 @@ const FIRST_WORD: Duration = Duration::from_secs(10);
 fn speaks(stream: &UnixStream) -> bool {
     let mut watched = [PollFd::new(stream, PollFlags::IN)];
     let limit = Timespec { tv_sec: FIRST_WORD.as_secs() as i64, tv_nsec: 0 };
-    matches!(poll(&mut watched, Some(&limit)), Ok(1..))
+    matches!(retry_on_intr(|| poll(&mut watched, Some(&limit))), Ok(1..))
 }
 
 fn talk<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, transport: Transport) -> Result<(), ServeError> {

@@ -24,6 +24,9 @@ pub use atoll_protocol::Space;
 pub use state::{CpuState, reset_system};
 pub use thread::{Kicks, VcpuEnd, VcpuThread};
 
+/// Name of the CPU model that hides nothing of the host's processor.
+const HOST_MODEL: &str = "host";
+
 /// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
 /// that asked complete: a read that nobody answers gives all ones, a write that nobody takes is dropped.
 pub trait GuestBus {

@@ -8,24 +8,22 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use kvm_ioctls::Kvm;
 
 use super::failed;
-use crate::cpu::CpuError;
+use crate::cpu::{CpuError, HOST_MODEL};
 
 /// Bits of leaf 1's ECX that KVM's own chips provide whatever the host has: x2APIC, TSC deadline timer, hypervisor.
 const LEAF1_ECX_OF_KVM: u32 = 1 << 21 | 1 << 24 | 1 << 31;
 
-/// Name of the model that hides nothing.
-pub(super) const HOST: &str = "host";
 /// Leaves that hold the extended topology and the x2APIC id (SDM vol. 2, CPUID).
 const TOPOLOGY_LEAVES: [u32; 2] = [0xb, 0x1f];
 
 /// What a vCPU of the named model sees. With `tell`, what the host lacks of it is named in the log, once.
 pub(super) fn table(kvm: &Kvm, name: &str, vcpu: VcpuTopology, tell: bool) -> Result<CpuId, CpuError> {
-    if name == HOST { host(kvm, vcpu) } else { masked(kvm, &CpuModel::named(name, vcpu)?, tell) }
+    if name == HOST_MODEL { host(kvm, vcpu) } else { masked(kvm, &CpuModel::named(name, vcpu)?, tell) }
 }
 
 /// Whether [`table`] knows the name.
 pub(super) fn check(name: &str) -> Result<(), UnknownModel> {
-    if name == HOST { Ok(()) } else { CpuModel::named(name, VcpuTopology::SINGLE).map(drop) }
+    if name == HOST_MODEL { Ok(()) } else { CpuModel::named(name, VcpuTopology::SINGLE).map(drop) }
 }
 
 /// Everything that KVM supports, with this vCPU's APIC id where the architecture shows it.

@@ -20,7 +20,7 @@ use atoll_devices::{GuestClock, MsiMessage, MsiSink, WireSink};
 use atoll_softcpu::{Attention, CpuModel, GuestRam, VcpuTopology};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{CpuError, DoorbellWatch, Processor, Vcpu};
+use super::{CpuError, DoorbellWatch, HOST_MODEL, Processor, Vcpu};
 use crate::irq::{EventListener, EventRoute, InterruptFabric, IrqError, Signalled};
 use chips::Chips;
 pub use clock::Pace;
@@ -89,10 +89,10 @@ impl SoftProcessor {
                 "the software CPU runs one vCPU and --cpus boot={found} asks for more; use --cpus boot=1 or --cpu kvm"
             )));
         }
-        if config.model == "host" {
+        if config.model == HOST_MODEL {
             let names = CpuModel::NAMES.join(" or ");
             return Err(CpuError::Unsupported(format!(
-                "--cpu-model host shows the host's own processor, which the software CPU is not; use {names}"
+                "--cpu-model {HOST_MODEL} shows the host's own processor, which the software CPU is not; use {names}"
             )));
         }
         let topology = VcpuTopology { index: 0, count: config.vcpus };
