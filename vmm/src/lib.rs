@@ -5,9 +5,11 @@
 
 pub mod actor;
 pub mod backend;
+pub mod config;
 pub mod cpu;
 pub mod doorbell;
 pub mod irq;
+pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod vhost;

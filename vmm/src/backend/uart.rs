@@ -160,7 +160,7 @@ impl DeviceBuilder for UartBuilder {
         if let Some(registers) = backend.remote().region(RegionIndex(0)) {
             board.add_registers(&name, Space::Pio, COM2, registers).map_err(|error| failed(error.into()))?;
         }
-        Ok(BuiltDevice { name, life: Box::new(UartLife(backend)) })
+        Ok(BuiltDevice { name, place: None, life: Box::new(UartLife(backend)) })
     }
 }
 

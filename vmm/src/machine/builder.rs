@@ -3,9 +3,11 @@
 use std::error::Error as StdError;
 use std::time::Instant;
 
+use atoll_devices::pci::DevFn;
 use thiserror::Error;
 
 use super::Board;
+use crate::lifecycle::DeviceReport;
 
 /// Why a device could not be built. The message names the device; the source names the remedy.
 #[derive(Debug, Error)]
@@ -31,7 +33,7 @@ impl BuildError {
 pub struct LifeError {
     /// The device.
     pub device: String,
-    /// `start` or `stop`.
+    /// `start`, `pause`, `resume`, `resize` or `stop`.
     pub step: &'static str,
     /// What went wrong.
     #[source]
@@ -50,6 +52,8 @@ pub trait DeviceBuilder: Send {
 pub struct BuiltDevice {
     /// As its builder is named.
     pub name: String,
+    /// Its PCI function, for devices that have one.
+    pub place: Option<DevFn>,
     /// Its part in the machine's life.
     pub life: Box<dyn DeviceLife>,
 }
@@ -62,6 +66,37 @@ pub trait DeviceLife: Send {
     /// Ends it: no process, thread or file is left behind, and nothing touches guest memory afterwards. By `deadline`
     /// the device uses force.
     fn stop(&mut self, deadline: Instant) -> Result<(), LifeError>;
+    /// vCPUs stand: finishes what is in flight by `deadline` and touches guest memory no more until [`Self::resume`].
+    ///
+    /// # Errors
+    /// When it is late; then it goes on as if it had not been asked.
+    fn pause(&mut self, _deadline: Instant) -> Result<(), LifeError> {
+        Ok(())
+    }
+    /// Undoes [`Self::pause`].
+    ///
+    /// # Errors
+    /// When the device cannot go on.
+    fn resume(&mut self) -> Result<(), LifeError> {
+        Ok(())
+    }
+    /// Changes the size of what is behind the device, in bytes, and tells the guest.
+    ///
+    /// # Errors
+    /// When the device has no size, or not this one.
+    fn resize(&mut self, _bytes: u64) -> Result<(), LifeError> {
+        let source = "the device has no size that could be changed".into();
+        Err(LifeError { device: "device".into(), step: "resize", source })
+    }
+    /// What an operator is told about it; `None` for devices without a process.
+    fn report(&self) -> Option<DeviceReport> {
+        None
+    }
+    /// The machine is reset: stops like [`Self::stop`] as far as the guest is concerned, but keeps the process that serves
+    /// the device. Gives a builder that puts it on the next board; `None` for a device whose usual builder does it all.
+    fn survive(self: Box<Self>, _deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {
+        None
+    }
 }
 
 /// The life of a device that is nothing but registers.

@@ -19,7 +19,7 @@ pub fn chipset() -> Vec<Box<dyn DeviceBuilder>> {
 
 fn passive(name: String, built: Result<(), BoardError>) -> Result<BuiltDevice, BuildError> {
     match built {
-        Ok(()) => Ok(BuiltDevice { name, life: Box::new(Passive) }),
+        Ok(()) => Ok(BuiltDevice { name, place: None, life: Box::new(Passive) }),
         Err(error) => Err(BuildError::new(name, error)),
     }
 }

@@ -109,7 +109,7 @@ impl DeviceBuilder for SerialBuilder {
             .add_shared_registers("serial", Space::Pio, COM1, Arc::clone(&port) as _)
             .map_err(|error| BuildError::new(&name, error))?;
         let life = SerialLife { end: Some(self.end), port, link, running: None };
-        Ok(BuiltDevice { name, life: Box::new(life) })
+        Ok(BuiltDevice { name, place: None, life: Box::new(life) })
     }
 }
 

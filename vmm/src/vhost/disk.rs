@@ -225,8 +225,8 @@ impl DeviceBuilder for DiskBuilder {
         // The only one who sets it.
         let _ = face.function.set(Arc::downgrade(&function));
         let shared: SharedFunction = function;
-        board.add_pci(shared, &bars).map_err(|error| failed(error.into()))?;
-        Ok(BuiltDevice { name, life: Box::new(DiskLife(device)) })
+        let place = board.add_pci(shared, &bars).map_err(|error| failed(error.into()))?;
+        Ok(BuiltDevice { name, place: Some(place), life: Box::new(DiskLife(device)) })
     }
 }
 

@@ -1,0 +1,328 @@
+//! Devices that are processes, ours or somebody else's.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenBucketConfig {
+    /// Tokens (bytes or operations) that it holds.
+    pub size: u64,
+    /// Tokens beyond that, spent once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub one_time_burst: Option<u64>,
+    /// Milliseconds in which an empty bucket fills up.
+    pub refill_time: u64,
+}
+
+/// Limits of a device's data path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RateLimiterConfig {
+    /// Bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucketConfig>,
+    /// Operations or packets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucketConfig>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// A disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskConfig {
+    /// Its name; given by Atoll (`_disk0`) when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Its image, served by a process of ours.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// The guest cannot write it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub readonly: bool,
+    /// The host's page cache is bypassed.
+    #[serde(skip_serializing_if = "is_false")]
+    pub direct: bool,
+    /// Request queues; one when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// Descriptors of each queue.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_size: Option<u16>,
+    /// What the guest reads as its serial number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Somebody else's backend serves it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub vhost_user: bool,
+    /// Where that backend listens.
+    #[serde(skip_serializing_if = "Option::is_none", alias = "socket")]
+    pub vhost_socket: Option<PathBuf>,
+    /// Limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+}
+
+/// A network card. Exactly one of `tap` (or descriptors), `user`, `switch` and `vhost_user` says what it is plugged into;
+/// none of them makes a new TAP.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetConfig {
+    /// Its name; given by Atoll (`_net0`) when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Name of a TAP interface, made if it is not there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Address of the host's end of the TAP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ip: Option<String>,
+    /// Its netmask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask: Option<String>,
+    /// Address of the card; made up when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Address of the host's end of the TAP.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_mac: Option<String>,
+    /// Largest packet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Queues in both directions together: an even number, 2 when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// Descriptors of each queue.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_size: Option<u16>,
+    /// User-mode networking: needs no rights on the host.
+    #[serde(skip_serializing_if = "is_false")]
+    pub user: bool,
+    /// User mode: `HOSTPORT:GUESTPORT` of TCP (or `udp:HOSTPORT:GUESTPORT`), several separated by `+` on the command line.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub forward: Vec<String>,
+    /// Name of a switch of this user, or the path of its socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub switch: Option<String>,
+    /// Somebody else's backend serves it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub vhost_user: bool,
+    /// Where that backend listens.
+    #[serde(skip_serializing_if = "Option::is_none", alias = "socket")]
+    pub vhost_socket: Option<PathBuf>,
+    /// Every frame of this card is written to this file (pcap).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pcap: Option<PathBuf>,
+    /// Limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// Open TAP descriptors, as the client numbers them; those that came beside the request are meant, in this order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i32>>,
+    /// The descriptors themselves, as they came beside the request.
+    #[serde(skip)]
+    pub descriptors: Descriptors,
+}
+
+/// Open descriptors that came with a configuration. Copies of the configuration share them.
+#[derive(Clone, Debug, Default)]
+pub struct Descriptors(pub Vec<std::sync::Arc<std::os::fd::OwnedFd>>);
+
+impl PartialEq for Descriptors {
+    /// The same open descriptors, not equal files.
+    fn eq(&self, other: &Self) -> bool {
+        self.0.len() == other.0.len() && self.0.iter().zip(&other.0).all(|(a, b)| std::sync::Arc::ptr_eq(a, b))
+    }
+}
+
+impl Eq for Descriptors {}
+
+/// A shared folder, served by virtiofsd or another vhost-user backend.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FsConfig {
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// What the guest mounts.
+    pub tag: String,
+    /// Where the backend listens.
+    pub socket: PathBuf,
+    /// Request queues; one when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub num_queues: Option<u16>,
+    /// Descriptors of each queue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_size: Option<u16>,
+}
+
+/// Sockets between guest and host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The guest's context id: 3 or more.
+    pub cid: u64,
+    /// The UNIX socket of the host's side (`CONNECT port`), or that of a vhost-user backend.
+    pub socket: PathBuf,
+    /// `socket` is that of a vhost-user backend that somebody else runs.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub vhost_user: bool,
+}
+
+/// Any vhost-user device, by its virtio device type.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenericVhostUserConfig {
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Virtio device type (virtio 1.2, section 5).
+    #[serde(alias = "virtio_id")]
+    pub device_type: u32,
+    /// Where the backend listens.
+    pub socket: PathBuf,
+    /// Descriptors of each queue; its length is the number of queues.
+    pub queue_sizes: Vec<u16>,
+}
+
+/// Entropy, served by a process of ours.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngConfig {
+    /// Where it comes from.
+    pub src: PathBuf,
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+}
+
+/// Where a port leads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConsoleMode {
+    /// There is no port.
+    #[default]
+    Off,
+    /// Nowhere; the port is there.
+    Null,
+    /// Standard input and output.
+    Tty,
+    /// A new pseudo terminal, whose name is told in `file`.
+    Pty,
+    /// A file that gets what the guest prints.
+    File,
+    /// A UNIX socket that one client at a time connects to.
+    Socket,
+}
+
+/// A serial port or console.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleConfig {
+    /// Where it leads.
+    pub mode: ConsoleMode,
+    /// The file; for a pseudo terminal its name, filled in by Atoll.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// The socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// One device, as it can be built or plugged in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceConfig {
+    /// Disk.
+    Disk(DiskConfig),
+    /// Network card.
+    Net(NetConfig),
+    /// Shared folder.
+    Fs(FsConfig),
+    /// Sockets.
+    Vsock(VsockConfig),
+    /// Entropy.
+    Rng(RngConfig),
+    /// Console.
+    Console(ConsoleConfig),
+    /// Any other.
+    Generic(GenericVhostUserConfig),
+}
+
+/// Kind of a device: what it is called where a name must be made up, and in lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// Disk.
+    Disk,
+    /// Network card.
+    Net,
+    /// Shared folder.
+    Fs,
+    /// Sockets.
+    Vsock,
+    /// Entropy.
+    Rng,
+    /// Console.
+    Console,
+    /// Any other.
+    Generic,
+}
+
+impl DeviceKind {
+    /// In lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Net => "net",
+            Self::Fs => "fs",
+            Self::Vsock => "vsock",
+            Self::Rng => "rng",
+            Self::Console => "console",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+impl DeviceConfig {
+    /// What it is.
+    pub fn kind(&self) -> DeviceKind {
+        match self {
+            Self::Disk(_) => DeviceKind::Disk,
+            Self::Net(_) => DeviceKind::Net,
+            Self::Fs(_) => DeviceKind::Fs,
+            Self::Vsock(_) => DeviceKind::Vsock,
+            Self::Rng(_) => DeviceKind::Rng,
+            Self::Console(_) => DeviceKind::Console,
+            Self::Generic(_) => DeviceKind::Generic,
+        }
+    }
+
+    /// The name that the user gave it.
+    pub fn id(&self) -> Option<&str> {
+        match self {
+            Self::Disk(disk) => disk.id.as_deref(),
+            Self::Net(net) => net.id.as_deref(),
+            Self::Fs(fs) => fs.id.as_deref(),
+            Self::Vsock(vsock) => vsock.id.as_deref(),
+            Self::Rng(rng) => rng.id.as_deref(),
+            Self::Console(_) => Some("_console"),
+            Self::Generic(device) => device.id.as_deref(),
+        }
+    }
+
+    /// Gives it a name where it has none.
+    pub fn name_it(&mut self, name: impl FnOnce() -> String) {
+        let id = match self {
+            Self::Disk(disk) => &mut disk.id,
+            Self::Net(net) => &mut net.id,
+            Self::Fs(fs) => &mut fs.id,
+            Self::Vsock(vsock) => &mut vsock.id,
+            Self::Rng(rng) => &mut rng.id,
+            Self::Generic(device) => &mut device.id,
+            Self::Console(_) => return,
+        };
+        id.get_or_insert_with(name);
+    }
+}

@@ -1,0 +1,76 @@
+//! What a user says about a virtual machine: the same words on the command line, in a TOML file and over REST.
+//!
+//! Names and shapes are Cloud Hypervisor's wherever the meaning is the same, because its clients send them and expect to
+//! read back what they sent: a key that was not given is left out of the echo. Nothing here opens a file or starts a
+//! process; [`VmConfig::check`] finds what can be found without either.
+
+mod check;
+mod device;
+mod payload;
+
+pub use check::ConfigError;
+pub use device::{
+    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DeviceKind, DiskConfig, FsConfig, GenericVhostUserConfig,
+    NetConfig, RateLimiterConfig, RngConfig, TokenBucketConfig, VsockConfig,
+};
+pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
+
+use serde::{Deserialize, Serialize};
+
+/// One virtual machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmConfig {
+    /// vCPUs.
+    pub cpus: CpusConfig,
+    /// RAM.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub payload: PayloadConfig,
+    /// Disks, in the order of their PCI slots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
+    /// Network cards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
+    /// Entropy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rng: Option<RngConfig>,
+    /// Shared folders.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// Sockets between guest and host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// Any other vhost-user device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// COM1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<ConsoleConfig>,
+    /// COM2, whose registers are served by a process of their own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial2: Option<ConsoleConfig>,
+    /// The virtio console.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
+    /// What is Atoll's own: CPU, time, where device processes are.
+    #[serde(skip_serializing_if = "PlatformConfig::is_default")]
+    pub platform: PlatformConfig,
+}
+
+impl VmConfig {
+    /// All devices that are processes, in the order in which they take PCI slots.
+    pub fn devices(&self) -> Vec<DeviceConfig> {
+        let mut devices = Vec::new();
+        devices.extend(self.rng.iter().cloned().map(DeviceConfig::Rng));
+        let console = self.console.iter().filter(|console| console.mode != ConsoleMode::Off);
+        devices.extend(console.cloned().map(DeviceConfig::Console));
+        devices.extend(self.disks.iter().flatten().cloned().map(DeviceConfig::Disk));
+        devices.extend(self.net.iter().flatten().cloned().map(DeviceConfig::Net));
+        devices.extend(self.fs.iter().flatten().cloned().map(DeviceConfig::Fs));
+        devices.extend(self.vsock.iter().cloned().map(DeviceConfig::Vsock));
+        devices.extend(self.generic_vhost_user.iter().flatten().cloned().map(DeviceConfig::Generic));
+        devices
+    }
+}

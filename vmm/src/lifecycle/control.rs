@@ -1,0 +1,60 @@
+//! What can be asked of a virtual machine.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::VmError;
+use super::report::{DeviceReport, VmInfo};
+use crate::config::{DeviceConfig, VmConfig};
+
+/// Name of a device: the user's, or one that Atoll made up.
+pub type DeviceId = String;
+
+/// Where a device was plugged in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plugged {
+    /// Its name.
+    pub id: DeviceId,
+    /// Its place: `0000:00:05.0`.
+    pub bdf: String,
+}
+
+/// One virtual machine, or the place for one. Safe to call from many threads: requests are carried out one after the other.
+pub trait VmControl: Send + Sync {
+    /// Keeps a checked configuration. Nothing is opened before [`boot`](Self::boot).
+    fn create(&self, config: VmConfig) -> Result<(), VmError>;
+    /// Builds the machine, starts its device processes and its vCPUs. When anything fails, nothing of it is left.
+    fn boot(&self) -> Result<(), VmError>;
+    /// Stops the vCPUs with no exit half done, drains the devices.
+    fn pause(&self) -> Result<(), VmError>;
+    /// Lets them run.
+    fn resume(&self) -> Result<(), VmError>;
+    /// Presses the reset button: the guest starts again, device processes stay.
+    fn reset(&self) -> Result<(), VmError>;
+    /// Presses the power button; the guest decides.
+    fn power_button(&self) -> Result<(), VmError>;
+    /// Switches the machine off; the configuration stays.
+    fn shutdown(&self) -> Result<(), VmError>;
+    /// Forgets the configuration, switching the machine off first if need be.
+    fn delete(&self) -> Result<(), VmError>;
+    /// Sends a non-maskable interrupt to every vCPU.
+    fn nmi(&self) -> Result<(), VmError>;
+    /// Plugs a device in. Before boot it is added to the configuration, and there is no place yet.
+    fn add_device(&self, device: DeviceConfig) -> Result<Option<Plugged>, VmError>;
+    /// Pulls a device out. Returns when the guest has been asked; the device goes when the guest lets it go, or an event
+    /// says that it did not within the deadline.
+    fn remove_device(&self, id: &str) -> Result<(), VmError>;
+    /// Changes the size of a disk; the guest is told.
+    fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError>;
+    /// The configuration as it is now, and the state.
+    fn info(&self) -> Result<VmInfo, VmError>;
+    /// Every device with the state of its process.
+    fn devices(&self) -> Result<Vec<DeviceReport>, VmError>;
+    /// Counters by device (or vCPU) and name.
+    fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError>;
+    /// The live tree: actors, devices, queues, vCPUs, as nested JSON objects; `path` chooses a part (`devices/_disk0`).
+    fn inspect(&self, path: &str) -> Result<serde_json::Value, VmError>;
+    /// Ends the process after the answer was sent.
+    fn shutdown_vmm(&self) -> Result<(), VmError>;
+}

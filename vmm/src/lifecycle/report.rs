@@ -1,0 +1,107 @@
+//! What an operator is told about a machine and its devices.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{DeviceKind, VmConfig};
+
+/// State of a machine, in Cloud Hypervisor's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// There is a configuration and no machine.
+    Created,
+    /// vCPUs run.
+    Running,
+    /// The machine was switched off; it can boot again.
+    Shutdown,
+    /// vCPUs stand.
+    Paused,
+}
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// As the user gave it, with what was plugged since.
+    pub config: VmConfig,
+    /// Its state.
+    pub state: VmState,
+    /// RAM in bytes.
+    pub memory_actual_size: u64,
+}
+
+/// State of a device and its process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// A backend is there; no driver has started the device.
+    Idle,
+    /// The backend serves the driver.
+    Running,
+    /// The backend is gone; another one is on its way.
+    Recovering,
+    /// No backend serves the driver until it resets the device or an operator acts.
+    Quarantined,
+    /// The guest was asked to let the device go.
+    Unplugging,
+    /// The machine has stopped it.
+    Stopped,
+}
+
+/// How completely a device survives its backend's death.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RecoveryClass {
+    /// Every request completes exactly once.
+    Full,
+    /// Only when nothing was in flight.
+    IdleOnly,
+    /// Not at all.
+    None,
+}
+
+/// One queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueReport {
+    /// Its number.
+    pub index: u16,
+    /// Descriptors.
+    pub size: u16,
+    /// Requests made available and not yet used, as the rings in guest memory say.
+    pub in_flight: u16,
+    /// Kicks that went through the VMM; `None` where they go straight to the backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kicks: Option<u64>,
+    /// Calls that went through the VMM; `None` where they go straight to the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calls: Option<u64>,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// Its name.
+    pub id: String,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Its place, `0000:00:05.0`; none before boot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bdf: Option<String>,
+    /// What it is at.
+    pub state: DeviceState,
+    /// Why, where the state has a reason.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Which incarnation of its backend serves it, from 1.
+    pub generation: u64,
+    /// Backends that it has lost.
+    pub restarts: u64,
+    /// What happens when it loses this one.
+    pub recovery: RecoveryClass,
+    /// Process id of the backend, where it is ours.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// How the last one ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<String>,
+    /// Its queues, while a driver runs it.
+    pub queues: Vec<QueueReport>,
+}
