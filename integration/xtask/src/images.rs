@@ -1,7 +1,9 @@
 //! Guest images: kernels as Debian ships them, and a small initramfs and root disk around Debian's busybox.
 //!
 //! The initramfs loads the virtio modules, mounts `/dev/vda` if there is one and hands over to `/sbin/init` on it, else
-//! it starts a shell. Either way the shell's prompt is [`PROMPT`], which is what boots are timed against.
+//! it starts a shell. Either way the shell's prompt is [`PROMPT`], which is what boots are timed against. Drivers beyond
+//! disks cost time at each boot, so they are loaded only where the kernel's command line asks for their group:
+//! `atoll.load=net,fs`, see [`GROUPS`].
 
 use crate::packages::{self, Package};
 use crate::{payload, place};
@@ -16,7 +18,7 @@ use std::process::{Command, Stdio};
 pub const PROMPT: &str = "atoll# ";
 
 /// Changes when the contents of the images change, so that cached ones are made anew.
-const EDITION: u32 = 2;
+const EDITION: u32 = 3;
 
 /// One kernel with its initramfs, in every form that a boot test wants.
 #[derive(Clone, Debug)]
@@ -54,9 +56,32 @@ const MODULES: &[&str] = &[
     "drivers/block/virtio_blk",
 ];
 
+/// Further modules by group, in the order in which they are loaded.
+pub const GROUPS: &[(&str, &[&str])] = &[
+    ("net", &["net/core/failover", "drivers/net/net_failover", "drivers/net/virtio_net"]),
+    ("fs", &["fs/fuse/fuse", "fs/fuse/virtiofs"]),
+    ("console", &["drivers/char/virtio_console"]),
+    ("rng", &["drivers/char/hw_random/virtio-rng"]),
+    (
+        "vsock",
+        &[
+            "net/vmw_vsock/vsock",
+            "net/vmw_vsock/vmw_vsock_virtio_transport_common",
+            "net/vmw_vsock/vmw_vsock_virtio_transport",
+        ],
+    ),
+    ("button", &["drivers/acpi/button"]),
+    ("iommu", &["drivers/iommu/virtio-iommu"]),
+];
+
 const APPLETS: &[&str] = &[
-    "sh",
+    "acpid",
+    "awk",
+    "base64",
+    "blockdev",
     "cat",
+    "chmod",
+    "cmp",
     "cp",
     "cttyhack",
     "cut",
@@ -65,60 +90,85 @@ const APPLETS: &[&str] = &[
     "df",
     "dmesg",
     "echo",
+    "fdisk",
     "find",
     "free",
     "grep",
     "halt",
     "head",
     "hexdump",
+    "hostname",
+    "httpd",
     "id",
+    "ifconfig",
     "insmod",
+    "ip",
     "kill",
     "ln",
     "ls",
     "lsmod",
     "md5sum",
     "mkdir",
+    "mkfifo",
     "mknod",
     "more",
     "mount",
     "mv",
+    "nc",
+    "nslookup",
+    "od",
+    "ping",
     "poweroff",
     "ps",
+    "readlink",
     "reboot",
     "rm",
     "rmdir",
+    "route",
     "sed",
     "seq",
     "setsid",
+    "sh",
     "sha256sum",
     "sleep",
     "sort",
+    "stat",
     "stty",
     "switch_root",
     "sync",
     "tail",
+    "tee",
     "test",
     "time",
+    "timeout",
     "top",
     "touch",
     "tr",
     "true",
+    "truncate",
+    "udhcpc",
     "umount",
     "uname",
     "uptime",
+    "usleep",
     "vi",
     "wc",
+    "wget",
+    "xargs",
+    "yes",
 ];
 
 const INITRAMFS_INIT: &str = r#"#!/bin/sh
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
-for module in /modules/*; do insmod "$module"; done
+for module in /modules/*.ko; do insmod "$module"; done
+for group in $(sed -n 's/.*atoll\.load=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' '); do
+    for module in /modules/"$group"/*.ko; do insmod "$module"; done
+done
 for try in 1 2 3 4 5 6 7 8 9 10; do
     grep -q vda /proc/partitions && break
-    [ -d /sys/bus/virtio/devices/virtio0 ] || break
+    grep -qs 0x0002 /sys/bus/virtio/devices/*/device || break
     sleep 0.1
 done
 if [ -b /dev/vda ]; then
@@ -137,6 +187,24 @@ export HOME=/root PS1='atoll# '
 cd /root
 exec setsid cttyhack sh
 "#;
+
+/// What `udhcpc` runs when it has a lease.
+const LEASE_SCRIPT: &str = r#"#!/bin/sh
+case "$1" in
+deconfig) ip addr flush dev "$interface"; ip link set "$interface" up ;;
+bound | renew)
+    ip addr replace "$ip/${mask:-24}" dev "$interface"
+    for gateway in $router; do
+        ip route replace "$gateway" dev "$interface"
+        ip route replace default via "$gateway" dev "$interface"
+        break
+    done
+    : > /etc/resolv.conf
+    for server in $dns; do echo "nameserver $server" >> /etc/resolv.conf; done
+    ;;
+esac
+"#;
+const LEASE_SCRIPT_AT: &str = "usr/share/udhcpc/default.script";
 
 /// The guest of a kernel series, "6.1" or "6.12"; made on first use.
 pub fn guest(series: &str) -> Result<Guest> {
@@ -232,18 +300,24 @@ fn write_initramfs(path: &Path, busybox: &Path, modules: &Path, names: &[&str]) 
         writer.finish()?;
         Ok(())
     };
-    for folder in ["bin", "dev", "modules", "proc", "root", "sys"] {
+    let folders = ["bin", "dev", "etc", "mnt", "proc", "root", "sys", "tmp", "usr", "usr/share", "usr/share/udhcpc"];
+    for folder in folders {
         add(folder, DIRECTORY, b"")?;
     }
+    add(LEASE_SCRIPT_AT, PROGRAM, LEASE_SCRIPT.as_bytes())?;
     add("init", PROGRAM, INITRAMFS_INIT.as_bytes())?;
     add("bin/busybox", PROGRAM, &std::fs::read(busybox)?)?;
     for applet in APPLETS {
         add(&format!("bin/{applet}"), LINK, b"busybox")?;
     }
-    for (position, name) in names.iter().enumerate() {
-        if let Some(bytes) = module(modules, name)? {
-            let short = name.rsplit('/').next().unwrap_or(name);
-            add(&format!("modules/{position:02}-{short}.ko"), PROGRAM, &bytes)?;
+    let folders = GROUPS.iter().map(|(group, names)| (format!("modules/{group}"), *names));
+    for (folder, names) in std::iter::once(("modules".to_owned(), names)).chain(folders) {
+        add(&folder, DIRECTORY, b"")?;
+        for (position, name) in names.iter().enumerate() {
+            if let Some(bytes) = module(modules, name)? {
+                let short = name.rsplit('/').next().unwrap_or(name);
+                add(&format!("{folder}/{position:02}-{short}.ko"), PROGRAM, &bytes)?;
+            }
         }
     }
     cpio::newc::trailer(&mut archive)?;
@@ -259,6 +333,10 @@ fn write_disk(path: &Path, busybox: &Path) -> Result<()> {
     for applet in APPLETS {
         symlink("busybox", tree.path().join("bin").join(applet))?;
     }
+    let lease = tree.path().join(LEASE_SCRIPT_AT);
+    std::fs::create_dir_all(lease.parent().context("the script lies in a folder")?)?;
+    std::fs::write(&lease, LEASE_SCRIPT)?;
+    std::fs::set_permissions(&lease, std::fs::Permissions::from_mode(0o755))?;
     let init = tree.path().join("sbin/init");
     std::fs::write(&init, DISK_INIT)?;
     std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755))?;
