@@ -3,6 +3,7 @@
 //! Nothing here waits, spawns, opens a socket or knows which CPU drives it.
 
 pub mod access;
+pub mod acpi_hotplug;
 pub mod acpi_pm;
 pub mod address_map;
 pub mod interrupt;

@@ -17,7 +17,7 @@ use atoll_vmm::cpu::{
 use atoll_vmm::doorbell::Relay;
 use atoll_vmm::irq::{EventRoute, InterruptFabric, IrqError};
 use atoll_vmm::machine::layout::{MMIO64, ram};
-use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, DeviceBuilder};
+use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, DeviceBuilder, events};
 use atoll_vmm::memory::GuestMemory;
 use atoll_vmm::vhost::{Backing, DiskBuilder, DiskConfig};
 use rustix::process::Signal;
@@ -116,6 +116,7 @@ impl Driver {
             memory: GuestMemory::new(&ram(32 << 20)?)?,
             relay: Relay::new()?,
             power: Arc::new(Deaf),
+            events: events().0,
             wall_base_ns: 0,
         });
         let spawner = Spawner::new(Arc::new(RealClock::new()))?;

@@ -10,6 +10,7 @@ use super::acpi::{self, AcpiConfig};
 use super::boot::{self, BootError};
 use super::config::{CpuKind, MachineConfig, SerialMode};
 use super::events::{EventReceiver, EventSender, MachineEvent, StopCause};
+use super::hotplug::Hotplug;
 use super::layout::{self, MemorySizeError};
 use super::{Board, BoardParts, BuildError, BuiltDevice, DeviceBuilder, LifeError};
 use crate::actor::{Clock, RealClock, StopSignal};
@@ -103,13 +104,14 @@ impl PowerSink for PowerSwitch {
 
 /// A built machine.
 pub struct Machine {
-    board: Board,
-    devices: Vec<BuiltDevice>,
+    pub(super) board: Board,
+    pub(super) devices: Vec<BuiltDevice>,
+    pub(super) hotplug: Hotplug,
     vcpus: Vec<VcpuThread>,
     kicks: Kicks,
     ended: Arc<Mutex<Vec<VcpuEnd>>>,
     boot_state: Option<crate::cpu::CpuState>,
-    events: EventSender,
+    pub(super) events: EventSender,
     clock: Arc<dyn Clock>,
     vcpu_count: u32,
 }
@@ -174,11 +176,13 @@ impl Machine {
             memory,
             relay: Relay::new()?,
             power: Arc::new(PowerSwitch { kicks: kicks.clone(), events: events.clone() }),
+            events: events.clone(),
             wall_base_ns,
         });
         let mut machine = Self {
             board,
             devices: Vec::with_capacity(builders.len()),
+            hotplug: Hotplug::default(),
             vcpus: Vec::new(),
             kicks,
             ended: Arc::default(),
@@ -232,7 +236,7 @@ impl Machine {
     }
 
     /// Waits until the machine ends.
-    pub fn wait(&self, events: &EventReceiver) -> MachineEnd {
+    pub fn wait(&mut self, events: &EventReceiver) -> MachineEnd {
         loop {
             match events.next() {
                 Ok(MachineEvent::Power(PowerEvent::PowerOff)) => return MachineEnd::PowerOff,
@@ -242,6 +246,11 @@ impl Machine {
                     let (vcpu, address) = (stall.vcpu, format!("{:?} {:#x}", stall.space, stall.address));
                     let waited_ms = stall.waited.as_millis();
                     tracing::warn!(vcpu, address, write = stall.write, waited_ms, "a device did not answer in time");
+                }
+                Ok(MachineEvent::Ejected(_) | MachineEvent::Departed) => {
+                    for event in self.settle() {
+                        tracing::info!(?event, "a device has left");
+                    }
                 }
                 Ok(MachineEvent::VcpuEnded(end)) => {
                     if let Some(failure) = failure(&end, self.board.processor().name()) {
@@ -260,6 +269,7 @@ impl Machine {
             vcpu.stop();
         }
         self.vcpus.clear();
+        self.finish_unplugs();
         let deadline = Instant::now() + STOP_TIME_MAX;
         while let Some(mut device) = self.devices.pop() {
             if let Err(error) = device.life.stop(deadline) {

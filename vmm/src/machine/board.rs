@@ -1,14 +1,16 @@
 //! What a builder finds: memory, address spaces, PCI slots, interrupts, doorbells and time.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use atoll_devices::acpi_hotplug::AcpiHotplug;
 use atoll_devices::pci::root::PciRoot;
 use atoll_devices::pci::{DevFn, SharedFunction};
 use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink, WiredOr};
 use thiserror::Error;
 
-use super::layout::{GSI_COUNT, Span};
-use super::slots::{FunctionBars, PciSlots};
+use super::events::EventSender;
+use super::layout::{GSI_COUNT, SCI_GSI, Span};
+use super::slots::{Ejector, FunctionBars, PciSlots};
 use crate::cpu::{AddressSpace, Processor, SharedDevice, Space};
 use crate::doorbell::{DoorbellTable, Relay};
 use crate::irq::{InterruptFabric, IrqError, VectorTable};
@@ -27,8 +29,11 @@ pub enum BoardError {
         source: atoll_devices::AddressMapError,
     },
     /// The bus is full.
-    #[error("all 32 PCI slots are taken; leave a device out")]
+    #[error("hotplug beyond the last slot: all 32 PCI slots are taken; remove a device or leave one out")]
     NoSlot,
+    /// The slot that was asked for is not free.
+    #[error("PCI slot {0} is taken or not there; choose another")]
+    SlotTaken(u8),
     /// A BAR does not fit.
     #[error("BAR {bar} of {len:#x} bytes finds no room in the board's windows; leave a device out")]
     NoRoom {
@@ -42,6 +47,9 @@ pub enum BoardError {
     Bar(#[from] atoll_devices::pci::BarError),
 }
 
+/// Where the host bridge is; it is fixed.
+const HOST_BRIDGE_SLOT: u8 = 0;
+
 /// What a board is made from.
 pub struct BoardParts {
     /// Runs guest code.
@@ -52,11 +60,13 @@ pub struct BoardParts {
     pub relay: Arc<Relay>,
     /// Hears of power-off and reset.
     pub power: Arc<dyn PowerSink>,
+    /// Hears of devices that the guest has let go.
+    pub events: EventSender,
     /// UTC in nanoseconds at guest time zero.
     pub wall_base_ns: u64,
 }
 
-/// A board under construction.
+/// A board: under construction, and while devices come and go.
 pub struct Board {
     parts: BoardParts,
     fabric: Arc<dyn InterruptFabric>,
@@ -65,6 +75,7 @@ pub struct Board {
     space: Arc<AddressSpace>,
     doorbells: Arc<DoorbellTable>,
     pci: PciSlots,
+    hotplug: Arc<Mutex<AcpiHotplug>>,
 }
 
 impl Board {
@@ -72,10 +83,14 @@ impl Board {
     pub fn new(parts: BoardParts) -> Self {
         let fabric = parts.processor.interrupts();
         let line = |gsi| WiredOr::new(Wire::new(Arc::new(Fabric(Arc::clone(&fabric))), gsi));
-        let lines = (0..GSI_COUNT).map(line).collect();
+        let lines: Vec<_> = (0..GSI_COUNT).map(line).collect();
         let doorbells = Arc::new(DoorbellTable::new(parts.processor.doorbells()));
         let space = Arc::new(AddressSpace::new(Arc::clone(&doorbells)));
-        Self { parts, fabric, lines, space, doorbells, pci: PciSlots::new() }
+        let pci = PciSlots::new();
+        let ejector = Ejector { root: Arc::clone(pci.root()), events: parts.events.clone() };
+        let sci = lines[SCI_GSI as usize].input();
+        let hotplug = Arc::new(Mutex::new(AcpiHotplug::new(sci, Arc::new(ejector))));
+        Self { parts, fabric, lines, space, doorbells, pci, hotplug }
     }
 
     /// The processor.
@@ -174,12 +189,47 @@ impl Board {
     pub fn bar_mapping(&self) -> Arc<FunctionBars> {
         Arc::new(FunctionBars::new(&self.space))
     }
-    /// Puts a function into the next free slot and gives its BARs addresses, as firmware would.
+    /// The slot that the next function gets; `None` when the bus is full or the slot that was asked for is taken.
+    pub fn next_slot(&self) -> Option<u8> {
+        self.pci.next()
+    }
+    /// The next function goes into this slot; `None` for the lowest free one. So a device keeps its place over a reset.
+    pub fn use_slot(&mut self, slot: Option<u8>) {
+        self.pci.want(slot);
+    }
+    /// Puts a function into the next slot and gives its BARs addresses, as firmware would.
     ///
     /// # Errors
     /// When slots or windows are full.
     pub fn add_pci(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
-        self.pci.add(function, bars)
+        let place = self.pci.add(function, bars)?;
+        if place.slot() != HOST_BRIDGE_SLOT {
+            self.hotplug().occupied(place.slot());
+        }
+        Ok(place)
+    }
+    /// While veiled, new functions have a slot and are not seen by the guest.
+    pub(super) fn veil(&mut self, veiled: bool) {
+        self.pci.veil(veiled);
+    }
+    /// Shows a veiled function to the guest and tells it to look.
+    pub(super) fn reveal(&mut self, place: DevFn) {
+        self.pci.reveal(place);
+        self.hotplug().announce(place.slot());
+    }
+    /// Takes a function off the board: it answers nowhere, its doorbells and interrupt routes go with it, and slot and
+    /// addresses are free. Whether there was one.
+    pub fn remove_pci(&mut self, place: DevFn) -> bool {
+        self.hotplug().vacated(place.slot());
+        self.pci.remove(place)
+    }
+    /// The hotplug registers. Not to be held while a function is locked: the guest's eject locks them in this order.
+    pub(super) fn hotplug(&self) -> MutexGuard<'_, AcpiHotplug> {
+        self.hotplug.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    /// The same, for the address map.
+    pub(super) fn hotplug_registers(&self) -> SharedDevice {
+        Arc::clone(&self.hotplug) as SharedDevice
     }
 }
 

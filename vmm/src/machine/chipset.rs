@@ -8,7 +8,7 @@ use atoll_devices::pci::{ConfigPorts, Ecam, HostBridge, SharedFunction};
 use atoll_devices::reset_port::{self, ResetPort};
 use atoll_devices::rtc::Rtc;
 
-use super::layout::{ACPI_PM, ECAM, PCI_PORTS, RTC, SCI_GSI, Span};
+use super::layout::{ACPI_HOTPLUG, ACPI_PM, ECAM, PCI_PORTS, RTC, SCI_GSI, Span};
 use super::{Board, BoardError, BuildError, BuiltDevice, DeviceBuilder, Passive};
 use crate::cpu::Space;
 
@@ -61,7 +61,7 @@ impl DeviceBuilder for RtcBuilder {
     }
 }
 
-/// ACPI power management.
+/// ACPI power management and hotplug.
 struct PowerBuilder;
 
 impl DeviceBuilder for PowerBuilder {
@@ -71,7 +71,10 @@ impl DeviceBuilder for PowerBuilder {
     fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
         let power = AcpiPm::new(board.wire(SCI_GSI), board.power());
         let registers = AtTime::new(power, board.clock());
-        passive(self.name(), board.add_registers("acpi-pm", Space::Pio, ACPI_PM, registers))
+        let power = board.add_registers("acpi-pm", Space::Pio, ACPI_PM, registers);
+        let slots = board.hotplug_registers();
+        let built = power.and_then(|()| board.add_shared_registers("acpi-hotplug", Space::Pio, ACPI_HOTPLUG, slots));
+        passive(self.name(), built)
     }
 }
 

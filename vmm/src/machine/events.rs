@@ -27,6 +27,10 @@ pub enum MachineEvent {
     VcpuEnded(VcpuEnd),
     /// A device did not answer a vCPU in time.
     Stalled(Stall),
+    /// The guest has let the device in this slot go: `Machine::settle` does the rest.
+    Ejected(u8),
+    /// A device that was pulled out has ended: `Machine::settle` frees its place.
+    Departed,
     /// The machine is to end.
     Stop(StopCause),
 }
@@ -63,7 +67,11 @@ impl EventReceiver {
     pub fn discard_stale(&self) -> Option<StopCause> {
         self.0.try_iter().fold(None, |stop, event| match event {
             MachineEvent::Stop(cause) => Some(cause),
-            MachineEvent::Power(_) | MachineEvent::VcpuEnded(_) | MachineEvent::Stalled(_) => stop,
+            MachineEvent::Power(_)
+            | MachineEvent::VcpuEnded(_)
+            | MachineEvent::Stalled(_)
+            | MachineEvent::Ejected(_)
+            | MachineEvent::Departed => stop,
         })
     }
 }

@@ -64,6 +64,10 @@ pub const RTC: Span = Span { start: 0x70, len: 2 };
 pub const RTC_GSI: u32 = 8;
 /// ACPI event block, control block and power management timer (ACPI 6.5, 4.8.3).
 pub const ACPI_PM: Span = Span { start: 0x600, len: 0x10 };
+/// General-purpose events and PCI slots of ACPI hotplug.
+pub const ACPI_HOTPLUG: Span = Span { start: 0x620, len: atoll_devices::acpi_hotplug::LEN };
+/// Slots of bus 0; the host bridge in the first one is fixed.
+pub const PCI_SLOTS: u8 = 32;
 /// Value of SLP_TYP that switches the machine off (S5).
 pub const S5_SLEEP_TYPE: u8 = atoll_devices::acpi_pm::S5_SLEEP_TYPE;
 /// ACPI system control interrupt.
@@ -152,7 +156,7 @@ mod tests {
         memory.sort_by_key(|span| span.start);
         assert!(memory.windows(2).all(|pair| pair[0].end() <= pair[1].start));
         assert!(memory.iter().take(5).all(|span| span.start >= PCI_HOLE.start && span.end() <= PCI_HOLE.end()));
-        let mut ports = [COM1, COM2, RTC, ACPI_PM, PCI_PORTS, PCI_IO];
+        let mut ports = [COM1, COM2, RTC, ACPI_PM, ACPI_HOTPLUG, PCI_PORTS, PCI_IO];
         ports.sort_by_key(|span| span.start);
         assert!(ports.windows(2).all(|pair| pair[0].end() <= pair[1].start));
     }

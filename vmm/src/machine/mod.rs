@@ -11,6 +11,7 @@ mod builder;
 mod chipset;
 mod config;
 mod events;
+mod hotplug;
 pub mod layout;
 mod serial;
 mod slots;
@@ -21,5 +22,6 @@ pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError,
 pub use chipset::chipset;
 pub use config::{CpuKind, MachineConfig, SerialMode};
 pub use events::{EventReceiver, EventSender, MachineEvent, StopCause, events};
+pub use hotplug::{PlugError, UnplugError, UnplugEvent};
 pub use serial::{SerialBuilder, SerialEnd, SerialError};
 pub use slots::FunctionBars;

@@ -1,73 +1,183 @@
-//! PCI slots and where BARs go: what firmware would do on a real board.
+//! PCI slots and where BARs go: what firmware would do on a real board, and what happens when a device comes or goes while
+//! the guest runs.
+//!
+//! The root bus is what the guest sees; the slots here are what is taken. A device that is being plugged in has a slot and
+//! is not on the bus yet; one that the guest has let go is no longer on the bus and keeps its slot until it has ended.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use atoll_devices::acpi_hotplug::EjectSink;
 use atoll_devices::pci::root::PciRoot;
 use atoll_devices::pci::{BarMapping, BarSpace, DevFn, PciFunction, SharedFunction};
 use atoll_devices::{Answer, RegisterDevice};
+use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 
 use super::board::BoardError;
+use super::events::{EventSender, MachineEvent};
 use super::layout;
 use crate::cpu::{AddressSpace, SharedDevice, Space};
 
-/// Bus 0: slots are given in the order in which devices are built, so that a configuration always gives the same board.
+/// Offset of the command register, and its value while a function answers nowhere and masters nothing.
+const COMMAND: (u16, [u8; 2]) = (4, [0; 2]);
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is in a slot.
+struct Occupant {
+    function: SharedFunction,
+    bars: Vec<(BarSpace, RangeInclusive)>,
+}
+
+/// Bus 0: each device gets the lowest free slot, in the order in which devices are built, so that a configuration always
+/// gives the same board.
 pub(super) struct PciSlots {
     root: Arc<Mutex<PciRoot>>,
-    next: u8,
+    slots: [Option<Occupant>; layout::PCI_SLOTS as usize],
+    /// Where the next function is to go, if not into the lowest free slot.
+    wanted: Option<u8>,
+    /// New functions stay off the bus until they are revealed.
+    veiled: bool,
     windows: BarWindows,
 }
 
 impl PciSlots {
     pub(super) fn new() -> Self {
-        Self { root: Arc::new(Mutex::new(PciRoot::new())), next: 0, windows: BarWindows::default() }
+        Self {
+            root: Arc::new(Mutex::new(PciRoot::new())),
+            slots: [const { None }; layout::PCI_SLOTS as usize],
+            wanted: None,
+            veiled: false,
+            windows: BarWindows::default(),
+        }
     }
     pub(super) fn root(&self) -> &Arc<Mutex<PciRoot>> {
         &self.root
     }
+    pub(super) fn want(&mut self, slot: Option<u8>) {
+        self.wanted = slot;
+    }
+    pub(super) fn veil(&mut self, veiled: bool) {
+        self.veiled = veiled;
+    }
+    fn is_free(&self, slot: u8) -> bool {
+        self.slots.get(usize::from(slot)).is_some_and(Option::is_none)
+    }
+    /// The slot that the next function gets.
+    pub(super) fn next(&self) -> Option<u8> {
+        match self.wanted {
+            Some(slot) => Some(slot).filter(|slot| self.is_free(*slot)),
+            None => (0..layout::PCI_SLOTS).find(|slot| self.is_free(*slot)),
+        }
+    }
     /// Where pin A of the next slot leads: pins turn by one from slot to slot, as the ACPI tables say.
     pub(super) fn next_pin_gsi(&self) -> u8 {
-        layout::PCI_GSI_BASE as u8 + self.next % 4
+        layout::PCI_GSI_BASE as u8 + self.next().unwrap_or(0) % 4
     }
     pub(super) fn add(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
-        let place = DevFn::new(self.next, 0).ok_or(BoardError::NoSlot)?;
+        let wanted = self.wanted;
+        let slot = self.next().ok_or_else(|| wanted.map_or(BoardError::NoSlot, BoardError::SlotTaken))?;
+        let place = DevFn::new(slot, 0).ok_or(BoardError::NoSlot)?;
         // A mapping serves one function; a second one would be a builder's mistake and is ignored.
         let _ = bars.function.set(Arc::downgrade(&function));
-        {
-            let mut device = function.lock().unwrap_or_else(PoisonError::into_inner);
-            for (bar, space, len) in device.bars() {
-                let base = self.windows.take(space, len).ok_or(BoardError::NoRoom { bar, len })?;
-                device.assign_bar(bar, base)?;
-            }
+        let mut taken = Vec::new();
+        let assigned = self.assign(&function, &mut taken);
+        let occupant = Occupant { function: Arc::clone(&function), bars: taken };
+        if let Err(error) = assigned {
+            self.windows.free_all(occupant.bars);
+            return Err(error);
         }
-        let added = self.root.lock().unwrap_or_else(PoisonError::into_inner).add(place, function);
-        added.map_err(|_| BoardError::NoSlot)?;
-        self.next += 1;
+        if !self.veiled {
+            lock(&self.root).add(place, function).map_err(|_| BoardError::SlotTaken(slot))?;
+        }
+        self.wanted = None;
+        self.slots[usize::from(slot)] = Some(occupant);
         Ok(place)
+    }
+    fn assign(
+        &mut self,
+        function: &SharedFunction,
+        taken: &mut Vec<(BarSpace, RangeInclusive)>,
+    ) -> Result<(), BoardError> {
+        let mut device = lock(function);
+        for (bar, space, len) in device.bars() {
+            let range = self.windows.take(space, len).ok_or(BoardError::NoRoom { bar, len })?;
+            taken.push((space, range));
+            device.assign_bar(bar, range.start())?;
+        }
+        Ok(())
+    }
+    /// Puts a veiled function on the bus.
+    pub(super) fn reveal(&mut self, place: DevFn) {
+        let Some(Some(occupant)) = self.slots.get(usize::from(place.slot())) else { return };
+        // It fails when the function is there already, and then there is nothing to do.
+        let _ = lock(&self.root).add(place, Arc::clone(&occupant.function));
+    }
+    /// Frees a slot: nothing of its function answers any more, and its BARs' addresses are given back.
+    pub(super) fn remove(&mut self, place: DevFn) -> bool {
+        let occupant = self.slots.get_mut(usize::from(place.slot())).and_then(Option::take);
+        lock(&self.root).remove(place);
+        let Some(occupant) = occupant else { return false };
+        silence(&occupant.function);
+        self.windows.free_all(occupant.bars);
+        true
     }
 }
 
-/// Where the next BAR goes: memory BARs into the 64-bit window, I/O BARs into theirs, each naturally aligned.
+/// Lets a function's BARs answer nowhere, and takes its doorbells away.
+fn silence(function: &SharedFunction) {
+    // A function answers writes of its command register at once.
+    let _ = lock(function).config_write(COMMAND.0, &COMMAND.1);
+}
+
+/// Takes an ejected device out of the guest's sight at once, on the thread of the vCPU that ejected it: its addresses may
+/// be another device's with the guest's next instruction. Whoever owns the board does the rest when it hears of it.
+pub(super) struct Ejector {
+    pub(super) root: Arc<Mutex<PciRoot>>,
+    pub(super) events: EventSender,
+}
+
+impl EjectSink for Ejector {
+    fn ejected(&self, slot: u8) {
+        let function = DevFn::new(slot, 0).and_then(|place| lock(&self.root).remove(place));
+        if let Some(function) = function {
+            silence(&function);
+        }
+        self.events.tell(MachineEvent::Ejected(slot));
+    }
+}
+
+/// Where BARs go: memory BARs into the 64-bit window, I/O BARs into theirs, each naturally aligned, the lowest room first.
 struct BarWindows {
-    memory: u64,
-    io: u64,
+    memory: Option<AddressAllocator>,
+    io: Option<AddressAllocator>,
 }
 
 impl Default for BarWindows {
     fn default() -> Self {
-        Self { memory: layout::MMIO64.start, io: layout::PCI_IO.start }
+        // Neither window is empty or wraps, so both are there.
+        let window = |span: layout::Span| AddressAllocator::new(span.start, span.len).ok();
+        Self { memory: window(layout::MMIO64), io: window(layout::PCI_IO) }
     }
 }
 
 impl BarWindows {
-    fn take(&mut self, space: BarSpace, len: u64) -> Option<u64> {
-        let (next, window) = match space {
-            BarSpace::Memory => (&mut self.memory, layout::MMIO64),
-            BarSpace::Io => (&mut self.io, layout::PCI_IO),
-        };
-        let base = next.checked_next_multiple_of(len)?;
-        let end = base.checked_add(len).filter(|end| *end <= window.end())?;
-        *next = end;
-        Some(base)
+    fn window(&mut self, space: BarSpace) -> Option<&mut AddressAllocator> {
+        match space {
+            BarSpace::Memory => self.memory.as_mut(),
+            BarSpace::Io => self.io.as_mut(),
+        }
+    }
+    fn take(&mut self, space: BarSpace, len: u64) -> Option<RangeInclusive> {
+        self.window(space)?.allocate(len, len, AllocPolicy::FirstMatch).ok()
+    }
+    fn free_all(&mut self, bars: Vec<(BarSpace, RangeInclusive)>) {
+        for (space, range) in bars {
+            if let Some(Err(error)) = self.window(space).map(|window| window.free(&range)) {
+                tracing::error!(?range, %error, "a BAR's addresses were not taken");
+            }
+        }
     }
 }
 
@@ -98,13 +208,13 @@ impl BarMapping for FunctionBars {
         let Some(board) = self.space.upgrade() else { return };
         let window: SharedDevice = Arc::new(Mutex::new(BarWindow { function, bar }));
         match board.insert(space_of(space), base, len, window) {
-            Ok(()) => self.mapped.lock().unwrap_or_else(PoisonError::into_inner).push((space_of(space), base)),
+            Ok(()) => lock(&self.mapped).push((space_of(space), base)),
             // A guest may move a BAR onto another one or onto fixed registers: it then answers nowhere.
             Err(error) => tracing::debug!(bar, base, len, %error, "a BAR answers nowhere"),
         }
     }
     fn unmap(&self, _bar: u8, space: BarSpace, base: u64, _len: u64) {
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mapped = lock(&self.mapped);
         let Some(index) = mapped.iter().position(|place| *place == (space_of(space), base)) else { return };
         mapped.swap_remove(index);
         if let Some(board) = self.space.upgrade() {
@@ -122,10 +232,10 @@ struct BarWindow {
 
 impl RegisterDevice for BarWindow {
     fn read(&mut self, offset: u64, data: &mut [u8]) -> Answer {
-        self.function.lock().unwrap_or_else(PoisonError::into_inner).bar_read(self.bar, offset, data)
+        lock(&self.function).bar_read(self.bar, offset, data)
     }
     fn write(&mut self, offset: u64, data: &[u8]) -> Answer {
-        self.function.lock().unwrap_or_else(PoisonError::into_inner).bar_write(self.bar, offset, data)
+        lock(&self.function).bar_write(self.bar, offset, data)
     }
 }
 
@@ -133,7 +243,8 @@ impl RegisterDevice for BarWindow {
 mod tests {
     use super::*;
 
-    /// Part of the frozen board: where the BARs of the first devices lie. Each is aligned to its length.
+    /// Part of the frozen board: where the BARs of the first devices lie. Each is aligned to its length, and what is given
+    /// back is used again.
     #[test]
     fn bars_are_where_they_were() {
         let mut windows = BarWindows::default();
@@ -143,9 +254,13 @@ mod tests {
             (BarSpace::Memory, 0x1_0000),
             (BarSpace::Io, 32),
         ];
-        let bases: Vec<_> = bars.into_iter().map(|(space, len)| windows.take(space, len)).collect();
-        assert_eq!(bases, [Some(0x80_0000_0000), Some(0x80_0001_0000), Some(0x80_0002_0000), Some(0x1000)]);
+        let taken: Vec<_> =
+            bars.into_iter().filter_map(|(space, len)| Some((space, windows.take(space, len)?))).collect();
+        let bases: Vec<_> = taken.iter().map(|(_, range)| range.start()).collect();
+        assert_eq!(bases, [0x80_0000_0000, 0x80_0001_0000, 0x80_0002_0000, 0x1000]);
         assert_eq!(windows.take(BarSpace::Memory, 512 << 30), None);
         assert_eq!(windows.take(BarSpace::Io, 0x1_0000), None);
+        windows.free_all(taken);
+        assert_eq!(windows.take(BarSpace::Memory, 512 << 30).map(|range| range.start()), Some(0x80_0000_0000));
     }
 }

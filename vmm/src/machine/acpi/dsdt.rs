@@ -7,12 +7,12 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{AcpiConfig, OEM, OEM_REVISION, OEM_TABLE};
+use super::{AcpiConfig, OEM, OEM_REVISION, OEM_TABLE, hotplug};
 use crate::machine::layout::{
-    COM1, COM1_GSI, ECAM, MMIO32, MMIO64, PCI_GSI_BASE, PCI_PORTS, RTC, RTC_GSI, S5_SLEEP_TYPE, Span,
+    ACPI_HOTPLUG, COM1, COM1_GSI, ECAM, MMIO32, MMIO64, PCI_GSI_BASE, PCI_PORTS, PCI_SLOTS, RTC, RTC_GSI,
+    S5_SLEEP_TYPE, Span,
 };
 
-const PCI_SLOTS: u32 = 32;
 const PCI_PINS: u32 = 4;
 
 /// Fixed ports of a device.
@@ -38,6 +38,9 @@ pub(super) fn dsdt(config: AcpiConfig) -> Vec<u8> {
     clock(&mut devices);
     let mut table = Sdt::new(*b"DSDT", HEADER, REVISION, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&Scope::raw(Path::new("\\_SB_"), devices));
+    let mut event = Vec::new();
+    hotplug::event(&mut event);
+    table.append_slice(&event);
     let mut sleep = Vec::new();
     // SLP_TYPa, SLP_TYPb and two reserved values.
     let states = Package::new(vec![&S5_SLEEP_TYPE, &S5_SLEEP_TYPE, &0_u8, &0_u8]);
@@ -49,7 +52,7 @@ pub(super) fn dsdt(config: AcpiConfig) -> Vec<u8> {
 /// The PCI host bridge: bus 0 with its windows, and where pins A to D of each slot lead.
 fn pci_root(sink: &mut Vec<u8>) {
     let mut routes = PackageBuilder::new();
-    for slot in 0..PCI_SLOTS {
+    for slot in 0..u32::from(PCI_SLOTS) {
         for pin in 0..PCI_PINS {
             // Any function of the slot; pins turn by one from slot to slot; no link device but a GSI.
             let gsi = PCI_GSI_BASE + (slot + pin) % PCI_PINS;
@@ -72,6 +75,9 @@ fn pci_root(sink: &mut Vec<u8>) {
     let high =
         AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, MMIO64.start, MMIO64.end() - 1, None);
     let windows = ResourceTemplate::new(vec![&buses, &config, &low_ports, &high_ports, &low, &high]);
+    let mut slots = Vec::new();
+    hotplug::slots(&mut slots);
+    let slots = hotplug::Raw(slots);
     Device::new(
         "PCI0".into(),
         vec![
@@ -82,20 +88,23 @@ fn pci_root(sink: &mut Vec<u8>) {
             &Name::new("_UID".into(), &0_u8),
             &Name::new("_CRS".into(), &windows),
             &Name::new("_PRT".into(), &routes),
+            &slots,
         ],
     )
     .to_aml_bytes(sink);
 }
 
-/// Configuration space in memory: a kernel believes MCFG only where a motherboard resource covers it.
+/// Configuration space in memory, which a kernel believes in only where a motherboard resource covers it, and the ports of
+/// hotplug, so that nobody else takes them.
 fn ecam(sink: &mut Vec<u8>) {
     let memory = Memory32Fixed::new(true, ECAM.start as u32, ECAM.len as u32);
+    let hotplug = ports(ACPI_HOTPLUG);
     Device::new(
         "MBRD".into(),
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
             &Name::new("_UID".into(), &0_u8),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory])),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&memory, &hotplug])),
         ],
     )
     .to_aml_bytes(sink);

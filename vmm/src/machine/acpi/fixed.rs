@@ -3,9 +3,10 @@
 use acpi_tables::fadt::{FADT, FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::sdt::Sdt;
+use atoll_devices::acpi_hotplug;
 
 use super::{AcpiConfig, OEM, OEM_REVISION, OEM_TABLE};
-use crate::machine::layout::{ACPI_PM, IOAPIC, LAPIC, RESET_PORT, RESET_VALUE, SCI_GSI};
+use crate::machine::layout::{ACPI_HOTPLUG, ACPI_PM, IOAPIC, LAPIC, RESET_PORT, RESET_VALUE, SCI_GSI};
 
 /// Offsets in the power management block.
 const PM1_EVENT: u64 = 0;
@@ -42,6 +43,15 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
     fadt.pm_tmr_blk = ((ACPI_PM.start + PM_TIMER) as u32).into();
     fadt.pm_tmr_len = 4;
     fadt.x_pm_tmr_blk = register(PM_TIMER, 4, AccessSize::DwordAccess);
+    fadt.gpe0_blk = ((ACPI_HOTPLUG.start + acpi_hotplug::GPE_OFFSET) as u32).into();
+    fadt.gpe0_blk_len = acpi_hotplug::GPE_LEN;
+    fadt.x_gpe0_blk = GAS::new(
+        AddressSpace::SystemIo,
+        acpi_hotplug::GPE_LEN * 8,
+        0,
+        AccessSize::ByteAccess,
+        ACPI_HOTPLUG.start + acpi_hotplug::GPE_OFFSET,
+    );
     // No C2 and no C3.
     fadt.p_lvl2_lat = 0xffff.into();
     fadt.p_lvl3_lat = 0xffff.into();

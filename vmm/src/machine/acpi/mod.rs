@@ -5,6 +5,7 @@
 
 mod dsdt;
 mod fixed;
+mod hotplug;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
