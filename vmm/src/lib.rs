@@ -4,6 +4,7 @@
 //! This crate is the only place where CPUs, tokio and processes meet.
 
 pub mod actor;
+pub mod api;
 pub mod backend;
 pub mod config;
 pub mod cpu;

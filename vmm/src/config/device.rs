@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A token bucket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TokenBucketConfig {
     /// Tokens (bytes or operations) that it holds.
     pub size: u64,
@@ -17,7 +18,7 @@ pub struct TokenBucketConfig {
 }
 
 /// Limits of a device's data path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct RateLimiterConfig {
     /// Bytes.
@@ -33,7 +34,7 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// A disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct DiskConfig {
     /// Its name; given by Atoll (`_disk0`) when left out.
@@ -70,7 +71,7 @@ pub struct DiskConfig {
 
 /// A network card. Exactly one of `tap` (or descriptors), `user`, `switch` and `vhost_user` says what it is plugged into;
 /// none of them makes a new TAP.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct NetConfig {
     /// Its name; given by Atoll (`_net0`) when left out.
@@ -143,7 +144,7 @@ impl PartialEq for Descriptors {
 impl Eq for Descriptors {}
 
 /// A shared folder, served by virtiofsd or another vhost-user backend.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct FsConfig {
     /// Its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -161,7 +162,7 @@ pub struct FsConfig {
 }
 
 /// Sockets between guest and host.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VsockConfig {
     /// Its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -176,7 +177,7 @@ pub struct VsockConfig {
 }
 
 /// Any vhost-user device, by its virtio device type.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct GenericVhostUserConfig {
     /// Its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -187,11 +188,12 @@ pub struct GenericVhostUserConfig {
     /// Where the backend listens.
     pub socket: PathBuf,
     /// Descriptors of each queue; its length is the number of queues.
+    #[serde(alias = "queue_size")]
     pub queue_sizes: Vec<u16>,
 }
 
 /// Entropy, served by a process of ours.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RngConfig {
     /// Where it comes from.
     pub src: PathBuf,
@@ -201,7 +203,7 @@ pub struct RngConfig {
 }
 
 /// Where a port leads.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ConsoleMode {
     /// There is no port.
     #[default]
@@ -219,7 +221,7 @@ pub enum ConsoleMode {
 }
 
 /// A serial port or console.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ConsoleConfig {
     /// Where it leads.
     pub mode: ConsoleMode,
@@ -251,7 +253,7 @@ pub enum DeviceConfig {
 }
 
 /// Kind of a device: what it is called where a name must be made up, and in lists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceKind {
     /// Disk.

@@ -15,10 +15,11 @@ pub use device::{
 };
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// One virtual machine.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct VmConfig {
     /// vCPUs.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::error::VmError;
@@ -12,7 +13,7 @@ use crate::config::{DeviceConfig, VmConfig};
 pub type DeviceId = String;
 
 /// Where a device was plugged in.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Plugged {
     /// Its name.
     pub id: DeviceId,

@@ -1,11 +1,12 @@
 //! What an operator is told about a machine and its devices.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DeviceKind, VmConfig};
 
 /// State of a machine, in Cloud Hypervisor's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum VmState {
     /// There is a configuration and no machine.
     Created,
@@ -18,7 +19,7 @@ pub enum VmState {
 }
 
 /// A machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VmInfo {
     /// As the user gave it, with what was plugged since.
     pub config: VmConfig,
@@ -29,7 +30,7 @@ pub struct VmInfo {
 }
 
 /// State of a device and its process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
     /// A backend is there; no driver has started the device.
@@ -47,7 +48,7 @@ pub enum DeviceState {
 }
 
 /// How completely a device survives its backend's death.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RecoveryClass {
     /// Every request completes exactly once.
@@ -59,7 +60,7 @@ pub enum RecoveryClass {
 }
 
 /// One queue.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct QueueReport {
     /// Its number.
     pub index: u16,
@@ -76,7 +77,7 @@ pub struct QueueReport {
 }
 
 /// One device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceReport {
     /// Its name.
     pub id: String,

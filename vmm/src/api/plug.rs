@@ -1,0 +1,98 @@
+//! Devices that are plugged in, pulled out and changed.
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+
+use super::body::{self, RemoveDevice, ResizeDisk};
+use super::machine::{done, refuse};
+use super::reply::{Reply, Status};
+use super::routes::{Asked, Good, Route, Served, of, put};
+use super::server::Api;
+use crate::config::{Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VsockConfig};
+use crate::lifecycle::{Plugged, VmError};
+
+/// The resources of this file.
+pub(super) fn routes() -> Vec<Route> {
+    use Good::{Never, Nothing, Perhaps};
+    const MISTAKES: &[Status] = &[Status::BadRequest, Status::NotFound, Status::Conflict];
+    let place = Perhaps(of::<Plugged>);
+    vec![
+        put("/api/v1/vm.add-disk", "Plugs a disk in.", place, |api, _, asked| {
+            add::<DiskConfig>(api, &asked, DeviceConfig::Disk)
+        })
+        .takes::<DiskConfig>()
+        .refuses(MISTAKES),
+        put("/api/v1/vm.add-net", "Plugs a network card in; TAP descriptors come beside the request.", place, add_net)
+            .takes::<NetConfig>()
+            .refuses(MISTAKES),
+        put("/api/v1/vm.add-fs", "Plugs a shared folder in.", place, |api, _, asked| {
+            add::<FsConfig>(api, &asked, DeviceConfig::Fs)
+        })
+        .takes::<FsConfig>()
+        .refuses(MISTAKES),
+        put("/api/v1/vm.add-vsock", "Plugs sockets between guest and host in.", place, |api, _, asked| {
+            add::<VsockConfig>(api, &asked, DeviceConfig::Vsock)
+        })
+        .takes::<VsockConfig>()
+        .refuses(MISTAKES),
+        put("/api/v1/vm.add-generic-vhost-user", "Plugs any vhost-user device in.", place, |api, _, asked| {
+            add::<GenericVhostUserConfig>(api, &asked, DeviceConfig::Generic)
+        })
+        .takes::<GenericVhostUserConfig>()
+        .refuses(MISTAKES),
+        put("/api/v1/vm.remove-device", "Asks the guest to let a device go.", Nothing, |api, _, asked| {
+            let RemoveDevice { id } = body::decode(asked.body)?;
+            done(api.control.remove_device(&id))
+        })
+        .takes::<RemoveDevice>()
+        .refuses(&[Status::BadRequest, Status::NotFound]),
+        put("/api/v1/vm.resize-disk", "Changes the size of a disk; the guest is told.", Nothing, |api, _, asked| {
+            let ResizeDisk { id, desired_size } = body::decode(asked.body)?;
+            done(api.control.resize_disk(&id, desired_size))
+        })
+        .takes::<ResizeDisk>()
+        .refuses(&[Status::BadRequest, Status::NotFound]),
+        put("/api/v1/vm.add-device", "Not supported.", Never, |_, _, _| {
+            refuse("passthrough of host devices is not supported")
+        }),
+        put("/api/v1/vm.add-user-device", "Not supported.", Never, |_, _, _| {
+            refuse("vfio-user devices are not supported; vm.add-generic-vhost-user takes vhost-user ones")
+        }),
+        put("/api/v1/vm.add-vdpa", "Not supported.", Never, |_, _, _| {
+            refuse("vDPA devices are not supported; vm.add-generic-vhost-user takes vhost-user ones")
+        }),
+        put("/api/v1/vm.add-pmem", "Not supported.", Never, |_, _, _| {
+            refuse("persistent memory is not supported; use vm.add-disk")
+        }),
+    ]
+}
+
+fn add<T: DeserializeOwned>(api: &Api, asked: &Asked<'_>, kind: fn(T) -> DeviceConfig) -> Served {
+    plug(api, kind(body::decode(asked.body)?))
+}
+
+fn add_net(api: &Api, _: &str, asked: Asked<'_>) -> Served {
+    let mut net: NetConfig = body::decode(asked.body)?;
+    // The client's numbers mean nothing here, but it expects to read them back.
+    let numbers = net.fds.take().filter(|fds| !fds.is_empty());
+    if asked.descriptors.is_empty() && numbers.is_some() {
+        let why = "fds: no descriptors came beside the request; send them with its first bytes (SCM_RIGHTS)".into();
+        return Err(Reply::refused(Status::BadRequest, &[why]));
+    }
+    if !asked.descriptors.is_empty() {
+        let count = asked.descriptors.len();
+        net.fds = Some(numbers.filter(|fds| fds.len() == count).unwrap_or_else(|| vec![-1; count]));
+        net.descriptors = Descriptors(asked.descriptors.into_iter().map(Arc::new).collect());
+    }
+    plug(api, DeviceConfig::Net(net))
+}
+
+fn plug(api: &Api, device: DeviceConfig) -> Served {
+    device.check().map_err(VmError::from)?;
+    let reply = match api.control.add_device(device)? {
+        Some(place) => Reply::json(&place),
+        None => Reply::done(),
+    };
+    Ok(reply.into())
+}

@@ -1,0 +1,191 @@
+//! Accepts connections and gives each a thread of its own.
+
+use std::collections::BTreeMap;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+use super::connection;
+use super::listen::Listener;
+use super::reply::{Reply, Status};
+use super::wire;
+use crate::lifecycle::{Story, VmControl};
+
+/// Connections at a time.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a refused connection may take to hear why.
+const REFUSAL_PATIENCE: Duration = Duration::from_millis(100);
+/// Pause when the process has no descriptor left for a connection.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
+
+/// Writes counters and histograms in Prometheus' text format.
+pub type MetricsSource = Arc<dyn Fn() -> String + Send + Sync>;
+
+/// What the resources are made of.
+#[derive(Clone)]
+pub struct Api {
+    /// The machine.
+    pub control: Arc<dyn VmControl>,
+    /// What happens to it.
+    pub story: Story,
+    /// Its figures.
+    pub metrics: MetricsSource,
+}
+
+/// What all connections share.
+pub(super) struct Shared {
+    pub(super) api: Api,
+    stopping: AtomicBool,
+    open: Mutex<Open>,
+    fewer: Condvar,
+}
+
+#[derive(Default)]
+struct Open {
+    next: u64,
+    sockets: BTreeMap<u64, Arc<UnixStream>>,
+}
+
+impl Shared {
+    fn open(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No more requests are taken.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+}
+
+/// The operator's socket, served.
+pub struct ApiServer {
+    shared: Arc<Shared>,
+    wake: Arc<OwnedFd>,
+    accepting: Option<JoinHandle<()>>,
+}
+
+impl ApiServer {
+    /// Begins to serve.
+    ///
+    /// # Errors
+    /// When there is no thread or descriptor for it.
+    pub fn start(listener: Listener, api: Api) -> std::io::Result<Self> {
+        let shared =
+            Arc::new(Shared { api, stopping: AtomicBool::new(false), open: Mutex::default(), fewer: Condvar::new() });
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let accepting = {
+            let (shared, wake) = (Arc::clone(&shared), Arc::clone(&wake));
+            thread::Builder::new().name("api".into()).spawn(move || accept(&listener, &wake, &shared))?
+        };
+        Ok(Self { shared, wake, accepting: Some(accepting) })
+    }
+
+    /// Takes no more requests, lets those at hand be answered within `limit`, and closes everything. The socket's file
+    /// is gone afterwards.
+    pub fn stop(mut self, limit: Duration) {
+        self.end(limit);
+    }
+
+    fn end(&mut self, limit: Duration) {
+        let Some(accepting) = self.accepting.take() else { return };
+        self.shared.stopping.store(true, Ordering::Release);
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        // It waits for nothing but the wake-up just sent.
+        let _ = accepting.join();
+        let deadline = Instant::now() + limit;
+        let mut open = self.shared.open();
+        for socket in open.sockets.values() {
+            // Whoever waits for a request sees an end; whoever carries one out can still answer.
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+        while !open.sockets.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            open = self.shared.fewer.wait_timeout(open, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        for socket in open.sockets.values() {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        self.end(Duration::ZERO);
+    }
+}
+
+fn accept(listener: &Listener, wake: &OwnedFd, shared: &Arc<Shared>) {
+    while !shared.is_stopping() {
+        let mut fds =
+            [PollFd::new(&listener.socket, PollFlags::IN), PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
+        if let Err(errno) = poll(&mut fds, None)
+            && errno != Errno::INTR
+        {
+            tracing::error!(%errno, "the operator's socket cannot be waited at");
+            return;
+        }
+        match listener.socket.accept() {
+            Ok((socket, _)) if !shared.is_stopping() => welcome(socket, shared),
+            Ok(_) => {}
+            Err(error) => match Errno::from_io_error(&error) {
+                Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                _ => {
+                    tracing::warn!(%error, "a connection to the operator's socket cannot be taken");
+                    thread::sleep(SHORTAGE_PAUSE);
+                }
+            },
+        }
+    }
+}
+
+fn welcome(socket: UnixStream, shared: &Arc<Shared>) {
+    let socket = Arc::new(socket);
+    let number = {
+        let mut open = shared.open();
+        if open.sockets.len() >= CONNECTIONS_MAX {
+            drop(open);
+            let why = format!("there are {CONNECTIONS_MAX} connections already: close one of them, then try again");
+            return refuse(&socket, Status::TooMany, why);
+        }
+        let number = open.next;
+        open.next += 1;
+        open.sockets.insert(number, Arc::clone(&socket));
+        number
+    };
+    // Whatever becomes of the thread, the connection is counted off once.
+    let seat = Seat { shared: Arc::clone(shared), number };
+    let theirs = Arc::clone(&socket);
+    let spawned = thread::Builder::new().name(format!("api-{}", number % 1000)).spawn(move || {
+        connection::converse(&theirs, &seat.shared);
+    });
+    if let Err(error) = spawned {
+        refuse(&socket, Status::Failed, format!("there is no thread for another connection: {error}"));
+    }
+}
+
+struct Seat {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.shared.open().sockets.remove(&self.number);
+        self.shared.fewer.notify_all();
+    }
+}
+
+fn refuse(socket: &UnixStream, status: Status, why: String) {
+    let reply = Reply::refused(status, &[why]).encode(false);
+    let _ = wire::send(socket.as_fd(), &reply, &[], Instant::now() + REFUSAL_PATIENCE);
+}
