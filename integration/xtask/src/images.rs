@@ -249,7 +249,7 @@ pub fn copy_of_disk(guest: &Guest, folder: &Path) -> Result<PathBuf> {
 }
 
 /// Makes `path` by way of a temporary name, unless it is there.
-fn made(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub(crate) fn made(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if path.is_file() {
         return Ok(());
     }
@@ -324,6 +324,14 @@ fn write_initramfs(path: &Path, busybox: &Path, modules: &Path, names: &[&str]) 
     Ok(())
 }
 
+/// Puts the script for leases where busybox looks for it.
+pub(crate) fn write_lease_script(root: &Path) -> Result<()> {
+    let script = root.join(LEASE_SCRIPT_AT);
+    std::fs::create_dir_all(script.parent().context("the script lies in a folder")?)?;
+    std::fs::write(&script, LEASE_SCRIPT)?;
+    Ok(std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?)
+}
+
 fn write_disk(path: &Path, busybox: &Path) -> Result<()> {
     let tree = tempfile::tempdir()?;
     for folder in ["bin", "dev", "etc", "mnt", "proc", "root", "sbin", "sys", "tmp"] {
@@ -333,10 +341,7 @@ fn write_disk(path: &Path, busybox: &Path) -> Result<()> {
     for applet in APPLETS {
         symlink("busybox", tree.path().join("bin").join(applet))?;
     }
-    let lease = tree.path().join(LEASE_SCRIPT_AT);
-    std::fs::create_dir_all(lease.parent().context("the script lies in a folder")?)?;
-    std::fs::write(&lease, LEASE_SCRIPT)?;
-    std::fs::set_permissions(&lease, std::fs::Permissions::from_mode(0o755))?;
+    write_lease_script(tree.path())?;
     let init = tree.path().join("sbin/init");
     std::fs::write(&init, DISK_INIT)?;
     std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755))?;

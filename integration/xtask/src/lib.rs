@@ -18,4 +18,5 @@ pub mod processes;
 pub mod soak;
 pub mod suite;
 pub mod tidy;
+pub mod userland;
 pub mod yardstick;

@@ -47,17 +47,60 @@ pub const BUSYBOX: Package = Package {
     successor: "busybox-static",
 };
 
+impl Package {
+    fn folder(&self, packages: &Path) -> PathBuf {
+        packages.join(format!("{}_{}", self.name, self.version.replace(':', "%3a")))
+    }
+    fn wanted(&self) -> String {
+        format!("{}={}", self.name, self.version)
+    }
+}
+
+/// Packages, in order: those that are missing are fetched by one call of apt where their pins are still in the archive.
+pub fn all_unpacked(all: &[Package]) -> Result<Vec<PathBuf>> {
+    let packages = place::cache()?.join("packages");
+    std::fs::create_dir_all(&packages)?;
+    let missing: Vec<&Package> =
+        all.iter().filter(|package| !package.folder(&packages).join(".complete").is_file()).collect();
+    if missing.len() > 1 {
+        eprintln!("fetching {} packages", missing.len());
+        let staging = tempfile::tempdir_in(&packages)?;
+        // What does not come this way is fetched one by one.
+        let _ = Command::new("apt-get")
+            .args(["-qq", "download"])
+            .args(missing.iter().map(|package| package.wanted()))
+            .current_dir(staging.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        for file in std::fs::read_dir(staging.path())?.flatten().map(|entry| entry.path()) {
+            let found = sha256(&file)?;
+            if let Some(package) = missing.iter().find(|package| package.sha256 == found) {
+                unpack(package, &packages, &file)?;
+            }
+        }
+    }
+    all.iter().map(unpacked).collect()
+}
+
 /// Fetches (once) and unpacks a package; gives the folder with its files.
 pub fn unpacked(package: &Package) -> Result<PathBuf> {
     let packages = place::cache()?.join("packages");
-    let folder = packages.join(format!("{}_{}", package.name, package.version.replace(':', "%3a")));
+    let folder = package.folder(&packages);
     if folder.join(".complete").is_file() {
         return Ok(folder);
     }
     std::fs::create_dir_all(&packages)?;
     let archive = fetch(package, &packages)?;
-    let staging = tempfile::tempdir_in(&packages)?;
-    place::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(staging.path()))
+    unpack(package, &packages, &archive)?;
+    let _ = std::fs::remove_file(archive);
+    Ok(folder)
+}
+
+fn unpack(package: &Package, packages: &Path, archive: &Path) -> Result<()> {
+    let folder = package.folder(packages);
+    let staging = tempfile::tempdir_in(packages)?;
+    place::run(Command::new("dpkg-deb").arg("-x").arg(archive).arg(staging.path()))
         .context("dpkg-deb unpacks the packages: install `dpkg`")?;
     std::fs::write(staging.path().join(".complete"), b"")?;
     let staged = staging.keep();
@@ -68,13 +111,12 @@ pub fn unpacked(package: &Package) -> Result<PathBuf> {
             return Err(error).context("cannot move the unpacked package into place");
         }
     }
-    let _ = std::fs::remove_file(archive);
-    Ok(folder)
+    Ok(())
 }
 
 fn fetch(package: &Package, into: &Path) -> Result<PathBuf> {
     eprintln!("fetching {} {}", package.name, package.version);
-    let wanted = format!("{}={}", package.name, package.version);
+    let wanted = package.wanted();
     let private_lists = into.join("lists");
     let downloaded = match download(&wanted, into, None) {
         Ok(path) => path,

@@ -9,6 +9,7 @@ use std::time::Instant;
 pub fn set_up() -> Result<()> {
     let wanted: Vec<&str> = packages::PEERS.iter().map(|(program, _)| *program).collect();
     packages::ensure_peers(&wanted)?;
+    eprintln!("user land: {}", crate::userland::disk()?.display());
     for guest in images::all()? {
         eprintln!("guest {}: {}", guest.series, guest.bzimage.display());
     }
