@@ -23,6 +23,15 @@ pub enum TimeMode {
     },
 }
 
+/// Non-maskable interrupts (SDM vol. 3, 6.7): one may wait while another is handled, more fall together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NmiState {
+    /// One waits.
+    pub pending: bool,
+    /// One has been delivered, and no IRET has ended its handler yet.
+    pub masked: bool,
+}
+
 /// One logical processor executed in software.
 pub struct Cpu {
     /// Registers that unprivileged code sees.
@@ -32,6 +41,8 @@ pub struct Cpu {
     /// Set by HLT, cleared when an interrupt is delivered: `run` returns [`Stop::Halted`] at once while it is set and
     /// nothing is deliverable. Part of the saved state.
     pub halted: bool,
+    /// Part of the saved state.
+    pub nmi: NmiState,
     pub(crate) ram: GuestRam,
     pub(crate) mmu: Mmu,
     pub(crate) model: Arc<CpuModel>,
@@ -50,6 +61,7 @@ impl Cpu {
             regs: Regs::default(),
             sys: reset_system(),
             halted: false,
+            nmi: NmiState::default(),
             mmu: Mmu::new(ram.regions().iter().map(|region| (region.gpa(), region.len()))),
             ram,
             exec: Exec::new(&model),
@@ -71,6 +83,7 @@ impl Cpu {
         self.mmu.pdpte = None;
         self.mmu.flush_all();
         self.halted = false;
+        self.nmi = NmiState::default();
     }
     /// Instructions retired since `new`.
     pub fn retired(&self) -> u64 {

@@ -13,6 +13,8 @@ use crate::world::World;
 const ENABLED: u64 = 1;
 /// Flag: time never runs backwards between vCPUs.
 const TSC_STABLE: u32 = 1;
+/// Flag: the host has let the guest stand; the guest clears it, and forgives its watchdogs.
+const GUEST_STOPPED: u32 = 2;
 /// (tsc << 1) * 2^31 >> 32 = tsc.
 const MULTIPLIER: u32 = 1 << 31;
 const SHIFT: u32 = 1;
@@ -42,14 +44,23 @@ impl Cpu {
     /// Writes the system-time structure where the guest has asked for it; also to be called when the relation of TSC
     /// and guest time has changed from outside (restore).
     pub fn refresh_clock(&mut self, world: &mut dyn World) {
+        self.write_clock(world, TSC_STABLE);
+    }
+
+    /// The guest has stood for a while, in which its time went on: tells it so where it has asked for the system-time
+    /// structure, so that it does not take the pause for a processor that hangs.
+    pub fn tell_stopped(&mut self, world: &mut dyn World) {
+        self.write_clock(world, TSC_STABLE | GUEST_STOPPED);
+    }
+
+    fn write_clock(&mut self, world: &mut dyn World, flags: u32) {
         let msr = self.sys.kvm_system_time;
         if msr & ENABLED == 0 {
             return;
         }
         let now = self.guest_ns(world);
         let tsc = now.wrapping_add(self.sys.tsc_offset);
-        let words =
-            [0, tsc as u32, (tsc >> 32) as u32, now as u32, (now >> 32) as u32, MULTIPLIER, TSC_STABLE << 8 | SHIFT];
+        let words = [0, tsc as u32, (tsc >> 32) as u32, now as u32, (now >> 32) as u32, MULTIPLIER, flags << 8 | SHIFT];
         self.write_versioned(msr & !ENABLED, &words);
     }
 

@@ -32,7 +32,7 @@ pub mod tlb;
 mod walk;
 pub mod world;
 
-pub use cpu::{Cpu, TimeMode, reset_system};
+pub use cpu::{Cpu, NmiState, TimeMode, reset_system};
 pub use cpuid::{CpuModel, CpuidLeaf, Features, UnknownModel, VcpuTopology};
 pub use ram::{GuestRam, RamRegion};
 pub use state::{Exception, FpState, Regs, Segment, System};

@@ -60,6 +60,8 @@ impl Attention {
     pub const STOP: u32 = 2;
     /// A backend has written guest memory: decoded pages must be re-checked (see `GuestRam`).
     pub const DMA: u32 = 4;
+    /// A non-maskable interrupt is to be delivered.
+    pub const NMI: u32 = 8;
 
     /// Raises flags; any thread.
     pub fn raise(&self, flags: u32) {

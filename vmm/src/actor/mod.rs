@@ -12,6 +12,7 @@
 mod address;
 mod clock;
 mod device;
+mod laps;
 mod park;
 mod rate;
 pub mod remote;
@@ -20,6 +21,7 @@ mod tree;
 pub use address::{Address, AskError, Mail, Reply, TellError, WhenFull};
 pub use clock::{Clock, ManualClock, Moment, RealClock};
 pub use device::{AccessToken, ActorDevice, RegisterAccess, Surroundings};
+pub use laps::{Lap, Laps};
 pub use park::{Parked, StopSignal, park};
 pub use rate::RateLimit;
 pub use tree::{Actor, Ended, Ending, Flow, Tree};

@@ -5,6 +5,7 @@
 //! flag of the software CPU crosses this seam, so a machine cannot tell which of the two drives it.
 
 mod address_space;
+mod gate;
 pub mod kvm;
 pub mod probe;
 pub mod soft;
@@ -21,6 +22,7 @@ use crate::irq::InterruptFabric;
 
 pub use address_space::{ANSWER_BUDGET, AddressSpace, SharedDevice, Stall, StallSink, VcpuBus};
 pub use atoll_protocol::Space;
+pub use gate::VcpuPhase;
 pub use state::{CpuState, reset_system};
 pub use thread::{Kicks, VcpuEnd, VcpuThread};
 
@@ -119,6 +121,11 @@ pub trait Vcpu {
     fn kick_handle(&self) -> Arc<dyn Kick>;
     /// What it has done so far.
     fn figures(&self) -> VcpuFigures;
+    /// It stood between two instructions while the host's time went on, and runs again: a guest that asked for a
+    /// paravirtual clock is told, so that its watchdogs forgive the pause.
+    fn stood(&mut self) -> Result<(), CpuError>;
+    /// Sends it a non-maskable interrupt, between two runs.
+    fn nmi(&mut self) -> Result<(), CpuError>;
 }
 
 /// What the vCPUs of one machine have in common.

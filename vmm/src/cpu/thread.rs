@@ -3,12 +3,13 @@
 use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use rustix::time::{ClockId, clock_gettime};
 
+use super::gate::{Gate, Next, VcpuPhase, Wish};
+use super::{CpuError, CpuState, Exit, Kick, Processor, Vcpu, VcpuBus, VcpuFigures};
 use crate::actor::StopSignal;
-
-use super::{CpuError, CpuState, Exit, Kick, Processor, VcpuBus, VcpuFigures};
 
 /// How a vCPU ended.
 #[derive(Clone, Debug)]
@@ -23,26 +24,52 @@ pub struct VcpuEnd {
     pub busy_ns: u64,
 }
 
+/// A vCPU as other threads reach it.
+#[derive(Clone)]
+struct Reins {
+    gate: Arc<Gate>,
+    kick: Arc<dyn Kick>,
+}
+
 /// The vCPUs of a machine, as whoever must stop them at once reaches them. Each is on the list before it runs its first
 /// instruction.
 #[derive(Clone, Default)]
-pub struct Kicks(Arc<Mutex<Vec<Arc<dyn Kick>>>>);
+pub struct Kicks(Arc<Mutex<Vec<Reins>>>);
 
 impl Kicks {
-    fn list(&self) -> MutexGuard<'_, Vec<Arc<dyn Kick>>> {
+    fn list(&self) -> MutexGuard<'_, Vec<Reins>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    /// Makes every vCPU leave the guest after the instruction that it is in. May be called from within one.
-    pub fn kick_all(&self) {
-        self.list().iter().for_each(|kick| kick.kick());
+    /// The guest has switched the machine off or reset it: every vCPU leaves the guest after the instruction that it is in,
+    /// and executes no other one. May be called from within one.
+    pub fn halt_all(&self) {
+        for reins in self.list().iter() {
+            reins.gate.shut();
+            reins.kick.kick();
+        }
     }
 }
 
 /// A running vCPU.
 pub struct VcpuThread {
-    kick: Arc<dyn Kick>,
+    reins: Reins,
     stop: StopSignal,
     join: Option<JoinHandle<()>>,
+}
+
+/// Runs the vCPU until it ends for good.
+fn live(vcpu: &mut dyn Vcpu, gate: &Gate, bus: &mut VcpuBus) -> Result<Exit, CpuError> {
+    loop {
+        match gate.pass(vcpu)? {
+            Next::End => return Ok(Exit::Stopped),
+            Next::Run => {}
+        }
+        match vcpu.run(bus)? {
+            // Somebody has a wish.
+            Exit::Stopped => {}
+            end @ (Exit::TripleFault { .. } | Exit::Stuck { .. }) => return Ok(end),
+        }
+    }
 }
 
 impl VcpuThread {
@@ -77,15 +104,19 @@ impl VcpuThread {
                     return;
                 }
             };
-            kicks.list().push(vcpu.kick_handle());
-            let _ = made.send(Ok(vcpu.kick_handle()));
-            let exit = vcpu.run(&mut bus).map_err(Arc::new);
-            ended(VcpuEnd { index, exit, figures: vcpu.figures(), busy_ns: busy_ns() });
+            let reins = Reins { gate: Arc::new(Gate::new()), kick: vcpu.kick_handle() };
+            kicks.list().push(reins.clone());
+            let gate = Arc::clone(&reins.gate);
+            let _ = made.send(Ok(reins));
+            let exit = live(vcpu.as_mut(), &gate, &mut bus).map_err(Arc::new);
+            let figures = vcpu.figures();
+            gate.ended(figures);
+            ended(VcpuEnd { index, exit, figures, busy_ns: busy_ns() });
         };
         let failed = |source| CpuError::Thread { name: name.clone(), source };
         let join = std::thread::Builder::new().name(name.clone()).spawn(run).map_err(failed)?;
         match ready.recv() {
-            Ok(Ok(kick)) => Ok(Self { kick, stop, join: Some(join) }),
+            Ok(Ok(reins)) => Ok(Self { reins, stop, join: Some(join) }),
             Ok(Err(error)) => {
                 let _ = join.join();
                 Err(error)
@@ -94,11 +125,47 @@ impl VcpuThread {
         }
     }
 
+    /// Asks the vCPU to stand between two instructions, with no exit half done. One that waits for a device's answer
+    /// stands when it has it.
+    pub fn stand(&self) {
+        self.reins.gate.wish(Wish::Stand);
+        self.reins.kick.kick();
+    }
+
+    /// Whether the vCPU executes nothing any more, waiting for that until `deadline`.
+    pub fn await_standing(&self, deadline: Instant) -> bool {
+        self.reins.gate.await_standing(deadline)
+    }
+
+    /// Lets it run on; not one whose guest has asked for power-off or reset.
+    pub fn go(&self) {
+        self.reins.gate.wish(Wish::Run);
+    }
+
+    /// Sends it a non-maskable interrupt; one that stands gets it before its next instruction.
+    pub fn nmi(&self) {
+        self.reins.gate.nmi();
+        self.reins.kick.kick();
+    }
+
+    /// What it is at.
+    pub fn phase(&self) -> VcpuPhase {
+        self.reins.gate.phase()
+    }
+
+    /// What it has done, as far as it tells by `deadline`; it leaves the guest for a moment.
+    pub fn figures(&self, deadline: Instant) -> VcpuFigures {
+        self.reins.gate.count();
+        self.reins.kick.kick();
+        self.reins.gate.figures(deadline)
+    }
+
     /// Makes the vCPU leave the guest, also if it waits for a device, and waits for its thread.
     pub fn stop(&mut self) {
         let Some(join) = self.join.take() else { return };
         self.stop.raise();
-        self.kick.kick();
+        self.reins.gate.wish(Wish::End);
+        self.reins.kick.kick();
         // A panic has been reported by its hook.
         let _ = join.join();
     }

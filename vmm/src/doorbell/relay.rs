@@ -17,6 +17,8 @@ use rustix::io::{Errno, ReadWriteFlags};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::actor::Laps;
+
 /// What becomes of the signals that one wake-up of the relay found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -109,6 +111,7 @@ impl Line {
 struct Shared {
     poll: rustix::fd::OwnedFd,
     wake: EventFd,
+    laps: Laps,
     lines: Mutex<Lines>,
 }
 
@@ -137,10 +140,19 @@ impl Relay {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         epoll::add(&poll, borrowed(&wake), epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
-        let shared = Arc::new(Shared { poll, wake, lines: Mutex::default() });
+        let shared = Arc::new(Shared { poll, wake, laps: Laps::default(), lines: Mutex::default() });
         let served = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("relay".into()).spawn(move || serve(&served))?;
         Ok(Arc::new(Self { shared, thread: Mutex::new(Some(thread)) }))
+    }
+
+    /// Waits until what was signalled before this call has been dealt with; what an interposer delays stays delayed.
+    /// Whether it was by `deadline`.
+    pub fn flush(&self, deadline: Instant) -> bool {
+        let lap = self.shared.laps.ask();
+        // Behind everything that is ready already: epoll reports in that order.
+        signal(&self.shared.wake, 1);
+        self.shared.laps.wait(lap, deadline)
     }
 
     /// Relays signals of `from` to `to` until the answer is dropped.
@@ -241,10 +253,12 @@ fn serve(shared: &Shared) {
             }
         }
         let now = Instant::now();
+        let mut lap = None;
         for event in &events {
             let key = event.data.u64();
             if key == WAKE {
                 take(&shared.wake);
+                lap = Some(shared.laps.begin());
                 continue;
             }
             let line = lock(&shared.lines).by_key.get(&key).cloned();
@@ -260,6 +274,9 @@ fn serve(shared: &Shared) {
             lines.by_key.values().cloned().collect()
         };
         due = lines.iter().filter_map(|line| line.release(now)).min();
+        if let Some(lap) = lap {
+            shared.laps.finish(lap);
+        }
     }
 }
 

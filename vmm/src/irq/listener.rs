@@ -7,12 +7,14 @@ use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use atoll_devices::MsiMessage;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{EventRoute, IrqError};
+use crate::actor::Laps;
 
 /// What a signal leads to.
 pub trait Signalled: Send + Sync {
@@ -24,6 +26,8 @@ pub trait Signalled: Send + Sync {
 const BATCH: usize = 32;
 /// The epoll cookie of the eventfd that ends the thread.
 const END: u64 = u64::MAX;
+/// That of the eventfd that asks for a lap.
+const LAP: u64 = u64::MAX - 1;
 
 struct Watched {
     event: EventFd,
@@ -33,6 +37,8 @@ struct Watched {
 struct Shared {
     epoll: Epoll,
     end: EventFd,
+    lap: EventFd,
+    laps: Laps,
     watched: Mutex<Watches>,
     sink: Arc<dyn Signalled>,
 }
@@ -57,7 +63,11 @@ impl EventListener {
         epoll
             .ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))
             .map_err(IrqError::Event)?;
-        let shared = Arc::new(Shared { epoll, end, watched: Mutex::default(), sink });
+        let lap = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(IrqError::Event)?;
+        epoll
+            .ctl(ControlOperation::Add, lap.as_raw_fd(), EpollEvent::new(EventSet::IN, LAP))
+            .map_err(IrqError::Event)?;
+        let shared = Arc::new(Shared { epoll, end, lap, laps: Laps::default(), watched: Mutex::default(), sink });
         let thread = {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
@@ -66,6 +76,15 @@ impl EventListener {
                 .map_err(IrqError::Event)?
         };
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Waits until what was signalled before this call has been delivered, or stays counted because its route is masked.
+    /// Whether it was by `deadline`.
+    pub fn flush(&self, deadline: Instant) -> bool {
+        let lap = self.shared.laps.ask();
+        // Behind everything that is ready already: epoll reports in that order.
+        let _ = self.shared.lap.write(1);
+        self.shared.laps.wait(lap, deadline)
     }
 
     /// Watches a copy of `event`; masked until a message is set.
@@ -104,9 +123,16 @@ impl Shared {
                     return;
                 }
             };
+            let mut lap = None;
             for event in events.iter().take(ready) {
-                if event.data() == END {
-                    return;
+                match event.data() {
+                    END => return,
+                    LAP => {
+                        let _ = self.lap.read();
+                        lap = Some(self.laps.begin());
+                        continue;
+                    }
+                    _ => {}
                 }
                 let watched = {
                     let list = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,6 +141,9 @@ impl Shared {
                 if let Some(watched) = watched {
                     self.deliver(&watched);
                 }
+            }
+            if let Some(lap) = lap {
+                self.laps.finish(lap);
             }
         }
     }
@@ -198,6 +227,20 @@ mod tests {
         route.set(Some(OTHER)).unwrap();
         assert_eq!(fired.recv_timeout(PATIENCE), Ok(OTHER));
         assert!(fired.try_recv().is_err());
+    }
+
+    /// A pause must know that nothing is on its way any more.
+    #[test]
+    fn flushed_is_delivered() {
+        let (listener, fired) = listener();
+        let events: Vec<_> = (0..100).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+        let routes: Vec<_> = events.iter().map(|event| listener.connect(event).unwrap()).collect();
+        routes.iter().for_each(|route| route.set(Some(MESSAGE)).unwrap());
+        for _ in 0..20 {
+            events.iter().for_each(|event| event.write(1).unwrap());
+            assert!(listener.flush(Instant::now() + PATIENCE));
+            assert_eq!(fired.try_iter().count(), events.len());
+        }
     }
 
     /// Routes come and go while the thread waits; a dropped one is silent and the listener ends.

@@ -8,6 +8,7 @@ mod listener;
 mod vectors;
 
 use std::io;
+use std::time::Instant;
 
 use atoll_devices::{MsiMessage, MsiSink, WireSink};
 use thiserror::Error;
@@ -43,6 +44,12 @@ pub enum IrqError {
 pub trait InterruptFabric: WireSink + MsiSink {
     /// Connects an eventfd. Until a message is set the route is masked; dropping the route disconnects it.
     fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError>;
+    /// Waits until every eventfd that was signalled before this call has interrupted the guest, or stays counted because
+    /// its route is masked. Whether that was so by `deadline`.
+    fn flush(&self, _deadline: Instant) -> bool {
+        // Eventfds that interrupt by themselves leave nothing to wait for.
+        true
+    }
 }
 
 /// One eventfd's way into the guest.

@@ -2,14 +2,21 @@
 //! unplug.
 //!
 //! [`VmControl`] is what the API, the command line and tests hold; each call returns when it is done, or by its deadline
-//! with an error that names the step that was late. [`Story`] tells what happened, as it happens.
+//! with an error that names the step that was late. [`Controller`] is the real one. [`Story`] tells what happened, as it happens.
 
 mod control;
+mod controller;
 mod error;
+mod inspect;
+mod keeper;
+mod mailbox;
+mod plan;
 mod report;
+mod roster;
 mod story;
 
 pub use control::{DeviceId, Plugged, VmControl};
+pub use controller::{Controller, Ended, Settings, VmmEnd};
 pub use error::{ErrorKind, VmError};
 pub use report::{DeviceReport, DeviceState, QueueReport, RecoveryClass, VmInfo, VmState};
 pub use story::{Heard, Story, StoryEvent, Subscription};

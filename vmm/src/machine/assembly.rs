@@ -1,92 +1,33 @@
 //! Builds a machine from its configuration, runs it and takes it down again: loops over builders and devices.
+//!
+//! A reset makes a new board and a new processor around the same guest memory: whatever a device's builder says is said
+//! again, so that nothing of the guest's earlier life can be left in a register. Processes that serve devices live on
+//! where their device can hand them over ([`DeviceLife::survive`](super::DeviceLife::survive)).
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use atoll_devices::pci::DevFn;
 use atoll_devices::{PowerEvent, PowerSink};
-use thiserror::Error;
 
 use super::acpi::{self, AcpiConfig};
-use super::boot::{self, BootError};
+use super::boot;
 use super::config::{CpuKind, MachineConfig, SerialMode};
-use super::events::{EventReceiver, EventSender, MachineEvent, StopCause};
+use super::end::{MachineEnd, MachineError, MachineFigures, failure};
+use super::events::{EventReceiver, EventSender, MachineEvent};
 use super::hotplug::Hotplug;
-use super::layout::{self, MemorySizeError};
-use super::{Board, BoardParts, BuildError, BuiltDevice, DeviceBuilder, LifeError};
+use super::layout;
+use super::{Board, BoardParts, BuiltDevice, DeviceBuilder, UnplugEvent};
 use crate::actor::{Clock, RealClock, StopSignal};
 use crate::cpu::kvm::{KvmConfig, KvmProcessor};
 use crate::cpu::soft::{Pace, SoftConfig, SoftProcessor};
-use crate::cpu::{ANSWER_BUDGET, CpuError, Exit, Kicks, Processor, VcpuBus, VcpuEnd, VcpuThread};
-use crate::doorbell::{Relay, RelayError};
-use crate::memory::{GuestMemory, MemoryError};
+use crate::cpu::{ANSWER_BUDGET, CpuError, CpuState, Kicks, Processor, VcpuBus, VcpuEnd, VcpuThread};
+use crate::doorbell::Relay;
+use crate::memory::GuestMemory;
 
 /// How long devices have to stop before they use force.
 const STOP_TIME_MAX: Duration = Duration::from_secs(5);
-
-/// Why a machine could not be built or started.
-#[derive(Debug, Error)]
-pub enum MachineError {
-    /// Absurd amount of memory.
-    #[error(transparent)]
-    MemorySize(#[from] MemorySizeError),
-    /// More vCPUs than the board has APIC ids.
-    #[error("--cpus boot={0} is more than board {BOARD} can hold; the most is 255", BOARD = layout::BOARD)]
-    TooManyVcpus(u32),
-    /// No memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// Nothing to boot.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// No CPU.
-    #[error(transparent)]
-    Cpu(#[from] CpuError),
-    /// No relay for doorbells.
-    #[error(transparent)]
-    Relay(#[from] RelayError),
-    /// No device.
-    #[error(transparent)]
-    Build(#[from] BuildError),
-    /// A device did not start.
-    #[error(transparent)]
-    Life(#[from] LifeError),
-}
-
-/// How a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MachineEnd {
-    /// The guest switched it off.
-    PowerOff,
-    /// The guest wants to start again.
-    Reset,
-    /// Somebody outside wanted it.
-    Stopped(StopCause),
-    /// The guest cannot go on; the text says why.
-    Failed(String),
-}
-
-/// What a machine has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MachineFigures {
-    /// `soft` or `kvm`.
-    pub cpu: &'static str,
-    /// Instructions that were retired; zero where the CPU does not count them.
-    pub instructions: u64,
-    /// Processor time of all vCPU threads in nanoseconds.
-    pub busy_ns: u64,
-    /// Host memory that held decoded code at the end, in bytes.
-    pub cache_bytes: u64,
-    /// Deterministic mode: a hash of what the boot vCPU executed.
-    pub trace_hash: Option<u64>,
-}
-
-impl MachineFigures {
-    /// Adds those of the machine that came after: times add up, what is there at the end is the last one's.
-    pub fn add(&mut self, next: &Self) {
-        *self =
-            Self { instructions: self.instructions + next.instructions, busy_ns: self.busy_ns + next.busy_ns, ..*next };
-    }
-}
 
 /// Hears the guest's wish for power-off or reset: no vCPU executes another instruction, and the loop is told. So the
 /// last state of a deterministic run does not depend on how soon the loop wakes up.
@@ -97,23 +38,23 @@ struct PowerSwitch {
 
 impl PowerSink for PowerSwitch {
     fn power_event(&self, event: PowerEvent) {
-        self.kicks.kick_all();
+        self.kicks.halt_all();
         self.events.power_event(event);
     }
 }
 
 /// A built machine.
 pub struct Machine {
+    pub(super) config: MachineConfig,
     pub(super) board: Board,
     pub(super) devices: Vec<BuiltDevice>,
+    pub(super) vcpus: Vec<VcpuThread>,
     pub(super) hotplug: Hotplug,
-    vcpus: Vec<VcpuThread>,
     kicks: Kicks,
     ended: Arc<Mutex<Vec<VcpuEnd>>>,
-    boot_state: Option<crate::cpu::CpuState>,
+    boot_state: Option<CpuState>,
     pub(super) events: EventSender,
     clock: Arc<dyn Clock>,
-    vcpu_count: u32,
 }
 
 fn processor(config: &MachineConfig, memory: &GuestMemory, wall: u64) -> Result<Arc<dyn Processor>, CpuError> {
@@ -151,6 +92,27 @@ fn wall_base_ns(config: &MachineConfig) -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// What came of a reset.
+pub struct Rebuilt {
+    /// What the machine did until then.
+    pub figures: MachineFigures,
+    /// Devices that were on their way out, and are gone.
+    pub gone: Vec<String>,
+    /// The machine again, not started yet. When it could not be built nothing is left of it.
+    pub next: Result<Machine, MachineError>,
+}
+
+/// What a reset carries over from one board to the next.
+#[derive(Default)]
+struct Estate {
+    /// Builders of the devices whose processes live on, by name.
+    survivors: BTreeMap<String, Box<dyn DeviceBuilder>>,
+    /// Where each device was.
+    places: BTreeMap<String, DevFn>,
+    /// Devices that were to leave: they do.
+    gone: Vec<String>,
+}
+
 impl Machine {
     /// Builds a machine of `builders`, in their order. When one fails, those before it are taken down again.
     ///
@@ -161,8 +123,19 @@ impl Machine {
         builders: Vec<Box<dyn DeviceBuilder>>,
         events: &EventSender,
     ) -> Result<Self, MachineError> {
+        let memory = GuestMemory::new(&layout::ram(config.memory_bytes)?)?;
+        Self::assemble(config, memory, builders, events, &mut Estate::default())
+    }
+
+    /// A new board around `memory`.
+    fn assemble(
+        config: &MachineConfig,
+        memory: GuestMemory,
+        builders: Vec<Box<dyn DeviceBuilder>>,
+        events: &EventSender,
+        estate: &mut Estate,
+    ) -> Result<Self, MachineError> {
         let ram = layout::ram(config.memory_bytes)?;
-        let memory = GuestMemory::new(&ram)?;
         let tables = AcpiConfig {
             vcpus: u8::try_from(config.vcpus).map_err(|_| MachineError::TooManyVcpus(config.vcpus))?,
             com1: config.serial != SerialMode::Off,
@@ -180,6 +153,7 @@ impl Machine {
             wall_base_ns,
         });
         let mut machine = Self {
+            config: config.clone(),
             board,
             devices: Vec::with_capacity(builders.len()),
             hotplug: Hotplug::default(),
@@ -189,10 +163,14 @@ impl Machine {
             boot_state: Some(boot_state),
             events: events.clone(),
             clock: Arc::new(RealClock::new()),
-            vcpu_count: config.vcpus,
         };
-        for builder in builders {
-            let name = builder.name();
+        for usual in builders {
+            let name = usual.name();
+            if estate.gone.contains(&name) {
+                continue;
+            }
+            machine.board.use_slot(estate.places.get(&name).map(|place| place.slot()));
+            let builder = estate.survivors.remove(&name).unwrap_or(usual);
             let device = builder.build(&mut machine.board)?;
             tracing::debug!(device = name, "built");
             machine.devices.push(device);
@@ -213,7 +191,7 @@ impl Machine {
         for device in &mut self.devices {
             device.life.start()?;
         }
-        for index in 0..self.vcpu_count {
+        for index in 0..self.config.vcpus {
             let bus = VcpuBus {
                 vcpu: index,
                 space: Arc::clone(self.board.space()),
@@ -242,15 +220,9 @@ impl Machine {
                 Ok(MachineEvent::Power(PowerEvent::PowerOff)) => return MachineEnd::PowerOff,
                 Ok(MachineEvent::Power(PowerEvent::Reset)) => return MachineEnd::Reset,
                 Ok(MachineEvent::Stop(cause)) => return MachineEnd::Stopped(cause),
-                Ok(MachineEvent::Stalled(stall)) => {
-                    let (vcpu, address) = (stall.vcpu, format!("{:?} {:#x}", stall.space, stall.address));
-                    let waited_ms = stall.waited.as_millis();
-                    tracing::warn!(vcpu, address, write = stall.write, waited_ms, "a device did not answer in time");
-                }
+                Ok(MachineEvent::Stalled(_)) => {}
                 Ok(MachineEvent::Ejected(_) | MachineEvent::Departed) => {
-                    for event in self.settle() {
-                        tracing::info!(?event, "a device has left");
-                    }
+                    self.settle();
                 }
                 Ok(MachineEvent::VcpuEnded(end)) => {
                     if let Some(failure) = failure(&end, self.board.processor().name()) {
@@ -263,19 +235,12 @@ impl Machine {
         }
     }
 
-    /// Stops vCPUs, then devices in reverse order; errors are logged and do not keep the others from stopping.
-    pub fn stop(&mut self) -> MachineFigures {
+    /// Ends the vCPUs' threads; what they have done.
+    fn stop_vcpus(&mut self) -> MachineFigures {
         for vcpu in &mut self.vcpus {
             vcpu.stop();
         }
         self.vcpus.clear();
-        self.finish_unplugs();
-        let deadline = Instant::now() + STOP_TIME_MAX;
-        while let Some(mut device) = self.devices.pop() {
-            if let Err(error) = device.life.stop(deadline) {
-                tracing::error!(device = device.name, %error, "a device did not stop cleanly");
-            }
-        }
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         MachineFigures {
             cpu: self.board.processor().name(),
@@ -285,25 +250,60 @@ impl Machine {
             trace_hash: ended.iter().find(|end| end.index == 0).and_then(|end| end.figures.trace_hash),
         }
     }
+
+    /// Stops vCPUs, then devices in reverse order; errors are logged and do not keep the others from stopping.
+    pub fn stop(&mut self) -> MachineFigures {
+        let figures = self.stop_vcpus();
+        self.finish_unplugs();
+        let deadline = Instant::now() + STOP_TIME_MAX;
+        while let Some(mut device) = self.devices.pop() {
+            if let Err(error) = device.life.stop(deadline) {
+                tracing::error!(device = device.name, %error, "a device did not stop cleanly");
+            }
+        }
+        figures
+    }
+
+    /// Presses the reset button: this machine ends, and the next one starts from the same memory, with the same device
+    /// processes where they can be handed over, every device in the place where it was. RAM keeps what the guest has
+    /// left in it, as on a real board, but for what firmware would write anew. `builders` are the usual ones of all
+    /// devices that the machine has now, by the names that it knows; `events` hears what the next one says.
+    ///
+    /// A device that was to leave leaves now.
+    pub fn reset(mut self, builders: Vec<Box<dyn DeviceBuilder>>, events: &EventSender) -> Rebuilt {
+        let figures = self.stop_vcpus();
+        let deadline = Instant::now() + STOP_TIME_MAX;
+        let mut estate = Estate::default();
+        let gone = |event| match event {
+            UnplugEvent::Gone { name, .. } => Some(name),
+            UnplugEvent::Late { .. } => None,
+        };
+        estate.gone.extend(self.finish_unplugs().into_iter().filter_map(gone));
+        while let Some(mut device) = self.devices.pop() {
+            if self.is_leaving(&device.name) {
+                if let Err(error) = device.life.stop(deadline) {
+                    tracing::error!(device = device.name, %error, "a device did not stop cleanly");
+                }
+                estate.gone.push(device.name);
+                continue;
+            }
+            if let Some(place) = device.place {
+                estate.places.insert(device.name.clone(), place);
+            }
+            if let Some(builder) = device.life.survive(deadline) {
+                estate.survivors.insert(device.name, builder);
+            }
+        }
+        let (config, memory) = (self.config.clone(), self.board.memory().clone());
+        // Before the next one: two machines of KVM, and two boards' threads, are never there at once.
+        drop(self);
+        let next = Self::assemble(&config, memory, builders, events, &mut estate);
+        Rebuilt { figures, gone: estate.gone, next }
+    }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// What a vCPU's end means for the machine, if it is its end too.
-fn failure(end: &VcpuEnd, cpu: &str) -> Option<String> {
-    let vcpu = end.index;
-    let remedy = if cpu == "kvm" { "run with --cpu soft" } else { "it is a limit of the software CPU" };
-    match &end.exit {
-        Ok(Exit::Stopped) => None,
-        Ok(Exit::TripleFault { rip }) => Some(format!(
-            "vcpu{vcpu} shut down by a triple fault at rip {rip:#x}: the guest faulted where it had no handler; \
-             look at what it printed last"
-        )),
-        Ok(Exit::Stuck { rip, reason }) => Some(format!("vcpu{vcpu} cannot go on at rip {rip:#x}: {reason}; {remedy}")),
-        Err(error) => Some(format!("vcpu{vcpu} failed: {error}")),
     }
 }

@@ -3,9 +3,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_devices::acpi_hotplug::AcpiHotplug;
+use atoll_devices::acpi_pm::AcpiPm;
 use atoll_devices::pci::root::PciRoot;
 use atoll_devices::pci::{DevFn, SharedFunction};
-use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink, WiredOr};
+use atoll_devices::{AtTime, GuestClock, MsiMessage, MsiSink, PowerSink, RegisterDevice, Wire, WireSink, WiredOr};
 use thiserror::Error;
 
 use super::events::EventSender;
@@ -76,6 +77,7 @@ pub struct Board {
     doorbells: Arc<DoorbellTable>,
     pci: PciSlots,
     hotplug: Arc<Mutex<AcpiHotplug>>,
+    power_button: Option<Arc<Mutex<AtTime<AcpiPm>>>>,
 }
 
 impl Board {
@@ -90,7 +92,7 @@ impl Board {
         let ejector = Ejector { root: Arc::clone(pci.root()), events: parts.events.clone() };
         let sci = lines[SCI_GSI as usize].input();
         let hotplug = Arc::new(Mutex::new(AcpiHotplug::new(sci, Arc::new(ejector))));
-        Self { parts, fabric, lines, space, doorbells, pci, hotplug }
+        Self { parts, fabric, lines, space, doorbells, pci, hotplug, power_button: None }
     }
 
     /// The processor.
@@ -124,6 +126,16 @@ impl Board {
     /// Who hears of power-off and reset.
     pub fn power(&self) -> Arc<dyn PowerSink> {
         Arc::clone(&self.parts.power)
+    }
+    /// What has the power button.
+    pub(super) fn set_power_button(&mut self, registers: Arc<Mutex<AtTime<AcpiPm>>>) {
+        self.power_button = Some(registers);
+    }
+    /// Presses the power button; the guest decides what that means. Whether the board has one.
+    pub fn press_power_button(&self) -> bool {
+        let Some(registers) = &self.power_button else { return false };
+        registers.lock().unwrap_or_else(PoisonError::into_inner).device.power_button();
+        true
     }
     /// A wire to input `gsi` of the interrupt controllers: 0 to 15 are the ISA lines, 16 to 23 those of PCI. Each call gives
     /// another device's wire; the input is high while any of them is.

@@ -93,8 +93,12 @@ pub trait DeviceLife: Send {
         None
     }
     /// The machine is reset: stops like [`Self::stop`] as far as the guest is concerned, but keeps the process that serves
-    /// the device. Gives a builder that puts it on the next board; `None` for a device whose usual builder does it all.
-    fn survive(self: Box<Self>, _deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {
+    /// the device. Gives a builder that puts it on the next board; `None` for a device that has stopped altogether, and
+    /// whose usual builder makes it anew.
+    fn survive(mut self: Box<Self>, deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {
+        if let Err(error) = self.stop(deadline) {
+            tracing::error!(%error, "a device did not stop cleanly");
+        }
         None
     }
 }

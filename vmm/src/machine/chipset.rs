@@ -70,8 +70,9 @@ impl DeviceBuilder for PowerBuilder {
     }
     fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
         let power = AcpiPm::new(board.wire(SCI_GSI), board.power());
-        let registers = AtTime::new(power, board.clock());
-        let power = board.add_registers("acpi-pm", Space::Pio, ACPI_PM, registers);
+        let registers = Arc::new(Mutex::new(AtTime::new(power, board.clock())));
+        board.set_power_button(Arc::clone(&registers));
+        let power = board.add_shared_registers("acpi-pm", Space::Pio, ACPI_PM, registers);
         let slots = board.hotplug_registers();
         let built = power.and_then(|()| board.add_shared_registers("acpi-hotplug", Space::Pio, ACPI_HOTPLUG, slots));
         passive(self.name(), built)

@@ -1,5 +1,7 @@
 //! What happens to a running machine, told to the one thread that decides: the assembler's loop.
 
+use std::fmt;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvError, SyncSender, sync_channel};
 
 use atoll_devices::{PowerEvent, PowerSink};
@@ -35,9 +37,21 @@ pub enum MachineEvent {
     Stop(StopCause),
 }
 
+/// Who decides what events mean.
+pub trait EventSink: Send + Sync {
+    /// Something happened. Called on any thread, a vCPU's too: it notes the event and returns.
+    fn happened(&self, event: MachineEvent);
+}
+
 /// Where events are told; never blocks.
-#[derive(Clone, Debug)]
-pub struct EventSender(SyncSender<MachineEvent>);
+#[derive(Clone)]
+pub struct EventSender(Arc<dyn EventSink>);
+
+impl fmt::Debug for EventSender {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("EventSender")
+    }
+}
 
 /// Where they arrive.
 #[derive(Debug)]
@@ -46,15 +60,25 @@ pub struct EventReceiver(Receiver<MachineEvent>);
 /// Makes both ends.
 pub fn events() -> (EventSender, EventReceiver) {
     let (sender, receiver) = sync_channel(WAITING_MAX);
-    (EventSender(sender), EventReceiver(receiver))
+    (EventSender::new(Arc::new(sender)), EventReceiver(receiver))
+}
+
+impl EventSink for SyncSender<MachineEvent> {
+    fn happened(&self, event: MachineEvent) {
+        if let Err(error) = self.try_send(event) {
+            tracing::warn!(%error, "an event of the machine was dropped");
+        }
+    }
 }
 
 impl EventSender {
+    /// Tells `sink`.
+    pub fn new(sink: Arc<dyn EventSink>) -> Self {
+        Self(sink)
+    }
     /// Tells an event. One that finds no room is dropped and logged: whoever floods the loop is not waited for.
     pub fn tell(&self, event: MachineEvent) {
-        if let Err(error) = self.0.try_send(event) {
-            tracing::warn!(%error, "an event of the machine was dropped");
-        }
+        self.0.happened(event);
     }
 }
 

@@ -5,7 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::general::Flow;
 use super::general::arith::{IF, TF};
 use super::{Leave, Mode, NO_RETURN, Op, RETURNS};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, NmiState};
 use crate::interrupt::DR6_BS;
 use crate::state::Exception;
 use crate::world::{Attention, Stop, World};
@@ -14,6 +14,8 @@ use crate::world::{Attention, Stop, World};
 const SLICE: u64 = 4096;
 /// No block has more instructions than this.
 pub(super) const BLOCK_MAX: u64 = 64;
+/// Vector of the non-maskable interrupt.
+const VECTOR_NMI: u8 = 2;
 /// Resume flag: set until one instruction has completed.
 const RF: u64 = 1 << 16;
 
@@ -107,6 +109,16 @@ impl Cpu {
         if raised & Attention::DMA != 0 {
             self.attention.take(Attention::DMA);
             self.exec.cache.dma();
+        }
+        if raised & Attention::NMI != 0 {
+            self.attention.take(Attention::NMI);
+            self.nmi.pending = true;
+        }
+        if self.nmi.pending && !self.nmi.masked && !self.sys.interrupt_shadow {
+            self.nmi = NmiState { pending: false, masked: true };
+            if self.deliver_interrupt(world, VECTOR_NMI).is_err() {
+                return Some(Stop::TripleFault);
+            }
         }
         if raised & Attention::INTERRUPT != 0 && self.regs.rflags & IF != 0 && !self.sys.interrupt_shadow {
             self.attention.take(Attention::INTERRUPT);
@@ -207,7 +219,9 @@ impl Cpu {
             Ok(_) => {
                 self.retired += 1;
                 // RF protects one instruction only: not the IRET that sets it, but the one after.
-                if !iret {
+                if iret {
+                    self.nmi.masked = false;
+                } else {
                     self.regs.rflags &= !RF;
                 }
             }

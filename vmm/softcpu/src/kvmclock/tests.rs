@@ -46,6 +46,22 @@ fn a_guest_reads_nanoseconds_from_the_tsc() {
     assert_eq!(m.read32(at), 10);
 }
 
+/// The lockup watchdogs of a guest bark after twenty seconds without a tick, unless it is told that it stood.
+#[test]
+fn a_guest_that_stood_is_told_once() {
+    let mut m = TestMachine::new();
+    let at = 0x5000;
+    m.cpu.tell_stopped(&mut m.world);
+    assert_eq!(m.read32(at), 0, "no structure, no word");
+    m.cpu.write_msr(&mut m.world, SYSTEM_TIME, at | 1).expect("enabled");
+    m.world.now_ns = 60_000_000_000;
+    m.cpu.tell_stopped(&mut m.world);
+    assert_eq!(m.read16(at + 28).to_le_bytes()[1], 3);
+    assert_eq!((m.read32(at), m.read64(at + 16)), (4, 60_000_000_000));
+    m.cpu.refresh_clock(&mut m.world);
+    assert_eq!(m.read16(at + 28).to_le_bytes()[1], 1);
+}
+
 #[test]
 fn wall_clock_is_utc_at_time_zero() {
     let mut m = TestMachine::new();

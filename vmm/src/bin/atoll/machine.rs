@@ -185,7 +185,7 @@ fn run_to_end(plan: &Plan, report: Option<&Path>, receiver: &EventReceiver) -> R
         Report::new(figures.cpu, &figures, &end).write(path)?;
     }
     match end {
-        MachineEnd::PowerOff | MachineEnd::Reset | MachineEnd::Stopped(StopCause::Escape) => Ok(0),
+        MachineEnd::PowerOff | MachineEnd::Reset | MachineEnd::Asked | MachineEnd::Stopped(StopCause::Escape) => Ok(0),
         MachineEnd::Stopped(StopCause::Signal(signal)) => Ok(signals::exit_status(signal)),
         MachineEnd::Failed(text) => Err(RunError::Failed(anyhow::anyhow!(text))),
     }

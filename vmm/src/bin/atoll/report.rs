@@ -28,6 +28,7 @@ impl Report {
         let reason = match end {
             MachineEnd::PowerOff => "power-off".into(),
             MachineEnd::Reset => "reset".into(),
+            MachineEnd::Asked => "asked".into(),
             MachineEnd::Stopped(StopCause::Escape) => "escape".into(),
             MachineEnd::Stopped(StopCause::Signal(signal)) => format!("signal {signal}"),
             MachineEnd::Failed(text) => format!("failed: {text}"),

@@ -58,6 +58,9 @@ impl Kick for KvmKick {
 pub(super) struct KvmVcpu {
     fd: VcpuFd,
     kick: Arc<KvmKick>,
+    /// An access has been answered, and the kernel has not yet put the answer into the guest's registers: that happens
+    /// at the next entry, and until then the instruction is half done.
+    is_owed: bool,
 }
 
 impl KvmVcpu {
@@ -68,11 +71,15 @@ impl KvmVcpu {
         // SAFETY: the pointer is to a live mapping; the byte is aligned as every byte is.
         let exit = NonNull::new(unsafe { &raw mut (*run).immediate_exit }.cast::<AtomicU8>()).map(ImmediateExit);
         let kick = KvmKick { asked: AtomicBool::new(false), thread: rustix::thread::gettid(), exit: Mutex::new(exit) };
-        Ok(Self { fd, kick: Arc::new(kick) })
+        Ok(Self { fd, kick: Arc::new(kick), is_owed: false })
     }
 
-    /// Whether somebody wants the vCPU out; asks once.
+    /// Whether somebody wants the vCPU out and it may go; asks once. While the kernel owes the guest an answer it may not:
+    /// the next entry pays it and returns at once, as the kick has set `immediate_exit`.
     fn is_kicked(&mut self) -> bool {
+        if self.is_owed {
+            return false;
+        }
         let asked = self.kick.asked.swap(false, Ordering::SeqCst);
         if asked {
             let exit = self.kick.exit.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,8 +126,14 @@ impl KvmVcpu {
 
 /// An exit without the borrow of the vCPU.
 enum Left {
-    Port { port: u16, data: NonNull<u8>, len: usize, write: bool },
-    Done,
+    Port {
+        port: u16,
+        data: NonNull<u8>,
+        len: usize,
+        write: bool,
+    },
+    /// A memory-mapped access, answered.
+    Answered,
     End(Exit),
     InternalError,
     Interrupted,
@@ -132,6 +145,7 @@ impl Vcpu for KvmVcpu {
             if self.is_kicked() {
                 return Ok(Exit::Stopped);
             }
+            self.is_owed = false;
             let left = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     Left::Port { port, len: data.len(), data: NonNull::from(data).cast(), write: false }
@@ -141,11 +155,11 @@ impl Vcpu for KvmVcpu {
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
                     bus.read(Space::Mmio, address, data);
-                    Left::Done
+                    Left::Answered
                 }
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     bus.write(Space::Mmio, address, data);
-                    Left::Done
+                    Left::Answered
                 }
                 Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Left::Interrupted,
                 Ok(VcpuExit::Shutdown) => Left::End(Exit::TripleFault { rip: 0 }),
@@ -155,8 +169,12 @@ impl Vcpu for KvmVcpu {
                 Err(error) => return Err(failed("running the guest")(error)),
             };
             match left {
-                Left::Port { port, data, len, write } => self.port_io(port, data, len, write, bus),
-                Left::Done | Left::Interrupted => {}
+                Left::Port { port, data, len, write } => {
+                    self.port_io(port, data, len, write, bus);
+                    self.is_owed = true;
+                }
+                Left::Answered => self.is_owed = true,
+                Left::Interrupted => {}
                 Left::InternalError => return Ok(self.internal_error()),
                 Left::End(Exit::TripleFault { .. }) => return Ok(Exit::TripleFault { rip: self.rip() }),
                 Left::End(Exit::Stuck { reason, .. }) => return Ok(Exit::Stuck { rip: self.rip(), reason }),
@@ -179,6 +197,19 @@ impl Vcpu for KvmVcpu {
 
     fn figures(&self) -> VcpuFigures {
         VcpuFigures::default()
+    }
+
+    fn stood(&mut self) -> Result<(), CpuError> {
+        match self.fd.kvmclock_ctrl() {
+            Ok(()) => Ok(()),
+            // The guest has no such clock.
+            Err(error) if error.errno() == libc::EINVAL => Ok(()),
+            Err(error) => Err(failed("telling the guest that it stood")(error)),
+        }
+    }
+
+    fn nmi(&mut self) -> Result<(), CpuError> {
+        self.fd.nmi().map_err(failed("sending a non-maskable interrupt"))
     }
 }
 

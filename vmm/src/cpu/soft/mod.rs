@@ -14,6 +14,7 @@ mod world;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::thread::Thread;
+use std::time::Instant;
 
 use atoll_devices::irq::chip::CpuSink;
 use atoll_devices::{GuestClock, MsiMessage, MsiSink, WireSink};
@@ -160,6 +161,9 @@ impl MsiSink for SoftFabric {
 impl InterruptFabric for SoftFabric {
     fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError> {
         self.listener.connect(event)
+    }
+    fn flush(&self, deadline: Instant) -> bool {
+        self.listener.flush(deadline)
     }
 }
 

@@ -51,6 +51,10 @@ pub(super) struct SoftVcpu {
     clock: Arc<SoftClock>,
     wall_base_ns: u64,
     trace: TraceHash,
+    /// It has stood; the guest does not know yet.
+    has_stood: bool,
+    /// Deterministic mode: number of retired instructions at which the present slice ends, wherever a kick interrupts it.
+    slice_end: u64,
 }
 
 impl SoftVcpu {
@@ -69,6 +73,8 @@ impl SoftVcpu {
             clock: parts.clock,
             wall_base_ns: parts.wall_base_ns,
             trace: TraceHash::new(),
+            has_stood: false,
+            slice_end: 0,
         }
     }
 
@@ -105,13 +111,20 @@ impl SoftVcpu {
         self.clock.set_retired_ns(deadline.max(now));
     }
 
-    /// Instructions until the next deadline, in deterministic mode.
-    fn budget(&self) -> Option<u64> {
+    /// Instructions until the next deadline, in deterministic mode. A slice that a kick has cut short is finished first:
+    /// devices must not see when the operator paused.
+    fn budget(&mut self) -> Option<u64> {
         let Pace::Retired { ns_per_1000 } = self.clock.pace else { return None };
+        let done = self.cpu.retired();
+        if let Some(rest) = self.slice_end.checked_sub(done).filter(|rest| *rest > 0) {
+            return Some(rest);
+        }
         let left = self.chips.next_deadline().map(|deadline| deadline.saturating_sub(self.chips.now_ns()));
         let instructions = left.map(|left| left.saturating_mul(1000) / u64::from(ns_per_1000.max(1)));
         let slice = instructions.map_or(SLICE, |count| count.clamp(1, SLICE));
-        Some(slice.min(TraceHash::until_sample(self.cpu.retired())))
+        let slice = slice.min(TraceHash::until_sample(done));
+        self.slice_end = done + slice;
+        Some(slice)
     }
 
     /// Deterministic mode: time has passed with the instructions of the last slice.
@@ -140,8 +153,14 @@ impl Vcpu for SoftVcpu {
                 bus: &mut *bus,
                 wall_base_ns: self.wall_base_ns,
             };
+            if std::mem::take(&mut self.has_stood) && self.clock.is_real() {
+                self.cpu.tell_stopped(&mut world);
+            }
             let stop = self.cpu.run(&mut world, budget);
-            self.slice_done();
+            if stop != Stop::Requested || self.cpu.retired() >= self.slice_end {
+                self.slice_end = 0;
+                self.slice_done();
+            }
             match stop {
                 Stop::Halted => self.wait(),
                 Stop::Budget => {}
@@ -175,5 +194,15 @@ impl Vcpu for SoftVcpu {
             cache_bytes: self.cpu.cache_bytes() as u64,
             trace_hash: (!self.clock.is_real()).then(|| self.trace.finish(&self.cpu)),
         }
+    }
+
+    fn stood(&mut self) -> Result<(), CpuError> {
+        self.has_stood = true;
+        Ok(())
+    }
+
+    fn nmi(&mut self) -> Result<(), CpuError> {
+        self.notice.attention.raise(Attention::NMI);
+        Ok(())
     }
 }

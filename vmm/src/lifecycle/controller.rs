@@ -1,0 +1,163 @@
+//! The operator's handle of a machine that a thread of its own keeps.
+//!
+//! The thread ([`keeper`](super::keeper)) owns the machine and does one thing after the other; a handle asks it and waits,
+//! with a deadline for each kind of request. What is known without the machine (configuration and state) is answered at
+//! once, however busy the thread is.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::control::{Plugged, VmControl};
+use super::error::VmError;
+use super::keeper::{Keeper, View, no_machine};
+use super::mailbox::{Event, Mailbox, Post};
+use super::report::{DeviceReport, VmInfo};
+use super::story::Story;
+use crate::backend::Household;
+use crate::config::{DeviceConfig, VmConfig};
+use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, StopCause};
+
+/// Requests that touch no device.
+const QUICK: Duration = Duration::from_secs(5);
+/// Requests that wait for devices: each of those has deadlines of its own, this is the net below them.
+const DEVICES: Duration = Duration::from_secs(60);
+/// Building a machine waits for each of its device processes.
+const BUILD: Duration = Duration::from_secs(180);
+
+/// What a controller is made from.
+pub struct Settings {
+    /// Where it tells what happens.
+    pub story: Story,
+    /// Starts and keeps device processes; shut down by whoever made it, after the end.
+    pub household: Arc<Household>,
+}
+
+/// How it all ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmmEnd {
+    /// Why.
+    pub end: MachineEnd,
+    /// What the machines have done, all together.
+    pub figures: MachineFigures,
+}
+
+/// The end, to be waited for.
+pub struct Ended(JoinHandle<VmmEnd>);
+
+impl Ended {
+    /// Waits until a guest has switched itself off, a vCPU has failed or somebody has ended the machine monitor. Machine
+    /// and devices are gone then.
+    pub fn wait(self) -> VmmEnd {
+        self.0.join().unwrap_or_else(|_| VmmEnd {
+            // Its words have been reported by the hook.
+            end: MachineEnd::Failed("the thread that keeps the machine panicked; please report it".into()),
+            figures: MachineFigures::default(),
+        })
+    }
+}
+
+/// One machine, or the place for one. Dropping it ends the thread, and the machine with it.
+pub struct Controller {
+    mailbox: Arc<Mailbox>,
+    view: Arc<View>,
+    story: Story,
+}
+
+impl Controller {
+    /// Starts the thread, without a machine.
+    ///
+    /// # Errors
+    /// When there is no thread left.
+    pub fn start(settings: Settings) -> io::Result<(Arc<Self>, Ended)> {
+        let mailbox = Arc::<Mailbox>::default();
+        let view = Arc::<View>::default();
+        let story = settings.story.clone();
+        let keeper = Keeper::new(settings, Arc::clone(&mailbox), Arc::clone(&view));
+        let thread = std::thread::Builder::new().name("machine".into()).spawn(move || keeper.live())?;
+        Ok((Arc::new(Self { mailbox, view, story }), Ended(thread)))
+    }
+
+    /// Where signals and whatever else concerns the process are told.
+    pub fn events(&self) -> EventSender {
+        EventSender::new(Arc::new(Post { mailbox: Arc::clone(&self.mailbox), life: None }))
+    }
+
+    /// Ends the machine in good order, as a signal or the escape sequence does.
+    pub fn stop(&self, cause: StopCause) {
+        self.mailbox.tell(Event { life: None, what: MachineEvent::Stop(cause) });
+    }
+
+    /// What happens.
+    pub fn story(&self) -> &Story {
+        &self.story
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.mailbox.abandon();
+    }
+}
+
+impl VmControl for Controller {
+    fn create(&self, config: VmConfig) -> Result<(), VmError> {
+        self.mailbox.ask("vm.create", QUICK, move |keeper| keeper.create(config))
+    }
+    fn boot(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.boot", BUILD, Keeper::boot)
+    }
+    fn pause(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.pause", DEVICES, Keeper::pause)
+    }
+    fn resume(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.resume", DEVICES, Keeper::resume)
+    }
+    fn reset(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.reboot", BUILD, Keeper::reset)
+    }
+    fn power_button(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.power-button", QUICK, Keeper::power_button)
+    }
+    fn shutdown(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.shutdown", DEVICES, Keeper::shutdown)
+    }
+    fn delete(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.delete", DEVICES, Keeper::delete)
+    }
+    fn nmi(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vm.nmi", QUICK, Keeper::nmi)
+    }
+    fn add_device(&self, device: DeviceConfig) -> Result<Option<Plugged>, VmError> {
+        self.mailbox.ask("adding a device", DEVICES, move |keeper| keeper.add_device(device))
+    }
+    fn remove_device(&self, id: &str) -> Result<(), VmError> {
+        let id = id.to_owned();
+        self.mailbox.ask("vm.remove-device", DEVICES, move |keeper| keeper.remove_device(&id))
+    }
+    fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError> {
+        let id = id.to_owned();
+        self.mailbox.ask("vm.resize-disk", DEVICES, move |keeper| keeper.resize_disk(&id, bytes))
+    }
+    fn info(&self) -> Result<VmInfo, VmError> {
+        self.view.info().ok_or_else(no_machine)
+    }
+    fn devices(&self) -> Result<Vec<DeviceReport>, VmError> {
+        self.mailbox.ask("listing devices", QUICK, |keeper| keeper.devices())
+    }
+    fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError> {
+        self.mailbox.ask("vm.counters", QUICK, |keeper| keeper.counters())
+    }
+    fn inspect(&self, path: &str) -> Result<serde_json::Value, VmError> {
+        let path = path.to_owned();
+        self.mailbox.ask("inspecting", QUICK, move |keeper| keeper.inspect(&path))
+    }
+    fn shutdown_vmm(&self) -> Result<(), VmError> {
+        self.mailbox.ask("vmm.shutdown", DEVICES, |keeper| {
+            keeper.finish(MachineEnd::Asked);
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,536 @@
+//! The thread that owns the machine. It does one thing after the other: what operators ask, and what the machine tells.
+//!
+//! ```text
+//!            create             boot                pause
+//!   Empty ───────────> Created ──────> Running <─────────────> Paused
+//!     ^                                 │  ^ └─┐ reset  resume   │
+//!     │        delete, from anywhere    │  │   └─ (also the      │
+//!     └─────────────────────────────    │  │      guest's own)   │
+//!                                       v  │ boot                │
+//!                                     Shutdown <─────────────────┘ shutdown
+//! ```
+//!
+//! A guest that switches itself off ends the whole process, as does a vCPU that cannot go on: that is what clients of a
+//! machine monitor with one machine a process wait for.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use atoll_devices::PowerEvent;
+
+use super::control::Plugged;
+use super::controller::{Settings, VmmEnd};
+use super::error::{ErrorKind, VmError};
+use super::mailbox::{Event, Mail, Mailbox, Post};
+use super::plan::Plan;
+use super::report::{DeviceReport, DeviceState, RecoveryClass, VmInfo, VmState};
+use super::roster;
+use super::story::Story;
+use crate::backend::Household;
+use crate::config::{DeviceConfig, VmConfig};
+use crate::machine::{
+    EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseLimits, Rebuilt, UnplugEvent,
+    failure,
+};
+
+/// What is known without asking the thread.
+#[derive(Default)]
+pub(super) struct View(Mutex<Option<VmInfo>>);
+
+impl View {
+    pub(super) fn info(&self) -> Option<VmInfo> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    fn show(&self, info: Option<VmInfo>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = info;
+    }
+}
+
+/// A machine that has booted.
+pub(super) struct Live {
+    pub(super) plan: Plan,
+    pub(super) machine: Machine,
+    /// Number of its incarnation: events of an earlier one concern nobody.
+    life: u64,
+}
+
+/// What there is. Each state holds exactly what exists in it.
+enum State {
+    /// No configuration.
+    Empty,
+    /// A configuration that has never been booted.
+    Created(VmConfig),
+    /// vCPUs run.
+    Running(VmConfig, Box<Live>),
+    /// vCPUs stand, devices are drained.
+    Paused(VmConfig, Box<Live>),
+    /// A configuration whose machine was switched off.
+    Shutdown(VmConfig),
+}
+
+/// There is no configuration.
+pub(super) fn no_machine() -> VmError {
+    VmError::new(ErrorKind::NotFound, "there is no machine; create one with vm.create")
+}
+
+fn wrong(text: &str) -> VmError {
+    VmError::new(ErrorKind::WrongState, text)
+}
+
+fn failed(error: impl std::fmt::Display) -> VmError {
+    VmError::new(ErrorKind::Failed, error)
+}
+
+impl From<PauseError> for VmError {
+    fn from(error: PauseError) -> Self {
+        let kind = match &error {
+            PauseError::Vcpu { .. } | PauseError::Device { .. } | PauseError::Interrupts { .. } => ErrorKind::Late,
+            PauseError::Resume { .. } => ErrorKind::Failed,
+        };
+        Self::new(kind, error)
+    }
+}
+
+impl State {
+    fn config(&self) -> Option<&VmConfig> {
+        match self {
+            Self::Empty => None,
+            Self::Created(config) | Self::Running(config, _) | Self::Paused(config, _) | Self::Shutdown(config) => {
+                Some(config)
+            }
+        }
+    }
+    fn word(&self) -> Option<VmState> {
+        match self {
+            Self::Empty => None,
+            Self::Created(_) => Some(VmState::Created),
+            Self::Running(..) => Some(VmState::Running),
+            Self::Paused(..) => Some(VmState::Paused),
+            Self::Shutdown(_) => Some(VmState::Shutdown),
+        }
+    }
+    fn live(&self) -> Option<&Live> {
+        match self {
+            Self::Running(_, live) | Self::Paused(_, live) => Some(live),
+            Self::Empty | Self::Created(_) | Self::Shutdown(_) => None,
+        }
+    }
+    /// Why there is no running machine, and what to do about it.
+    fn not_running(&self) -> VmError {
+        match self {
+            Self::Empty => no_machine(),
+            Self::Created(_) => wrong("the machine has not been booted; boot it with vm.boot"),
+            Self::Shutdown(_) => wrong("the machine is switched off; boot it with vm.boot"),
+            Self::Paused(..) => wrong("the machine is paused; let it go on with vm.resume"),
+            Self::Running(..) => wrong("the machine runs; pause it with vm.pause"),
+        }
+    }
+}
+
+/// The thread's own state.
+pub(super) struct Keeper {
+    story: Story,
+    pub(super) household: Arc<Household>,
+    pub(super) mailbox: Arc<Mailbox>,
+    view: Arc<View>,
+    state: State,
+    lives: u64,
+    figures: MachineFigures,
+    end: Option<MachineEnd>,
+}
+
+impl Keeper {
+    pub(super) fn new(settings: Settings, mailbox: Arc<Mailbox>, view: Arc<View>) -> Self {
+        let Settings { story, household } = settings;
+        story.tell("vmm", "starting", []);
+        Self {
+            story,
+            household,
+            mailbox,
+            view,
+            state: State::Empty,
+            lives: 0,
+            figures: MachineFigures::default(),
+            end: None,
+        }
+    }
+
+    /// The thread.
+    pub(super) fn live(mut self) -> VmmEnd {
+        struct Closing(Arc<Mailbox>);
+        impl Drop for Closing {
+            fn drop(&mut self) {
+                self.0.close();
+            }
+        }
+        let closing = Closing(Arc::clone(&self.mailbox));
+        let end = loop {
+            if let Some(end) = self.end.take() {
+                break end;
+            }
+            match self.mailbox.next(self.alarm()) {
+                Mail::Event(event) => self.hear(event),
+                Mail::Request(job) => job.begin(&mut self),
+                Mail::Time => self.look_after_unplugs(),
+                Mail::Abandoned => self.finish(MachineEnd::Asked),
+            }
+        };
+        drop(closing);
+        self.story.tell("vmm", "shutdown", []);
+        self.story.close();
+        VmmEnd { end, figures: self.figures }
+    }
+
+    /// When to look after the machine by itself.
+    fn alarm(&self) -> Option<Instant> {
+        self.state.live().and_then(|live| live.machine.unplug_deadline())
+    }
+
+    /// Goes on with devices that leave.
+    fn look_after_unplugs(&mut self) {
+        let (State::Running(config, live) | State::Paused(config, live)) = &mut self.state else { return };
+        for event in live.machine.settle() {
+            match event {
+                UnplugEvent::Gone { name, error, .. } => {
+                    roster::remove(config, &name);
+                    let reason = error.map(|error| ("reason", error.to_string()));
+                    self.story.tell("vm", "device-removed", [("id", name)].into_iter().chain(reason));
+                }
+                UnplugEvent::Late { name } => self.story.tell("vm", "device-remains", [("id", name)]),
+            }
+        }
+        self.show();
+    }
+
+    /// Sets the state, and shows it.
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.show();
+    }
+
+    fn show(&self) {
+        let info = self.state.config().zip(self.state.word()).map(|(config, state)| VmInfo {
+            config: config.clone(),
+            state,
+            memory_actual_size: config.memory.size,
+        });
+        self.view.show(info);
+    }
+
+    fn take(&mut self) -> State {
+        std::mem::replace(&mut self.state, State::Empty)
+    }
+
+    /// A sink for the events of the next incarnation.
+    fn next_life(&mut self) -> (u64, EventSender) {
+        self.lives += 1;
+        let post = Post { mailbox: Arc::clone(&self.mailbox), life: Some(self.lives) };
+        (self.lives, EventSender::new(Arc::new(post)))
+    }
+
+    fn hear(&mut self, event: Event) {
+        let present = self.state.live().map(|live| live.life);
+        if event.life.is_some() && event.life != present && !matches!(event.what, MachineEvent::Stop(_)) {
+            // A machine that is gone.
+            return;
+        }
+        match event.what {
+            MachineEvent::Power(PowerEvent::PowerOff) => self.finish(MachineEnd::PowerOff),
+            MachineEvent::Power(PowerEvent::Reset) => {
+                tracing::info!(target: "atoll::machine", "the guest resets: it starts again");
+                if let Err(error) = self.start_again() {
+                    self.finish(MachineEnd::Failed(error.text));
+                }
+            }
+            MachineEvent::Stop(cause) => self.finish(MachineEnd::Stopped(cause)),
+            MachineEvent::Stalled(stall) => {
+                let (vcpu, address) = (stall.vcpu, format!("{:?} {:#x}", stall.space, stall.address));
+                let waited_ms = stall.waited.as_millis();
+                tracing::warn!(vcpu, address, write = stall.write, waited_ms, "a device did not answer in time");
+                let about = [("vcpu", vcpu.to_string()), ("address", address), ("waited_ms", waited_ms.to_string())];
+                self.story.tell("device", "stalled", about);
+            }
+            MachineEvent::Ejected(_) | MachineEvent::Departed => self.look_after_unplugs(),
+            MachineEvent::VcpuEnded(end) => {
+                let cpu = self.state.live().map(|live| live.machine.board().processor().name());
+                if let Some(failure) = cpu.and_then(|cpu| failure(&end, cpu)) {
+                    self.finish(MachineEnd::Failed(failure));
+                }
+            }
+        }
+    }
+
+    /// Ends everything: the machine, and the thread after the present request.
+    pub(super) fn finish(&mut self, end: MachineEnd) {
+        if self.end.is_none() {
+            let _ = self.delete();
+            self.end = Some(end);
+        }
+    }
+
+    pub(super) fn create(&mut self, mut config: VmConfig) -> Result<(), VmError> {
+        if !matches!(self.state, State::Empty) {
+            return Err(wrong("there is a machine already; delete it with vm.delete before you create another"));
+        }
+        config.check()?;
+        roster::name_devices(&mut config);
+        self.enter(State::Created(config));
+        Ok(())
+    }
+
+    pub(super) fn boot(&mut self) -> Result<(), VmError> {
+        let config = match &self.state {
+            State::Created(config) | State::Shutdown(config) => config.clone(),
+            State::Running(..) => return Err(wrong("the machine runs already; start it again with vm.reboot")),
+            State::Empty | State::Paused(..) => return Err(self.state.not_running()),
+        };
+        self.story.tell("vm", "booting", []);
+        let plan = Plan::open(&config, &self.household)?;
+        let (life, events) = self.next_life();
+        let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
+        plan.tell_choice();
+        machine.start().map_err(failed)?;
+        self.enter(State::Running(config, Box::new(Live { plan, machine, life })));
+        self.story.tell("vm", "booted", []);
+        Ok(())
+    }
+
+    pub(super) fn pause(&mut self) -> Result<(), VmError> {
+        match self.take() {
+            State::Running(config, mut live) => {
+                self.story.tell("vm", "pausing", []);
+                match live.machine.pause(PauseLimits::default()) {
+                    Ok(figures) => {
+                        let whole_us = figures.whole.as_micros().to_string();
+                        let vcpus_us = figures.vcpus.as_micros().to_string();
+                        let slowest = figures.devices.iter().max_by_key(|(_, took)| *took);
+                        let drain = slowest.map(|(device, took)| (device.clone(), took.as_micros().to_string()));
+                        let (device, drain_us) = drain.unwrap_or_default();
+                        self.enter(State::Paused(config, live));
+                        let about = [
+                            ("whole_us", whole_us),
+                            ("vcpus_us", vcpus_us),
+                            ("slowest_device", device),
+                            ("slowest_drain_us", drain_us),
+                        ];
+                        self.story.tell("vm", "paused", about);
+                        Ok(())
+                    }
+                    Err(error) => {
+                        self.enter(State::Running(config, live));
+                        Err(error.into())
+                    }
+                }
+            }
+            state @ State::Paused(..) => {
+                self.state = state;
+                Err(wrong("the machine is paused already; let it go on with vm.resume"))
+            }
+            state => {
+                self.state = state;
+                Err(self.state.not_running())
+            }
+        }
+    }
+
+    pub(super) fn resume(&mut self) -> Result<(), VmError> {
+        match self.take() {
+            State::Paused(config, mut live) => {
+                self.story.tell("vm", "resuming", []);
+                let resumed = live.machine.resume();
+                self.enter(State::Running(config, live));
+                self.story.tell("vm", "resumed", []);
+                resumed.map_err(VmError::from)
+            }
+            state => {
+                self.state = state;
+                Err(self.state.not_running())
+            }
+        }
+    }
+
+    pub(super) fn reset(&mut self) -> Result<(), VmError> {
+        if !matches!(self.state, State::Running(..)) {
+            return Err(self.state.not_running());
+        }
+        let again = self.start_again();
+        if let Err(error) = &again {
+            self.finish(MachineEnd::Failed(error.text.clone()));
+        }
+        again
+    }
+
+    /// The machine starts again from its memory and its device processes. When it cannot, it is gone.
+    fn start_again(&mut self) -> Result<(), VmError> {
+        let (mut config, live) = match self.take() {
+            State::Running(config, live) | State::Paused(config, live) => (config, live),
+            state => {
+                self.state = state;
+                return Err(self.state.not_running());
+            }
+        };
+        self.story.tell("vm", "rebooting", []);
+        let (life, events) = self.next_life();
+        let Live { plan, machine, .. } = *live;
+        let rebuilt = plan.builders(&config, &events).and_then(|builders| {
+            let Rebuilt { figures, gone, next } = machine.reset(builders, &events);
+            self.figures.add(&figures);
+            for id in gone {
+                roster::remove(&mut config, &id);
+            }
+            let mut next = next.map_err(failed)?;
+            next.start().map_err(failed)?;
+            Ok(next)
+        });
+        match rebuilt {
+            Ok(machine) => {
+                self.enter(State::Running(config, Box::new(Live { plan, machine, life })));
+                self.story.tell("vm", "rebooted", []);
+                Ok(())
+            }
+            Err(error) => {
+                self.enter(State::Shutdown(config));
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn shutdown(&mut self) -> Result<(), VmError> {
+        match self.take() {
+            State::Running(config, mut live) | State::Paused(config, mut live) => {
+                self.figures.add(&live.machine.stop());
+                drop(live);
+                self.enter(State::Shutdown(config));
+                self.story.tell("vm", "shutdown", []);
+                Ok(())
+            }
+            state => {
+                self.state = state;
+                Err(self.state.not_running())
+            }
+        }
+    }
+
+    pub(super) fn delete(&mut self) -> Result<(), VmError> {
+        if matches!(self.state, State::Running(..) | State::Paused(..)) {
+            self.shutdown()?;
+        }
+        if matches!(self.state, State::Empty) {
+            return Ok(());
+        }
+        self.enter(State::Empty);
+        self.story.tell("vm", "deleted", []);
+        Ok(())
+    }
+
+    pub(super) fn power_button(&mut self) -> Result<(), VmError> {
+        match &self.state {
+            State::Running(_, live) => {
+                live.machine.board().press_power_button();
+                Ok(())
+            }
+            other => Err(other.not_running()),
+        }
+    }
+
+    pub(super) fn nmi(&mut self) -> Result<(), VmError> {
+        match &self.state {
+            State::Running(_, live) => {
+                live.machine.nmi();
+                Ok(())
+            }
+            other => Err(other.not_running()),
+        }
+    }
+
+    pub(super) fn add_device(&mut self, device: DeviceConfig) -> Result<Option<Plugged>, VmError> {
+        match &mut self.state {
+            State::Created(config) | State::Shutdown(config) => {
+                roster::add(config, device)?;
+                self.show();
+                Ok(None)
+            }
+            State::Empty => Err(no_machine()),
+            State::Running(..) | State::Paused(..) => {
+                Err(VmError::new(ErrorKind::Unsupported, "devices cannot be plugged into a machine that has booted"))
+            }
+        }
+    }
+
+    pub(super) fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
+        match &mut self.state {
+            State::Created(config) | State::Shutdown(config) => {
+                if !roster::remove(config, id) {
+                    return Err(no_device(id));
+                }
+                self.show();
+                Ok(())
+            }
+            State::Empty => Err(no_machine()),
+            State::Running(..) | State::Paused(..) => {
+                Err(VmError::new(ErrorKind::Unsupported, "devices cannot be pulled out of a machine that has booted"))
+            }
+        }
+    }
+
+    pub(super) fn resize_disk(&mut self, id: &str, bytes: u64) -> Result<(), VmError> {
+        match &mut self.state {
+            State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
+                Some(life) => life.resize(bytes).map_err(failed),
+                None => Err(no_device(id)),
+            },
+            other => Err(other.not_running()),
+        }
+    }
+
+    pub(super) fn devices(&mut self) -> Result<Vec<DeviceReport>, VmError> {
+        let Some(config) = self.state.config() else { return Err(no_machine()) };
+        let reports = self.state.live().map(|live| live.machine.reports()).unwrap_or_default();
+        let mut reports: BTreeMap<_, _> = reports.into_iter().map(|report| (report.id.clone(), report)).collect();
+        let idle = |device: &DeviceConfig| DeviceReport {
+            id: device.id().unwrap_or_default().to_owned(),
+            kind: device.kind(),
+            bdf: None,
+            state: DeviceState::Stopped,
+            reason: None,
+            generation: 0,
+            restarts: 0,
+            recovery: RecoveryClass::None,
+            pid: None,
+            last_exit: None,
+            queues: Vec::new(),
+        };
+        let listed = config.devices();
+        Ok(listed
+            .iter()
+            .map(|device| reports.remove(device.id().unwrap_or_default()).unwrap_or_else(|| idle(device)))
+            .collect())
+    }
+
+    pub(super) fn counters(&mut self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError> {
+        match self.state.live() {
+            Some(live) => Ok(live.machine.counters()),
+            None => Err(self.state.not_running()),
+        }
+    }
+
+    pub(super) fn inspect(&mut self, path: &str) -> Result<serde_json::Value, VmError> {
+        let devices: BTreeMap<String, DeviceReport> =
+            self.devices()?.into_iter().map(|report| (report.id.clone(), report)).collect();
+        let Some((config, state)) = self.state.config().zip(self.state.word()) else { return Err(no_machine()) };
+        let tree = super::inspect::Tree {
+            state,
+            memory: config.memory.size,
+            machine: self.state.live().map(|live| &live.machine),
+            devices,
+            waiting: self.mailbox.depth(),
+            story: &self.story,
+        };
+        tree.part(path)
+    }
+}
+
+fn no_device(id: &str) -> VmError {
+    VmError::new(ErrorKind::NotFound, format!("there is no device named '{id}'; vm.info lists those that there are"))
+}

@@ -1,0 +1,226 @@
+//! From what a user says about a machine to what the assembler needs: which CPU, which builders, in which order.
+//!
+//! A plan is made when a machine boots, and each of its incarnations is built from it: what a guest's reset must not close
+//! (serial lines, the file that gets their output) is opened once, here.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::error::{ErrorKind, VmError};
+use crate::backend::{Household, UartBuilder, UartLine, UartOutput};
+use crate::config::{ConsoleConfig, ConsoleMode, CpuChoice, DeviceConfig, DiskConfig, PlatformConfig, VmConfig};
+use crate::cpu::probe::{Memo, Verdict, probe};
+use crate::machine::boot::BootSource;
+use crate::machine::{
+    CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialBuilder, SerialEnd, SerialMode, chipset,
+};
+use crate::vhost::{Backing, DiskBuilder, DiskConfig as DiskPlan};
+
+/// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
+const DETERMINISTIC_NS_PER_1000: u32 = 1000;
+/// CPU model of those who name none.
+const CPU_MODEL: &str = "atoll-v1";
+/// Executables of device processes.
+const DISK_BACKEND: &str = "atoll-blk";
+const UART_BACKEND: &str = "atoll-uart";
+
+/// What each incarnation of a machine is built from.
+pub(super) struct Plan {
+    config: MachineConfig,
+    /// Why this CPU was taken, where Atoll chose it.
+    choice: Option<Verdict>,
+    serial: SerialTarget,
+    uart: Option<Arc<UartLine>>,
+    backend_dir: Option<PathBuf>,
+    household: Arc<Household>,
+}
+
+fn failed(error: impl std::fmt::Display) -> VmError {
+    VmError::new(ErrorKind::Failed, error)
+}
+
+/// The CPU that the configuration asks for, or that suits this host and why.
+fn choose_cpu(platform: &PlatformConfig) -> (CpuKind, Option<Verdict>) {
+    let verdict = match platform.cpu {
+        // Taken as asked; the trial says whether to expect much of it.
+        CpuChoice::Kvm => return (CpuKind::Kvm, Some(probe(Memo::of_user().as_ref()))),
+        CpuChoice::Soft => return (CpuKind::Soft, None),
+        CpuChoice::Auto if platform.deterministic => {
+            Verdict { usable: false, reason: "--deterministic counts instructions, which KVM does not".into() }
+        }
+        CpuChoice::Auto => probe(Memo::of_user().as_ref()),
+    };
+    (if verdict.usable { CpuKind::Kvm } else { CpuKind::Soft }, Some(verdict))
+}
+
+/// Where COM1 leads; opened once, handed to each incarnation of the machine as a copy.
+enum SerialTarget {
+    Terminal(std::fs::File, std::fs::File),
+    File(std::fs::File),
+    Null,
+    Off,
+}
+
+impl SerialTarget {
+    fn open(config: Option<&ConsoleConfig>) -> Result<(Self, SerialMode), VmError> {
+        use std::os::fd::AsFd;
+        let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(std::fs::File::from).map_err(failed);
+        let Some(config) = config else { return Ok((Self::Null, SerialMode::Null)) };
+        Ok(match (config.mode, &config.file) {
+            (ConsoleMode::Off, _) => (Self::Off, SerialMode::Off),
+            (ConsoleMode::Null, _) => (Self::Null, SerialMode::Null),
+            (ConsoleMode::Tty, _) => {
+                (Self::Terminal(copy(std::io::stdin().as_fd())?, copy(std::io::stdout().as_fd())?), SerialMode::Tty)
+            }
+            (ConsoleMode::File, Some(path)) => {
+                (Self::File(SerialEnd::create(path).map_err(failed)?), SerialMode::File(path.clone()))
+            }
+            (mode, _) => {
+                let text =
+                    format!("serial mode {mode:?} is not supported as it is given; use File with a file, or Tty");
+                return Err(VmError::new(ErrorKind::Unsupported, text));
+            }
+        })
+    }
+    fn builder(&self, events: &EventSender) -> Result<Option<Box<dyn DeviceBuilder>>, VmError> {
+        let end = match self {
+            Self::Terminal(input, output) => SerialEnd::Terminal {
+                input: input.try_clone().map_err(failed)?,
+                output: output.try_clone().map_err(failed)?,
+                events: events.clone(),
+            },
+            Self::File(file) => SerialEnd::Output(file.try_clone().map_err(failed)?),
+            Self::Null => SerialEnd::Null,
+            Self::Off => return Ok(None),
+        };
+        Ok(Some(Box::new(SerialBuilder::new(end))))
+    }
+}
+
+/// Where COM2 leads.
+fn uart(config: Option<&ConsoleConfig>) -> Result<Option<Arc<UartLine>>, VmError> {
+    let Some(config) = config else { return Ok(None) };
+    let output = match (config.mode, &config.file) {
+        (ConsoleMode::Off, _) => return Ok(None),
+        (ConsoleMode::Pty, _) => UartOutput::Pty,
+        (ConsoleMode::File, Some(path)) => UartOutput::File(path.clone()),
+        (mode, _) => {
+            let text = format!("serial2 cannot be {mode:?}; it can be Pty, Off, or File with a file");
+            return Err(VmError::new(ErrorKind::Bad, text));
+        }
+    };
+    UartLine::open(&output).map(|line| Some(Arc::new(line))).map_err(failed)
+}
+
+impl Plan {
+    /// Opens what lives longer than one incarnation.
+    ///
+    /// # Errors
+    /// When something cannot be opened, or is not there.
+    pub(super) fn open(config: &VmConfig, household: &Arc<Household>) -> Result<Self, VmError> {
+        let payload = &config.payload;
+        let kernel = payload.kernel.clone().ok_or(crate::config::ConfigError::NoKernel)?;
+        let (cpu, choice) = choose_cpu(&config.platform);
+        let (serial, serial_mode) = SerialTarget::open(config.serial.as_ref())?;
+        let machine = MachineConfig {
+            boot: BootSource {
+                kernel,
+                initramfs: payload.initramfs.clone(),
+                command_line: payload.cmdline.clone().unwrap_or_default(),
+            },
+            memory_bytes: config.memory.size,
+            vcpus: config.cpus.boot_vcpus,
+            cpu,
+            cpu_model: config.platform.cpu_model.clone().unwrap_or_else(|| CPU_MODEL.to_owned()),
+            deterministic: config.platform.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
+            serial: serial_mode,
+        };
+        Ok(Self {
+            config: machine,
+            choice,
+            serial,
+            uart: uart(config.serial2.as_ref())?,
+            backend_dir: config.platform.backend_dir.clone(),
+            household: Arc::clone(household),
+        })
+    }
+
+    /// What the assembler reads.
+    pub(super) fn machine(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Says which CPU was chosen. Only once the machine is built: a mistake is one line, not the choice of a CPU that runs
+    /// nothing and then the mistake.
+    pub(super) fn tell_choice(&self) {
+        let Some(choice) = &self.choice else { return };
+        if self.config.cpu == CpuKind::Kvm && !choice.usable {
+            let reason = &choice.reason;
+            tracing::warn!(
+                target: "atoll::machine",
+                "cpu: kvm, as asked, though a stock guest may stay silent on it: {reason}; see --cpu auto"
+            );
+        } else {
+            tracing::info!(target: "atoll::machine", "cpu: {choice}");
+        }
+    }
+
+    /// The builders of everything that is not a device of the configuration's list.
+    fn board(&self, events: &EventSender) -> Result<Vec<Box<dyn DeviceBuilder>>, VmError> {
+        let mut builders = chipset();
+        builders.extend(self.serial.builder(events)?);
+        if let Some(line) = &self.uart {
+            let builder = UartBuilder::new(Arc::clone(line), Arc::clone(&self.household));
+            builders.push(Box::new(match &self.backend_dir {
+                Some(folder) => builder.binary(folder.join(UART_BACKEND)),
+                None => builder,
+            }));
+        }
+        Ok(builders)
+    }
+
+    /// All builders, in the order in which they take PCI slots.
+    ///
+    /// # Errors
+    /// When a device is of a kind that cannot be built.
+    pub(super) fn builders(
+        &self,
+        config: &VmConfig,
+        events: &EventSender,
+    ) -> Result<Vec<Box<dyn DeviceBuilder>>, VmError> {
+        let mut builders = self.board(events)?;
+        for (device, index) in config.devices().into_iter().zip(0..) {
+            builders.push(self.device(device, index)?);
+        }
+        Ok(builders)
+    }
+
+    /// The builder of one device.
+    fn device(&self, device: DeviceConfig, index: u32) -> Result<Box<dyn DeviceBuilder>, VmError> {
+        match device {
+            DeviceConfig::Disk(disk) => {
+                Ok(Box::new(DiskBuilder::new(self.disk(disk)?, index, self.household.spawner().clone())))
+            }
+            other => {
+                let text = format!("a {} cannot be built yet; leave it out", other.kind().name());
+                Err(VmError::new(ErrorKind::Unsupported, text))
+            }
+        }
+    }
+
+    fn disk(&self, disk: DiskConfig) -> Result<DiskPlan, VmError> {
+        let backing = match (disk.path, disk.vhost_socket) {
+            (Some(path), None) => Backing::Image(path),
+            (None, Some(socket)) => Backing::Socket(socket),
+            _ => return Err(VmError::new(ErrorKind::Bad, "a disk has either path or socket")),
+        };
+        Ok(DiskPlan {
+            readonly: disk.readonly,
+            direct: disk.direct,
+            serial: disk.serial,
+            num_queues: disk.num_queues.unwrap_or(1),
+            binary: self.backend_dir.as_ref().map(|folder| folder.join(DISK_BACKEND)),
+            ..DiskPlan::new(backing)
+        })
+    }
+}
