@@ -135,7 +135,7 @@ fn start(cli: &Cli) -> Result<()> {
         reports.goodbye(GoodbyeReason::Config(e.to_string()));
     }
     let (disk, transport, fence) = prepared?;
-    let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised });
+    let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised, ioctls: &[] });
     serve::run(disk, Service { transport, sidecar, fence, jail })?;
     Ok(())
 }

@@ -1,10 +1,16 @@
 //! What a device process brings to the kit.
 
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
+
 use io_uring::squeue;
 use thiserror::Error;
 use vm_memory::GuestMemory;
 
 use crate::chain::Chain;
+use crate::inlet::{Buffers, Inlet};
+use crate::memory::GuestRam;
 use crate::queue_thread::device_tag;
 use crate::uring::{Uring, UringError};
 
@@ -50,6 +56,10 @@ pub trait Device: Send + 'static {
 
     /// The handler of queue `index`; called once for each, before any front end.
     fn queue(&mut self, index: u16) -> Self::Queue;
+
+    /// Queue `index`, whose handler fills it from outside, can be entered from now on, by any thread. Called once for
+    /// each, after [`Device::queue`].
+    fn opened(&mut self, _index: u16, _inlet: &Arc<Inlet<GuestRam>>) {}
 }
 
 /// How far a request has come.
@@ -62,6 +72,21 @@ pub enum Progress {
     },
     /// An operation that was pushed to [`Io`] will continue it.
     Pending,
+}
+
+/// What a queue that is filled from outside waits for, besides the conversation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing: other threads fill it.
+    Nothing,
+    /// Buffers of the guest.
+    Buffers,
+    /// Data on [`QueueHandler::source`].
+    Source,
+    /// A moment.
+    Until(Instant),
+    /// Its turn: there is more to do, after the conversation has been heard.
+    Again,
 }
 
 /// The part of a device that handles the requests of one queue, on the thread of that queue.
@@ -80,6 +105,37 @@ pub trait QueueHandler: Send + 'static {
 
     /// The operation that was pushed for `head` has ended with `result`, a negated errno on failure.
     fn completion<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, head: u16, result: i32) -> Progress;
+
+    /// All requests that were there have been handed over, and those that are finished are in the used ring: time for
+    /// what is worth doing once for many.
+    fn batch_ended(&mut self) {}
+
+    /// A descriptor without whose being writable no request can be taken now.
+    fn blocked(&mut self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Once the front end has disabled its ring, requests are thrown away rather than left waiting: what a network
+    /// card does with frames (vhost-user, "Ring states").
+    fn discards_when_disabled(&self) -> bool {
+        false
+    }
+
+    /// Requests of this queue are buffers for what comes from outside: they are taken by [`QueueHandler::fill`], or by
+    /// other threads, and not handed to [`QueueHandler::request`].
+    fn is_inlet(&self) -> bool {
+        false
+    }
+
+    /// Fills buffers with what there is, and says what to wait for.
+    fn fill<M: GuestMemory>(&mut self, _buffers: &mut Buffers<'_, M>) -> Wait {
+        Wait::Nothing
+    }
+
+    /// The descriptor that data comes from.
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// Where a handler puts operations for its ring.

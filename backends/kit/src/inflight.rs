@@ -258,7 +258,8 @@ impl Tracker {
         self.set_in_flight(head, true);
     }
 
-    /// Records that `head` is about to enter the used ring, as a batch of one.
+    /// Records that `head` is about to enter the used ring, together with those before and after it until
+    /// [`Tracker::completed`].
     pub fn completing(&mut self, head: u16) {
         if head < self.ring_size {
             let last = self.load_u16(12);
@@ -267,11 +268,17 @@ impl Tracker {
         }
     }
 
-    /// Records that the used ring's index is now `used` and `head` is in it.
-    pub fn completed(&mut self, head: u16, used: u16) {
+    /// Records that the used ring's index is now `used` and `heads` are in it.
+    pub fn completed(&mut self, heads: impl Iterator<Item = u16>, used: u16) {
+        // The index last: until then a successor clears the whole batch.
+        heads.filter(|head| *head < self.ring_size).for_each(|head| self.set_in_flight(head, false));
+        self.store_u16(14, used);
+    }
+
+    /// Records that `head` was not taken after all.
+    pub fn give_back(&mut self, head: u16) {
         if head < self.ring_size {
             self.set_in_flight(head, false);
-            self.store_u16(14, used);
         }
     }
 }
@@ -293,7 +300,7 @@ mod tests {
             first.take(head);
         }
         first.completing(2);
-        first.completed(2, 6);
+        first.completed([2].into_iter(), 6);
         let mut second = region.tracker(1, 8).unwrap();
         assert_eq!(second.recover(6).unwrap(), Recovered { resubmit: vec![6, 7, 0], continued: true });
         // The other queue knows nothing of it.

@@ -1,7 +1,7 @@
 //! The kit that every device process of Atoll stands on: it serves one device over vhost-user.
 //!
 //! A device brings a [`Device`] (features, configuration space) and one [`QueueHandler`] per queue (what
-//! to do with a request); everything else is here: the vhost-user conversation ([`session`]), guest memory
+//! to do with a request, or what to put into its buffers: [`inlet`]); everything else is here: the vhost-user conversation ([`session`]), guest memory
 //! with its dirty log ([`memory`], [`dirty`]), one thread and one restricted io_uring per queue
 //! ([`worker`], [`uring`]), descriptor chains checked as hostile input ([`chain`]), the record of requests
 //! in flight that lets a successor finish them ([`inflight`]), the lock that tells a successor when its
@@ -27,6 +27,8 @@ pub mod dirty;
 pub mod driver;
 pub mod fence;
 pub mod inflight;
+pub mod inlet;
+mod inlet_thread;
 pub mod jail;
 pub mod logging;
 pub mod memory;
@@ -47,4 +49,5 @@ pub const EXIT_PANIC: i32 = 72;
 /// Exit status of a process whose supervisor has gone.
 pub const EXIT_ORPHANED: i32 = 71;
 
-pub use device::{ConfigError, Device, Progress, QueueHandler, QueueLayout};
+pub use device::{ConfigError, Device, Progress, QueueHandler, QueueLayout, Wait};
+pub use inlet::{Buffers, Inlet};

@@ -272,6 +272,60 @@ impl Segments<'_> {
     }
 }
 
+/// Copies `len` bytes from one chain to another, which may belong to different guests, and marks them dirty. `from` and
+/// `to` are each a memory, a chain's half and an offset into it.
+pub fn copy<A: GuestMemory, B: GuestMemory>(
+    from: (&A, Segments<'_>, u64),
+    to: (&B, Segments<'_>, u64),
+    len: u64,
+) -> Result<(), OutOfRange> {
+    let mut to_at = Cursor { segments: to.1.0, offset: 0 };
+    to_at.advance(to.2);
+    from.1.ranges(from.2, len, |addr, len| {
+        for slice in from.0.get_slices(addr, len, Permissions::Read).map_err(|_| OutOfRange)? {
+            let slice = slice.map_err(|_| OutOfRange)?;
+            let mut done = 0;
+            while done < slice.len() {
+                let (addr, room) = to_at.next().ok_or(OutOfRange)?;
+                let take = room.min((slice.len() - done) as u64) as usize;
+                for target in to.0.get_slices(addr, take, Permissions::Write).map_err(|_| OutOfRange)? {
+                    let target = target.map_err(|_| OutOfRange)?;
+                    let part = slice.subslice(done, target.len()).map_err(|_| OutOfRange)?;
+                    done += target.len();
+                    part.copy_to_volatile_slice(target);
+                }
+                to_at.advance(take as u64);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A place in a list of segments, so that a walk over two of them stays linear.
+struct Cursor<'a> {
+    segments: &'a [Segment],
+    offset: u64,
+}
+
+impl Cursor<'_> {
+    /// Where the next bytes go and how many fit there.
+    fn next(&mut self) -> Option<(GuestAddress, u64)> {
+        loop {
+            let (first, rest) = self.segments.split_first()?;
+            let room = u64::from(first.len).saturating_sub(self.offset);
+            if room > 0 {
+                return Some((GuestAddress(first.addr.0.checked_add(self.offset)?), room));
+            }
+            self.offset -= u64::from(first.len);
+            self.segments = rest;
+        }
+    }
+
+    fn advance(&mut self, bytes: u64) {
+        self.offset = self.offset.saturating_add(bytes);
+    }
+}
+
 /// Which way a [`Transfer`] moves data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {

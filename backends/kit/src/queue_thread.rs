@@ -12,18 +12,19 @@
 //! flight are still completed, and the conversation learns of it when it stops the ring.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use vm_memory::GuestMemory;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
 use crate::device::{Io, Progress, QueueHandler};
 use crate::ring::{Ring, RingError, Taken};
 use crate::spin::Spin;
 use crate::uring::{Completion, Uring, UringError};
-use crate::worker::{Command, Gate, Mailbox, QueuePulse, RingStart, wake};
+use crate::worker::{Gate, Mailbox, QueuePulse, RingOwner, RingStart, obey, wake};
 
 /// Operations that are submitted without waiting for the end of the batch.
 const SUBMIT_AT: u32 = 16;
@@ -33,6 +34,7 @@ const TAG_DEVICE: u64 = 1;
 const TAG_KICK: u64 = 2;
 const TAG_MAILBOX: u64 = 3;
 const TAG_REMOVED: u64 = 4;
+const TAG_SINK: u64 = 5;
 
 /// The `user_data` of an operation for request `head`.
 pub(crate) fn device_tag(head: u16) -> u64 {
@@ -52,6 +54,8 @@ struct Running<M> {
     kick: OwnedFd,
     err: Option<OwnedFd>,
     enabled: bool,
+    /// It was enabled and is no longer: requests are thrown away.
+    discards: bool,
     broken: bool,
 }
 
@@ -72,6 +76,8 @@ pub(crate) struct QueueThread<H, M> {
     /// spin, which costs as much as its requests do.
     waited_for_storage: bool,
     malformed: u64,
+    /// What the handler is blocked by is being polled.
+    sink_watched: bool,
 }
 
 impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
@@ -98,12 +104,13 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             spin: Spin::default(),
             waited_for_storage: false,
             malformed: 0,
+            sink_watched: false,
         }
     }
 
     pub(crate) fn run(&mut self) -> Result<(), UringError> {
         loop {
-            if self.mailbox.pending.swap(false, Ordering::AcqRel) && !self.obey()? {
+            if self.mailbox.pending.swap(false, Ordering::AcqRel) && !obey(self)? {
                 return Ok(());
             }
             if !self.step()? {
@@ -147,6 +154,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                 TAG_MAILBOX if !completion.more => {
                     self.uring.watch(self.mailbox.wake.as_fd(), TAG_MAILBOX << TAG_SHIFT)?;
                 }
+                TAG_SINK => self.sink_watched = false,
                 _ => {}
             }
         }
@@ -169,12 +177,13 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     /// Takes what the guest has made available, at most one ring full at a time.
     fn take(&mut self) -> Result<bool, UringError> {
         let Some(running) = &mut self.running else { return Ok(false) };
-        if !running.enabled || running.broken || !self.gate.is_open() {
+        let serves = running.enabled || running.discards;
+        if !serves || running.broken || !self.gate.is_open() {
             return Ok(false);
         }
         let mut count = 0_u16;
         let mut failed = Ok(());
-        while count < running.ring.size() {
+        while count < running.ring.size() && self.handler.blocked().is_none() {
             match running.ring.take(&*running.mem, &mut self.chain) {
                 Ok(Taken::Empty) => break,
                 Ok(Taken::Request) => {
@@ -183,7 +192,12 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     }
                     self.pulse.taken.fetch_add(1, Ordering::Relaxed);
                     let mut io = Io::new(&mut self.uring, &mut self.outstanding);
-                    if let Progress::Done { written } = self.handler.request(&mut io, &*running.mem, &self.chain) {
+                    let progress = if running.discards {
+                        Progress::Done { written: 0 }
+                    } else {
+                        self.handler.request(&mut io, &*running.mem, &self.chain)
+                    };
+                    if let Progress::Done { written } = progress {
                         self.pulse.completed.fetch_add(1, Ordering::Relaxed);
                         if let Err(e) = running.ring.complete(&*running.mem, self.chain.head(), written) {
                             failed = Err(e);
@@ -206,6 +220,9 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             count += 1;
         }
         self.check(failed);
+        if count > 0 {
+            self.handler.batch_ended();
+        }
         Ok(count > 0)
     }
 
@@ -225,15 +242,20 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     fn announce(&mut self) {
         if let Some(running) = &mut self.running {
             let told = running.ring.notify(&*running.mem);
-            self.check(told);
+            self.check(told.map(drop));
         }
     }
 
     /// Nothing to do: spin a little, then ask for a kick and sleep.
     fn idle(&mut self) -> Result<(), UringError> {
         let open = self.gate.is_open();
-        if let Some(running) = &mut self.running
-            && running.enabled
+        if let Some(sink) = self.handler.blocked() {
+            if !self.sink_watched {
+                self.uring.watch_once(sink, libc::POLLOUT, TAG_SINK << TAG_SHIFT)?;
+                self.sink_watched = true;
+            }
+        } else if let Some(running) = &mut self.running
+            && (running.enabled || running.discards)
             && !running.broken
             && open
         {
@@ -301,50 +323,11 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         self.announce();
         Ok(())
     }
+}
 
-    /// Does what the conversation wants; false when the thread shall end.
-    fn obey(&mut self) -> Result<bool, UringError> {
-        // Take the eventfd's count, so that the level-triggered poll does not fire again by itself.
-        let _ = rustix::io::read(&self.mailbox.wake, &mut [0_u8; 8]);
-        loop {
-            let command = self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-            match command {
-                None => return Ok(true),
-                Some(Command::Quit) => {
-                    self.stop()?;
-                    return Ok(false);
-                }
-                Some(Command::Start(start, reply)) => {
-                    let started = self.start(*start)?;
-                    let _ = reply.send(started);
-                }
-                Some(Command::Stop(reply)) => {
-                    let base = self.stop()?;
-                    let _ = reply.send(base);
-                }
-                Some(Command::Memory(mem, reply)) => {
-                    self.drain()?;
-                    if let Some(running) = &mut self.running {
-                        running.mem = mem;
-                    }
-                    let _ = reply.send(());
-                }
-                Some(Command::Call(call, reply)) => {
-                    if let Some(running) = &mut self.running {
-                        running.ring.call = call;
-                        // What was announced to the old descriptor may have been lost with it.
-                        running.ring.interrupt();
-                    }
-                    let _ = reply.send(());
-                }
-                Some(Command::Enable(enabled, reply)) => {
-                    if let Some(running) = &mut self.running {
-                        running.enabled = enabled;
-                    }
-                    let _ = reply.send(());
-                }
-            }
-        }
+impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
+    fn mailbox(&self) -> &Arc<Mailbox<M>> {
+        &self.mailbox
     }
 
     fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
@@ -364,6 +347,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             kick: start.kick,
             err: start.err,
             enabled: start.enabled,
+            discards: false,
             broken: false,
         });
         self.kick_epoch += 1;
@@ -383,5 +367,29 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         self.uring.submit()?;
         self.handler.stopped();
         Ok(Some(running.ring.next_avail()))
+    }
+
+    fn set_memory(&mut self, mem: Arc<M>) -> Result<(), UringError> {
+        self.drain()?;
+        if let Some(running) = &mut self.running {
+            running.mem = mem;
+        }
+        Ok(())
+    }
+
+    fn set_call(&mut self, call: Option<EventFd>) {
+        if let Some(running) = &mut self.running {
+            running.ring.call = call;
+            // What was announced to the old descriptor may have been lost with it.
+            running.ring.interrupt();
+        }
+    }
+
+    fn set_enabled(&mut self, enabled: bool) {
+        if let Some(running) = &mut self.running {
+            running.discards =
+                !enabled && (running.enabled || running.discards) && self.handler.discards_when_disabled();
+            running.enabled = enabled;
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! One running virtqueue: avail and used ring (by `virtio-queue`), chains, requests in flight, notifications.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -99,7 +99,8 @@ pub struct Ring {
     resubmit: VecDeque<u16>,
     taken: Vec<bool>,
     in_flight: u16,
-    unannounced: bool,
+    /// The used index when the guest was last told of it, or last chose not to be.
+    announced: u16,
     armed: bool,
     continued: bool,
     /// The descriptor that interrupts the guest; none when it polls.
@@ -146,7 +147,7 @@ impl Ring {
             resubmit: recovered.resubmit.into(),
             taken: vec![false; usize::from(config.size)],
             in_flight: 0,
-            unannounced: false,
+            announced: used,
             armed: true,
             continued: recovered.continued,
             call: None,
@@ -216,40 +217,85 @@ impl Ring {
 
     /// Puts a finished request into the used ring. The guest hears of it from [`Ring::notify`].
     pub fn complete<M: GuestMemory>(&mut self, mem: &M, head: u16, written: u32) -> Result<(), RingError> {
+        self.complete_together(mem, &[(head, written)])
+    }
+
+    /// Puts finished requests, each a head and the bytes written, into the used ring with one step of its index: the
+    /// guest sees all of them or none, also when this process dies in between. At most a ring full.
+    pub fn complete_together<M: GuestMemory>(&mut self, mem: &M, done: &[(u16, u32)]) -> Result<(), RingError> {
+        let size = self.table.size;
+        let failed = |e: &dyn std::fmt::Display| RingError::Broken { index: self.index, reason: e.to_string() };
+        let mut next = self.queue.next_used();
+        for (head, written) in done {
+            if *head >= size {
+                return Err(RingError::Config { index: self.index, what: "a head lies outside the ring" });
+            }
+            if let Some(tracker) = &mut self.tracker {
+                tracker.completing(*head);
+            }
+            let entry = self.queue.used_ring() + 4 + 8 * u64::from(next % size);
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            mem.write_slice(&element.to_le_bytes(), GuestAddress(entry)).map_err(|e| failed(&e))?;
+            next = next.wrapping_add(1);
+        }
+        mem.store(next.to_le(), GuestAddress(self.queue.used_ring() + 2), Ordering::Release).map_err(|e| failed(&e))?;
+        self.queue.set_next_used(next);
         if let Some(tracker) = &mut self.tracker {
-            tracker.completing(head);
+            tracker.completed(done.iter().map(|(head, _)| *head), next);
         }
-        self.queue.add_used(mem, head, written).map_err(|e| broken(self.index, &e))?;
-        if let Some(tracker) = &mut self.tracker {
-            tracker.completed(head, self.queue.next_used());
+        for (head, _) in done {
+            if let Some(taken) = self.taken.get_mut(usize::from(*head)) {
+                *taken = false;
+            }
         }
-        if let Some(taken) = self.taken.get_mut(usize::from(head)) {
-            *taken = false;
-        }
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.unannounced = true;
+        self.in_flight = self.in_flight.saturating_sub(done.len() as u16);
         Ok(())
     }
 
-    /// Interrupts the guest when there is something new and it wants to know; once per batch.
-    pub fn notify<M: GuestMemory>(&mut self, mem: &M) -> Result<(), RingError> {
-        if !self.unannounced {
-            return Ok(());
+    /// Takes back that `heads` were taken, the last ones first: they, and what a predecessor left and nobody has taken
+    /// yet, are available again for the next owner of the ring. Only for a device that completes in order.
+    pub fn give_back(&mut self, heads: &[u16]) {
+        let again = heads.iter().copied().chain(std::mem::take(&mut self.resubmit));
+        let again: Vec<u16> = again.collect();
+        for head in again.iter().rev() {
+            if let Some(tracker) = &mut self.tracker {
+                tracker.give_back(*head);
+            }
+            if let Some(taken) = self.taken.get_mut(usize::from(*head)) {
+                *taken = false;
+            }
         }
-        self.unannounced = false;
+        self.in_flight = self.in_flight.saturating_sub(heads.len() as u16);
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(again.len() as u16));
+    }
+
+    /// Interrupts the guest when there is something new and it wants to know; once per batch. Whether it did.
+    pub fn notify<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, RingError> {
+        let used = self.queue.next_used();
+        let before = std::mem::replace(&mut self.announced, used);
+        if used == before {
+            return Ok(false);
+        }
+        // What was put into the used ring must be seen before the guest's wish is read.
+        fence(Ordering::SeqCst);
+        let avail = self.queue.avail_ring();
+        let load = |addr: u64| -> Result<u16, RingError> {
+            let value: u16 = mem
+                .load(GuestAddress(addr), Ordering::Relaxed)
+                .map_err(|e| RingError::Broken { index: self.index, reason: e.to_string() })?;
+            Ok(u16::from_le(value))
+        };
         let wanted = if self.queue.event_idx_enabled() {
-            self.queue.needs_notification(mem).map_err(|e| broken(self.index, &e))?
+            let event = load(avail + 4 + 2 * u64::from(self.table.size))?;
+            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
         } else {
             const NO_INTERRUPT: u16 = 1;
-            let flags: u16 = mem
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::SeqCst)
-                .map_err(|e| RingError::Broken { index: self.index, reason: e.to_string() })?;
-            u16::from_le(flags) & NO_INTERRUPT == 0
+            load(avail)? & NO_INTERRUPT == 0
         };
         if wanted {
             self.interrupt();
         }
-        Ok(())
+        Ok(wanted)
     }
 
     /// Interrupts the guest without asking.
@@ -386,14 +432,14 @@ mod tests {
         for _ in 0..5 {
             assert_eq!(ring.take(&mem, &mut chain).unwrap(), Taken::Request);
         }
-        for head in [2, 0, 4, 1] {
+        for together in [vec![(2, 1)], vec![(0, 1), (4, 1), (1, 1)]] {
             picture();
-            ring.complete(&mem, head, 1).unwrap();
+            ring.complete_together(&mem, &together).unwrap();
         }
         picture();
         WATCHED.set(None);
         let moments = MOMENTS.take();
-        assert!(moments.len() > 12, "only {} moments", moments.len());
+        assert!(moments.len() > 8, "only {} moments", moments.len());
         for (moment, (memory_bytes, region_bytes_then)) in moments.iter().enumerate() {
             let (mem, file) = memory();
             file.write_all_at(memory_bytes, 0).unwrap();
@@ -409,6 +455,39 @@ mod tests {
             assert_eq!(both, (0..5).collect(), "moment {moment}: none is lost");
             assert_eq!(again.len() + finished.len(), 5, "moment {moment}: none is in both places");
             assert!(again.is_sorted(), "moment {moment}: in the order of taking");
+            assert!([0, 1, 4].contains(&used), "moment {moment}: the last three are seen together");
         }
+    }
+
+    /// Buffers that were taken and not filled are there for the next owner, as are those of a predecessor that nobody
+    /// has taken again.
+    #[test]
+    fn what_is_given_back_is_taken_again_in_the_same_order() {
+        let (mem, _) = memory();
+        let region = Region::map(create(1, SIZE).unwrap(), 0, region_bytes(1, SIZE), 1, SIZE).unwrap();
+        for head in 0..6_u16 {
+            mem.store(5 - head, GuestAddress(0x1004 + 2 * u64::from(head)), Ordering::Relaxed).unwrap();
+        }
+        mem.store(6_u16, GuestAddress(0x1002), Ordering::Release).unwrap();
+        let mut chain = Chain::default();
+        let mut start = |base, take: usize| {
+            let tracker = region.tracker(0, SIZE).unwrap();
+            let mut ring = Ring::start(&mem, RingConfig { base, ..config(tracker) }).unwrap();
+            let mut heads = Vec::new();
+            for _ in 0..take {
+                assert_eq!(ring.take(&mem, &mut chain).unwrap(), Taken::Request);
+                heads.push(chain.head());
+            }
+            (ring, heads)
+        };
+        // Dies with four taken; its successor takes two of them again, completes one and stops.
+        drop(start(0, 4));
+        let (mut ring, heads) = start(4, 2);
+        assert_eq!(heads, [5, 4]);
+        ring.complete(&mem, 5, 1).unwrap();
+        ring.give_back(&[4]);
+        assert_eq!((ring.next_avail(), ring.in_flight()), (1, 0));
+        let (_, heads) = start(1, 5);
+        assert_eq!(heads, [4, 3, 2, 1, 0]);
     }
 }

@@ -5,14 +5,15 @@
 //! seen. Behind a gate that keeps the queues from taking requests, the fence against a predecessor is raised; with a
 //! supervisor not before its `Start`, which says that no copy of the image's descriptor is left in its hands.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use atoll_protocol::sidecar::{GoodbyeReason, SidecarReport};
@@ -69,6 +70,9 @@ pub enum ServeError {
     /// The supervisor never said start.
     #[error("the supervisor hung up before it said start")]
     NeverStarted,
+    /// Several devices need a listening socket.
+    #[error("one front end was inherited for {0} devices: let them listen on a socket")]
+    OneFrontEnd(usize),
     /// A thread could not be made.
     #[error("cannot start the {what} thread: {source}")]
     Thread {
@@ -153,14 +157,16 @@ pub struct Service {
     pub jail: Option<crate::jail::Jail>,
 }
 
+type Talk<D> = Arc<Mutex<Conversation<D>>>;
+
 struct Keeper<D: Device> {
-    conversation: Arc<Mutex<Conversation<D>>>,
+    conversations: Vec<Talk<D>>,
     socket: Option<PathBuf>,
 }
 
 impl<D: Device> Keeper<D> {
     fn end(&self, reports: Option<&Reports>, status: i32) -> ! {
-        session::lock(&self.conversation).reset();
+        self.conversations.iter().for_each(|c| session::lock(c).reset());
         if let Some(path) = &self.socket {
             let _ = std::fs::remove_file(path);
         }
@@ -173,7 +179,7 @@ impl<D: Device> Keeper<D> {
 
 impl<D: Device> Orders for Keeper<D> {
     fn quiesce(&self) {
-        session::lock(&self.conversation).quiesce();
+        self.conversations.iter().for_each(|c| session::lock(c).quiesce());
     }
 
     fn exit(&self, reports: &Reports) -> ! {
@@ -190,15 +196,25 @@ impl<D: Device> Orders for Keeper<D> {
 
 /// Serves `device` until its front end or its supervisor has gone.
 pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
+    run_all(vec![device], service)
+}
+
+/// Serves several devices on one listening socket: a front end that connects gets the first one that is free, and has a
+/// conversation, queue threads and a memory map of its own. All threads exist before the jail closes; a front end that
+/// finds no device free is hung up on.
+pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), ServeError> {
     let Service { transport, sidecar, fence, jail } = service;
     end_on_panic();
     if let Some(jail) = &jail {
         jail.confine()?;
     }
     let gate = Arc::new(Gate::default());
-    let conversation = Arc::new(Mutex::new(Conversation::new(device, &gate)?));
+    let mut conversations = Vec::new();
+    for device in devices {
+        conversations.push(Arc::new(Mutex::new(Conversation::new(device, &gate)?)));
+    }
     let keeper = || Keeper {
-        conversation: Arc::clone(&conversation),
+        conversations: conversations.clone(),
         socket: match &transport {
             Transport::Listen(listening) => Some(listening.path.clone()),
             Transport::Connected(_) => None,
@@ -208,7 +224,10 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
     let serving = sidecar.as_ref().map(Sidecar::serving);
     let started = sidecar
         .map(|sidecar| {
-            let pulses = session::lock(&conversation).workers().iter().map(|w| Arc::clone(w.pulse())).collect();
+            let pulses = conversations
+                .iter()
+                .flat_map(|c| session::lock(c).workers().iter().map(|w| Arc::clone(w.pulse())).collect::<Vec<_>>())
+                .collect();
             sidecar.attend(pulses, keeper()).map_err(|source| ServeError::Thread { what: "sidecar", source })
         })
         .transpose()?;
@@ -218,6 +237,7 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
         move || keeper.end(reports.as_ref(), 0)
     })
     .map_err(|source| ServeError::Thread { what: "signal", source })?;
+    let ports = Ports::start(&conversations)?;
     if let Some(jail) = jail {
         jail.lock()?;
     }
@@ -225,7 +245,7 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
         if let Some(serving) = &serving {
             serving.store(true, Ordering::Release);
         }
-        talk(&conversation, transport)
+        talk(&conversations, &ports, transport)
     });
     if let Some(reports) = &reports {
         reports.goodbye(match &outcome {
@@ -275,9 +295,63 @@ fn speaks(stream: &UnixStream) -> bool {
     matches!(retry_on_intr(|| poll(&mut watched, Some(&limit))), Ok(1..))
 }
 
-fn talk<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, transport: Transport) -> Result<(), ServeError> {
-    match transport {
-        Transport::Connected(stream) => {
+/// The threads that talk with the front ends of several devices; none when there is one device.
+struct Ports {
+    calls: Vec<SyncSender<UnixStream>>,
+    free: Arc<Mutex<BTreeSet<usize>>>,
+}
+
+impl Ports {
+    fn start<D: Device>(conversations: &[Talk<D>]) -> Result<Self, ServeError> {
+        let mut calls = Vec::new();
+        let free = Arc::new(Mutex::new((0..conversations.len()).collect::<BTreeSet<_>>()));
+        if conversations.len() < 2 {
+            return Ok(Self { calls, free });
+        }
+        for (port, conversation) in conversations.iter().enumerate() {
+            let (call, called) = sync_channel(1);
+            let (conversation, free) = (Arc::clone(conversation), Arc::clone(&free));
+            std::thread::Builder::new()
+                .name(format!("port{port}"))
+                .stack_size(256 << 10)
+                .spawn(move || {
+                    while let Ok(stream) = called.recv() {
+                        one(&conversation, stream, port);
+                        free.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
+                    }
+                })
+                .map_err(|source| ServeError::Thread { what: "port", source })?;
+            calls.push(call);
+        }
+        Ok(Self { calls, free })
+    }
+
+    /// Gives a front end to the first free device.
+    fn give(&self, stream: UnixStream) {
+        let port = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop_first();
+        match port.and_then(|port| self.calls.get(port)) {
+            // A free port's thread waits for the next call, or is about to.
+            Some(call) => drop(call.send(stream)),
+            None => tracing::warn!(ports = self.calls.len(), "all ports are taken: hanging up on a front end"),
+        }
+    }
+}
+
+/// One front end on a listening socket, until it hangs up.
+fn one<D: Device>(conversation: &Talk<D>, stream: UnixStream, port: usize) {
+    if !speaks(&stream) {
+        tracing::warn!(within = ?FIRST_WORD, "a client connected and said nothing: hanging up");
+        return;
+    }
+    tracing::info!(port, socket = stream.as_raw_fd(), "a front end has connected");
+    let end = session::serve(conversation, stream);
+    session::lock(conversation).reset();
+    tracing::info!(port, %end, "waiting for the next front end");
+}
+
+fn talk<D: Device>(conversations: &[Talk<D>], ports: &Ports, transport: Transport) -> Result<(), ServeError> {
+    match (transport, conversations) {
+        (Transport::Connected(stream), [conversation]) => {
             let end = session::serve(conversation, stream);
             session::lock(conversation).reset();
             match end {
@@ -285,19 +359,16 @@ fn talk<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, transport: Transp
                 failed @ EndOfTalk::Failed(_) => Err(ServeError::Talk(failed)),
             }
         }
-        Transport::Listen(listening) => loop {
+        (Transport::Connected(_), _) => Err(ServeError::OneFrontEnd(conversations.len())),
+        (Transport::Listen(listening), _) => loop {
             let (stream, _) = listening
                 .listener
                 .accept()
                 .map_err(|source| ServeError::Listen { path: listening.path.display().to_string(), source })?;
-            if !speaks(&stream) {
-                tracing::warn!(within = ?FIRST_WORD, "a client connected and said nothing: hanging up");
-                continue;
+            match conversations {
+                [conversation] => one(conversation, stream, 0),
+                _ => ports.give(stream),
             }
-            tracing::info!(socket = stream.as_raw_fd(), "a front end has connected");
-            let end = session::serve(conversation, stream);
-            session::lock(conversation).reset();
-            tracing::info!(%end, "waiting for the next front end");
         },
     }
 }

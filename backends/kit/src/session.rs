@@ -134,6 +134,11 @@ impl<D: Device> Conversation<D> {
         let workers = (0..layout.queues)
             .map(|index| Worker::spawn(index, device.queue(index), Arc::clone(gate)))
             .collect::<Result<Vec<_>, _>>()?;
+        for (index, worker) in (0_u16..).zip(&workers) {
+            if let Some(inlet) = worker.inlet() {
+                device.opened(index, inlet);
+            }
+        }
         let queues = (0..layout.queues).map(|_| QueueState::default()).collect();
         Ok(Self {
             device,

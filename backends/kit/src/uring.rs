@@ -60,12 +60,17 @@ impl Uring {
     /// A ring of `entries` submission slots that accepts `opcodes` besides the polls that the kit needs.
     /// Must be called by the thread that will drive the ring.
     pub fn new(entries: u32, opcodes: &[u8]) -> Result<Self, UringError> {
+        Self::with_room(entries, COMPLETIONS, opcodes)
+    }
+
+    /// The same with room for `completions`.
+    pub fn with_room(entries: u32, completions: u32, opcodes: &[u8]) -> Result<Self, UringError> {
         let ring = IoUring::builder()
             .setup_r_disabled()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
-            .setup_cqsize(COMPLETIONS)
+            .setup_cqsize(completions)
             .build(entries)
             .map_err(UringError::Create)?;
         let mut restrictions: Vec<Restriction> = opcodes.iter().map(|op| Restriction::sqe_op(*op)).collect();
@@ -99,6 +104,13 @@ impl Uring {
             .multi(true)
             .build()
             .user_data(user_data);
+        // SAFETY: the entry points to no memory; the kernel takes its own reference to the file.
+        unsafe { self.push(&entry) }
+    }
+
+    /// Watches `fd` until it is ready for one of `events` (POLLIN, POLLOUT), once.
+    pub fn watch_once(&mut self, fd: BorrowedFd<'_>, events: i16, user_data: u64) -> Result<(), UringError> {
+        let entry = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), events as u32).build().user_data(user_data);
         // SAFETY: the entry points to no memory; the kernel takes its own reference to the file.
         unsafe { self.push(&entry) }
     }

@@ -12,6 +12,8 @@ use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::QueueHandler;
+use crate::inlet::Inlet;
+use crate::inlet_thread::{self, InletThread};
 use crate::queue_thread::{QueueThread, open};
 use crate::ring::{RingConfig, RingError};
 use crate::uring::UringError;
@@ -95,11 +97,59 @@ pub(crate) struct Mailbox<M> {
     pub(crate) wake: OwnedFd,
 }
 
+/// A thread that owns a ring and does what the conversation wants.
+pub(crate) trait RingOwner<M> {
+    fn mailbox(&self) -> &Arc<Mailbox<M>>;
+    fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError>;
+    fn stop(&mut self) -> Result<Option<u16>, UringError>;
+    fn set_memory(&mut self, mem: Arc<M>) -> Result<(), UringError>;
+    fn set_call(&mut self, call: Option<EventFd>);
+    fn set_enabled(&mut self, enabled: bool);
+}
+
+/// Does what the conversation wants; false when the thread shall end.
+pub(crate) fn obey<M>(owner: &mut impl RingOwner<M>) -> Result<bool, UringError> {
+    let mailbox = Arc::clone(owner.mailbox());
+    // Take the eventfd's count, so that the level-triggered poll does not fire again by itself.
+    let _ = rustix::io::read(&mailbox.wake, &mut [0_u8; 8]);
+    loop {
+        let command = mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        match command {
+            None => return Ok(true),
+            Some(Command::Quit) => {
+                owner.stop()?;
+                return Ok(false);
+            }
+            Some(Command::Start(start, reply)) => {
+                let started = owner.start(*start)?;
+                let _ = reply.send(started);
+            }
+            Some(Command::Stop(reply)) => {
+                let base = owner.stop()?;
+                let _ = reply.send(base);
+            }
+            Some(Command::Memory(mem, reply)) => {
+                owner.set_memory(mem)?;
+                let _ = reply.send(());
+            }
+            Some(Command::Call(call, reply)) => {
+                owner.set_call(call);
+                let _ = reply.send(());
+            }
+            Some(Command::Enable(enabled, reply)) => {
+                owner.set_enabled(enabled);
+                let _ = reply.send(());
+            }
+        }
+    }
+}
+
 /// The conversation's handle of one queue thread. Each call returns when the thread has done it.
 pub struct Worker<M> {
     index: u16,
     mailbox: Arc<Mailbox<M>>,
     pulse: Arc<QueuePulse>,
+    inlet: Option<Arc<Inlet<M>>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -136,11 +186,16 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
         let mailbox = Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
         let (ready, is_ready) = sync_channel(1);
         let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&pulse));
+        let inlet = handler.is_inlet().then(|| Arc::new(Inlet::new(index, Arc::clone(&gate), Arc::clone(&pulse))));
+        let filled = inlet.clone();
         let thread = std::thread::Builder::new()
             .name(format!("queue{index}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                let opened = open(&handler, &inbox);
+                let opened = match &filled {
+                    Some(_) => inlet_thread::open(&inbox),
+                    None => open(&handler, &inbox),
+                };
                 let uring = match opened {
                     Ok(uring) => uring,
                     Err(e) => {
@@ -149,8 +204,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
                     }
                 };
                 let _ = ready.send(Ok(()));
-                let mut thread = QueueThread::new(index, uring, handler, inbox, counts, gate);
-                if let Err(e) = thread.run() {
+                let ended = match filled {
+                    Some(inlet) => InletThread::new(index, uring, handler, inbox, inlet).run(),
+                    None => QueueThread::new(index, uring, handler, inbox, counts, gate).run(),
+                };
+                if let Err(e) = ended {
                     // Without its ring the thread can neither finish nor hand over what is in flight. The
                     // record in the in-flight region is what a successor needs.
                     tracing::error!(queue = index, error = %e, "the queue thread cannot go on");
@@ -159,7 +217,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
             })
             .map_err(|e| failed(e.to_string()))?;
         match is_ready.recv() {
-            Ok(Ok(())) => Ok(Self { index, mailbox, pulse, thread: Some(thread) }),
+            Ok(Ok(())) => Ok(Self { index, mailbox, pulse, inlet, thread: Some(thread) }),
             Ok(Err(source)) => Err(SpawnError::Uring { index, source }),
             Err(_) => Err(failed("it ended at once".to_owned())),
         }
@@ -168,6 +226,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
     /// What the queue has done, and whether its thread goes round.
     pub fn pulse(&self) -> &Arc<QueuePulse> {
         &self.pulse
+    }
+
+    /// The ring, if it is one that is filled from outside.
+    pub fn inlet(&self) -> Option<&Arc<Inlet<M>>> {
+        self.inlet.as_ref()
     }
 
     /// Wakes the thread, so that it looks at its gate again.

@@ -82,6 +82,8 @@ pub struct Jail {
     pub socket: Option<PathBuf>,
     /// A supervisor started this process.
     pub supervised: bool,
+    /// Requests of `ioctl` that the device needs while it serves, on what is open by then.
+    pub ioctls: &'static [u64],
 }
 
 impl Jail {
@@ -100,6 +102,6 @@ impl Jail {
 
     /// Third step: all threads exist.
     pub fn lock(&self) -> Result<(), JailError> {
-        syscalls::restrict(self.socket.is_some())
+        syscalls::restrict(self.socket.is_some(), self.ioctls)
     }
 }

@@ -73,7 +73,7 @@ const ALLOWED: &[i64] = &[
 const ALLOWED_LISTENING: &[i64] = &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat];
 
 /// Restricts all threads. A call that is not allowed ends the process.
-pub(super) fn restrict(listens: bool) -> Result<(), JailError> {
+pub(super) fn restrict(listens: bool, ioctls: &[u64]) -> Result<(), JailError> {
     let failed = |e: &dyn std::fmt::Display| JailError::Seccomp(e.to_string());
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     if listens {
@@ -90,6 +90,14 @@ pub(super) fn restrict(listens: bool) -> Result<(), JailError> {
         .and_then(|condition| SeccompRule::new(vec![condition]))
         .map_err(|e| failed(&e))?;
     rules.insert(libc::SYS_prctl, vec![name]);
+    if !ioctls.is_empty() {
+        let one = |request: &u64| {
+            SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, *request)
+                .and_then(|condition| SeccompRule::new(vec![condition]))
+                .map_err(|e| failed(&e))
+        };
+        rules.insert(libc::SYS_ioctl, ioctls.iter().map(one).collect::<Result<_, _>>()?);
+    }
     // `statx` only on a descriptor: an empty path cannot be seen here, but landlock hides all paths.
     rules.insert(libc::SYS_statx, Vec::new());
     let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
