@@ -13,4 +13,5 @@ pub mod irq;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
+pub mod unix_socket;
 pub mod vhost;

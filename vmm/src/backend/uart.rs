@@ -63,6 +63,8 @@ pub struct UartLine {
     end: OwnedFd,
     /// A pseudo-terminal hangs up when nobody holds its other side.
     _other_side: Option<OwnedFd>,
+    /// What people open to get to it.
+    name: Option<String>,
 }
 
 impl UartLine {
@@ -77,7 +79,7 @@ impl UartLine {
                 // Emptied once, here; then each incarnation goes on at the end.
                 File::create(path).map_err(named)?;
                 let file = OpenOptions::new().append(true).open(path).map_err(named)?;
-                Ok(Self { end: file.into(), _other_side: None })
+                Ok(Self { end: file.into(), _other_side: None, name: None })
             }
             UartOutput::Pty => Self::pty().map_err(UartError::Pty),
         }
@@ -94,7 +96,12 @@ impl UartLine {
         attributes.make_raw();
         tcsetattr(&other, OptionalActions::Now, &attributes)?;
         tracing::info!("the second serial port is at {name}");
-        Ok(Self { end, _other_side: Some(other) })
+        Ok(Self { end, _other_side: Some(other), name: Some(name) })
+    }
+
+    /// Name of the pseudo-terminal, where the line leads to one.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
     }
 }
 

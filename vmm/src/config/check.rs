@@ -1,10 +1,24 @@
 //! What can be wrong with a configuration by itself.
 
 use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::path::Path;
 
 use thiserror::Error;
 
-use super::{DeviceConfig, NetConfig, VmConfig};
+use super::{ConsoleMode, DeviceConfig, DiskConfig, NetConfig, RateLimiterConfig, VmConfig};
+use crate::unix_socket::PATH_BYTES_MAX;
+
+/// Most request queues of a disk, and pairs of a network card times two.
+const QUEUES_MAX: u16 = 64;
+/// Most bytes of a disk's serial (virtio 1.2, 5.2.6: GET_ID).
+const SERIAL_BYTES_MAX: usize = 20;
+/// Most bytes of an interface's name (IFNAMSIZ without the final zero).
+const INTERFACE_BYTES_MAX: usize = 15;
+/// Most bytes of a device's name.
+const ID_BYTES_MAX: usize = 64;
+/// Most bytes of a shared folder's tag (virtio 1.2, 5.11.4).
+const TAG_BYTES_MAX: usize = 36;
 
 /// A configuration that no machine can be built from. The text names the thing and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -31,6 +45,9 @@ pub enum ConfigError {
     Unsupported(String),
 }
 
+/// What is wrong with one device, for its name to be put before.
+type Wrong = Result<(), String>;
+
 impl VmConfig {
     /// Finds what is wrong without opening anything.
     ///
@@ -43,16 +60,28 @@ impl VmConfig {
         if self.payload.kernel.is_none() {
             return Err(ConfigError::NoKernel);
         }
+        self.check_devices()
+    }
+
+    /// As [`Self::check`], for a machine that has no kernel yet.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn check_devices(&self) -> Result<(), ConfigError> {
         if self.memory.hotplug_size.is_some_and(|size| size > 0) {
             return Err(ConfigError::Unsupported(
                 "memory hotplug is not supported: leave memory.hotplug_size out and give all of it as size".into(),
             ));
+        }
+        if self.cpus.boot_vcpus == 0 {
+            return Err(ConfigError::Unsupported("a machine has at least one vCPU: give cpus.boot_vcpus".into()));
         }
         if self.cpus.max_vcpus != self.cpus.boot_vcpus {
             return Err(ConfigError::Unsupported(
                 "vCPU hotplug is not supported: give cpus.max_vcpus the value of cpus.boot_vcpus".into(),
             ));
         }
+        self.check_ports()?;
         let mut seen = BTreeSet::new();
         for device in self.devices() {
             device.check()?;
@@ -60,6 +89,33 @@ impl VmConfig {
                 && !seen.insert(id.to_owned())
             {
                 return Err(ConfigError::DuplicateId(id.to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_ports(&self) -> Result<(), ConfigError> {
+        let ports = [("serial", &self.serial), ("serial2", &self.serial2), ("console", &self.console)];
+        let wrong = |name: &str, what: String| Err(ConfigError::Device { device: name.into(), what });
+        let mut terminal = None;
+        for (name, port) in ports {
+            let Some(port) = port else { continue };
+            match port.mode {
+                ConsoleMode::Tty => {
+                    if let Some(other) = terminal.replace(name) {
+                        return wrong(name, format!("{other} has the terminal already: give it another mode"));
+                    }
+                }
+                ConsoleMode::File if port.file.is_none() => return wrong(name, "mode File needs file".into()),
+                ConsoleMode::Socket => match &port.socket {
+                    None => return wrong(name, "mode Socket needs socket".into()),
+                    Some(path) => check_socket(path).or_else(|what| wrong(name, what))?,
+                },
+                _ => {}
+            }
+            let served = name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
+            if !served {
+                return wrong(name, "the second serial port leads to a file, a pty or is off".into());
             }
         }
         Ok(())
@@ -72,46 +128,195 @@ impl DeviceConfig {
     /// # Errors
     /// The first thing that is wrong.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let wrong = |what: &str| {
-            let device =
-                self.id().map_or_else(|| self.kind().name().to_owned(), |id| format!("{} {id}", self.kind().name()));
-            Err(ConfigError::Device { device, what: what.into() })
-        };
+        self.id().map_or(Ok(()), check_id).and_then(|()| self.check_kind()).map_err(|what| {
+            let kind = self.kind().name();
+            let device = self.id().map_or_else(|| kind.to_owned(), |id| format!("{kind} {id}"));
+            ConfigError::Device { device, what }
+        })
+    }
+
+    fn check_kind(&self) -> Wrong {
         match self {
-            Self::Disk(disk) => match (&disk.path, disk.vhost_user, &disk.vhost_socket) {
-                (None, false, None) => wrong("it has no image: give path=FILE, or vhost_user=true,socket=PATH"),
-                (_, false, Some(_)) => wrong("a socket needs vhost_user=true"),
-                (_, true, None) => wrong("vhost_user=true needs socket=PATH"),
-                (Some(_), true, _) => wrong("path does not go with vhost_user=true: leave one of them out"),
-                _ => Ok(()),
-            },
-            Self::Net(net) => net.check_way().or_else(wrong),
-            Self::Generic(device) if device.queue_sizes.is_empty() => {
-                wrong("it has no queues: give queue_sizes=[256] with one size a queue")
+            Self::Disk(disk) => disk.check_kind(),
+            Self::Net(net) => net.check_kind(),
+            Self::Fs(fs) => {
+                if fs.tag.is_empty() || fs.tag.len() > TAG_BYTES_MAX {
+                    return Err(format!("tag has 1 to {TAG_BYTES_MAX} bytes"));
+                }
+                check_queues(fs.num_queues, fs.queue_size)?;
+                check_socket(&fs.socket)
             }
-            Self::Vsock(vsock) if vsock.cid < 3 || vsock.cid >= u64::from(u32::MAX) => {
-                wrong("cid is a number from 3 to 4294967294")
+            Self::Vsock(vsock) => {
+                if vsock.cid < 3 || vsock.cid >= u64::from(u32::MAX) {
+                    return Err("cid is a number from 3 to 4294967294".into());
+                }
+                check_socket(&vsock.socket)
             }
-            _ => Ok(()),
+            Self::Generic(device) => {
+                if device.queue_sizes.is_empty() {
+                    return Err("it has no queues: give queue_sizes=[256] with one size a queue".into());
+                }
+                if device.queue_sizes.len() > usize::from(QUEUES_MAX) {
+                    return Err(format!("it has more than {QUEUES_MAX} queues; give fewer queue_sizes"));
+                }
+                for size in &device.queue_sizes {
+                    check_queues(None, Some(*size))?;
+                }
+                check_socket(&device.socket)
+            }
+            Self::Rng(_) | Self::Console(_) => Ok(()),
         }
     }
 }
 
+/// A name goes into paths, logs and URLs.
+fn check_id(id: &str) -> Wrong {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if id.is_empty() || id.len() > ID_BYTES_MAX || !id.bytes().all(plain) {
+        return Err(format!("an id has 1 to {ID_BYTES_MAX} letters, digits, dots, hyphens and underscores"));
+    }
+    Ok(())
+}
+
+fn check_queues(count: Option<u16>, size: Option<u16>) -> Wrong {
+    if count.is_some_and(|count| !(1..=QUEUES_MAX).contains(&count)) {
+        return Err(format!("num_queues is a number from 1 to {QUEUES_MAX}"));
+    }
+    if size.is_some_and(|size| !size.is_power_of_two() || !(2..=32768).contains(&size)) {
+        return Err("a queue's size is a power of two from 2 to 32768".into());
+    }
+    Ok(())
+}
+
+fn check_socket(path: &Path) -> Wrong {
+    let bytes = path.as_os_str().len();
+    if bytes == 0 {
+        return Err("socket needs a path".into());
+    }
+    if bytes > PATH_BYTES_MAX {
+        return Err(format!("the socket path has {bytes} bytes and a UNIX socket holds {PATH_BYTES_MAX}; choose a shorter one"));
+    }
+    Ok(())
+}
+
+fn check_limits(limits: Option<RateLimiterConfig>) -> Wrong {
+    let buckets = limits.map(|limits| [limits.bandwidth, limits.ops]).into_iter().flatten().flatten();
+    for bucket in buckets {
+        if bucket.size == 0 || bucket.refill_time == 0 {
+            return Err("a rate limit's size and refill_time (ms) are at least 1; leave it out to have no limit".into());
+        }
+    }
+    Ok(())
+}
+
+impl DiskConfig {
+    fn check_kind(&self) -> Wrong {
+        match (&self.path, self.vhost_user, &self.vhost_socket) {
+            (None, false, None) => return Err("it has no image: give path=FILE, or vhost_user=true,socket=PATH".into()),
+            (_, false, Some(_)) => return Err("a socket needs vhost_user=true".into()),
+            (_, true, None) => return Err("vhost_user=true needs socket=PATH".into()),
+            (_, true, Some(socket)) => {
+                let given = [
+                    (self.path.is_some(), "path"),
+                    (self.readonly, "readonly"),
+                    (self.direct, "direct"),
+                    (self.serial.is_some(), "serial"),
+                    (self.rate_limiter_config.is_some(), "a rate limit"),
+                ];
+                if let Some((_, key)) = given.into_iter().find(|(given, _)| *given) {
+                    return Err(format!("{key} does not go with vhost_user=true: what serves the socket decides that"));
+                }
+                check_socket(socket)?;
+            }
+            (Some(_), false, None) => {}
+        }
+        if self.serial.as_ref().is_some_and(|serial| serial.len() > SERIAL_BYTES_MAX) {
+            return Err(format!("serial has at most {SERIAL_BYTES_MAX} bytes"));
+        }
+        check_queues(self.num_queues, self.queue_size)?;
+        check_limits(self.rate_limiter_config)
+    }
+}
+
+/// Six bytes, not those of a multicast.
+fn check_mac(key: &str, text: &str) -> Wrong {
+    let bytes: Option<Vec<u8>> = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2 && !part.starts_with('+')))
+        .collect();
+    match bytes.as_deref() {
+        Some([first, _, _, _, _, _]) if first & 1 == 0 => Ok(()),
+        Some([_, _, _, _, _, _]) => Err(format!("{key}={text} is a multicast address: its first byte must be even")),
+        _ => Err(format!("{key}={text} is no address: six bytes like 52:54:00:12:34:56 are expected")),
+    }
+}
+
+/// `[tcp:|udp:]HOSTPORT:GUESTPORT`.
+fn check_forward(rule: &str) -> Wrong {
+    let ports = rule.strip_prefix("udp:").or_else(|| rule.strip_prefix("tcp:")).unwrap_or(rule);
+    let port = |text: &str| text.parse::<u16>().is_ok_and(|port| port > 0) && !text.starts_with('+');
+    match ports.split_once(':') {
+        Some((host, guest)) if port(host) && port(guest) => Ok(()),
+        _ => Err(format!("forward={rule}: HOSTPORT:GUESTPORT or udp:HOSTPORT:GUESTPORT with ports from 1 to 65535 is expected")),
+    }
+}
+
 impl NetConfig {
-    fn check_way(&self) -> Result<(), &'static str> {
+    fn check_kind(&self) -> Wrong {
+        self.check_way()?;
+        let tap = self.tap.is_some() || self.fds.is_some();
+        if self.num_queues.is_some_and(|queues| queues == 0 || queues % 2 != 0) {
+            return Err("num_queues counts both directions: an even number from 2 on".into());
+        }
+        check_queues(self.num_queues, self.queue_size)?;
+        for (key, mac) in [("mac", &self.mac), ("host_mac", &self.host_mac)] {
+            mac.as_deref().map_or(Ok(()), |mac| check_mac(key, mac))?;
+        }
+        for (key, address) in [("ip", &self.ip), ("mask", &self.mask)] {
+            if let Some(text) = address {
+                text.parse::<Ipv4Addr>().map_err(|_| format!("{key}={text} is no IPv4 address like 192.168.249.1"))?;
+            }
+        }
+        let made = !self.user && self.switch.is_none() && !self.vhost_user;
+        let host_side = self.ip.is_some() || self.mask.is_some() || self.host_mac.is_some();
+        if host_side && (!made || self.fds.is_some()) {
+            return Err("ip, mask and host_mac are those of a TAP that Atoll opens: they need tap=NAME".into());
+        }
+        if self.mtu.is_some_and(|mtu| mtu < 68) {
+            return Err("mtu is a number from 68 to 65535".into());
+        }
+        if let Some(name) = &self.tap {
+            let odd = |character: char| character == '/' || character.is_whitespace();
+            if name.is_empty() || name.len() > INTERFACE_BYTES_MAX || name.contains(odd) {
+                return Err(format!("tap={name}: an interface's name has 1 to {INTERFACE_BYTES_MAX} bytes without slash and space"));
+            }
+        }
+        if tap && self.tap.is_some() && self.fds.is_some() {
+            return Err("tap and descriptors exclude each other: give one of them".into());
+        }
+        if let Some(switch) = &self.switch {
+            if switch.contains('/') { check_socket(Path::new(switch))? } else { check_id(switch)? }
+        }
+        if let Some(socket) = &self.vhost_socket {
+            check_socket(socket)?;
+        }
+        for rule in &self.forward {
+            check_forward(rule)?;
+        }
+        check_limits(self.rate_limiter_config)
+    }
+
+    fn check_way(&self) -> Wrong {
         let tap = self.tap.is_some() || self.fds.is_some();
         let ways = [tap, self.user, self.switch.is_some(), self.vhost_user];
         if ways.iter().filter(|way| **way).count() > 1 {
-            return Err("tap or fds, user, switch and vhost_user exclude each other: give one of them");
+            return Err("tap or fds, user, switch and vhost_user exclude each other: give one of them".into());
         }
         if self.vhost_user != self.vhost_socket.is_some() {
-            return Err("vhost_user=true and socket=PATH go together");
+            return Err("vhost_user=true and socket=PATH go together".into());
         }
         if !self.forward.is_empty() && !self.user {
-            return Err("forward needs user=on");
-        }
-        if self.num_queues.is_some_and(|queues| queues == 0 || queues % 2 != 0) {
-            return Err("num_queues counts both directions: an even number from 2 on");
+            return Err("forward needs user=on".into());
         }
         Ok(())
     }

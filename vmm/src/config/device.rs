@@ -207,16 +207,22 @@ pub struct RngConfig {
 pub enum ConsoleMode {
     /// There is no port.
     #[default]
+    #[serde(alias = "off")]
     Off,
     /// Nowhere; the port is there.
+    #[serde(alias = "null")]
     Null,
     /// Standard input and output.
+    #[serde(alias = "tty")]
     Tty,
     /// A new pseudo terminal, whose name is told in `file`.
+    #[serde(alias = "pty")]
     Pty,
     /// A file that gets what the guest prints.
+    #[serde(alias = "file")]
     File,
     /// A UNIX socket that one client at a time connects to.
+    #[serde(alias = "socket")]
     Socket,
 }
 

@@ -6,6 +6,10 @@
 
 mod check;
 mod device;
+mod device_flags;
+mod file;
+mod flags;
+mod keyvalue;
 mod payload;
 
 pub use check::ConfigError;
@@ -13,6 +17,8 @@ pub use device::{
     ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DeviceKind, DiskConfig, FsConfig, GenericVhostUserConfig,
     NetConfig, RateLimiterConfig, RngConfig, TokenBucketConfig, VsockConfig,
 };
+pub use file::{FileError, MachineFile, RunWords};
+pub use keyvalue::{FlagError, KeyError};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
 
 use schemars::JsonSchema;

@@ -1,18 +1,63 @@
 //! vCPUs, memory, what to boot, and what only Atoll has.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
+use serde::de::{Deserializer, Error, Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
+
+use super::keyvalue::{Bytes, OptionValue};
+
+/// A number of bytes, or a text like `512M`.
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    struct Amount;
+    impl Visitor<'_> for Amount {
+        type Value = u64;
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a number of bytes, or a text like \"512M\"")
+        }
+        fn visit_u64<E: Error>(self, bytes: u64) -> Result<u64, E> {
+            Ok(bytes)
+        }
+        fn visit_i64<E: Error>(self, bytes: i64) -> Result<u64, E> {
+            u64::try_from(bytes).map_err(|_| E::invalid_value(Unexpected::Signed(bytes), &self))
+        }
+        fn visit_str<E: Error>(self, text: &str) -> Result<u64, E> {
+            let bytes = Bytes::read(text).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))?;
+            Ok(bytes.0)
+        }
+    }
+    deserializer.deserialize_any(Amount)
+}
 
 /// vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
+#[serde(from = "CpusWords")]
 pub struct CpusConfig {
     /// At boot.
     pub boot_vcpus: u32,
     /// At most.
     pub max_vcpus: u32,
+}
+
+/// vCPUs as they are written: at most as many as at boot, unless something else is said.
+#[derive(Deserialize, JsonSchema)]
+#[schemars(rename = "CpusConfig")]
+struct CpusWords {
+    /// At boot; one when left out.
+    #[serde(alias = "boot")]
+    boot_vcpus: Option<u32>,
+    /// At most; as many as at boot when left out.
+    #[serde(alias = "max")]
+    max_vcpus: Option<u32>,
+}
+
+impl From<CpusWords> for CpusConfig {
+    fn from(words: CpusWords) -> Self {
+        let boot_vcpus = words.boot_vcpus.unwrap_or(1);
+        Self { boot_vcpus, max_vcpus: words.max_vcpus.unwrap_or(boot_vcpus) }
+    }
 }
 
 impl Default for CpusConfig {
@@ -26,6 +71,7 @@ impl Default for CpusConfig {
 #[serde(default)]
 pub struct MemoryConfig {
     /// In bytes.
+    #[serde(deserialize_with = "bytes")]
     pub size: u64,
     /// Bytes that may be added later; more than zero is not supported yet.
     #[serde(skip_serializing_if = "Option::is_none")]

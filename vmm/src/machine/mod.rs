@@ -17,6 +17,8 @@ mod hotplug;
 pub mod layout;
 mod pause;
 mod serial;
+mod serial_line;
+mod serial_peer;
 mod slots;
 
 pub use assembly::{Machine, Rebuilt};
@@ -30,4 +32,6 @@ pub use events::{EventReceiver, EventSender, EventSink, MachineEvent, StopCause,
 pub use hotplug::{PlugError, UnplugError, UnplugEvent};
 pub use pause::{PauseError, PauseFigures, PauseLimits};
 pub use serial::{SerialBuilder, SerialEnd, SerialError};
+pub use serial_line::SerialLine;
+pub use serial_peer::Peer as SerialPeer;
 pub use slots::FunctionBars;

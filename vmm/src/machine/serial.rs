@@ -1,4 +1,4 @@
-//! COM1 and where it leads: the terminal, a file or nowhere.
+//! COM1 and its threads: between the port and the terminal, a file, a pseudo terminal, a socket or nowhere.
 //!
 //! A thread writes what the guest prints, in batches, so that a guest's byte costs no wake-up of its own; another one
 //! reads what is typed. Neither is a vCPU's: a terminal that stands still fills the port's buffer and slows down the
@@ -22,10 +22,12 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::layout::{COM1, COM1_GSI};
+use super::serial_peer::{Came, Peer, PeerOutput};
 use super::{
     Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent, StopCause,
 };
 use crate::cpu::Space;
+use crate::unix_socket::SocketError;
 
 /// How long the writer gathers output before it writes again.
 const GATHER: Duration = Duration::from_millis(2);
@@ -51,13 +53,21 @@ pub enum SerialError {
         #[source]
         source: std::io::Error,
     },
+    /// No pseudo terminal.
+    #[error("no pseudo terminal for the serial port: {0}; give it a file or a socket instead")]
+    Pty(#[source] std::io::Error),
+    /// No socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A file or socket without its path.
+    #[error("the serial port's mode needs {0}=PATH")]
+    NoPath(&'static str),
     /// No thread or eventfd.
     #[error("no thread or eventfd for the serial port ({0}); raise the limits (ulimit -u, -n)")]
     Resource(#[from] std::io::Error),
 }
 
 /// Where COM1 leads.
-#[derive(Debug)]
 pub enum SerialEnd {
     /// Input and output, with the escape.
     Terminal {
@@ -70,6 +80,8 @@ pub enum SerialEnd {
     },
     /// Output only.
     Output(File),
+    /// People who come and leave.
+    Peer(Arc<Peer>),
     /// What the guest prints is gone.
     Null,
 }
@@ -149,6 +161,12 @@ impl SerialHost for Link {
     fn input_room(&self) {}
 }
 
+/// Where input comes from.
+enum Input {
+    Terminal(File, EventSender),
+    Peer(Arc<Peer>),
+}
+
 /// The threads of a started port.
 struct Running {
     /// Disconnected when the writer has written everything.
@@ -167,7 +185,10 @@ struct SerialLife {
 impl SerialLife {
     fn launch(&mut self) -> Result<(), SerialError> {
         let (mut output, input): (Box<dyn Write + Send>, _) = match self.end.take() {
-            Some(SerialEnd::Terminal { input, output, events }) => (Box::new(output), Some((input, events))),
+            Some(SerialEnd::Terminal { input, output, events }) => {
+                (Box::new(output), Some(Input::Terminal(input, events)))
+            }
+            Some(SerialEnd::Peer(peer)) => (Box::new(PeerOutput(Arc::clone(&peer))), Some(Input::Peer(peer))),
             Some(SerialEnd::Output(file)) => (Box::new(file), None),
             Some(SerialEnd::Null) | None => (Box::new(std::io::sink()), None),
         };
@@ -183,13 +204,14 @@ impl SerialLife {
         // What was printed before the thread was known has woken nobody.
         writer.thread().unpark();
         let reader = match input {
-            Some((input, events)) => {
+            Some(input) => {
                 let end = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
                 let seen = end.try_clone()?;
                 let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
-                let thread = std::thread::Builder::new()
-                    .name("serial-in".into())
-                    .spawn(move || read_input(&port, &link, input, &seen, &events))?;
+                let thread = std::thread::Builder::new().name("serial-in".into()).spawn(move || match input {
+                    Input::Terminal(input, events) => read_input(&port, &link, input, &seen, &events),
+                    Input::Peer(peer) => read_peer(&port, &link, &peer, &seen),
+                })?;
                 Some((thread, end))
             }
             None => None,
@@ -336,6 +358,23 @@ fn read_input(port: &Port, link: &Link, mut input: File, end: &EventFd, events: 
             return;
         }
         typed.add(&passed);
+    }
+}
+
+/// Reads what people at the far end type until the port ends.
+fn read_peer(port: &Port, link: &Link, peer: &Peer, end: &EventFd) {
+    // SAFETY: the descriptor belongs to `end`, which outlives this borrow.
+    let end = unsafe { BorrowedFd::borrow_raw(end.as_raw_fd()) };
+    let mut chunk = [0; INPUT_CHUNK];
+    let mut typed = Typed { waiting: VecDeque::new(), lossy: false };
+    while !link.has_ended() {
+        typed.feed(port);
+        // A port that takes nothing must not be asked without end.
+        match peer.wait(end, typed.waiting.is_empty(), &mut chunk) {
+            Came::Bytes(count) => typed.add(chunk.get(..count).unwrap_or_default()),
+            Came::Nothing => {}
+            Came::End => return,
+        }
     }
 }
 

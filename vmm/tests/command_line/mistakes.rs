@@ -115,12 +115,13 @@ fn options_that_are_none() {
         command.arg("run").args(arguments).arg("--kernel").arg(&bench.kernel);
         command
     };
-    check(only(&["--memory", "sze=1G"]), 2, &["--memory has no key 'sze'", "size"]);
+    check(only(&["--memory", "sze=1G"]), 2, &["--memory sze=1G", "no key 'sze'", "size"]);
     check(only(&["--cpu", "fast"]), 2, &["fast", "auto"]);
     check(bench.with(&["--disk", "path=a,colour=red"]), 2, &["--disk path=a,colour=red", "colour", "readonly"]);
     check(bench.with(&["--cpus", "boot=0"]), 2, &["--cpus boot=0", "1 to 255"]);
     check(bench.with(&["--cpu-model", "pentium"]), 1, &["pentium", "atoll-v1"]);
-    check(bench.with(&["--console", "tty"]), 2, &["--console", "off"]);
+    check(bench.with(&["--console", "teletype"]), 2, &["--console teletype", "off"]);
+    check(bench.with(&["--console", "tty", "--serial", "tty"]), 2, &["console", "the terminal already"]);
     check(bench.with(&["--serial", "file=/missing/x"]), 1, &["/missing/x", "another file"]);
     check(bench.with(&["--cmdline", &"x".repeat(5000)]), 1, &["5000 bytes", "2047", "--cmdline"]);
     check(bench.with(&["--cpus", "boot=2"]), 1, &["boot=2", "boot=1"]);

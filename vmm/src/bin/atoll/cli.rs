@@ -1,14 +1,8 @@
-//! The command line.
+//! The command line: its commands, and the flags of `run`.
 
 use std::path::PathBuf;
 
-use atoll_vmm::backend::UartOutput;
-use atoll_vmm::machine::boot::BootSource;
-use atoll_vmm::machine::{MachineConfig, SerialMode};
-use atoll_vmm::vhost::DiskConfig;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-
-use crate::keyvalue::{Bytes, OptionError, Options};
 
 /// A virtual machine monitor in which every device is a process of its own.
 #[derive(Debug, Parser)]
@@ -24,11 +18,22 @@ const AFTER: &str = "Options without a command mean `run`.\n\
     Exit status: 0 when the guest switched itself off or Ctrl-A x ended it, 1 when it failed, 2 for a mistake on the \
     command line, 128 + n when signal n ended it. A guest that resets starts again.";
 
+const RUN_AFTER: &str = "Examples:\n  \
+    atoll run --kernel vmlinuz --initramfs initrd.img --disk path=root.img --cmdline \"console=ttyS0 root=/dev/vda\"\n  \
+    atoll run --kernel vmlinuz --disk path=root.img path=data.img,readonly=on --net user=on,forward=2222:22\n  \
+    atoll run --config vm.toml --memory size=4G --name web\n  \
+    atoll run --api-socket /run/user/1000/vm.sock        # waits for vm.create\n\n\
+    Flags override the file: a flag with one value replaces the file's; a device is added, or replaces the file's device \
+    of the same id.\n\
+    With --serial tty, Ctrl-A x ends the machine at once and Ctrl-A Ctrl-A types a Ctrl-A.\n\
+    Exit status: 0 when the guest switched itself off or Ctrl-A x ended it, 1 when it failed, 2 for a mistake on the \
+    command line, 128 + n when signal n ended it. A guest that resets starts again.";
+
 /// Commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Runs a virtual machine until it switches itself off.
-    #[command(after_help = AFTER)]
+    #[command(after_help = RUN_AFTER)]
     Run(Box<RunArgs>),
 }
 
@@ -37,7 +42,7 @@ pub(crate) const NOT_RUN: &[&str] = &["run", "help", "-h", "--help", "-V", "--ve
 
 /// Which CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CpuChoice {
+pub(crate) enum CpuFlag {
     /// KVM where it can run a stock guest, else the software CPU.
     Auto,
     /// Hardware virtualisation.
@@ -55,212 +60,104 @@ pub(crate) enum LogForm {
     Json,
 }
 
+/// `--seccomp`: device processes are jailed in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SeccompFlag {
+    /// Accepted.
+    True,
+    /// Accepted; nothing is switched off.
+    False,
+    /// Accepted; nothing is logged instead.
+    Log,
+}
+
 /// Options of `run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Kernel: an ELF vmlinux with a PVH entry point, or a bzImage (vmlinuz).
+    /// A machine in a TOML file; flags override it.
     #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: PathBuf,
+    pub(crate) config: Option<PathBuf>,
+    /// The machine's name, by which other commands find it; the first free one of vm0, vm1, … when left out.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Kernel: an ELF vmlinux with a PVH entry point, or a bzImage (vmlinuz). Without one, and with --api-socket, the
+    /// machine comes over the API.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
     /// Initial RAM file system.
     #[arg(long, value_name = "FILE")]
     pub(crate) initramfs: Option<PathBuf>,
-    /// Kernel command line; the last one counts.
-    #[arg(
-        long,
-        value_name = "TEXT",
-        default_value = "console=ttyS0",
-        overrides_with = "cmdline",
-        allow_hyphen_values = true
-    )]
-    pub(crate) cmdline: String,
+    /// Kernel command line; the last one counts. console=ttyS0 when left out.
+    #[arg(long, value_name = "TEXT", overrides_with = "cmdline", allow_hyphen_values = true)]
+    pub(crate) cmdline: Option<String>,
     /// Guest memory: size=512M.
-    #[arg(long, value_name = "KEYS", default_value = "size=512M")]
-    pub(crate) memory: String,
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) memory: Option<String>,
     /// vCPUs: boot=1.
-    #[arg(long, value_name = "KEYS", default_value = "boot=1")]
-    pub(crate) cpus: String,
-    /// A disk: path=FILE[,readonly=on][,direct=on][,serial=TEXT][,num_queues=N], or an external backend:
-    /// vhost_user=true,socket=PATH. May be given several times.
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) cpus: Option<String>,
+    /// A disk: path=FILE[,readonly=on][,direct=on][,serial=TEXT][,num_queues=N][,queue_size=N][,id=NAME], or an external
+    /// backend: vhost_user=true,socket=PATH. Limits: bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and
+    /// bw_one_time_burst, ops_one_time_burst. Several may follow one flag, and it may be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
-    /// First serial port: tty, file=PATH, null or off.
-    #[arg(long, value_name = "WHERE", default_value = "tty")]
-    pub(crate) serial: String,
+    /// A network card: user=on[,forward=2222:22+udp:5353:53] (no rights needed), tap=NAME[,ip=A,mask=M], fd=[3,4],
+    /// switch=NAME, or vhost_user=true,socket=PATH; with mac=, mtu=, num_queues=, queue_size=, pcap=FILE, id=, and the
+    /// limits of --disk.
+    #[arg(long, value_name = "KEYS", num_args = 1..)]
+    pub(crate) net: Vec<String>,
+    /// A shared folder: tag=NAME,socket=PATH of virtiofsd[,num_queues=N][,queue_size=N][,id=NAME].
+    #[arg(long, value_name = "KEYS", num_args = 1..)]
+    pub(crate) fs: Vec<String>,
+    /// Sockets between guest and host: cid=3,socket=PATH[,vhost_user=true][,id=NAME].
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) vsock: Option<String>,
+    /// Any vhost-user device: device_type=N,socket=PATH,queue_sizes=[256,256][,id=NAME].
+    #[arg(long, value_name = "KEYS", num_args = 1..)]
+    pub(crate) generic_vhost_user: Vec<String>,
+    /// Entropy for the guest: src=/dev/urandom, or off.
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) rng: Option<String>,
+    /// First serial port: tty (when left out), pty, socket[=PATH], file=PATH, null or off.
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) serial: Option<String>,
     /// Second serial port, served by a process of its own: file=PATH, pty (its name is logged) or off.
-    #[arg(long, value_name = "WHERE", default_value = "off")]
-    pub(crate) serial2: String,
-    /// Console device: there is none yet, only off is accepted.
-    #[arg(long, value_name = "WHERE", default_value = "off")]
-    pub(crate) console: String,
-    /// Which CPU runs the guest.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub(crate) cpu: CpuChoice,
-    /// CPU model that the guest sees: atoll-v1, atoll-v2 (x86-64-v2), or host (KVM only).
-    #[arg(long, value_name = "NAME", default_value = "atoll-v1")]
-    pub(crate) cpu_model: String,
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) serial2: Option<String>,
+    /// virtio console: off (when left out), null, tty, pty, file=PATH or socket[=PATH].
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) console: Option<String>,
+    /// Which CPU runs the guest: auto when left out.
+    #[arg(long, value_enum)]
+    pub(crate) cpu: Option<CpuFlag>,
+    /// CPU model that the guest sees: atoll-v1 (when left out), atoll-v2 (x86-64-v2), or host (KVM only).
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cpu_model: Option<String>,
     /// Software CPU only: guest time comes from retired instructions, so that two runs are identical.
     #[arg(long)]
     pub(crate) deterministic: bool,
-    /// Form of the log on standard error. ATOLL_LOG sets its level (error, warn, info, debug, trace).
+    /// Serves the API here too: PATH, path=PATH, or fd=N, an inherited listening socket.
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) api_socket: Option<String>,
+    /// Writes what happens, as JSON objects: path=FILE or fd=N.
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) event_monitor: Option<String>,
+    /// Form of the log. ATOLL_LOG sets its level (error, warn, info, debug, trace).
     #[arg(long, value_enum, default_value = "human")]
     pub(crate) log: LogForm,
+    /// Where the log goes instead of standard error.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log_file: Option<PathBuf>,
+    /// More in the log: -v info, -vv debug, -vvv trace.
+    #[arg(short, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
     /// Writes a JSON object about the run to this file at the end.
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
     /// Where the device processes' executables are; beside this one by default.
     #[arg(long, value_name = "FOLDER", env = "ATOLL_BACKEND_DIR")]
     pub(crate) backend_dir: Option<PathBuf>,
-}
-
-/// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
-const DETERMINISTIC_NS_PER_1000: u32 = 1000;
-
-/// Reads `--memory`.
-fn memory(text: &str) -> Result<u64, OptionError> {
-    let options = Options::parse("--memory", text, &["size", "shared"])?;
-    if options.get::<bool>("shared")? == Some(false) {
-        let (option, key) = ("--memory", "shared");
-        return Err(OptionError::Value { option, key, value: "off".into(), expected: "on, as devices are processes," });
-    }
-    options.need::<Bytes>("size").map(|size| size.0)
-}
-
-/// Reads `--cpus`.
-fn cpus(text: &str) -> Result<u32, OptionError> {
-    let options = Options::parse("--cpus", text, &["boot", "max"])?;
-    let boot = options.need::<u32>("boot")?;
-    let refuse = |key, value: u32, expected| {
-        Err(OptionError::Value { option: "--cpus", key, value: value.to_string(), expected })
-    };
-    if !(1..=255).contains(&boot) {
-        return refuse("boot", boot, "a number from 1 to 255");
-    }
-    match options.get::<u32>("max")? {
-        Some(max) if max != boot => refuse("max", max, "the same number as boot, as vCPUs cannot be added later,"),
-        _ => Ok(boot),
-    }
-}
-
-/// Reads `--serial`.
-fn serial(text: &str) -> Result<SerialMode, OptionError> {
-    match text {
-        "tty" => Ok(SerialMode::Tty),
-        "null" => Ok(SerialMode::Null),
-        "off" => Ok(SerialMode::Off),
-        _ if text.starts_with("file=") => {
-            let path = Options::parse("--serial", text, &["file"])?.need::<String>("file")?;
-            Ok(SerialMode::File(path.into()))
-        }
-        _ => {
-            let (option, value) = ("--serial", text.into());
-            Err(OptionError::Choice { option, value, valid: "tty, file=PATH, null or off" })
-        }
-    }
-}
-
-/// Reads `--serial2`.
-pub(crate) fn serial2(args: &RunArgs) -> Result<Option<UartOutput>, OptionError> {
-    match args.serial2.as_str() {
-        "off" => Ok(None),
-        "pty" => Ok(Some(UartOutput::Pty)),
-        text if text.starts_with("file=") => {
-            let path = Options::parse("--serial2", text, &["file"])?.need::<String>("file")?;
-            Ok(Some(UartOutput::File(path.into())))
-        }
-        text => {
-            let part = text.into();
-            Err(OptionError::NoPair { option: "--serial2", part, valid: "file; or give pty or off".into() })
-        }
-    }
-}
-
-/// What the name of the second serial port's executable is.
-pub(crate) const UART_BACKEND: &str = "atoll-uart";
-/// What the name of the disks' executable is.
-const DISK_BACKEND: &str = "atoll-blk";
-
-/// Reads each `--disk`.
-pub(crate) fn disks(args: &RunArgs) -> Result<Vec<DiskConfig>, OptionError> {
-    let binary = args.backend_dir.as_ref().map(|folder| folder.join(DISK_BACKEND));
-    let read = |text: &String| match text.parse::<DiskConfig>() {
-        Ok(disk) => Ok(DiskConfig { binary: binary.clone(), ..disk }),
-        Err(source) => Err(OptionError::Disk { text: text.clone(), source }),
-    };
-    args.disk.iter().map(read).collect()
-}
-
-/// The machine that the options describe, apart from which CPU runs it.
-pub(crate) fn machine(args: &RunArgs, cpu: atoll_vmm::machine::CpuKind) -> Result<MachineConfig, OptionError> {
-    if args.console != "off" {
-        let (option, value) = ("--console", args.console.clone());
-        return Err(OptionError::Choice { option, value, valid: "off; the guest's console is --serial" });
-    }
-    Ok(MachineConfig {
-        boot: BootSource {
-            kernel: args.kernel.clone(),
-            initramfs: args.initramfs.clone(),
-            command_line: args.cmdline.clone(),
-        },
-        memory_bytes: memory(&args.memory)?,
-        vcpus: cpus(&args.cpus)?,
-        cpu,
-        cpu_model: args.cpu_model.clone(),
-        deterministic: args.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
-        serial: serial(&args.serial)?,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(line: &[&str]) -> RunArgs {
-        let Command::Run(args) = Cli::try_parse_from(line).unwrap().command;
-        *args
-    }
-
-    #[test]
-    fn options_describe_a_machine() {
-        let args = parse(&[
-            "atoll",
-            "run",
-            "--kernel",
-            "k",
-            "--cmdline",
-            "a",
-            "--cmdline",
-            "b c",
-            "--memory",
-            "size=1G,shared=on",
-            "--cpus",
-            "boot=2,max=2",
-            "--serial",
-            "file=/tmp/x",
-            "--disk",
-            "path=a",
-            "path=b",
-            "--disk",
-            "path=c",
-        ]);
-        assert_eq!(args.disk, ["path=a", "path=b", "path=c"]);
-        let machine = machine(&args, atoll_vmm::machine::CpuKind::Soft).unwrap();
-        assert_eq!((machine.memory_bytes, machine.vcpus), (1 << 30, 2));
-        assert_eq!(machine.boot.command_line, "b c");
-        assert_eq!(machine.serial, SerialMode::File("/tmp/x".into()));
-    }
-
-    #[test]
-    fn mistakes_are_one_line() {
-        let messages = [
-            memory("size=512M,shared=off").unwrap_err().to_string(),
-            cpus("boot=0").unwrap_err().to_string(),
-            cpus("boot=1,max=4").unwrap_err().to_string(),
-            serial("pty").unwrap_err().to_string(),
-            serial2(&parse(&["atoll", "run", "--kernel", "k", "--serial2", "tty"])).unwrap_err().to_string(),
-            memory("sze=1").unwrap_err().to_string(),
-        ];
-        for message in messages {
-            assert!(!message.contains('\n') && message.starts_with("--"), "{message}");
-        }
-    }
+    /// Accepted for compatibility: device processes are jailed in any case.
+    #[arg(long, value_enum)]
+    pub(crate) seccomp: Option<SeccompFlag>,
 }

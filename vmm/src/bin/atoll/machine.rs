@@ -1,22 +1,21 @@
 //! From options to a running machine, and again when the guest resets.
 
-use std::fs::File;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_vmm::actor::RealClock;
-use atoll_vmm::backend::{Household, UartBuilder, UartLine};
+use atoll_vmm::backend::{Household, UartBuilder, UartLine, UartOutput};
+use atoll_vmm::config::{ConsoleMode, CpuChoice, DeviceKind, DiskConfig as DiskWords, VmConfig};
 use atoll_vmm::cpu::probe::{Memo, Verdict, probe};
 use atoll_vmm::machine::{
-    CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures,
-    SerialBuilder, SerialEnd, SerialMode, StopCause, chipset, events,
+    CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures, SerialLine,
+    SerialMode, StopCause, boot::BootSource, chipset, events,
 };
-use atoll_vmm::vhost::{DiskBuilder, DiskConfig};
+use atoll_vmm::vhost::{Backing, DiskBuilder, DiskConfig};
 
-use crate::cli::{self, CpuChoice, RunArgs};
-use crate::keyvalue::OptionError;
+use crate::cli::RunArgs;
+use crate::described::{Described, UsageError};
 use crate::report::Report;
 use crate::signals;
 use crate::terminal::RawTerminal;
@@ -24,13 +23,13 @@ use crate::terminal::RawTerminal;
 /// Why a machine did not run to a good end.
 pub(crate) enum RunError {
     /// The options are wrong.
-    Usage(OptionError),
+    Usage(UsageError),
     /// Something else is.
     Failed(anyhow::Error),
 }
 
-impl From<OptionError> for RunError {
-    fn from(error: OptionError) -> Self {
+impl From<UsageError> for RunError {
+    fn from(error: UsageError) -> Self {
         Self::Usage(error)
     }
 }
@@ -42,12 +41,12 @@ impl From<anyhow::Error> for RunError {
 }
 
 /// The CPU that the options ask for, or that suits this host and why.
-fn cpu(args: &RunArgs) -> (CpuKind, Option<Verdict>) {
-    let verdict = match args.cpu {
+fn cpu(vm: &VmConfig) -> (CpuKind, Option<Verdict>) {
+    let verdict = match vm.platform.cpu {
         // Taken as asked; the trial says whether to expect much of it.
         CpuChoice::Kvm => return (CpuKind::Kvm, Some(probe(Memo::of_user().as_ref()))),
         CpuChoice::Soft => return (CpuKind::Soft, None),
-        CpuChoice::Auto if args.deterministic => {
+        CpuChoice::Auto if vm.platform.deterministic => {
             Verdict { usable: false, reason: "--deterministic counts instructions, which KVM does not".into() }
         }
         CpuChoice::Auto => probe(Memo::of_user().as_ref()),
@@ -55,35 +54,57 @@ fn cpu(args: &RunArgs) -> (CpuKind, Option<Verdict>) {
     (if verdict.usable { CpuKind::Kvm } else { CpuKind::Soft }, Some(verdict))
 }
 
-/// Where COM1 leads; opened once, handed to each incarnation of the machine as a copy.
-enum SerialTarget {
-    Terminal(File, File),
-    File(File),
-    Null,
-    Off,
+/// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
+const DETERMINISTIC_NS_PER_1000: u32 = 1000;
+/// What the name of the second serial port's executable is.
+const UART_BACKEND: &str = "atoll-uart";
+/// What the name of the disks' executable is.
+const DISK_BACKEND: &str = "atoll-blk";
+
+fn machine(vm: &VmConfig, cpu: CpuKind) -> MachineConfig {
+    let payload = vm.payload.clone();
+    let serial = match &vm.serial {
+        Some(port) if port.mode != ConsoleMode::Off => SerialMode::Tty,
+        _ => SerialMode::Off,
+    };
+    MachineConfig {
+        boot: BootSource {
+            kernel: payload.kernel.unwrap_or_default(),
+            initramfs: payload.initramfs,
+            command_line: payload.cmdline.unwrap_or_default(),
+        },
+        memory_bytes: vm.memory.size,
+        vcpus: vm.cpus.boot_vcpus,
+        cpu,
+        cpu_model: vm.platform.cpu_model.clone().unwrap_or_else(|| "atoll-v1".into()),
+        deterministic: vm.platform.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
+        serial,
+    }
 }
 
-impl SerialTarget {
-    fn open(mode: &SerialMode) -> anyhow::Result<Self> {
-        let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(File::from);
-        Ok(match mode {
-            SerialMode::Tty => Self::Terminal(copy(std::io::stdin().as_fd())?, copy(std::io::stdout().as_fd())?),
-            SerialMode::File(path) => Self::File(SerialEnd::create(path)?),
-            SerialMode::Null => Self::Null,
-            SerialMode::Off => Self::Off,
-        })
+fn disk(words: &DiskWords, vm: &VmConfig) -> DiskConfig {
+    let backing = match (&words.path, &words.vhost_socket) {
+        (Some(path), _) => Backing::Image(path.clone()),
+        (None, socket) => Backing::Socket(socket.clone().unwrap_or_default()),
+    };
+    DiskConfig {
+        readonly: words.readonly,
+        direct: words.direct,
+        serial: words.serial.clone(),
+        num_queues: words.num_queues.unwrap_or(1),
+        binary: vm.platform.backend_dir.as_ref().map(|folder| folder.join(DISK_BACKEND)),
+        ..DiskConfig::new(backing)
     }
-    fn builder(&self, events: &EventSender) -> anyhow::Result<Option<Box<dyn DeviceBuilder>>> {
-        let end = match self {
-            Self::Terminal(input, output) => {
-                SerialEnd::Terminal { input: input.try_clone()?, output: output.try_clone()?, events: events.clone() }
-            }
-            Self::File(file) => SerialEnd::Output(file.try_clone()?),
-            Self::Null => SerialEnd::Null,
-            Self::Off => return Ok(None),
-        };
-        Ok(Some(Box::new(SerialBuilder::new(end))))
-    }
+}
+
+fn uart(vm: &VmConfig) -> anyhow::Result<Option<Arc<UartLine>>> {
+    let Some(port) = &vm.serial2 else { return Ok(None) };
+    let output = match port.mode {
+        ConsoleMode::Pty => UartOutput::Pty,
+        ConsoleMode::File => UartOutput::File(port.file.clone().unwrap_or_default()),
+        _ => return Ok(None),
+    };
+    Ok(Some(Arc::new(UartLine::open(&output)?)))
 }
 
 /// What each incarnation of the machine is built from.
@@ -91,7 +112,7 @@ struct Plan {
     config: MachineConfig,
     /// Why the configured CPU was taken, where Atoll chose it.
     choice: Option<Verdict>,
-    serial: SerialTarget,
+    serial: Option<SerialLine>,
     disks: Vec<DiskConfig>,
     uart: Option<Arc<UartLine>>,
     backend_dir: Option<PathBuf>,
@@ -103,11 +124,11 @@ impl Plan {
     /// All builders, in the order in which they take PCI slots.
     fn builders(&self) -> anyhow::Result<Vec<Box<dyn DeviceBuilder>>> {
         let mut builders = chipset();
-        builders.extend(self.serial.builder(&self.events)?);
+        builders.extend(self.serial.as_ref().map(|line| line.builder(&self.events)).transpose()?);
         if let Some(line) = &self.uart {
             let builder = UartBuilder::new(Arc::clone(line), Arc::clone(&self.household));
             builders.push(Box::new(match &self.backend_dir {
-                Some(folder) => builder.binary(folder.join(cli::UART_BACKEND)),
+                Some(folder) => builder.binary(folder.join(UART_BACKEND)),
                 None => builder,
             }));
         }
@@ -145,18 +166,25 @@ impl Plan {
 
 /// Runs what the options describe; the exit status.
 pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
-    let disks = cli::disks(args)?;
-    let serial2 = cli::serial2(args)?;
-    let (kind, choice) = cpu(args);
-    let config = cli::machine(args, kind)?;
+    let mut described = Described::read(args)?;
+    described.settle(Path::new("."))?;
+    let vm = described.vm;
+    if let Some(device) = vm.devices().iter().find(|device| device.kind() != DeviceKind::Disk) {
+        return Err(anyhow::anyhow!("{} devices are not supported yet; leave it out", device.kind().name()).into());
+    }
+    let (kind, choice) = cpu(&vm);
+    let config = machine(&vm, kind);
     signals::block()?;
     let (events, receiver) = events();
     signals::listen(events.clone()).map_err(anyhow::Error::from)?;
-    let serial = SerialTarget::open(&config.serial)?;
-    let _raw = if config.serial == SerialMode::Tty { RawTerminal::enter() } else { None };
-    let uart = serial2.map(|output| UartLine::open(&output)).transpose().map_err(anyhow::Error::from)?.map(Arc::new);
+    let terminal = vm.serial.as_ref().is_some_and(|port| port.mode == ConsoleMode::Tty);
+    let serial = vm.serial.as_ref().map(SerialLine::open).transpose().map_err(anyhow::Error::from)?.flatten();
+    let _raw = if terminal { RawTerminal::enter() } else { None };
+    let uart = uart(&vm)?;
     let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(anyhow::Error::from)?);
-    let plan = Plan { config, choice, serial, disks, uart, backend_dir: args.backend_dir.clone(), household, events };
+    let disks = vm.disks.iter().flatten().map(|words| disk(words, &vm)).collect();
+    let backend_dir = vm.platform.backend_dir.clone();
+    let plan = Plan { config, choice, serial, disks, uart, backend_dir, household, events };
     let ended = run_to_end(&plan, args.report.as_deref(), &receiver);
     plan.household.shutdown(BACKEND_GRACE);
     ended

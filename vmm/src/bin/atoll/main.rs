@@ -1,7 +1,7 @@
 //! The `atoll` command: reads the command line, makes a machine of it and runs it until it ends.
 
 mod cli;
-mod keyvalue;
+mod described;
 mod machine;
 mod report;
 mod signals;
