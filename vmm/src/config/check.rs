@@ -113,7 +113,8 @@ impl VmConfig {
                 },
                 _ => {}
             }
-            let served = name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
+            let served =
+                name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
             if !served {
                 return wrong(name, "the second serial port leads to a file, a pty or is off".into());
             }
@@ -194,7 +195,9 @@ fn check_socket(path: &Path) -> Wrong {
         return Err("socket needs a path".into());
     }
     if bytes > PATH_BYTES_MAX {
-        return Err(format!("the socket path has {bytes} bytes and a UNIX socket holds {PATH_BYTES_MAX}; choose a shorter one"));
+        return Err(format!(
+            "the socket path has {bytes} bytes and a UNIX socket holds {PATH_BYTES_MAX}; choose a shorter one"
+        ));
     }
     Ok(())
 }
@@ -257,7 +260,9 @@ fn check_forward(rule: &str) -> Wrong {
     let port = |text: &str| text.parse::<u16>().is_ok_and(|port| port > 0) && !text.starts_with('+');
     match ports.split_once(':') {
         Some((host, guest)) if port(host) && port(guest) => Ok(()),
-        _ => Err(format!("forward={rule}: HOSTPORT:GUESTPORT or udp:HOSTPORT:GUESTPORT with ports from 1 to 65535 is expected")),
+        _ => Err(format!(
+            "forward={rule}: HOSTPORT:GUESTPORT or udp:HOSTPORT:GUESTPORT with ports from 1 to 65535 is expected"
+        )),
     }
 }
 
@@ -288,7 +293,9 @@ impl NetConfig {
         if let Some(name) = &self.tap {
             let odd = |character: char| character == '/' || character.is_whitespace();
             if name.is_empty() || name.len() > INTERFACE_BYTES_MAX || name.contains(odd) {
-                return Err(format!("tap={name}: an interface's name has 1 to {INTERFACE_BYTES_MAX} bytes without slash and space"));
+                return Err(format!(
+                    "tap={name}: an interface's name has 1 to {INTERFACE_BYTES_MAX} bytes without slash and space"
+                ));
             }
         }
         if tap && self.tap.is_some() && self.fds.is_some() {

@@ -19,7 +19,11 @@ const DISK_TOLERATED: [Tolerated; 7] = [
     IOMMU,
     SEGMENT,
     Tolerated { key: "image_type", values: &["raw"], remedy: "images are raw; convert it with qemu-img" },
-    Tolerated { key: "backing_files", values: &["off", "false"], remedy: "images are raw and stand alone; leave it out" },
+    Tolerated {
+        key: "backing_files",
+        values: &["off", "false"],
+        remedy: "images are raw and stand alone; leave it out",
+    },
     Tolerated { key: "queue_affinity", values: &["[]"], remedy: "pin the threads of atoll-blk with taskset" },
     Tolerated { key: "_disable_io_uring", values: &["off", "false"], remedy: "leave it out" },
     Tolerated { key: "_disable_aio", values: &[], remedy: "" },
@@ -42,10 +46,7 @@ fn limited(keys: &[&'static str]) -> Vec<&'static str> {
     keys.iter().chain(&LIMITS).copied().collect()
 }
 
-fn bucket(
-    options: &Options,
-    [size, burst, refill]: [&'static str; 3],
-) -> Result<Option<TokenBucketConfig>, KeyError> {
+fn bucket(options: &Options, [size, burst, refill]: [&'static str; 3]) -> Result<Option<TokenBucketConfig>, KeyError> {
     let given: Option<Bytes> = options.get(size)?;
     let one_time_burst = options.get::<Bytes>(burst)?.map(|bytes| bytes.0);
     let refill_time = options.get::<u64>(refill)?;
@@ -84,17 +85,7 @@ impl DiskConfig {
     /// # Errors
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
-        let keys = [
-            "path",
-            "readonly",
-            "direct",
-            "num_queues",
-            "queue_size",
-            "serial",
-            "vhost_user",
-            "socket",
-            "id",
-        ];
+        let keys = ["path", "readonly", "direct", "num_queues", "queue_size", "serial", "vhost_user", "socket", "id"];
         let read = || {
             let options = Options::parse(text, &limited(&keys), &DISK_TOLERATED)?;
             Ok(Self {

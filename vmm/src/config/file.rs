@@ -85,7 +85,9 @@ fn segments(path: &KeyPath<'_>, into: &mut Vec<String>) {
         KeyPath::Root => return,
         KeyPath::Seq { parent, index } => (parent, Some(index.to_string())),
         KeyPath::Map { parent, key } => (parent, Some(key.clone())),
-        KeyPath::Some { parent } | KeyPath::NewtypeStruct { parent } | KeyPath::NewtypeVariant { parent } => (parent, None),
+        KeyPath::Some { parent } | KeyPath::NewtypeStruct { parent } | KeyPath::NewtypeVariant { parent } => {
+            (parent, None)
+        }
     };
     segments(parent, into);
     into.extend(own);

@@ -292,7 +292,8 @@ mod tests {
 
     #[test]
     fn pairs_are_read() {
-        let options = Options::parse(r#"path="/a,b/c=d",readonly=on,list=[1, 2],iommu=off,hint=x"#, KEYS, BENT).unwrap();
+        let options =
+            Options::parse(r#"path="/a,b/c=d",readonly=on,list=[1, 2],iommu=off,hint=x"#, KEYS, BENT).unwrap();
         assert_eq!(options.need::<String>("path"), Ok("/a,b/c=d".into()));
         assert_eq!(options.on("readonly"), Ok(true));
         assert_eq!(options.get::<Bytes>("size"), Ok(None));

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use atoll_vmm::config::{
-    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DiskConfig, FileError, FlagError,
-    FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
+    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DiskConfig, FileError, FlagError, FsConfig,
+    GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
 };
 use thiserror::Error;
 
