@@ -47,7 +47,10 @@ enum State {
 /// The asker's end of an access that is answered later: a future of the value read (little-endian, the access's width;
 /// writes give zero), or `None` when nobody will ever complete it.
 #[derive(Debug)]
-pub struct Deferred(Arc<Mutex<State>>);
+pub struct Deferred {
+    state: Arc<Mutex<State>>,
+    elsewhere: bool,
+}
 
 /// The answerer's end.
 #[derive(Debug)]
@@ -56,7 +59,7 @@ pub struct Completion(Arc<Mutex<State>>);
 /// Makes both ends of an access that will be completed later.
 pub fn deferred() -> (Completion, Deferred) {
     let state = Arc::new(Mutex::new(State::Waiting(None)));
-    (Completion(Arc::clone(&state)), Deferred(state))
+    (Completion(Arc::clone(&state)), Deferred { state, elsewhere: false })
 }
 
 fn settle(shared: &Mutex<State>, outcome: State) {
@@ -68,6 +71,21 @@ fn settle(shared: &Mutex<State>, outcome: State) {
         if let Some(waker) = waker {
             waker.wake();
         }
+    }
+}
+
+impl Deferred {
+    /// Says that another process answers, for who counts such accesses apart.
+    #[must_use]
+    pub fn elsewhere(mut self) -> Self {
+        self.elsewhere = true;
+        self
+    }
+
+    /// Whether another process answers.
+    #[must_use]
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere
     }
 }
 
@@ -88,7 +106,7 @@ impl Future for Deferred {
     type Output = Option<u64>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match &*state {
             State::Waiting(_) => {
                 *state = State::Waiting(Some(context.waker().clone()));

@@ -128,6 +128,7 @@ impl Driver {
             stalls: Arc::new(Deaf),
             clock: Arc::new(RealClock::new()),
             budget: ANSWER_BUDGET,
+            counters: Arc::default(),
         };
         let driver = Self { board, disk: Some(disk), spawner, processor, bus, available: 0, seen: 0 };
         // Memory decoding and bus mastering.

@@ -18,6 +18,7 @@ pub mod operator;
 pub mod saved;
 pub mod sidecar;
 pub mod socket;
+pub mod stats;
 
 pub use access::{Access, AccessKind, Exit, Space, Width};
 pub use frame::{FrameError, FrameHeader};
@@ -29,4 +30,4 @@ pub use message::{Idempotence, Kind, Message};
 pub use socket::{Frame, FrameReader, FrameSocket, FrameWriter, SocketError};
 
 /// Version of the frame and of every message in it. A change of any golden byte changes it.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;

@@ -56,6 +56,8 @@ impl SidecarFeatures {
     pub const QUIESCE: Self = Self(2);
     /// Keeps an in-flight region: full recovery.
     pub const INFLIGHT: Self = Self(4);
+    /// Understands [`SidecarOrder::Measure`].
+    pub const MEASURE: Self = Self(8);
 
     /// Whether all bits of `other` are here.
     #[must_use]
@@ -154,6 +156,11 @@ words! {
             /// Why.
             reason: GoodbyeReason,
         } => Idempotent,
+        /// To [`SidecarOrder::Measure`]: the size that the device has now, and that its configuration space says.
+        Measured {
+            /// Bytes.
+            bytes: u64,
+        } => Idempotent,
     }
 }
 message_of_words!(SidecarReport, SidecarReport);
@@ -177,6 +184,8 @@ words! {
         Quiesce => Idempotent,
         /// Finish what is in flight, make it durable, say [`SidecarReport::Goodbye`], end.
         Exit => Idempotent,
+        /// What the device stands on may have another size: look, and say [`SidecarReport::Measured`].
+        Measure => Idempotent,
     }
 }
 message_of_words!(SidecarOrder, SidecarOrder);

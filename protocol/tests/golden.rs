@@ -16,6 +16,7 @@ use atoll_protocol::saved::{Saved, SavedType, save};
 use atoll_protocol::sidecar::{
     DeviceClass, GoodbyeReason, LogLevel, QueueProgress, SidecarFeatures, SidecarOrder, SidecarReport,
 };
+use atoll_protocol::stats::{self, QueueStats};
 use atoll_protocol::{
     Access, AccessKind, CauseId, DeviceId, Exit, Generation, Idempotence, Kind, LineIndex, Message, MsiMessage,
     PROTOCOL_VERSION, ProcessId, QueueIndex, RegionIndex, RequestId, Space, VcpuIndex, VmId, Width,
@@ -59,7 +60,8 @@ fn bus_events() -> Vec<BusEvent> {
 }
 
 fn sidecar_reports() -> Vec<SidecarReport> {
-    let features = SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT;
+    let features =
+        SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT | SidecarFeatures::MEASURE;
     let text = "three words, naïve".to_owned();
     let queues = vec![
         QueueProgress { queue: QueueIndex(0), completed: 0, in_flight: 0 },
@@ -72,12 +74,18 @@ fn sidecar_reports() -> Vec<SidecarReport> {
         GoodbyeReason::Peer(text.clone()),
     ];
     let levels = [LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace];
-    let hello = SidecarReport::Hello { version: 1, class: DeviceClass::Block, pid: ProcessId(4_000_000), features };
+    let hello = SidecarReport::Hello {
+        version: PROTOCOL_VERSION,
+        class: DeviceClass::Block,
+        pid: ProcessId(4_000_000),
+        features,
+    };
     [hello, SidecarReport::Ready { generation: GENERATION }, SidecarReport::Progress { queues }]
         .into_iter()
         .chain(levels.map(|level| SidecarReport::Log { level, text: text.clone() }))
         .chain([SidecarReport::Pong { nonce: u64::MAX }, SidecarReport::Quiesced])
         .chain(reasons.map(|reason| SidecarReport::Goodbye { reason }))
+        .chain([SidecarReport::Measured { bytes: 5 << 30 }])
         .collect()
 }
 
@@ -87,6 +95,7 @@ fn sidecar_orders() -> Vec<SidecarOrder> {
         SidecarOrder::Ping { nonce: u64::MAX },
         SidecarOrder::Quiesce,
         SidecarOrder::Exit,
+        SidecarOrder::Measure,
     ]
 }
 
@@ -185,6 +194,24 @@ fn describe<M: Message + PartialEq + std::fmt::Debug>(text: &mut String, example
     assert_eq!(seen, all, "{kind:?}: a word has no example");
 }
 
+/// Where each figure lies, which both sides of the page must agree on.
+fn describe_page(text: &mut String) {
+    let version = stats::VERSION;
+    let magic = String::from_utf8(stats::MAGIC.to_le_bytes().to_vec()).expect("letters");
+    let (header, queue) = (stats::HEADER_BYTES, stats::QUEUE_BYTES);
+    writeln!(text, "\npage of figures: version {version}, magic {magic}, header {header} bytes, queue {queue} bytes")
+        .unwrap();
+    for (name, offset) in QueueStats::COUNTERS {
+        writeln!(text, "{offset} {name}").unwrap();
+    }
+    writeln!(text, "{} class counters, {} of them", stats::CLASS_AT, stats::CLASS_COUNTERS).unwrap();
+    for class in [DeviceClass::Block, DeviceClass::Net, DeviceClass::Gpu, DeviceClass::Uart, DeviceClass::Other(99)] {
+        writeln!(text, "{}", format!("class {class}: {}", stats::class_counters(class).join(" ")).trim_end()).unwrap();
+    }
+    let ends: Vec<String> = (0..stats::BUCKETS).filter_map(stats::bucket_end).map(|end| end.to_string()).collect();
+    writeln!(text, "{} latencies, {} of them, below {} ns", stats::LATENCY_AT, stats::BUCKETS, ends.join(" ")).unwrap();
+}
+
 #[derive(serde::Serialize, serde::Deserialize, PartialEq, Debug)]
 struct SavedExample {
     count: u64,
@@ -209,6 +236,7 @@ fn description() -> String {
     describe(&mut text, &exit_records());
     let saved = save(&SavedExample { count: 300, name: "x".into() }, Vec::new()).expect("small");
     writeln!(text, "\nsaved state\nenvelope {}", hex(&saved)).unwrap();
+    describe_page(&mut text);
     text
 }
 

@@ -207,7 +207,7 @@ fn headers_that_cannot_be_right() {
     let kind = Kind::SidecarOrder;
     let cases = [
         (with(0, b"HTTP"), FrameError::Magic(*b"HTTP")),
-        (with(4, &[2, 0]), FrameError::Version(2)),
+        (with(4, &[0x7f, 0]), FrameError::Version(0x7f)),
         (with(6, &[0, 0]), FrameError::Kind(0)),
         (with(6, &[9, 0]), FrameError::Kind(9)),
         (with(8, &u32::MAX.to_le_bytes()), FrameError::Length { kind, length: u32::MAX }),

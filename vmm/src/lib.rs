@@ -14,4 +14,5 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod unix_socket;
+pub mod metrics;
 pub mod vhost;

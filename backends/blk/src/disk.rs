@@ -149,6 +149,19 @@ impl Device for Disk {
         self.choose_cache();
     }
 
+    fn measure(&mut self) -> Option<u64> {
+        let storage = &self.shared.storage;
+        let before = storage.bytes();
+        match storage.measure() {
+            Ok(bytes) if bytes < before => {
+                tracing::warn!(image = storage.name(), before, bytes, "the image was cut: what lay behind is gone");
+            }
+            Ok(bytes) => tracing::info!(image = storage.name(), before, bytes, "the image was measured"),
+            Err(error) => tracing::error!(%error, "the disk keeps its size"),
+        }
+        Some(storage.bytes())
+    }
+
     fn queue(&mut self, _index: u16) -> BlkQueue {
         BlkQueue::new(Arc::clone(&self.shared))
     }

@@ -54,6 +54,9 @@ struct Cli {
     /// The supervisor's channel as an inherited descriptor
     #[arg(long, value_name = "N")]
     sidecar_fd: Option<RawFd>,
+    /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
+    #[arg(long, value_name = "N")]
+    stats_fd: Option<RawFd>,
     /// A number of this device's own among all that share the image: it tells a predecessor's lock from others
     #[arg(long, value_name = "N")]
     lock_byte: Option<u32>,
@@ -119,7 +122,7 @@ fn report(line: &str) {
 
 fn start(cli: &Cli) -> Result<()> {
     let supervised = cli.sidecar_fd.is_some();
-    let inherited: Vec<RawFd> = [cli.vhost_fd, cli.fd, cli.sidecar_fd].into_iter().flatten().collect();
+    let inherited: Vec<RawFd> = [cli.vhost_fd, cli.fd, cli.sidecar_fd, cli.stats_fd].into_iter().flatten().collect();
     jail::begin(&inherited, supervised)?;
     let sidecar = cli
         .sidecar_fd
@@ -136,7 +139,8 @@ fn start(cli: &Cli) -> Result<()> {
     }
     let (disk, transport, fence) = prepared?;
     let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised, ioctls: &[] });
-    serve::run(disk, Service { transport, sidecar, fence, jail })?;
+    let stats = cli.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
+    serve::run(disk, Service { transport, sidecar, fence, jail, stats })?;
     Ok(())
 }
 

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
 use atoll_kit::memory::{Direction, Segment, Segments, Transfer};
+use atoll_kit::stats::Figures;
 use atoll_kit::{Progress, QueueHandler};
 use io_uring::{opcode, squeue, types};
 use rustix::fs::FallocateFlags;
@@ -86,9 +87,43 @@ enum Work {
     Clear(VecDeque<Range>),
 }
 
+/// What a request that succeeds is counted as.
+#[derive(Debug, Clone, Copy, Default)]
+enum Moved {
+    #[default]
+    Nothing,
+    Read(u64),
+    Write(u64),
+    /// The class's counter of this number.
+    Class(usize),
+}
+
+impl Moved {
+    fn of(header: Header, chain: &Chain) -> Self {
+        match header.kind {
+            VIRTIO_BLK_T_IN => Self::Read(chain.writable().bytes().saturating_sub(1)),
+            VIRTIO_BLK_T_OUT => Self::Write(chain.readable().bytes().saturating_sub(HEADER_BYTES)),
+            VIRTIO_BLK_T_FLUSH => Self::Class(0),
+            VIRTIO_BLK_T_DISCARD => Self::Class(1),
+            VIRTIO_BLK_T_WRITE_ZEROES => Self::Class(2),
+            _ => Self::Nothing,
+        }
+    }
+
+    fn count(self, figures: Figures<'_>) {
+        match self {
+            Self::Nothing => {}
+            Self::Read(bytes) => figures.read(bytes),
+            Self::Write(bytes) => figures.written(bytes),
+            Self::Class(number) => figures.class(number, 1),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Slot {
     work: Work,
+    moved: Moved,
     transfer: Transfer,
     /// Next byte of the disk.
     offset: u64,
@@ -144,10 +179,25 @@ impl QueueHandler for BlkQueue {
     fn request<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress {
         let writable = chain.writable();
         let Some(status) = writable.last_byte() else { return Progress::Done { written: 0 } };
-        match self.begin(io, mem, chain, status) {
-            Ok(None) => Progress::Pending,
-            Ok(Some(written)) => finish(mem, status, Status::Ok, written),
-            Err(bad) => finish(mem, status, bad, 1),
+        let (moved, begun) = match header(mem, chain) {
+            Ok(header) => (Moved::of(header, chain), self.begin(io, mem, chain, header, status)),
+            Err(bad) => (Moved::Nothing, Err(bad)),
+        };
+        match begun {
+            Ok(None) => {
+                if let Some(slot) = self.slots.get_mut(usize::from(chain.head())) {
+                    slot.moved = moved;
+                }
+                Progress::Pending
+            }
+            Ok(Some(written)) => {
+                moved.count(io.figures());
+                finish(mem, status, Status::Ok, written)
+            }
+            Err(bad) => {
+                io.figures().failed();
+                finish(mem, status, bad, 1)
+            }
         }
     }
 
@@ -159,11 +209,13 @@ impl QueueHandler for BlkQueue {
             Ok(true) => {
                 slot.transfer.landed(mem);
                 slot.work = Work::None;
+                slot.moved.count(io.figures());
                 finish(mem, slot.status, Status::Ok, slot.written)
             }
             Err(bad) => {
                 slot.transfer.landed(mem);
                 slot.work = Work::None;
+                io.figures().failed();
                 finish(mem, slot.status, bad, 1)
             }
         }
@@ -186,12 +238,10 @@ impl BlkQueue {
         io: &mut Io<'_>,
         mem: &M,
         chain: &Chain,
+        header: Header,
         status: GuestAddress,
     ) -> Result<Option<u32>, Status> {
         let (readable, writable) = (chain.readable(), chain.writable());
-        let mut raw = [0; HEADER_BYTES as usize];
-        readable.read_at(mem, 0, &mut raw).map_err(|_| Status::IoError)?;
-        let header = parse(&raw);
         let room = writable.bytes() - 1;
         match header.kind {
             VIRTIO_BLK_T_IN => {
@@ -506,9 +556,14 @@ fn push(io: &mut Io<'_>, entry: squeue::Entry, head: u16) -> Result<(), Status> 
     })
 }
 
-fn parse(raw: &[u8; HEADER_BYTES as usize]) -> Header {
-    let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = *raw;
-    Header { kind: u32::from_le_bytes([k0, k1, k2, k3]), sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]) }
+fn header<M: GuestMemory>(mem: &M, chain: &Chain) -> Result<Header, Status> {
+    let mut raw = [0; HEADER_BYTES as usize];
+    chain.readable().read_at(mem, 0, &mut raw).map_err(|_| Status::IoError)?;
+    let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = raw;
+    Ok(Header {
+        kind: u32::from_le_bytes([k0, k1, k2, k3]),
+        sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
+    })
 }
 
 fn unsupported(error: &std::io::Error) -> bool {

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use atoll_kit::memory::Transfer;
 use rustix::fs::{FallocateFlags, OFlags};
@@ -97,7 +98,7 @@ pub struct DirectAlign {
 pub struct Storage {
     file: Option<Arc<File>>,
     name: String,
-    bytes: u64,
+    bytes: AtomicU64,
     read_only: bool,
     engine: Engine,
     direct: Option<DirectAlign>,
@@ -118,11 +119,7 @@ impl Storage {
         if !block_device && !meta.is_file() {
             return Err(OpenError::Kind(name));
         }
-        let bytes = if block_device {
-            rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(|e| failed(e.into()))?
-        } else {
-            meta.len()
-        };
+        let bytes = length(&file).map_err(failed)?;
         let direct = direct.then(|| direct_align(&file));
         let block_bytes = match direct {
             Some(align) => align.offset.max(SECTOR_BYTES) as u32,
@@ -137,6 +134,7 @@ impl Storage {
             return Err(OpenError::Odd { name, bytes, unit });
         }
         let engine = if refuses_nowait(&file) { Engine::Inline } else { Engine::Ring };
+        let bytes = AtomicU64::new(bytes);
         Ok(Self { file: Some(Arc::new(file)), name, bytes, read_only, engine, direct, block_bytes })
     }
 
@@ -149,6 +147,7 @@ impl Storage {
             return Err(OpenError::Odd { name, bytes, unit: SECTOR_BYTES });
         }
         let (engine, block_bytes) = (Engine::Null, SECTOR_BYTES as u32);
+        let bytes = AtomicU64::new(bytes);
         Ok(Self { file: None, name, bytes, read_only, engine, direct: None, block_bytes })
     }
 
@@ -164,7 +163,25 @@ impl Storage {
 
     /// Its length.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Looks at its length anew. A length that no disk can have leaves things as they are.
+    ///
+    /// Requests that are under way have been checked against the old end: what lies behind the new one fails in the file.
+    pub fn measure(&self) -> Result<u64, OpenError> {
+        let Some(file) = &self.file else { return Ok(self.bytes()) };
+        let name = || self.name.clone();
+        let bytes = length(file).map_err(|e| OpenError::Open { name: name(), reason: e.to_string() })?;
+        let unit = u64::from(self.block_bytes);
+        match bytes {
+            0 => Err(OpenError::Empty(name())),
+            _ if !bytes.is_multiple_of(unit) => Err(OpenError::Odd { name: name(), bytes, unit }),
+            _ => {
+                self.bytes.store(bytes, Ordering::Relaxed);
+                Ok(bytes)
+            }
+        }
     }
 
     /// True when writes are refused.
@@ -233,6 +250,11 @@ impl Storage {
         }
         Ok(())
     }
+}
+
+/// Bytes up to the end of a file or block device. Its position is of no interest: all I/O names its offset.
+fn length(file: &File) -> io::Result<u64> {
+    Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?)
 }
 
 /// Most entries of an iovec in one system call (UIO_MAXIOV).

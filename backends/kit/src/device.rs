@@ -12,6 +12,7 @@ use crate::chain::Chain;
 use crate::inlet::{Buffers, Inlet};
 use crate::memory::GuestRam;
 use crate::queue_thread::device_tag;
+use crate::stats::Figures;
 use crate::uring::{Uring, UringError};
 
 /// How many queues a device has and how long they may be.
@@ -53,6 +54,12 @@ pub trait Device: Send + 'static {
 
     /// Back to the state of a device that no driver has touched.
     fn reset(&mut self);
+
+    /// What the device stands on may have another size: looks, shows it in the configuration space from now on, and
+    /// says how many bytes it is. None for a device without a size.
+    fn measure(&mut self) -> Option<u64> {
+        None
+    }
 
     /// The handler of queue `index`; called once for each, before any front end.
     fn queue(&mut self, index: u16) -> Self::Queue;
@@ -138,16 +145,22 @@ pub trait QueueHandler: Send + 'static {
     }
 }
 
-/// Where a handler puts operations for its ring.
+/// Where a handler puts operations for its ring, and counts what it did.
 pub struct Io<'a> {
     uring: &'a mut Uring,
     outstanding: &'a mut u32,
+    figures: Figures<'a>,
 }
 
 impl<'a> Io<'a> {
     /// Puts operations into `uring` and counts them in `outstanding`.
-    pub fn new(uring: &'a mut Uring, outstanding: &'a mut u32) -> Self {
-        Self { uring, outstanding }
+    pub fn new(uring: &'a mut Uring, outstanding: &'a mut u32, figures: Figures<'a>) -> Self {
+        Self { uring, outstanding, figures }
+    }
+
+    /// Where the handler says what its requests moved, and how many failed.
+    pub fn figures(&self) -> Figures<'a> {
+        self.figures
     }
 
     /// Queues one operation; its end comes back as [`QueueHandler::completion`] of `head`.

@@ -13,7 +13,6 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::GuestMemory;
@@ -22,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::chain::Chain;
 use crate::memory::{OutOfRange, Segment, Segments};
 use crate::ring::{Ring, RingError, Taken};
+use crate::stats::{Figures, Part, add};
 use crate::worker::{Gate, QueuePulse, RingStart, wake};
 
 /// A ring that others than its own thread may fill.
@@ -30,6 +30,8 @@ pub struct Inlet<M> {
     index: u16,
     gate: Arc<Gate>,
     pulse: Arc<QueuePulse>,
+    /// Written by whoever is in, so by one thread at a time.
+    figures: Part,
     open: Mutex<Option<Open<M>>>,
 }
 
@@ -57,12 +59,18 @@ struct Held {
 }
 
 impl<M: GuestMemory> Inlet<M> {
-    pub(crate) fn new(index: u16, gate: Arc<Gate>, pulse: Arc<QueuePulse>) -> Self {
-        Self { index, gate, pulse, open: Mutex::default() }
+    pub(crate) fn new(index: u16, gate: Arc<Gate>, pulse: Arc<QueuePulse>, figures: Part) -> Self {
+        Self { index, gate, pulse, figures, open: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Open<M>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the handler counts what the kit does not see: frames that were dropped, for example. Only to be used by who
+    /// is in, see [`Inlet::enter`].
+    pub(crate) fn figures(&self) -> Figures<'_> {
+        Figures::new(&self.figures)
     }
 
     pub(crate) fn pulse(&self) -> &Arc<QueuePulse> {
@@ -233,6 +241,11 @@ impl<M: GuestMemory> Buffers<'_, M> {
         }
     }
 
+    /// Where to count what the kit does not see, such as frames that were dropped.
+    pub fn figures(&self) -> Figures<'_> {
+        self.inlet.figures()
+    }
+
     /// Writes `data` at `offset` of the first `chains` buffers in the hand.
     pub fn write(&mut self, chains: usize, offset: u64, data: &[u8]) -> Result<(), OutOfRange> {
         let (mem, room) = self.room(chains).ok_or(OutOfRange)?;
@@ -263,8 +276,11 @@ impl<M: GuestMemory> Buffers<'_, M> {
 impl<M: GuestMemory> Drop for Buffers<'_, M> {
     fn drop(&mut self) {
         if let Some(open) = &mut *self.guard {
-            let told = open.ring.notify(&*open.mem);
-            open.check(self.inlet.index, told.map(drop));
+            match open.ring.notify(&*open.mem) {
+                Ok(false) => {}
+                Ok(true) => add(&self.inlet.figures.calls, 1),
+                Err(e) => open.check(self.inlet.index, Err(e)),
+            }
         }
     }
 }
@@ -280,7 +296,7 @@ impl<M: GuestMemory> Inlet<M> {
             let mut chain = open.spare.pop().unwrap_or_default();
             match open.ring.take(&*open.mem, &mut chain) {
                 Ok(Taken::Request) => {
-                    self.pulse.taken.fetch_add(1, Ordering::Relaxed);
+                    add(&self.pulse.taken, 1);
                     let bytes = chain.writable().bytes();
                     open.hand.push_back(Held { chain, bytes });
                     return true;
@@ -292,6 +308,7 @@ impl<M: GuestMemory> Inlet<M> {
                 Ok(Taken::Malformed(e)) => {
                     open.spare.push(chain);
                     open.malformed += 1;
+                    add(&self.figures.malformed, 1);
                     // The guest decides how often this happens: say it at each power of two.
                     if open.malformed.is_power_of_two() {
                         tracing::warn!(queue = self.index, count = open.malformed, error = %e, "malformed buffer");
@@ -313,7 +330,11 @@ impl<M: GuestMemory> Inlet<M> {
             open.done.push((held.chain.head(), written.try_into().unwrap_or(u32::MAX)));
             open.spare.push(held.chain);
         }
-        self.pulse.completed.fetch_add(open.done.len() as u64, Ordering::Relaxed);
+        add(&self.pulse.completed, open.done.len() as u64);
+        add(&self.figures.requests, open.done.len() as u64);
+        if bytes > 0 {
+            Figures::new(&self.figures).read(bytes);
+        }
         let ended = open.ring.complete_together(&*open.mem, &open.done);
         open.check(self.index, ended);
     }

@@ -32,6 +32,7 @@ mod inlet_thread;
 pub mod jail;
 pub mod logging;
 pub mod memory;
+pub mod meter;
 mod queue_thread;
 pub mod ring;
 pub mod serve;
@@ -39,6 +40,7 @@ pub mod session;
 pub mod sidecar;
 pub mod signals;
 pub mod spin;
+pub mod stats;
 pub mod uring;
 pub mod worker;
 

@@ -21,8 +21,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
 use crate::device::{Io, Progress, QueueHandler};
+use crate::meter::Meter;
 use crate::ring::{Ring, RingError, Taken};
 use crate::spin::Spin;
+use crate::stats::add;
 use crate::uring::{Completion, Uring, UringError};
 use crate::worker::{Gate, Mailbox, QueuePulse, RingOwner, RingStart, obey, wake};
 
@@ -78,6 +80,7 @@ pub(crate) struct QueueThread<H, M> {
     malformed: u64,
     /// What the handler is blocked by is being polled.
     sink_watched: bool,
+    meter: Meter,
 }
 
 impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
@@ -88,6 +91,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         mailbox: Arc<Mailbox<M>>,
         pulse: Arc<QueuePulse>,
         gate: Arc<Gate>,
+        meter: Meter,
     ) -> Self {
         Self {
             index,
@@ -105,6 +109,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             waited_for_storage: false,
             malformed: 0,
             sink_watched: false,
+            meter,
         }
     }
 
@@ -146,6 +151,9 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             let value = completion.user_data & ((1 << TAG_SHIFT) - 1);
             match completion.user_data >> TAG_SHIFT {
                 TAG_DEVICE => {
+                    if !worked {
+                        self.meter.batch();
+                    }
                     self.outstanding = self.outstanding.saturating_sub(1);
                     self.device_completion(value as u16, completion.result);
                     worked = true;
@@ -165,10 +173,11 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
 
     fn device_completion(&mut self, head: u16, result: i32) {
         let Some(running) = &mut self.running else { return };
-        let mut io = Io::new(&mut self.uring, &mut self.outstanding);
+        let mut io = Io::new(&mut self.uring, &mut self.outstanding, self.meter.figures());
         let progress = self.handler.completion(&mut io, &*running.mem, head, result);
         if let Progress::Done { written } = progress {
-            self.pulse.completed.fetch_add(1, Ordering::Relaxed);
+            add(&self.pulse.completed, 1);
+            self.meter.ended(head);
             let ended = running.ring.complete(&*running.mem, head, written);
             self.check(ended);
         }
@@ -182,31 +191,38 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             return Ok(false);
         }
         let mut count = 0_u16;
+        let mut begun = false;
         let mut failed = Ok(());
         while count < running.ring.size() && self.handler.blocked().is_none() {
             match running.ring.take(&*running.mem, &mut self.chain) {
                 Ok(Taken::Empty) => break,
                 Ok(Taken::Request) => {
-                    if count == 0 {
+                    if !std::mem::replace(&mut begun, true) {
                         failed = running.ring.disarm(&*running.mem);
+                        self.meter.batch();
                     }
-                    self.pulse.taken.fetch_add(1, Ordering::Relaxed);
-                    let mut io = Io::new(&mut self.uring, &mut self.outstanding);
+                    add(&self.pulse.taken, 1);
+                    let mut io = Io::new(&mut self.uring, &mut self.outstanding, self.meter.figures());
                     let progress = if running.discards {
                         Progress::Done { written: 0 }
                     } else {
                         self.handler.request(&mut io, &*running.mem, &self.chain)
                     };
-                    if let Progress::Done { written } = progress {
-                        self.pulse.completed.fetch_add(1, Ordering::Relaxed);
-                        if let Err(e) = running.ring.complete(&*running.mem, self.chain.head(), written) {
-                            failed = Err(e);
-                            break;
+                    match progress {
+                        Progress::Pending => self.meter.pending(self.chain.head()),
+                        Progress::Done { written } => {
+                            add(&self.pulse.completed, 1);
+                            if let Err(e) = running.ring.complete(&*running.mem, self.chain.head(), written) {
+                                failed = Err(e);
+                                break;
+                            }
+                            self.meter.finished();
                         }
                     }
                 }
                 Ok(Taken::Malformed(e)) => {
                     self.malformed += 1;
+                    self.meter.malformed();
                     // The guest decides how often this happens: say it at each power of two.
                     if self.malformed.is_power_of_two() {
                         tracing::warn!(queue = self.index, count = self.malformed, error = %e, "malformed request");
@@ -219,6 +235,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             }
             count += 1;
         }
+        self.meter.settle();
         self.check(failed);
         if count > 0 {
             self.handler.batch_ended();
@@ -241,8 +258,11 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
 
     fn announce(&mut self) {
         if let Some(running) = &mut self.running {
-            let told = running.ring.notify(&*running.mem);
-            self.check(told.map(drop));
+            match running.ring.notify(&*running.mem) {
+                Ok(false) => {}
+                Ok(true) => self.meter.called(),
+                Err(e) => self.check(Err(e)),
+            }
         }
     }
 
@@ -266,6 +286,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     for _ in 0..8 {
                         if running.ring.waiting(&*running.mem) {
                             self.spin.caught();
+                            self.meter.spun();
                             return Ok(());
                         }
                         std::hint::spin_loop();
@@ -285,6 +306,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         let idle = self.outstanding == 0;
         let before = Instant::now();
         self.uring.submit_and_wait()?;
+        self.meter.woken();
         if !idle {
             self.waited_for_storage = true;
         } else if !std::mem::take(&mut self.waited_for_storage) {
@@ -338,6 +360,7 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
         };
         ring.call = start.call;
         self.handler.started(ring.size());
+        self.meter.ring(ring.size());
         if ring.continued() {
             ring.interrupt();
         }

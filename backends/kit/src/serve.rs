@@ -25,6 +25,7 @@ use crate::device::Device;
 use crate::fence::{Fence, FenceError};
 use crate::session::{self, Conversation, EndOfTalk};
 use crate::sidecar::{Orders, Reports, Sidecar, SidecarError, Started};
+use crate::stats::{StatsError, StatsPage};
 use crate::worker::{Gate, SpawnError};
 
 /// How long a first incarnation waits for a fence: as long as dying I/O takes, and some.
@@ -82,6 +83,9 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
+    /// The page of figures was refused.
+    #[error(transparent)]
+    Stats(#[from] StatsError),
     /// The jail could not be closed.
     #[error(transparent)]
     Jail(#[from] crate::jail::JailError),
@@ -155,6 +159,8 @@ pub struct Service {
     pub fence: Box<dyn Fence>,
     /// What the jail leaves open, none to stay outside (for a debugger).
     pub jail: Option<crate::jail::Jail>,
+    /// The supervisor's page of figures (`--stats-fd`); without one nobody reads them.
+    pub stats: Option<OwnedFd>,
 }
 
 type Talk<D> = Arc<Mutex<Conversation<D>>>;
@@ -186,6 +192,10 @@ impl<D: Device> Orders for Keeper<D> {
         self.end(Some(reports), 0)
     }
 
+    fn measure(&self) -> u64 {
+        self.conversations.first().map_or(0, |c| session::lock(c).measure())
+    }
+
     fn orphaned(&self) -> ! {
         if let Some(path) = &self.socket {
             let _ = std::fs::remove_file(path);
@@ -203,15 +213,22 @@ pub fn run<D: Device>(device: D, service: Service) -> Result<(), ServeError> {
 /// conversation, queue threads and a memory map of its own. All threads exist before the jail closes; a front end that
 /// finds no device free is hung up on.
 pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), ServeError> {
-    let Service { transport, sidecar, fence, jail } = service;
+    let Service { transport, sidecar, fence, jail, stats } = service;
     end_on_panic();
+    // The parts of several devices stand one after the other.
+    let queues = devices.first().map_or(0, |device| device.layout().queues);
+    let parts = queues.saturating_mul(u16::try_from(devices.len()).unwrap_or(u16::MAX));
+    let stats = match stats {
+        Some(fd) => StatsPage::adopt(fd, parts)?,
+        None => StatsPage::private(parts)?,
+    };
     if let Some(jail) = &jail {
         jail.confine()?;
     }
     let gate = Arc::new(Gate::default());
     let mut conversations = Vec::new();
-    for device in devices {
-        conversations.push(Arc::new(Mutex::new(Conversation::new(device, &gate)?)));
+    for (device, first) in devices.into_iter().zip((0..).step_by(usize::from(queues.max(1)))) {
+        conversations.push(Arc::new(Mutex::new(Conversation::new(device, &gate, &stats, first)?)));
     }
     let keeper = || Keeper {
         conversations: conversations.clone(),

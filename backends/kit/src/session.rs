@@ -34,6 +34,7 @@ use crate::dirty::DirtyLog;
 use crate::inflight::{self, Region};
 use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
 use crate::ring::{RingConfig, RingError};
+use crate::stats::StatsPage;
 use crate::worker::{Gate, RingStart, SpawnError, Worker, WorkerGone};
 
 /// Bytes of configuration space that a front end may read.
@@ -128,11 +129,16 @@ pub enum EndOfTalk {
 }
 
 impl<D: Device> Conversation<D> {
-    /// Starts the queue threads of `device`. They take nothing before `gate` is open.
-    pub fn new(mut device: D, gate: &Arc<Gate>) -> Result<Self, SpawnError> {
+    /// Starts the queue threads of `device`. They take nothing before `gate` is open, and count in `stats` from part
+    /// `first` on.
+    pub fn new(mut device: D, gate: &Arc<Gate>, stats: &Arc<StatsPage>, first: usize) -> Result<Self, SpawnError> {
         let layout = device.layout();
         let workers = (0..layout.queues)
-            .map(|index| Worker::spawn(index, device.queue(index), Arc::clone(gate)))
+            .map(|index| {
+                let part = u16::try_from(first + usize::from(index)).ok().and_then(|number| stats.part(number));
+                let part = part.ok_or(SpawnError::NoFigures { index, have: stats.queues() })?;
+                Worker::spawn(index, device.queue(index), Arc::clone(gate), part)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         for (index, worker) in (0_u16..).zip(&workers) {
             if let Some(inlet) = worker.inlet() {
@@ -161,6 +167,11 @@ impl<D: Device> Conversation<D> {
         if let Err(e) = self.stop_all() {
             tracing::error!(error = %e, "a queue did not stop");
         }
+    }
+
+    /// Has the device look what size it has now, in bytes; zero for one that has none.
+    pub fn measure(&mut self) -> u64 {
+        self.device.measure().unwrap_or(0)
     }
 
     /// Stops all rings (draining them) and forgets the front end.

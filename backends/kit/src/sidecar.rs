@@ -77,6 +77,10 @@ pub trait Orders: Send + 'static {
     fn quiesce(&self);
     /// Finish what is in flight, clean up and end; the goodbye is sent by the callee.
     fn exit(&self, reports: &Reports) -> !;
+    /// Looks what size the device has now, in bytes; zero for one that has none.
+    fn measure(&self) -> u64 {
+        0
+    }
     /// The supervisor is gone: end at once.
     fn orphaned(&self) -> !;
 }
@@ -85,6 +89,8 @@ impl Sidecar {
     /// Says hello on an inherited descriptor.
     pub fn hello(fd: OwnedFd, class: DeviceClass) -> Result<Self, SidecarError> {
         let features = SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT;
+        let measures = if class == DeviceClass::Block { SidecarFeatures::MEASURE } else { SidecarFeatures::default() };
+        let features = features | measures;
         Self::introduce(fd, class, features)
     }
 
@@ -152,6 +158,12 @@ fn attend(mut sidecar: Sidecar, queues: &[Arc<QueuePulse>], orders: &impl Orders
                 }
             }
             Ok(SidecarOrder::Exit) => orders.exit(&sidecar.reports),
+            Ok(SidecarOrder::Measure) => {
+                let bytes = orders.measure();
+                if sidecar.reports.send(&SidecarReport::Measured { bytes }).is_err() {
+                    orders.orphaned();
+                }
+            }
             Err(SocketError::Timeout(_)) if running => {
                 if !sidecar.serving.load(Ordering::Acquire) {
                     continue;

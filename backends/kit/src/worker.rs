@@ -14,8 +14,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::device::QueueHandler;
 use crate::inlet::Inlet;
 use crate::inlet_thread::{self, InletThread};
+use crate::meter::Meter;
 use crate::queue_thread::{QueueThread, open};
 use crate::ring::{RingConfig, RingError};
+use crate::stats::Part;
 use crate::uring::UringError;
 
 /// What a queue has done so far, and whether its thread still goes round; the supervisor is told of it.
@@ -144,6 +146,14 @@ pub(crate) fn obey<M>(owner: &mut impl RingOwner<M>) -> Result<bool, UringError>
     }
 }
 
+/// What a queue thread does, and where it counts.
+enum Role<M> {
+    /// It fills buffers with what comes from outside.
+    Filled(Arc<Inlet<M>>),
+    /// It carries out requests.
+    Asked(Meter),
+}
+
 /// The conversation's handle of one queue thread. Each call returns when the thread has done it.
 pub struct Worker<M> {
     index: u16,
@@ -164,6 +174,14 @@ pub enum SpawnError {
         /// What the kernel said.
         reason: String,
     },
+    /// The page of figures is for a device of fewer queues.
+    #[error("there is no room for the figures of queue {index} in a page for {have} queues")]
+    NoFigures {
+        /// The queue.
+        index: u16,
+        /// Queues of the page.
+        have: u16,
+    },
     /// No ring.
     #[error("queue {index}: {source}")]
     Uring {
@@ -177,8 +195,8 @@ pub enum SpawnError {
 
 impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
     /// Starts the thread and waits until its ring is restricted and enabled. `gate` keeps requests from being taken
-    /// until it is opened (the predecessor's fence).
-    pub fn spawn<H: QueueHandler>(index: u16, handler: H, gate: Arc<Gate>) -> Result<Self, SpawnError> {
+    /// until it is opened (the predecessor's fence); what it does is counted in `figures`.
+    pub fn spawn<H: QueueHandler>(index: u16, handler: H, gate: Arc<Gate>, figures: Part) -> Result<Self, SpawnError> {
         let failed = |reason: String| SpawnError::Thread { index, reason };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| failed(e.to_string()))?;
@@ -186,15 +204,22 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
         let mailbox = Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
         let (ready, is_ready) = sync_channel(1);
         let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&pulse));
-        let inlet = handler.is_inlet().then(|| Arc::new(Inlet::new(index, Arc::clone(&gate), Arc::clone(&pulse))));
-        let filled = inlet.clone();
+        let role = if handler.is_inlet() {
+            Role::Filled(Arc::new(Inlet::new(index, Arc::clone(&gate), Arc::clone(&pulse), figures)))
+        } else {
+            Role::Asked(Meter::new(figures))
+        };
+        let inlet = match &role {
+            Role::Filled(inlet) => Some(Arc::clone(inlet)),
+            Role::Asked(_) => None,
+        };
         let thread = std::thread::Builder::new()
             .name(format!("queue{index}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                let opened = match &filled {
-                    Some(_) => inlet_thread::open(&inbox),
-                    None => open(&handler, &inbox),
+                let opened = match &role {
+                    Role::Filled(_) => inlet_thread::open(&inbox),
+                    Role::Asked(_) => open(&handler, &inbox),
                 };
                 let uring = match opened {
                     Ok(uring) => uring,
@@ -204,9 +229,9 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
                     }
                 };
                 let _ = ready.send(Ok(()));
-                let ended = match filled {
-                    Some(inlet) => InletThread::new(index, uring, handler, inbox, inlet).run(),
-                    None => QueueThread::new(index, uring, handler, inbox, counts, gate).run(),
+                let ended = match role {
+                    Role::Filled(inlet) => InletThread::new(index, uring, handler, inbox, inlet).run(),
+                    Role::Asked(meter) => QueueThread::new(index, uring, handler, inbox, counts, gate, meter).run(),
                 };
                 if let Err(e) = ended {
                     // Without its ring the thread can neither finish nor hand over what is in flight. The

@@ -11,8 +11,10 @@ use atoll_blk::storage::{Source, Storage};
 use atoll_kit::chain::{CHAIN_MAX, Chain};
 use atoll_kit::device::Io;
 use atoll_kit::ring::{Ring, RingConfig, Taken};
+use atoll_kit::stats::Figures;
 use atoll_kit::uring::Uring;
 use atoll_kit::{Device, Progress, QueueHandler};
+use atoll_protocol::stats::QueueStats;
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -111,6 +113,7 @@ fuzz_target!(|data: &[u8]| {
         let mut queue = disk.queue(0);
         queue.started(size);
         let mut outstanding = 0;
+        let figures = QueueStats::default();
         let mut in_flight = HashSet::new();
         let mut chain = Chain::default();
         for _ in 0..64 {
@@ -129,7 +132,7 @@ fuzz_target!(|data: &[u8]| {
                     assert!(readable.0.len() + writable.0.len() <= CHAIN_MAX);
                     assert!(readable.bytes() + writable.bytes() <= 1 << 32);
                     assert!(chain.head() < size && in_flight.insert(chain.head()));
-                    let mut io = Io::new(uring, &mut outstanding);
+                    let mut io = Io::new(uring, &mut outstanding, Figures::new(&figures));
                     match queue.request(&mut io, &*mem, &chain) {
                         Progress::Done { written } => {
                             assert!(u64::from(written) <= writable.bytes());

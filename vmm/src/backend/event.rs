@@ -45,6 +45,11 @@ pub enum EventKind {
         /// The ping's.
         nonce: u64,
     },
+    /// It looked what size its device has.
+    Measured {
+        /// Bytes.
+        bytes: u64,
+    },
     /// It is gone and reaped. Always the last event of an incarnation.
     Exited(BackendExit),
 }

@@ -14,6 +14,7 @@ use tokio::sync::broadcast;
 use super::spawner::Spawner;
 use super::supervisor::{Supervisor, SupervisorMail};
 use crate::actor::{Address, Clock, Ending, Surroundings, Tree};
+use crate::metrics::Registry;
 
 /// One per VMM process; it outlives the machines that a reset makes one after the other.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ pub struct Household {
     story: broadcast::Sender<LifecycleEvent>,
     causes: Arc<AtomicU64>,
     generations: Generations,
+    metrics: Registry,
 }
 
 /// The last generation of each device, over all machines that this process has run: no number is used twice, so an event
@@ -74,6 +76,7 @@ impl Household {
             story,
             causes: Arc::default(),
             generations: Generations::default(),
+            metrics: Registry::default(),
         })
     }
 
@@ -111,6 +114,12 @@ impl Household {
     #[must_use]
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
+    }
+
+    /// The figures of devices and vCPUs, over all machines that this process has run.
+    #[must_use]
+    pub fn metrics(&self) -> &Registry {
+        &self.metrics
     }
 
     pub(super) fn generations(&self) -> &Generations {

@@ -233,7 +233,7 @@ impl Supervisor {
                     self.tell_story(LifecycleEvent::QueueStalled { device, generation, queue });
                 }
             }
-            EventKind::Quiesced | EventKind::Pong { .. } => {}
+            EventKind::Quiesced | EventKind::Pong { .. } | EventKind::Measured { .. } => {}
             EventKind::Exited(exit) => {
                 if supervised.recovery.lost(generation, &exit) {
                     supervised.policy.progress(generation);

@@ -144,6 +144,9 @@ impl Watch {
             }
             (Phase::Ready, SidecarReport::Progress { queues }) => self.progress(queues, now),
             (Phase::Ready, SidecarReport::Quiesced) => vec![WatchAction::Event(EventKind::Quiesced)],
+            (Phase::Ready, SidecarReport::Measured { bytes }) => {
+                vec![WatchAction::Event(EventKind::Measured { bytes })]
+            }
             (Phase::Preparing | Phase::Ready, SidecarReport::Pong { nonce: PING_NONCE }) => Vec::new(),
             (Phase::Preparing | Phase::Ready, SidecarReport::Pong { nonce }) => {
                 vec![WatchAction::Event(EventKind::Pong { nonce })]

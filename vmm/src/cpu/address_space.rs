@@ -12,6 +12,7 @@ use atoll_devices::{AddressMap, AddressMapError, AddressRange, Answer, Deferred,
 use super::{GuestBus, Space};
 use crate::actor::{Clock, Parked, StopSignal, park};
 use crate::doorbell::DoorbellTable;
+use crate::metrics::{AnswerKind, VcpuCounters};
 
 /// How long a vCPU waits for an answer that comes later.
 pub const ANSWER_BUDGET: Duration = Duration::from_secs(10);
@@ -100,6 +101,8 @@ pub struct VcpuBus {
     pub clock: Arc<dyn Clock>,
     /// How long to wait for an answer. Devices that answer later have budgets of their own: this is longer.
     pub budget: Duration,
+    /// What this vCPU asked, and who answered.
+    pub counters: Arc<VcpuCounters>,
 }
 
 impl VcpuBus {
@@ -111,6 +114,7 @@ impl VcpuBus {
             Parked::Stopped => None,
             Parked::Late => {
                 let waited = self.clock.now().since(asked);
+                self.counters.stall();
                 self.stalls.device_stalled(Stall { vcpu: self.vcpu, space, address, write, waited });
                 None
             }
@@ -118,12 +122,23 @@ impl VcpuBus {
     }
 }
 
+fn kind(answer: &Answer) -> AnswerKind {
+    match answer {
+        Answer::Now => AnswerKind::Inline,
+        Answer::Later(deferred) if deferred.is_elsewhere() => AnswerKind::Elsewhere,
+        Answer::Later(_) => AnswerKind::Later,
+    }
+}
+
 impl GuestBus for VcpuBus {
     fn read(&mut self, space: Space, address: u64, data: &mut [u8]) {
         // What nobody answers reads as all ones.
         data.fill(0xff);
-        let Some((device, offset)) = self.space.find(space, address, data.len()) else { return };
+        let Some((device, offset)) = self.space.find(space, address, data.len()) else {
+            return self.counters.exit(space, false, AnswerKind::Nobody);
+        };
         let answer = device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        self.counters.exit(space, false, kind(&answer));
         if let Answer::Later(deferred) = answer {
             data.fill(0xff);
             if let Some(value) = self.wait(deferred, space, address, false) {
@@ -136,10 +151,13 @@ impl GuestBus for VcpuBus {
 
     fn write(&mut self, space: Space, address: u64, data: &[u8]) {
         if self.space.doorbells.write(space, address) {
-            return;
+            return self.counters.doorbell();
         }
-        let Some((device, offset)) = self.space.find(space, address, data.len()) else { return };
+        let Some((device, offset)) = self.space.find(space, address, data.len()) else {
+            return self.counters.exit(space, true, AnswerKind::Nobody);
+        };
         let answer = device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        self.counters.exit(space, true, kind(&answer));
         if let Answer::Later(deferred) = answer {
             let _ = self.wait(deferred, space, address, true);
         }
@@ -189,7 +207,8 @@ mod tests {
         space.insert(Space::Mmio, 0x1000, 0x100, Arc::clone(&slow) as SharedDevice).unwrap();
         let stalls = Arc::clone(&heard) as Arc<dyn StallSink>;
         let clock = Arc::new(RealClock::new());
-        (VcpuBus { vcpu: 0, space, stop: StopSignal::new(), stalls, clock, budget }, slow, heard)
+        let counters = Arc::default();
+        (VcpuBus { vcpu: 0, space, stop: StopSignal::new(), stalls, clock, budget, counters }, slow, heard)
     }
 
     /// A device process that never answers costs the guest one deadline, and the supervisor hears of it.
@@ -205,6 +224,8 @@ mod tests {
             heard.iter().map(|stall| (stall.address, stall.write)).collect::<Vec<_>>(),
             [(0x1010, false), (0x1014, true)]
         );
+        let snapshot = bus.counters.snapshot(0);
+        assert_eq!((snapshot.stalls, snapshot.exits_total()), (2, 2));
         // The answer that comes after all goes nowhere.
         slow.lock().unwrap().asked.pop().unwrap().complete(5);
     }

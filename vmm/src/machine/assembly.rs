@@ -25,6 +25,7 @@ use crate::cpu::soft::{Pace, SoftConfig, SoftProcessor};
 use crate::cpu::{ANSWER_BUDGET, CpuError, CpuState, Kicks, Processor, VcpuBus, VcpuEnd, VcpuThread};
 use crate::doorbell::Relay;
 use crate::memory::GuestMemory;
+use crate::metrics::Registry;
 
 /// How long devices have to stop before they use force.
 const STOP_TIME_MAX: Duration = Duration::from_secs(5);
@@ -55,6 +56,7 @@ pub struct Machine {
     boot_state: Option<CpuState>,
     pub(super) events: EventSender,
     clock: Arc<dyn Clock>,
+    metrics: Registry,
 }
 
 fn processor(config: &MachineConfig, memory: &GuestMemory, wall: u64) -> Result<Arc<dyn Processor>, CpuError> {
@@ -163,6 +165,7 @@ impl Machine {
             boot_state: Some(boot_state),
             events: events.clone(),
             clock: Arc::new(RealClock::new()),
+            metrics: Registry::default(),
         };
         for usual in builders {
             let name = usual.name();
@@ -183,6 +186,11 @@ impl Machine {
         &self.board
     }
 
+    /// Has the vCPUs counted in `metrics`, from [`start`](Self::start) on. Without it nobody reads what they count.
+    pub fn count_in(&mut self, metrics: &Registry) {
+        self.metrics = metrics.clone();
+    }
+
     /// Starts devices, then vCPUs.
     ///
     /// # Errors
@@ -199,6 +207,7 @@ impl Machine {
                 stalls: Arc::new(self.events.clone()),
                 clock: Arc::clone(&self.clock),
                 budget: ANSWER_BUDGET,
+                counters: self.metrics.vcpu(index),
             };
             let state = if index == 0 { self.boot_state.take() } else { None };
             let (ended, events) = (Arc::clone(&self.ended), self.events.clone());

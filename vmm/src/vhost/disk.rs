@@ -152,6 +152,7 @@ impl DiskBuilder {
                     exe,
                     args: self.arguments(),
                     image: Some(image),
+                    meter: None,
                     spawner: self.spawner.clone(),
                 }))
             }

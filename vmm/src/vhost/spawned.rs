@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use crate::backend::{
     BackendEvent, BackendExit, BackendSpec, Child, EventKind, EventSink, ExitCause, ImageHandle, Offer, PassedFd,
     Spawner, WatchLimits,
 };
+use crate::metrics::DeviceMeter;
 
 /// How to start each incarnation of a device's backend.
 pub struct SpawnedBackend {
@@ -31,6 +33,8 @@ pub struct SpawnedBackend {
     pub args: Vec<OsString>,
     /// Its image, opened anew for each incarnation so that a lock falls with it.
     pub image: Option<ImageHandle>,
+    /// Counts what it does; each incarnation gets the same page (`--stats-fd`).
+    pub meter: Option<Arc<DeviceMeter>>,
     /// Who starts it.
     pub spawner: Spawner,
 }
@@ -49,7 +53,9 @@ impl EventSink for Ears {
                 tracing::warn!(device = self.name, ?queue, "the backend makes no progress");
                 return Offer::Taken;
             }
-            EventKind::Progress { .. } | EventKind::Quiesced | EventKind::Pong { .. } => return Offer::Taken,
+            EventKind::Progress { .. } | EventKind::Quiesced | EventKind::Pong { .. } | EventKind::Measured { .. } => {
+                return Offer::Taken;
+            }
         }
         match self.events.try_send(event.kind.clone()) {
             Ok(()) => Offer::Taken,
@@ -73,6 +79,10 @@ impl BackendSource for SpawnedBackend {
         if let Some(image) = &self.image {
             let fd = image.reopen().map_err(|error| failed(false, error.into()))?;
             fds.push(PassedFd { flag: "--fd".into(), fd });
+        }
+        let page = self.meter.as_ref().map_or(Ok(None), |meter| meter.pass());
+        if let Some(fd) = page.map_err(|error| failed(false, error.into()))? {
+            fds.push(PassedFd { flag: "--stats-fd".into(), fd });
         }
         let spec = BackendSpec {
             name: self.name.clone(),

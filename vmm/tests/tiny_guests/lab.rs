@@ -163,6 +163,7 @@ impl Lab {
             stalls: Arc::new(NoStall),
             clock: Arc::new(RealClock::new()),
             budget: PATIENCE,
+            counters: Arc::default(),
         };
         let ended = self.ended.0.clone();
         let report = move |end| {

@@ -350,7 +350,7 @@ impl RegisterDevice for RemoteRegion {
         let call = BusCall::Read { region: self.region, offset, width };
         let event = self.shared.ask(call, Asked::Read(width), Some(completion));
         self.shared.tell(event);
-        Answer::Later(answer)
+        Answer::Later(answer.elsewhere())
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Answer {
@@ -359,7 +359,7 @@ impl RegisterDevice for RemoteRegion {
         let call = BusCall::Write { region: self.region, offset, width, value: little_endian(data) };
         let event = self.shared.ask(call, Asked::Write, Some(completion));
         self.shared.tell(event);
-        Answer::Later(answer)
+        Answer::Later(answer.elsewhere())
     }
 }
 

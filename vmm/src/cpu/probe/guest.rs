@@ -150,6 +150,7 @@ pub(super) fn run(time_max: Duration) -> Result<(), Obstacle> {
         stalls: Arc::new(Ignore),
         clock: Arc::new(RealClock::new()),
         budget: time_max,
+        counters: Arc::default(),
     };
     let ended = move |end| {
         let _ = told.try_send(Err(obstacle(end)));

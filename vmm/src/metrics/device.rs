@@ -1,0 +1,196 @@
+//! What the VMM knows of one device: its process' page, and what became of the process.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use atoll_protocol::sidecar::DeviceClass;
+use atoll_protocol::stats::class_counters;
+use serde::Serialize;
+
+use super::page::{QueueFigures, StatsPage};
+use crate::config::DeviceKind;
+
+/// What a device is at, as far as figures are concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// A backend is there; no driver has started the device.
+    Idle,
+    /// The backend serves the driver.
+    Running,
+    /// The backend is gone; another one is on its way.
+    Recovering,
+    /// No backend serves the driver.
+    Quarantined,
+    /// The machine has stopped it.
+    Stopped,
+}
+
+impl Phase {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 5] = [Self::Idle, Self::Running, Self::Recovering, Self::Quarantined, Self::Stopped];
+
+    /// In lower case.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Running => "running",
+            Self::Recovering => "recovering",
+            Self::Quarantined => "quarantined",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// One device's figures. Whoever serves the device keeps it; with the last of them it disappears from the registry.
+#[derive(Debug)]
+pub struct DeviceMeter {
+    id: String,
+    kind: DeviceKind,
+    class: DeviceClass,
+    /// None where the backend is not ours.
+    page: Option<StatsPage>,
+    phase: AtomicU8,
+    generation: AtomicU64,
+    lost: AtomicU64,
+}
+
+impl DeviceMeter {
+    pub(super) fn new(id: &str, kind: DeviceKind, class: DeviceClass, page: Option<StatsPage>) -> Self {
+        let (phase, generation, lost) = (AtomicU8::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        Self { id: id.to_owned(), kind, class, page, phase, generation, lost }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// A descriptor of its page for an incarnation of its process (`--stats-fd`); none where there is no page.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub fn pass(&self) -> io::Result<Option<OwnedFd>> {
+        self.page.as_ref().map(StatsPage::pass).transpose()
+    }
+
+    /// What it is at, which incarnation of its backend serves it, how many it has lost.
+    pub fn tell(&self, phase: Phase, generation: u64, lost: u64) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+        self.generation.store(generation, Ordering::Relaxed);
+        self.lost.store(lost, Ordering::Relaxed);
+    }
+
+    /// The figures now.
+    pub fn snapshot(&self) -> DeviceSnapshot {
+        let queues =
+            self.page.as_ref().map_or_else(Vec::new, |page| (0..page.queues()).map(|n| page.queue(n)).collect());
+        DeviceSnapshot {
+            id: self.id.clone(),
+            kind: self.kind,
+            class: self.class,
+            phase: Phase::ALL.get(usize::from(self.phase.load(Ordering::Relaxed))).copied().unwrap_or(Phase::Stopped),
+            generation: self.generation.load(Ordering::Relaxed),
+            lost: self.lost.load(Ordering::Relaxed),
+            queues,
+        }
+    }
+}
+
+/// One device at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSnapshot {
+    /// Its name.
+    pub id: String,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// What its process said that it serves.
+    pub class: DeviceClass,
+    /// What it is at.
+    pub phase: Phase,
+    /// Which incarnation of its backend serves it, from 1.
+    pub generation: u64,
+    /// Backends that it has lost.
+    pub lost: u64,
+    /// Its queues; empty where the backend is not ours.
+    pub queues: Vec<QueueFigures>,
+}
+
+/// What `top` shows of a device: sums over its queues, latencies in microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct QueueSnapshot {
+    /// Requests completed.
+    pub requests: u64,
+    /// With an error.
+    pub errors: u64,
+    /// Bytes to the guest.
+    pub read_bytes: u64,
+    /// Bytes from the guest.
+    pub write_bytes: u64,
+    /// Half of all requests took no longer; none without a request.
+    pub p50_us: Option<f64>,
+    /// 99 of 100 took no longer.
+    pub p99_us: Option<f64>,
+    /// 999 of 1000 took no longer.
+    pub p999_us: Option<f64>,
+}
+
+impl From<&QueueFigures> for QueueSnapshot {
+    fn from(figures: &QueueFigures) -> Self {
+        let us = |share| figures.latency.quantile(share).map(|time| time.as_nanos() as f64 / 1000.0);
+        Self {
+            requests: figures.requests,
+            errors: figures.errors,
+            read_bytes: figures.read_bytes,
+            write_bytes: figures.write_bytes,
+            p50_us: us(0.5),
+            p99_us: us(0.99),
+            p999_us: us(0.999),
+        }
+    }
+}
+
+impl DeviceSnapshot {
+    /// Sums over all queues.
+    pub fn total(&self) -> QueueFigures {
+        let mut total = QueueFigures::default();
+        self.queues.iter().for_each(|queue| total.add(queue));
+        total
+    }
+
+    /// Names of the class's counters.
+    pub(super) fn class_counters(&self) -> &'static [&'static str] {
+        class_counters(self.class)
+    }
+
+    /// By the names that clients of Cloud Hypervisor's `vm.counters` know, and ours beside them.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let total = self.total();
+        let mut counters = BTreeMap::new();
+        let mut put = |name: &str, value: u64| {
+            counters.insert(name.to_owned(), value);
+        };
+        put("generation", self.generation);
+        put("restarts", self.lost);
+        if self.queues.is_empty() {
+            return counters;
+        }
+        let names = match self.kind {
+            DeviceKind::Net => ["rx_frames", "rx_bytes", "tx_frames", "tx_bytes"],
+            _ => ["read_ops", "read_bytes", "write_ops", "write_bytes"],
+        };
+        for (name, value) in names.iter().zip([total.reads, total.read_bytes, total.writes, total.write_bytes]) {
+            put(name, value);
+        }
+        put("requests", total.requests);
+        put("errors", total.errors);
+        put("malformed", total.malformed);
+        put("throttled", total.throttled);
+        for (name, value) in self.class_counters().iter().zip(total.class) {
+            put(name, value);
+        }
+        counters
+    }
+}
