@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::error::VmError;
+use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
 use crate::config::{DeviceConfig, VmConfig};
 
@@ -54,6 +54,10 @@ pub trait VmControl: Send + Sync {
     fn devices(&self) -> Result<Vec<DeviceReport>, VmError>;
     /// Counters by device (or vCPU) and name.
     fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError>;
+    /// All figures of devices and vCPUs in Prometheus' text format. They are there whatever state the machine is in.
+    fn metrics(&self) -> Result<String, VmError> {
+        Err(VmError::new(ErrorKind::Unsupported, "this machine has no figures"))
+    }
     /// The live tree: actors, devices, queues, vCPUs, as nested JSON objects; `path` chooses a part (`devices/_disk0`).
     fn inspect(&self, path: &str) -> Result<serde_json::Value, VmError>;
     /// Ends the process after the answer was sent.

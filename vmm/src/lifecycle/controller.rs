@@ -150,6 +150,9 @@ impl VmControl for Controller {
     fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError> {
         self.mailbox.ask("vm.counters", QUICK, |keeper| keeper.counters())
     }
+    fn metrics(&self) -> Result<String, VmError> {
+        self.mailbox.ask("metrics", QUICK, |keeper| Ok(keeper.metrics()))
+    }
     fn inspect(&self, path: &str) -> Result<serde_json::Value, VmError> {
         let path = path.to_owned();
         self.mailbox.ask("inspecting", QUICK, move |keeper| keeper.inspect(&path))

@@ -290,6 +290,7 @@ impl Keeper {
         let (life, events) = self.next_life();
         let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
         plan.tell_choice();
+        machine.count_in(self.household.metrics());
         machine.start().map_err(failed)?;
         self.enter(State::Running(config, Box::new(Live { plan, machine, life })));
         self.story.tell("vm", "booted", []);
@@ -380,6 +381,7 @@ impl Keeper {
                 roster::remove(&mut config, &id);
             }
             let mut next = next.map_err(failed)?;
+            next.count_in(self.household.metrics());
             next.start().map_err(failed)?;
             Ok(next)
         });
@@ -508,9 +510,20 @@ impl Keeper {
             .collect())
     }
 
+    pub(super) fn metrics(&mut self) -> String {
+        if let Some(live) = self.state.live() {
+            live.machine.count_instructions();
+        }
+        self.household.metrics().prometheus()
+    }
+
     pub(super) fn counters(&mut self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError> {
         match self.state.live() {
-            Some(live) => Ok(live.machine.counters()),
+            Some(live) => {
+                let mut counters = self.household.metrics().counters();
+                counters.extend(live.machine.counters());
+                Ok(counters)
+            }
             None => Err(self.state.not_running()),
         }
     }

@@ -56,7 +56,7 @@ pub struct Machine {
     boot_state: Option<CpuState>,
     pub(super) events: EventSender,
     clock: Arc<dyn Clock>,
-    metrics: Registry,
+    pub(super) metrics: Registry,
 }
 
 fn processor(config: &MachineConfig, memory: &GuestMemory, wall: u64) -> Result<Arc<dyn Processor>, CpuError> {

@@ -43,6 +43,13 @@ impl Machine {
             .collect()
     }
 
+    /// Has each vCPU say how many instructions it has retired, for the figures.
+    pub fn count_instructions(&self) {
+        for vcpu in self.vcpu_reports() {
+            self.metrics.vcpu(vcpu.index).retired(vcpu.instructions);
+        }
+    }
+
     /// Its devices that are processes.
     pub fn reports(&self) -> Vec<DeviceReport> {
         self.devices

@@ -42,7 +42,7 @@ pub(super) const ACCESSES: [(Space, bool, &str); 4] = [
     (Space::Mmio, true, "mmio_write"),
 ];
 
-/// One vCPU's counters. Written by its thread only.
+/// One vCPU's counters. Exits are written by its thread only.
 #[derive(Debug, Default)]
 pub struct VcpuCounters {
     /// By access ([`ACCESSES`]) and [`AnswerKind`].
@@ -93,9 +93,9 @@ impl VcpuCounters {
         add(&self.stalls, 1);
     }
 
-    /// So many more instructions were retired.
+    /// So many instructions were retired since power-on; whoever asks the vCPU notes what it said.
     pub fn retired(&self, instructions: u64) {
-        add(&self.instructions, instructions);
+        self.instructions.store(instructions, Ordering::Relaxed);
     }
 
     /// The numbers now.
