@@ -13,6 +13,6 @@ pub mod irq;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;
-pub mod unix_socket;
 pub mod metrics;
+pub mod unix_socket;
 pub mod vhost;
