@@ -103,6 +103,11 @@ impl Backend {
         }
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Processor time of all its threads so far, those that have ended included.
     pub fn cpu_time(&self) -> Result<Duration> {
         let mut clock = 0;
