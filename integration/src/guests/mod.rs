@@ -7,6 +7,7 @@
 pub mod disk;
 pub mod elf;
 pub mod hostile;
+pub mod idle;
 pub mod prologue;
 pub mod trace;
 

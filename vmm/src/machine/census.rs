@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{DeviceLife, Machine};
 use crate::cpu::VcpuPhase;
-use crate::lifecycle::DeviceReport;
+use crate::lifecycle::{DeviceReport, DeviceState};
 
 /// How long a vCPU has to say what it has done; one that waits for a device answers later, and says what it said before.
 const COUNT_TIME_MAX: Duration = Duration::from_millis(100);
@@ -56,6 +56,9 @@ impl Machine {
             .iter()
             .filter_map(|device| {
                 let mut report = device.life.report()?;
+                if self.is_leaving(&device.name) {
+                    report.state = DeviceState::Unplugging;
+                }
                 report.bdf = device.place.map(|place| format!("0000:00:{:02x}.{}", place.slot(), place.function()));
                 Some(report)
             })

@@ -131,7 +131,13 @@ impl Machine {
                 end(device);
                 return Err(PlugError::NotPluggable(name.clone()));
             };
-            match device.life.start() {
+            // A device that comes while the machine stands, stands with it.
+            let stands = self.hotplug.frozen.is_some();
+            let started = device.life.start().and_then(|()| match stands {
+                true => device.life.pause(Instant::now() + STOP_TIME_MAX),
+                false => Ok(()),
+            });
+            match started {
                 Ok(()) => Ok((device, place)),
                 Err(error) => {
                     end(device);
@@ -187,6 +193,11 @@ impl Machine {
     /// Whether the device was asked to leave or is leaving. Such a device is not carried over a reset of the machine.
     pub fn is_leaving(&self, name: &str) -> bool {
         self.hotplug.leaving.contains_key(name)
+    }
+
+    /// The devices that were asked to leave or are leaving.
+    pub fn leaving(&self) -> Vec<String> {
+        self.hotplug.leaving.keys().cloned().collect()
     }
 
     /// When [`settle`](Self::settle) must be called at the latest; besides, it is to be called at each
