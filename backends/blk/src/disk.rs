@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use atoll_kit::limit::Limiter;
 use atoll_kit::{ConfigError, Device, QueueLayout};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -50,6 +51,7 @@ pub struct Disk {
     queues: u16,
     acked: u64,
     writeback: bool,
+    limiter: Option<Arc<Limiter>>,
 }
 
 impl Disk {
@@ -60,7 +62,14 @@ impl Disk {
             *to = from;
         }
         let shared = Shared { storage, serial: padded, write_through: AtomicBool::new(false) };
-        Self { shared: Arc::new(shared), queues, acked: 0, writeback: true }
+        Self { shared: Arc::new(shared), queues, acked: 0, writeback: true, limiter: None }
+    }
+
+    /// Limits the rate of all queues together.
+    #[must_use]
+    pub fn limited(mut self, limiter: Option<Arc<Limiter>>) -> Self {
+        self.limiter = limiter;
+        self
     }
 
     /// A driver that cannot flush must find every completed write durable; one that can choose, chooses.
@@ -160,6 +169,10 @@ impl Device for Disk {
             Err(error) => tracing::error!(%error, "the disk keeps its size"),
         }
         Some(storage.bytes())
+    }
+
+    fn limiter(&self, _index: u16) -> Option<Arc<Limiter>> {
+        self.limiter.clone()
     }
 
     fn queue(&mut self, _index: u16) -> BlkQueue {

@@ -9,6 +9,7 @@ use atoll_blk::disk::Disk;
 use atoll_blk::storage::{Source, Storage};
 use atoll_kit::fence::{Fence, FileFence, NoFence};
 use atoll_kit::jail::{self, Jail};
+use atoll_kit::limit::{BucketConfig, Limiter};
 use atoll_kit::serve::{self, Listening, Service, Transport};
 use atoll_kit::sidecar::Sidecar;
 use atoll_kit::{logging, signals};
@@ -51,6 +52,12 @@ struct Cli {
     /// The disk's serial number, at most 20 bytes
     #[arg(long, value_name = "ID", default_value = "", value_parser = parse_serial)]
     serial: String,
+    /// Limit the bytes of all queues together: BYTES tokens that come back within MS milliseconds, BURST more once
+    #[arg(long, value_name = "BYTES,MS[,BURST]")]
+    rate_bytes: Option<BucketConfig>,
+    /// Limit the requests of all queues together, likewise
+    #[arg(long, value_name = "REQUESTS,MS[,BURST]")]
+    rate_ops: Option<BucketConfig>,
     /// The supervisor's channel as an inherited descriptor
     #[arg(long, value_name = "N")]
     sidecar_fd: Option<RawFd>,
@@ -166,7 +173,8 @@ fn prepare(cli: &Cli) -> Result<(Disk, Transport, Box<dyn Fence>)> {
         (None, Some(fd)) => Transport::Connected(serve::inherited("--vhost-fd", fd)?.into()),
         (None, None) => bail!("say where the front end is: --socket or --vhost-fd"),
     };
-    let disk = Disk::new(storage, cli.num_queues, &cli.serial);
+    let limiter = Limiter::new(cli.rate_bytes, cli.rate_ops);
+    let disk = Disk::new(storage, cli.num_queues, &cli.serial).limited(limiter);
     Ok((disk, transport, fence))
 }
 

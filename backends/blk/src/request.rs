@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
+use atoll_kit::limit::Cost;
 use atoll_kit::memory::{Direction, Segment, Segments, Transfer};
 use atoll_kit::stats::Figures;
 use atoll_kit::{Progress, QueueHandler};
@@ -174,6 +175,12 @@ impl QueueHandler for BlkQueue {
 
     fn stopped(&mut self) {
         self.slots = Vec::new();
+    }
+
+    fn cost(&self, chain: &Chain) -> Cost {
+        // Without header and status byte.
+        let bytes = chain.readable().bytes().saturating_sub(HEADER_BYTES) + chain.writable().bytes().saturating_sub(1);
+        Cost { bytes, operations: 1 }
     }
 
     fn request<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress {

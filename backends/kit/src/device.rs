@@ -10,6 +10,7 @@ use vm_memory::GuestMemory;
 
 use crate::chain::Chain;
 use crate::inlet::{Buffers, Inlet};
+use crate::limit::{Cost, Limiter};
 use crate::memory::GuestRam;
 use crate::queue_thread::device_tag;
 use crate::stats::Figures;
@@ -58,6 +59,12 @@ pub trait Device: Send + 'static {
     /// What the device stands on may have another size: looks, shows it in the configuration space from now on, and
     /// says how many bytes it is. None for a device without a size.
     fn measure(&mut self) -> Option<u64> {
+        None
+    }
+
+    /// What limits the rate at which queue `index` takes requests; queues may share it. Queues that are filled from
+    /// outside mind their limits themselves, see [`Wait::Until`].
+    fn limiter(&self, _index: u16) -> Option<Arc<Limiter>> {
         None
     }
 
@@ -112,6 +119,11 @@ pub trait QueueHandler: Send + 'static {
 
     /// The operation that was pushed for `head` has ended with `result`, a negated errno on failure.
     fn completion<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, head: u16, result: i32) -> Progress;
+
+    /// What a request takes from the limits of its queue.
+    fn cost(&self, chain: &Chain) -> Cost {
+        Cost { bytes: chain.readable().bytes() + chain.writable().bytes(), operations: 1 }
+    }
 
     /// All requests that were there have been handed over, and those that are finished are in the used ring: time for
     /// what is worth doing once for many.

@@ -30,6 +30,7 @@ pub mod inflight;
 pub mod inlet;
 mod inlet_thread;
 pub mod jail;
+pub mod limit;
 pub mod logging;
 pub mod memory;
 pub mod meter;

@@ -14,13 +14,14 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
 use crate::device::{Io, Progress, QueueHandler};
+use crate::limit::Toll;
 use crate::meter::Meter;
 use crate::ring::{Ring, RingError, Taken};
 use crate::spin::Spin;
@@ -81,6 +82,7 @@ pub(crate) struct QueueThread<H, M> {
     /// What the handler is blocked by is being polled.
     sink_watched: bool,
     meter: Meter,
+    toll: Toll,
 }
 
 impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
@@ -91,7 +93,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         mailbox: Arc<Mailbox<M>>,
         pulse: Arc<QueuePulse>,
         gate: Arc<Gate>,
-        meter: Meter,
+        (meter, toll): (Meter, Toll),
     ) -> Self {
         Self {
             index,
@@ -110,6 +112,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             malformed: 0,
             sink_watched: false,
             meter,
+            toll,
         }
     }
 
@@ -187,7 +190,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     fn take(&mut self) -> Result<bool, UringError> {
         let Some(running) = &mut self.running else { return Ok(false) };
         let serves = running.enabled || running.discards;
-        if !serves || running.broken || !self.gate.is_open() {
+        if !serves || running.broken || !self.gate.is_open() || self.toll.is_closed() {
             return Ok(false);
         }
         let mut count = 0_u16;
@@ -200,6 +203,16 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     if !std::mem::replace(&mut begun, true) {
                         failed = running.ring.disarm(&*running.mem);
                         self.meter.batch();
+                    }
+                    if !running.discards {
+                        match self.toll.pay(|| self.handler.cost(&self.chain)) {
+                            Some(Duration::ZERO) => {}
+                            Some(waited) => self.meter.throttled(waited.as_nanos() as u64),
+                            None => {
+                                running.ring.put_back(self.chain.head());
+                                break;
+                            }
+                        }
                     }
                     add(&self.pulse.taken, 1);
                     let mut io = Io::new(&mut self.uring, &mut self.outstanding, self.meter.figures());
@@ -279,6 +292,12 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             && !running.broken
             && open
         {
+            if let Some(until) = self.toll.until() {
+                // No kick is asked for: what the guest adds comes behind the request that waits.
+                self.uring.submit_and_wait_until(until)?;
+                self.meter.woken();
+                return Ok(());
+            }
             let budget = self.spin.budget();
             if self.outstanding == 0 && !self.waited_for_storage && !budget.is_zero() {
                 let since = Instant::now();
@@ -389,6 +408,7 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
         self.uring.unwatch(watched, TAG_REMOVED << TAG_SHIFT)?;
         self.uring.submit()?;
         self.handler.stopped();
+        self.toll.forget();
         Ok(Some(running.ring.next_avail()))
     }
 

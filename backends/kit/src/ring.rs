@@ -215,6 +215,16 @@ impl Ring {
         }
     }
 
+    /// Takes back that `head`, the last one, was taken: it is the next one to be taken. For the record of requests in
+    /// flight it stays taken, so that a successor takes it in its turn.
+    pub fn put_back(&mut self, head: u16) {
+        if let Some(taken) = self.taken.get_mut(usize::from(head)) {
+            *taken = false;
+        }
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.resubmit.push_front(head);
+    }
+
     /// Puts a finished request into the used ring. The guest hears of it from [`Ring::notify`].
     pub fn complete<M: GuestMemory>(&mut self, mem: &M, head: u16, written: u32) -> Result<(), RingError> {
         self.complete_together(mem, &[(head, written)])

@@ -137,7 +137,8 @@ impl<D: Device> Conversation<D> {
             .map(|index| {
                 let part = u16::try_from(first + usize::from(index)).ok().and_then(|number| stats.part(number));
                 let part = part.ok_or(SpawnError::NoFigures { index, have: stats.queues() })?;
-                Worker::spawn(index, device.queue(index), Arc::clone(gate), part)
+                let limiter = device.limiter(index);
+                Worker::spawn(index, device.queue(index), Arc::clone(gate), part, limiter)
             })
             .collect::<Result<Vec<_>, _>>()?;
         for (index, worker) in (0_u16..).zip(&workers) {

@@ -12,6 +12,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Instant;
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
@@ -137,6 +138,14 @@ impl Uring {
         self.enter(1)
     }
 
+    /// Like [`Uring::submit_and_wait`], but no longer than until `end`.
+    pub fn submit_and_wait_until(&mut self, end: Instant) -> Result<(), UringError> {
+        let left = types::Timespec::from(end.saturating_duration_since(Instant::now()));
+        let args = types::SubmitArgs::new().timespec(&left);
+        let entered = self.ring.submitter().submit_with_args(1, &args);
+        self.entered(entered)
+    }
+
     /// True when the kernel holds completions that one `submit` would deliver.
     pub fn deliverable(&mut self) -> bool {
         self.ring.submission().taskrun()
@@ -147,15 +156,21 @@ impl Uring {
         const GETEVENTS: u32 = 1;
         let queued = self.ring.submission().len() as u32;
         // SAFETY: no argument is passed; what the entries point to is kept alive by those who pushed them.
-        match unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, want as u32, GETEVENTS, None) } {
-            Ok(_) => {
-                self.queued = self.ring.submission().len() as u32;
-                Ok(())
-            }
-            // A signal, or a completion queue that must be emptied first: the caller reaps and comes back.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => Ok(()),
-            Err(e) => Err(UringError::Enter(e)),
+        let entered = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, want as u32, GETEVENTS, None) };
+        self.entered(entered)
+    }
+
+    fn entered(&mut self, entered: io::Result<usize>) -> Result<(), UringError> {
+        let harmless = [libc::EINTR, libc::EBUSY, libc::EAGAIN, libc::ETIME];
+        match entered {
+            Ok(_) => {}
+            // A signal, a completion queue that must be emptied first, a wait that is over: the caller reaps and comes
+            // back.
+            Err(e) if e.raw_os_error().is_some_and(|number| harmless.contains(&number)) => {}
+            Err(e) => return Err(UringError::Enter(e)),
         }
+        self.queued = self.ring.submission().len() as u32;
+        Ok(())
     }
 
     /// Takes the completions that have been delivered into `out`.

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::device::QueueHandler;
 use crate::inlet::Inlet;
 use crate::inlet_thread::{self, InletThread};
+use crate::limit::{Limiter, Toll};
 use crate::meter::Meter;
 use crate::queue_thread::{QueueThread, open};
 use crate::ring::{RingConfig, RingError};
@@ -151,7 +152,7 @@ enum Role<M> {
     /// It fills buffers with what comes from outside.
     Filled(Arc<Inlet<M>>),
     /// It carries out requests.
-    Asked(Meter),
+    Asked(Meter, Toll),
 }
 
 /// The conversation's handle of one queue thread. Each call returns when the thread has done it.
@@ -195,8 +196,15 @@ pub enum SpawnError {
 
 impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
     /// Starts the thread and waits until its ring is restricted and enabled. `gate` keeps requests from being taken
-    /// until it is opened (the predecessor's fence); what it does is counted in `figures`.
-    pub fn spawn<H: QueueHandler>(index: u16, handler: H, gate: Arc<Gate>, figures: Part) -> Result<Self, SpawnError> {
+    /// until it is opened (the predecessor's fence); what it does is counted in `figures` and
+    /// limited by `limiter`.
+    pub fn spawn<H: QueueHandler>(
+        index: u16,
+        handler: H,
+        gate: Arc<Gate>,
+        figures: Part,
+        limiter: Option<Arc<Limiter>>,
+    ) -> Result<Self, SpawnError> {
         let failed = |reason: String| SpawnError::Thread { index, reason };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| failed(e.to_string()))?;
@@ -207,11 +215,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
         let role = if handler.is_inlet() {
             Role::Filled(Arc::new(Inlet::new(index, Arc::clone(&gate), Arc::clone(&pulse), figures)))
         } else {
-            Role::Asked(Meter::new(figures))
+            Role::Asked(Meter::new(figures), Toll::new(limiter))
         };
         let inlet = match &role {
             Role::Filled(inlet) => Some(Arc::clone(inlet)),
-            Role::Asked(_) => None,
+            Role::Asked(..) => None,
         };
         let thread = std::thread::Builder::new()
             .name(format!("queue{index}"))
@@ -219,7 +227,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
             .spawn(move || {
                 let opened = match &role {
                     Role::Filled(_) => inlet_thread::open(&inbox),
-                    Role::Asked(_) => open(&handler, &inbox),
+                    Role::Asked(..) => open(&handler, &inbox),
                 };
                 let uring = match opened {
                     Ok(uring) => uring,
@@ -231,7 +239,9 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
                 let _ = ready.send(Ok(()));
                 let ended = match role {
                     Role::Filled(inlet) => InletThread::new(index, uring, handler, inbox, inlet).run(),
-                    Role::Asked(meter) => QueueThread::new(index, uring, handler, inbox, counts, gate, meter).run(),
+                    Role::Asked(meter, toll) => {
+                        QueueThread::new(index, uring, handler, inbox, counts, gate, (meter, toll)).run()
+                    }
                 };
                 if let Err(e) = ended {
                     // Without its ring the thread can neither finish nor hand over what is in flight. The
