@@ -142,6 +142,7 @@ impl Machine {
             vcpus: u8::try_from(config.vcpus).map_err(|_| MachineError::TooManyVcpus(config.vcpus))?,
             com1: config.serial != SerialMode::Off,
         };
+        boot::low_memory(memory.mapped());
         let rsdp = acpi::write_tables(tables, memory.mapped())?;
         let boot_state = boot::load(&config.boot, memory.mapped(), &ram, rsdp)?;
         let wall_base_ns = wall_base_ns(config);

@@ -87,6 +87,33 @@ fn messages(cpu: Cpu) {
     assert!(!table.pending(0), "and has been delivered once");
 }
 
+/// An operator's non-maskable interrupt reaches a guest that masks everything, runs or stands, and is over with IRET.
+fn non_maskable(cpu: Cpu) {
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let mut state = long_mode(&lab);
+    handlers(&lab, &mut state, &[2]);
+    let mut code = CodeAssembler::new(64).unwrap();
+    code.mov(edx, u32::from(PORT + 2)).unwrap();
+    code.out(dx, al).unwrap();
+    let mut again = code.create_label();
+    code.set_label(&mut again).unwrap();
+    code.jmp(again).unwrap();
+    lab.load(code);
+    lab.start(state);
+    assert_eq!(lab.next().offset, 2);
+    for _ in 0..3 {
+        lab.vcpu().nmi();
+        assert_eq!(lab.next(), out(0, 1, 2));
+    }
+    assert!(lab.is_silent());
+    lab.vcpu().stand();
+    assert!(lab.vcpu().await_standing(std::time::Instant::now() + super::lab::PATIENCE));
+    lab.vcpu().nmi();
+    assert!(lab.is_silent());
+    lab.vcpu().go();
+    assert_eq!(lab.next(), out(0, 1, 2));
+}
+
 /// A wire through the I/O APIC, as the guest has programmed its pin.
 fn ioapic_wire(cpu: Cpu) {
     let Some(mut lab) = Lab::new(cpu) else { return };
@@ -177,4 +204,4 @@ fn local_timer(cpu: Cpu) {
     }
 }
 
-super::lab::on_both_cpus!(messages, ioapic_wire, interval_timer, local_timer);
+super::lab::on_both_cpus!(non_maskable, messages, ioapic_wire, interval_timer, local_timer);

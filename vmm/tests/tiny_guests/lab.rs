@@ -174,6 +174,11 @@ impl Lab {
         );
     }
 
+    /// The vCPU's thread.
+    pub(crate) fn vcpu(&self) -> &VcpuThread {
+        self.thread.as_ref().expect("it has been started")
+    }
+
     /// The next write that reaches the bench.
     pub(crate) fn next(&self) -> Write {
         self.written.recv_timeout(PATIENCE).unwrap_or_else(|_| {

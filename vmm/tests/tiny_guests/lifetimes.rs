@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use atoll_vmm::cpu::{Exit, Space};
+use atoll_vmm::cpu::{Exit, Space, VcpuPhase};
 use atoll_vmm::doorbell::{Doorbell, Relay};
-use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, edx, rax, word_ptr};
+use iced_x86::code_asm::{CodeAssembler, al, byte_ptr, dword_ptr, dx, eax, ebx, edx, esi, rax, word_ptr};
 
 use super::lab::{CODE, Cpu, Lab, MMIO, PORT, long_mode, out, protected_mode};
 
@@ -35,6 +35,48 @@ fn halted_guest_is_stopped(cpu: Cpu) {
     lab.load(code);
     lab.start(protected_mode());
     lab.next();
+    assert_eq!(lab.stop(), Exit::Stopped);
+}
+
+/// A guest that counts aloud, over ports and memory in turn, and reads in between: however often it stands in the middle
+/// of that, it says each number once, and reads what it should.
+fn pauses_lose_and_repeat_nothing(cpu: Cpu) {
+    let Some(mut lab) = Lab::new(cpu) else { return };
+    let mut code = CodeAssembler::new(32).unwrap();
+    let (mut again, mut wrong) = (code.create_label(), code.create_label());
+    code.mov(ebx, MMIO as u32).unwrap();
+    code.mov(edx, u32::from(PORT)).unwrap();
+    code.set_label(&mut again).unwrap();
+    code.inc(esi).unwrap();
+    code.mov(eax, esi).unwrap();
+    code.out(dx, eax).unwrap();
+    code.in_(eax, dx).unwrap();
+    code.cmp(eax, 0xa3a2_a1a0_u32).unwrap();
+    code.jne(wrong).unwrap();
+    code.inc(esi).unwrap();
+    code.mov(dword_ptr(ebx), esi).unwrap();
+    code.mov(eax, dword_ptr(ebx + 4)).unwrap();
+    code.cmp(eax, 0xa7a6_a5a4_u32).unwrap();
+    code.je(again).unwrap();
+    code.set_label(&mut wrong).unwrap();
+    code.hlt().unwrap();
+    lab.load(code);
+    lab.start(protected_mode());
+    let mut count = 0;
+    let mut heard = |lab: &Lab, least: u64| {
+        for _ in 0..least {
+            count += 1;
+            assert_eq!(lab.next().value, count);
+        }
+    };
+    for round in 0..100 {
+        heard(&lab, 1 + round % 7);
+        lab.vcpu().stand();
+        assert!(lab.vcpu().await_standing(Instant::now() + super::lab::PATIENCE));
+        assert_eq!(lab.vcpu().phase(), VcpuPhase::Standing);
+        lab.vcpu().go();
+    }
+    heard(&lab, 100);
     assert_eq!(lab.stop(), Exit::Stopped);
 }
 
@@ -114,6 +156,7 @@ fn kvm_logs_dirty_pages() {
 super::lab::on_both_cpus!(
     endless_loop_is_stopped,
     halted_guest_is_stopped,
+    pauses_lose_and_repeat_nothing,
     triple_fault_names_rip,
     jump_into_nowhere_ends,
     doorbell_rings

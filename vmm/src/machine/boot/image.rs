@@ -9,7 +9,7 @@ use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{BootError, place};
+use super::{BootError, blank, place};
 use crate::machine::layout::Span;
 
 const MIB: u64 = 1 << 20;
@@ -90,7 +90,9 @@ pub(super) fn load_kernel(path: &Path, memory: &GuestMemoryMmap, ram: &[Span]) -
     let mut magic = [0; 4];
     let elf = peek(&mut file, path, 0, &mut magic)? == 4 && magic == *b"\x7fELF";
     let kernel = if elf {
-        load_elf(path, &mut file, memory)?
+        let kernel = load_elf(path, &mut file, memory)?;
+        blank::unfilled(&file, memory, low_end(ram));
+        kernel
     } else {
         let found = peek(&mut file, path, BZIMAGE_MAGIC.0, &mut magic)? == 4 && magic == BZIMAGE_MAGIC.1;
         if !found {

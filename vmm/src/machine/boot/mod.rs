@@ -3,6 +3,7 @@
 //! An ELF kernel starts by the PVH entry point that its notes name; a bzImage by the 64-bit entry of the Linux boot
 //! protocol. Both get the same memory map and the same ACPI tables.
 
+mod blank;
 mod entry;
 mod error;
 mod image;
@@ -15,6 +16,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::cpu::CpuState;
 
 use super::layout::Span;
+pub use blank::low_memory;
 pub use error::BootError;
 pub use memory_map::{MapEntry, MapKind, memory_map};
 

@@ -1,0 +1,49 @@
+//! Starting again: from the guest and from outside.
+
+use atoll_vmm::lifecycle::VmControl;
+use atoll_vmm::machine::MachineEnd;
+use iced_x86::code_asm::{dword_ptr, eax};
+
+use super::bench::{Bench, COUNTER, count};
+use super::kernel::{power_off, print, reset};
+
+/// RAM is as the guest left it, on a real board as here; registers are not. The guest counts its lives in RAM.
+#[test]
+fn ram_outlives_a_reset() {
+    let bench = Bench::new();
+    let config = bench.config(|code| {
+        print(code, "x");
+        let mut last = code.create_label();
+        code.inc(dword_ptr(COUNTER)).unwrap();
+        code.mov(eax, dword_ptr(COUNTER)).unwrap();
+        code.cmp(eax, 5).unwrap();
+        code.jae(last).unwrap();
+        reset(code);
+        code.set_label(&mut last).unwrap();
+        print(code, "!");
+        power_off(code);
+    });
+    bench.boot(config);
+    for _ in 0..4 {
+        assert_eq!([bench.event(), bench.event()], ["vm rebooting", "vm rebooted"]);
+    }
+    assert_eq!(bench.printed(6), "xxxxx!");
+    assert_eq!(bench.end().end, MachineEnd::PowerOff);
+}
+
+/// An operator's reset, again and again, in whatever the guest is.
+#[test]
+fn operator_resets() {
+    let bench = Bench::new();
+    let config = bench.config(|code| {
+        print(code, "x");
+        count(code);
+    });
+    bench.boot(config);
+    for lives in 1..=20 {
+        assert_eq!(bench.printed(lives).len(), lives);
+        bench.control.reset().unwrap();
+    }
+    let end = bench.finish();
+    assert!(end.figures.instructions > 0);
+}
