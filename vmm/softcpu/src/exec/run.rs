@@ -219,9 +219,7 @@ impl Cpu {
             Ok(_) => {
                 self.retired += 1;
                 // RF protects one instruction only: not the IRET that sets it, but the one after.
-                if iret {
-                    self.nmi.masked = false;
-                } else {
+                if !iret {
                     self.regs.rflags &= !RF;
                 }
             }

@@ -76,7 +76,10 @@ impl Cpu {
                     Code::Iretd => OperandSize::Dword,
                     _ => OperandSize::Qword,
                 };
-                self.iret(world, size).map(|()| Flow::Boundary)
+                let returned = self.iret(world, size);
+                // The handler is over, whether the return succeeded or not (SDM vol. 3, 6.7.1).
+                self.nmi.masked = false;
+                returned.map(|()| Flow::Boundary)
             }
             M::Retf => {
                 let extra = if insn.op_count() == 1 { insn.immediate16() } else { 0 };
