@@ -27,7 +27,8 @@ fn a_life_is_told() {
     control.delete().unwrap();
     assert_eq!(control.info().unwrap_err().kind, ErrorKind::NotFound);
     let told: Vec<_> = (0..13).map(|_| bench.event()).collect();
-    let words = "booting booted pausing paused resuming resumed rebooting rebooted shutdown booting booted shutdown deleted";
+    let words =
+        "booting booted pausing paused resuming resumed rebooting rebooted shutdown booting booted shutdown deleted";
     let expected: Vec<_> = words.split(' ').map(|word| format!("vm {word}")).collect();
     assert_eq!(told, expected);
     assert_eq!(bench.finish().end, MachineEnd::Asked);

@@ -92,9 +92,10 @@ mod tests {
         low_memory(&memory);
         unfilled(&file, &memory, 4 << 20);
         let byte = |at: u64| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
-        assert_eq!([0, 0xf_ffff, 0x10_0000, 0x20_1000, 0x20_1001, 0x22_2fff, 0x22_3000].map(byte), [
-            0, 0, 0x5a, 0x5a, 0, 0, 0x5a
-        ]);
+        assert_eq!(
+            [0, 0xf_ffff, 0x10_0000, 0x20_1000, 0x20_1001, 0x22_2fff, 0x22_3000].map(byte),
+            [0, 0, 0x5a, 0x5a, 0, 0, 0x5a]
+        );
         // Absurd sizes end where RAM does.
         elf[64 + 40..64 + 48].copy_from_slice(&u64::MAX.to_le_bytes());
         let mut absurd = tempfile::tempfile().unwrap();
