@@ -10,16 +10,18 @@ use atoll_devices::pci::DevFn;
 use atoll_devices::{GuestClock, MsiMessage, MsiSink, PowerEvent, PowerSink, WireSink};
 use atoll_integration::{peers, processes};
 use atoll_vmm::actor::{RealClock, StopSignal};
-use atoll_vmm::backend::Spawner;
+use atoll_vmm::backend::Household;
+use atoll_vmm::config::{DeviceConfig, DiskConfig};
 use atoll_vmm::cpu::{
     ANSWER_BUDGET, CpuError, DoorbellWatch, GuestBus, Processor, Space, Stall, StallSink, Vcpu, VcpuBus,
 };
 use atoll_vmm::doorbell::Relay;
 use atoll_vmm::irq::{EventRoute, InterruptFabric, IrqError};
+use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::layout::{MMIO64, ram};
 use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, DeviceBuilder, events};
 use atoll_vmm::memory::GuestMemory;
-use atoll_vmm::vhost::{Backing, DiskBuilder, DiskConfig};
+use atoll_vmm::vhost::{DeviceFactory, FactoryParts};
 use rustix::process::Signal;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -98,7 +100,7 @@ const BLOCK: u32 = 4096;
 struct Driver {
     board: Board,
     disk: Option<BuiltDevice>,
-    spawner: Spawner,
+    household: Arc<Household>,
     processor: Arc<Nobody>,
     bus: VcpuBus,
     available: u16,
@@ -107,9 +109,11 @@ struct Driver {
 
 impl Driver {
     fn new(config: DiskConfig) -> Result<Self> {
-        Self::numbered(config, 0)
+        let program = xtask::place::program("atoll-blk")?;
+        Self::served_from(config, program.parent().context("a folder of programs")?)
     }
-    fn numbered(config: DiskConfig, number: u32) -> Result<Self> {
+    /// With the backends' binaries in `folder`.
+    fn served_from(config: DiskConfig, folder: &std::path::Path) -> Result<Self> {
         let processor = Arc::new(Nobody::default());
         let mut board = Board::new(BoardParts {
             processor: Arc::new(Bare(Arc::clone(&processor))),
@@ -119,8 +123,15 @@ impl Driver {
             events: events().0,
             wall_base_ns: 0,
         });
-        let spawner = Spawner::new(Arc::new(RealClock::new()))?;
-        let disk = Box::new(DiskBuilder::new(config, number, spawner.clone())).build(&mut board)?;
+        let household = Arc::new(Household::new(Arc::new(RealClock::new()))?);
+        let factory = DeviceFactory::new(FactoryParts {
+            household: Arc::clone(&household),
+            backend_dir: Some(folder.to_owned()),
+            runtime_dir: folder.to_owned(),
+            vm: "test".into(),
+            story: Story::default(),
+        });
+        let disk = factory.builder(&DeviceConfig::Disk(config))?.build(&mut board)?;
         let bus = VcpuBus {
             vcpu: 0,
             space: Arc::clone(board.space()),
@@ -130,7 +141,7 @@ impl Driver {
             budget: ANSWER_BUDGET,
             counters: Arc::default(),
         };
-        let driver = Self { board, disk: Some(disk), spawner, processor, bus, available: 0, seen: 0 };
+        let driver = Self { board, disk: Some(disk), household, processor, bus, available: 0, seen: 0 };
         // Memory decoding and bus mastering.
         let slot = DevFn::new(0, 0).context("slot 0")?;
         let function = driver.board.pci().lock().unwrap().function(slot).context("nothing in slot 0")?;
@@ -257,7 +268,7 @@ impl Driver {
     fn stop(mut self) -> Result<()> {
         let mut disk = self.disk.take().context("stopped twice")?;
         disk.life.stop(Instant::now() + Duration::from_secs(5))?;
-        self.spawner.shutdown(Duration::from_secs(5));
+        self.household.shutdown(Duration::from_secs(5));
         Ok(())
     }
 }
@@ -269,10 +280,12 @@ fn image(bytes: u64) -> Result<(tempfile::TempDir, std::path::PathBuf)> {
     Ok((folder, path))
 }
 
-fn own(path: &std::path::Path) -> Result<DiskConfig> {
-    let mut config = DiskConfig::new(Backing::Image(path.to_owned()));
-    config.binary = Some(xtask::place::program("atoll-blk")?);
-    Ok(config)
+fn own(path: &std::path::Path) -> DiskConfig {
+    DiskConfig { path: Some(path.to_owned()), ..DiskConfig::default() }
+}
+
+fn foreign(socket: &std::path::Path) -> DiskConfig {
+    DiskConfig { vhost_user: true, vhost_socket: Some(socket.to_owned()), ..DiskConfig::default() }
 }
 
 /// The process that serves this test's disk; other tests of this program have theirs.
@@ -300,8 +313,8 @@ fn backend_of(image: &std::path::Path) -> Result<u32> {
 #[test]
 fn requests_reach_the_image() -> Result<()> {
     let (_folder, path) = image(8 << 20)?;
-    let mut config = own(&path)?;
-    config.num_queues = 2;
+    let mut config = own(&path);
+    config.num_queues = Some(2);
     let mut driver = Driver::new(config)?;
     ensure!(driver.capacity() == (8 << 20) / 512);
     ensure!(driver.get(18, 2) == 2, "two queues");
@@ -327,7 +340,7 @@ fn requests_reach_the_image() -> Result<()> {
 #[test]
 fn killed_backend_loses_nothing() -> Result<()> {
     let (_folder, path) = image(8 << 20)?;
-    let mut driver = Driver::new(own(&path)?)?;
+    let mut driver = Driver::new(own(&path))?;
     driver.start()?;
     for round in 0..12_u8 {
         let victim = backend_of(&path)?;
@@ -358,8 +371,8 @@ fn killed_backend_loses_nothing() -> Result<()> {
 fn qemu_storage_daemon_serves_the_disk() -> Result<()> {
     let (folder, path) = image(8 << 20)?;
     let peer = peers::storage_daemon(&path, folder.path())?;
-    let mut config = DiskConfig::new(Backing::Socket(peer.socket.clone()));
-    config.num_queues = 4;
+    let mut config = foreign(&peer.socket);
+    config.num_queues = Some(4);
     let mut driver = Driver::new(config)?;
     ensure!(driver.capacity() == (8 << 20) / 512);
     ensure!(driver.get(18, 2) == 1, "one queue");
@@ -401,8 +414,9 @@ fn external_backends_are_reached_again() -> Result<()> {
     for (start, keeps_record) in [(peers::storage_daemon as Start, false), (peers::atoll_blk, true)] {
         let (folder, path) = image(8 << 20)?;
         let mut peer = start(&path, folder.path())?;
-        let config = DiskConfig::new(Backing::Socket(peer.socket.clone()));
-        let mut driver = Driver::numbered(config, if keeps_record { 8 } else { 7 })?;
+        let mut config = foreign(&peer.socket);
+        config.id = Some(if keeps_record { "kept" } else { "lost" }.into());
+        let mut driver = Driver::new(config)?;
         driver.start()?;
         for round in 0..3 {
             driver.fill(0, round)?;
@@ -412,7 +426,7 @@ fn external_backends_are_reached_again() -> Result<()> {
             std::fs::remove_file(&socket)?;
             if !keeps_record {
                 // What is submitted before the death is noticed might have been taken.
-                conversation_ends("talk-disk7")?;
+                conversation_ends("talk-lost")?;
             }
             if keeps_record {
                 // Nobody is there: the kick waits in the doorbell.
@@ -440,24 +454,24 @@ fn bad_disks_are_named() -> Result<()> {
     let silent = folder.path().join("silent");
     let listener = std::os::unix::net::UnixListener::bind(&silent)?;
     let holder = peers::atoll_blk(&path, folder.path())?;
-    let mut broken = own(&path)?;
-    broken.binary = Some("/bin/false".into());
-    let mut missing = own(&path)?;
-    missing.binary = Some("/nowhere/atoll-blk".into());
+    let nowhere = std::path::Path::new("/nowhere");
+    std::os::unix::fs::symlink("/bin/false", folder.path().join("atoll-blk"))?;
+    let program = xtask::place::program("atoll-blk")?;
+    let programs = program.parent().context("a folder of programs")?;
     let cases = [
-        (own(&folder.path().join("nothing"))?, "there is no image"),
-        (own(folder.path())?, "is a folder"),
-        (own(&odd)?, "truncate -s %512"),
-        (own(&empty)?, "is empty"),
-        (own(&path)?, "locked by another program"),
-        (broken, "ended with exit status 1 before it was ready"),
-        (missing, "install it beside atoll"),
-        (DiskConfig::new(Backing::Socket(folder.path().join("gone"))), "nobody listens"),
-        (DiskConfig::new(Backing::Socket(silent.clone())), "did not answer GET_FEATURES within 5s"),
+        (own(&folder.path().join("nothing")), programs, "there is no image"),
+        (own(folder.path()), programs, "is a folder"),
+        (own(&odd), programs, "truncate -s %512"),
+        (own(&empty), programs, "is empty"),
+        (own(&path), programs, "locked by another program"),
+        (own(&path), folder.path(), "ended with exit status 1 before it was ready"),
+        (own(&path), nowhere, "install it beside atoll"),
+        (foreign(&folder.path().join("gone")), programs, "nobody listens"),
+        (foreign(&silent), programs, "did not answer GET_FEATURES within 5s"),
     ];
-    for (config, expected) in cases {
-        let shown = format!("{:?}", config.backing);
-        let error = match Driver::new(config) {
+    for (config, programs, expected) in cases {
+        let shown = format!("{config:?}");
+        let error = match Driver::served_from(config, programs) {
             Ok(_) => anyhow::bail!("{shown} was accepted"),
             Err(error) => error.to_string(),
         };

@@ -16,6 +16,8 @@ use crate::irq::VectorTable;
 pub trait Transport: Send + Sync {
     /// Queue `index`, which has no MSI-X vector, has used buffers: set the status bit, raise the pin.
     fn queue_used(&self, index: u16);
+    /// The configuration space is now this one: keep it for the driver to read, and interrupt the driver.
+    fn config_changed(&self, config: &[u8]);
     /// The device cannot go on until the driver resets it (DEVICE_NEEDS_RESET).
     fn needs_reset(&self);
 }

@@ -7,39 +7,32 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use atoll_devices::virtio::{DeviceOffer, Intent, VirtioFrontend};
+use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
 use atoll_devices::{Answer, Completion, access};
 use rustix::event::EventfdFlags;
 use thiserror::Error;
 
+use super::back_channel::BackChannel;
 use super::call::Transport;
+use super::class::DeviceClass;
 use super::conversation::Conversation;
 use super::error::ConversationError;
+use super::gate::{Closed, Gate};
 use super::patience::{Ending, Patience};
-use super::session::{self, Capabilities};
+use super::rings::RingPosition;
+use super::session;
 use super::source::{BackendSource, Incarnation, SourceError};
-use super::worker::{Session, Worker};
+use super::worker::{Past, Session, SessionParts, Worker};
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
+use crate::lifecycle::{QueueReport, Story};
 use crate::memory::GuestMemory;
-
-/// What differs between kinds of devices.
-pub trait DeviceClass: Send {
-    /// Virtio device type (virtio 1.2, section 5).
-    fn device_type(&self) -> u16;
-    /// How much configuration space to read from the backend, in bytes.
-    fn config_len(&self) -> u32;
-    /// What to offer to the guest on top of such a backend.
-    ///
-    /// # Errors
-    /// If the backend's answers cannot be right, or it lacks something that the user asked for.
-    fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError>;
-}
+use crate::metrics::{DeviceMeter, Phase};
 
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
@@ -140,6 +133,31 @@ pub struct DeviceStatus {
     pub lost: u64,
     /// What happens when it loses this one.
     pub recovery: Recovery,
+    /// Process id of the backend, where it is ours and there is one.
+    pub pid: Option<u32>,
+    /// How the last one ended.
+    pub last_exit: Option<String>,
+}
+
+/// A device did not pause or go on.
+#[derive(Debug, Error)]
+pub enum PauseError {
+    /// The backend keeps the rings. The device goes on as if it had not been asked.
+    #[error(
+        "the backend did not give the rings back within {waited:?}: {in_flight} requests are in flight; try again when it is less busy"
+    )]
+    Late {
+        /// How long it had.
+        waited: Duration,
+        /// Requests that it has not completed.
+        in_flight: u32,
+    },
+    /// No backend can go on from where the last one stopped.
+    #[error("{0}")]
+    Quarantined(String),
+    /// The device's thread has ended.
+    #[error("the device has been stopped")]
+    Stopped,
 }
 
 /// A call's way could not be switched.
@@ -162,9 +180,36 @@ pub enum SwitchError {
 /// What the device's thread is asked.
 pub(super) enum Request {
     Intent(Intent, Completion),
-    SwitchCall { index: u16, interposer: Option<Arc<dyn Interposer>>, answer: SyncSender<Result<(), SwitchError>> },
-    CountCalls { index: u16, answer: SyncSender<Option<u64>> },
-    Stop { deadline: Instant },
+    SwitchCall {
+        index: u16,
+        interposer: Option<Arc<dyn Interposer>>,
+        answer: SyncSender<Result<(), SwitchError>>,
+    },
+    CountCalls {
+        index: u16,
+        answer: SyncSender<Option<u64>>,
+    },
+    /// The gate has been closed: bring the rings back.
+    Pause,
+    /// The gate is open again.
+    Resume {
+        answer: SyncSender<Result<(), PauseError>>,
+    },
+    /// Give everything but the board's part to whoever comes next.
+    Leave {
+        deadline: Instant,
+        answer: SyncSender<(DeviceParts, Past)>,
+    },
+    Stop {
+        deadline: Instant,
+    },
+}
+
+impl Request {
+    /// Whether it must be heard whatever the guest does.
+    fn is_urgent(&self) -> bool {
+        matches!(self, Self::Pause | Self::Resume { .. } | Self::Leave { .. } | Self::Stop { .. })
+    }
 }
 
 #[derive(Default)]
@@ -173,6 +218,9 @@ struct Inbox {
     /// The thread has ended: nobody will read another request.
     closed: bool,
 }
+
+/// How long whoever resumes a device waits for it to have its rings.
+const RESUME_TIME: Duration = Duration::from_secs(1);
 
 /// Requests that may wait; a guest that produces more is not heard.
 const INBOX_MAX: usize = 64;
@@ -186,12 +234,18 @@ pub(super) struct Shared {
     /// Raised while the thread is to drop what it waits for.
     pub(super) ending: Ending,
     status: Mutex<DeviceStatus>,
+    /// Whether a backend may have the rings, and has.
+    pub(super) gate: Gate,
+    /// The driver's queues, while it runs the device.
+    pub(super) queues: Mutex<Vec<QueueConfig>>,
+    memory: GuestMemory,
+    meter: Option<Arc<DeviceMeter>>,
 }
 
 impl Shared {
     fn send(&self, request: Request) -> bool {
         let mut inbox = lock(&self.inbox);
-        let room = inbox.requests.len() < INBOX_MAX || matches!(request, Request::Stop { .. });
+        let room = inbox.requests.len() < INBOX_MAX || request.is_urgent();
         let taken = room && !inbox.closed;
         if taken {
             inbox.requests.push_back(request);
@@ -212,8 +266,25 @@ impl Shared {
         drop(inbox);
         drop(left);
     }
+    /// Why the device is in the state that it is in.
+    pub(super) fn reason(&self) -> String {
+        match &lock(&self.status).state {
+            DeviceState::Recovering { why } | DeviceState::Quarantined { why } => why.clone(),
+            state => format!("{state:?}"),
+        }
+    }
     pub(super) fn update(&self, change: impl FnOnce(&mut DeviceStatus)) {
-        change(&mut lock(&self.status));
+        let mut status = lock(&self.status);
+        change(&mut status);
+        let Some(meter) = &self.meter else { return };
+        let phase = match &status.state {
+            DeviceState::Idle => Phase::Idle,
+            DeviceState::Running => Phase::Running,
+            DeviceState::Recovering { .. } => Phase::Recovering,
+            DeviceState::Quarantined { .. } => Phase::Quarantined,
+            DeviceState::Stopped => Phase::Stopped,
+        };
+        meter.tell(phase, status.generation, status.lost);
     }
 }
 
@@ -221,7 +292,7 @@ impl Shared {
 pub struct DeviceParts {
     /// As the user named it; also names its threads.
     pub name: String,
-    /// Kind of device.
+    /// What kind of device it is.
     pub class: Box<dyn DeviceClass>,
     /// Where backends come from.
     pub source: Box<dyn BackendSource>,
@@ -231,13 +302,17 @@ pub struct DeviceParts {
     pub relay: Arc<Relay>,
     /// How long things may take.
     pub limits: Limits,
+    /// Where deaths and returns of backends are told.
+    pub story: Story,
+    /// Where its figures are.
+    pub meter: Option<Arc<DeviceMeter>>,
 }
 
-/// A device with a backend and no transport yet.
+/// A device with a backend and no transport yet: a new one, or one whose last board is gone.
 pub struct Connected {
     parts: DeviceParts,
-    session: Session,
-    offer: DeviceOffer,
+    past: Past,
+    status: DeviceStatus,
     ending: Ending,
 }
 
@@ -246,24 +321,32 @@ pub(super) fn greet(
     parts: &mut DeviceParts,
     generation: u64,
     ending: &Ending,
-) -> Result<(Session, DeviceOffer), ConnectError> {
+) -> Result<(Box<Session>, DeviceOffer), ConnectError> {
     let mut patience = Patience::new(parts.limits.start, ending);
-    let Incarnation { socket, process } = parts.source.connect(generation, &mut patience)?;
-    let conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
-    let mut session = Session::new(conversation, process);
-    let config_len = parts.class.config_len();
-    let result = session
-        .conversation
-        .perform(move |wire| session::handshake(wire, config_len))
-        .and_then(|capabilities| Ok((parts.class.offer(&capabilities)?, capabilities)));
-    match result {
+    let (requests, backends_end) = BackChannel::new()?;
+    let Incarnation { socket, mut process } = parts.source.connect(generation, &mut patience)?;
+    let mut conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
+    let wish = parts.class.config();
+    let greeted = conversation
+        .perform(move |wire| session::handshake(wire, wish, &backends_end))
+        .and_then(|capabilities| Ok((parts.class.offer(&capabilities)?, capabilities)))
+        .and_then(|(offer, capabilities)| {
+            if let Some((offset, bytes)) = parts.class.imprint(&capabilities) {
+                conversation.perform(move |wire| session::set_config(wire, offset, &bytes))?;
+            }
+            Ok((offer, capabilities))
+        });
+    match greeted {
         Ok((offer, capabilities)) => {
-            session.capabilities = Some(capabilities);
-            Ok((session, offer))
+            let (served, in_order) = (parts.class.served(&capabilities), parts.class.in_order());
+            let parts = SessionParts { conversation, process, capabilities, requests, served, in_order };
+            Ok((Box::new(Session::new(parts)), offer))
         }
         Err(source) => {
+            conversation.hang_up();
+            let end = process.as_mut().map(|process| process.kill(Instant::now() + parts.limits.step));
             let mut backend = parts.source.describe();
-            if let Some(end) = session.give_up(Instant::now() + parts.limits.step) {
+            if let Some(end) = end {
                 backend = format!("{backend} ({end})");
             }
             Err(ConnectError::Conversation { backend, source })
@@ -274,7 +357,17 @@ pub(super) fn greet(
 impl Connected {
     /// What the guest may be offered.
     pub fn offer(&self) -> &DeviceOffer {
-        &self.offer
+        &self.past.shown
+    }
+
+    /// Which device it is, after its board is gone.
+    pub fn name(&self) -> &str {
+        &self.parts.name
+    }
+
+    /// The board that it comes to has other memory than the one that it came from, and another relay.
+    pub fn move_to(&mut self, memory: GuestMemory, relay: Arc<Relay>) {
+        (self.parts.memory, self.parts.relay) = (memory, relay);
     }
 
     /// Starts the device's thread behind a transport that has the given vectors (one per queue, and one for the
@@ -287,19 +380,22 @@ impl Connected {
         vectors: Arc<VectorTable>,
         transport: Arc<dyn Transport>,
     ) -> Result<(VhostDevice, VhostFrontend), ConnectError> {
-        let doorbells =
-            self.offer.queue_sizes.iter().map(|_| Doorbell::new(&self.parts.relay)).collect::<Result<Vec<_>, _>>()?;
-        let recovery = self.session.recovery();
-        let status = DeviceStatus { state: DeviceState::Idle, generation: 1, lost: 0, recovery };
+        let queues = &self.past.shown.queue_sizes;
+        let doorbells = queues.iter().map(|_| Doorbell::new(&self.parts.relay)).collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
             name: self.parts.name.clone(),
             inbox: Mutex::default(),
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?,
             doorbells,
             ending: self.ending,
-            status: Mutex::new(status),
+            status: Mutex::new(self.status),
+            gate: Gate::default(),
+            queues: Mutex::default(),
+            memory: self.parts.memory.clone(),
+            meter: self.parts.meter.clone(),
         });
-        let worker = Worker::new(Arc::clone(&shared), self.parts, self.offer, self.session, vectors, transport);
+        shared.update(|_| {});
+        let worker = Worker::new(Arc::clone(&shared), self.parts, self.past, vectors, transport);
         let thread = std::thread::Builder::new().name(shared.name.clone()).spawn(move || worker.run())?;
         Ok((VhostDevice { shared: Arc::clone(&shared), thread: Some(thread) }, VhostFrontend { shared }))
     }
@@ -319,7 +415,10 @@ impl VhostDevice {
     pub fn connect(mut parts: DeviceParts) -> Result<Connected, ConnectError> {
         let ending = Ending::default();
         let (session, offer) = greet(&mut parts, 1, &ending)?;
-        Ok(Connected { parts, session, offer, ending })
+        let (recovery, pid) = (session.recovery(), session.pid());
+        let state = DeviceState::Idle;
+        let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, last_exit: None };
+        Ok(Connected { parts, past: Past::new(session, offer), status, ending })
     }
     /// What it is at.
     pub fn status(&self) -> DeviceStatus {
@@ -345,6 +444,89 @@ impl VhostDevice {
         let (answer, result) = sync_channel(1);
         self.shared.send(Request::CountCalls { index, answer }).then_some(())?;
         result.recv().ok().flatten()
+    }
+    /// Its queues, as the driver set them up; how much is in flight is read from the rings.
+    pub fn queues(&self) -> Vec<QueueReport> {
+        let memory = self.shared.memory.mapped();
+        let report = |queue: &QueueConfig| {
+            let position = RingPosition::read(memory, queue);
+            let in_flight = position.map_or(0, |position| position.available.wrapping_sub(position.used));
+            let kicks = self.shared.doorbells.get(usize::from(queue.index)).and_then(|bell| bell.count());
+            // More than the queue holds is a driver's nonsense.
+            QueueReport {
+                index: queue.index,
+                size: queue.size,
+                in_flight: in_flight.min(queue.size),
+                kicks,
+                calls: None,
+            }
+        };
+        lock(&self.shared.queues).iter().map(report).collect()
+    }
+    /// Takes the rings from the backend by `deadline`, when it has completed what it had begun; kicks pile up meanwhile.
+    /// Never waits for a backend that is gone, only a while for the proof that its last writes are done.
+    ///
+    /// # Errors
+    /// When a live backend keeps the rings for too long; then the device goes on.
+    pub fn pause(&self, deadline: Instant) -> Result<(), PauseError> {
+        let began = Instant::now();
+        if self.shared.gate.close() && !self.shared.send(Request::Pause) {
+            return Err(PauseError::Stopped);
+        }
+        let fence = began + deadline.saturating_duration_since(began) / 2;
+        match self.shared.gate.await_closed(deadline, fence) {
+            Closed::Proven => Ok(()),
+            Closed::Unproven => {
+                tracing::warn!(
+                    device = self.shared.name,
+                    "no successor shows that the dead backend's last writes are done; the pause goes on without that proof"
+                );
+                Ok(())
+            }
+            Closed::Late => {
+                let in_flight = self.queues().iter().map(|queue| u32::from(queue.in_flight)).sum();
+                Err(PauseError::Late { waited: began.elapsed(), in_flight })
+            }
+        }
+    }
+    /// Gives the rings back to the backend, or to the next one as soon as there is one. Nothing happens to a device that
+    /// is not paused.
+    ///
+    /// # Errors
+    /// When the backend says no.
+    pub fn resume(&self) -> Result<(), PauseError> {
+        if !self.shared.gate.open() {
+            return Ok(());
+        }
+        let (answer, result) = sync_channel(1);
+        if !self.shared.send(Request::Resume { answer }) {
+            return Err(PauseError::Stopped);
+        }
+        match result.recv_timeout(RESUME_TIME) {
+            Ok(result) => result,
+            // The thread waits for a backend, and goes on by itself when there is one.
+            Err(RecvTimeoutError::Timeout) => Ok(()),
+            Err(RecvTimeoutError::Disconnected) => Err(PauseError::Stopped),
+        }
+    }
+    /// The board goes, the backend stays: takes the rings back and ends the thread. Nothing touches guest memory
+    /// afterwards. `None` when the device had been stopped.
+    pub fn leave(&mut self, deadline: Instant) -> Option<Connected> {
+        let thread = self.thread.take()?;
+        let (answer, left) = sync_channel(1);
+        self.shared.send(Request::Leave { deadline, answer });
+        let in_time = left.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        let left = in_time.or_else(|_| {
+            // It waits for a backend that does not come: the next board's thread may do that.
+            self.shared.ending.store(true, Ordering::Relaxed);
+            left.recv()
+        });
+        // It only fails if the thread panicked, which its hook has reported.
+        let _ = thread.join();
+        let (parts, past) = left.ok()?;
+        let ending = Arc::clone(&self.shared.ending);
+        ending.store(false, Ordering::Relaxed);
+        Some(Connected { parts, past, status: self.status(), ending })
     }
     /// Takes the rings back, lets the backend end, ends the thread. Nothing touches guest memory afterwards.
     pub fn stop(&mut self, deadline: Instant) {

@@ -17,6 +17,7 @@ pub enum Step {
     GetProtocolFeatures,
     SetProtocolFeatures,
     GetQueueNum,
+    SetBackendReqFd,
     GetConfig,
     SetConfig,
     SetFeatures,
@@ -31,6 +32,7 @@ pub enum Step {
     SetVringKick(u16),
     SetVringEnable(u16),
     GetVringBase(u16),
+    BackendRequest,
 }
 
 impl fmt::Display for Step {
@@ -38,11 +40,13 @@ impl fmt::Display for Step {
         let (name, ring) = match *self {
             Self::Connect => ("connect", None),
             Self::Idle => ("(nothing asked)", None),
+            Self::BackendRequest => ("requests of its own", None),
             Self::SetOwner => ("SET_OWNER", None),
             Self::GetFeatures => ("GET_FEATURES", None),
             Self::GetProtocolFeatures => ("GET_PROTOCOL_FEATURES", None),
             Self::SetProtocolFeatures => ("SET_PROTOCOL_FEATURES", None),
             Self::GetQueueNum => ("GET_QUEUE_NUM", None),
+            Self::SetBackendReqFd => ("SET_BACKEND_REQ_FD", None),
             Self::GetConfig => ("GET_CONFIG", None),
             Self::SetConfig => ("SET_CONFIG", None),
             Self::SetFeatures => ("SET_FEATURES", None),

@@ -27,10 +27,15 @@ pub fn offerable(backend: u64) -> u64 {
     backend & (!RESERVED | SERVED)
 }
 
-/// Protocol features that this front end speaks. DEVICE_STATE, CONFIGURE_MEM_SLOTS and the back channel follow with the
-/// features that need them.
+/// Protocol features that this front end speaks. DEVICE_STATE and CONFIGURE_MEM_SLOTS follow with the features that need
+/// them.
 pub(super) fn spoken() -> Protocol {
-    Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIG | Protocol::INFLIGHT_SHMFD
+    Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIG | Protocol::INFLIGHT_SHMFD | Protocol::BACKEND_REQ
+}
+
+/// Protocol features that a successor must have when its predecessor had them. The others are not felt by the guest.
+pub(super) fn kept() -> Protocol {
+    Protocol::MQ | Protocol::CONFIG | Protocol::INFLIGHT_SHMFD
 }
 
 /// Names of virtio feature bits, for errors: those of rings and transports, and of disks for device type 2.

@@ -1,18 +1,25 @@
 //! vhost-user, the front end: a virtio device whose other half is a process of its own.
 //!
-//! Read [`worker`] for a device's life, [`session`] for the order of messages, [`conversation`] for how a silent backend
-//! is dealt with. Data never comes this way: kicks and calls are eventfds, requests are in guest memory.
+//! [`DeviceFactory`] makes the builder of any of them from its configuration. A kind of device is a
+//! [`DeviceClass`] (what the guest is offered on top of a backend) and a source of backends; `kinds` has them all, and
+//! everything else is the same for each. Read `worker` for a device's life, `session` for the order of messages,
+//! `conversation` for how a silent backend is dealt with, `back_channel` for what a backend may say by itself. Data never
+//! comes this way: kicks and calls are eventfds, requests are in guest memory.
 
+mod back_channel;
 mod backoff;
+mod builder;
 mod call;
+mod class;
 mod config_space;
 mod conversation;
 mod device;
-mod disk;
-mod disk_config;
 mod error;
+mod factory;
 mod features;
+mod gate;
 mod inflight;
+mod kinds;
 mod patience;
 mod rings;
 mod session;
@@ -24,15 +31,16 @@ mod worker;
 mod tests;
 
 pub use call::Transport;
+pub use class::{ConfigWish, DeviceClass};
 pub use device::{
-    ConnectError, Connected, DeviceClass, DeviceParts, DeviceState, DeviceStatus, Limits, Recovery, SwitchError,
+    ConnectError, Connected, DeviceParts, DeviceState, DeviceStatus, Limits, PauseError, Recovery, SwitchError,
     VhostDevice, VhostFrontend,
 };
-pub use disk::{DiskBuilder, DiskError};
-pub use disk_config::{Backing, DiskConfig, DiskConfigError};
 pub use error::{ConversationError, Step};
+pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use features::{feature_names, offerable, protocol_feature_names};
+pub use kinds::{ConsoleError, DiskError, NetError, switch_socket};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;
 pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};
-pub use spawned::SpawnedBackend;
+pub use spawned::{MakeDescriptors, SpawnedBackend};

@@ -1,5 +1,6 @@
 //! The three units of a conversation: handshake, start and stop, each in the specification's order.
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
@@ -7,6 +8,7 @@ use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures as Protocol
 use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::class::ConfigWish;
 use super::config_space;
 use super::conversation::Wire;
 use super::error::{ConversationError, Step};
@@ -21,14 +23,18 @@ pub struct Capabilities {
     pub features: u64,
     /// Protocol features that both sides speak, now in force.
     pub protocol: Protocol,
-    /// How many queues it serves.
-    pub queues: u16,
+    /// How many queues it serves; `None` when it cannot say (no MQ): then as few as its kind of device has at least.
+    pub queues: Option<u16>,
     /// Its configuration space, as long as was asked for.
     pub config: Vec<u8>,
 }
 
-/// Greets a backend and learns what it is.
-pub(super) fn handshake(wire: &mut Wire, config_len: u32) -> Result<Capabilities, ConversationError> {
+/// Greets a backend and learns what it is. `requests` is the backend's end of a channel for requests of its own.
+pub(super) fn handshake(
+    wire: &mut Wire,
+    wish: ConfigWish,
+    requests: &UnixStream,
+) -> Result<Capabilities, ConversationError> {
     wire.tell(Step::SetOwner, |frontend| frontend.set_owner())?;
     let offered = wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
     let missing = (PROTOCOL_FEATURES | VERSION_1) & !offered;
@@ -36,9 +42,13 @@ pub(super) fn handshake(wire: &mut Wire, config_len: u32) -> Result<Capabilities
         return Err(ConversationError::Lacks { what: features::feature_names(missing, 0) });
     }
     let spoken = wire.ask(Step::GetProtocolFeatures, |frontend| frontend.get_protocol_features())?;
-    let protocol = spoken & features::spoken();
-    if config_len > 0 && !protocol.contains(Protocol::CONFIG) {
+    let mut protocol = spoken & features::spoken();
+    if matches!(wish, ConfigWish::Needed(_)) && !protocol.contains(Protocol::CONFIG) {
         return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::CONFIG.bits()) });
+    }
+    if !protocol.contains(Protocol::CONFIG) {
+        // The only request that is served is that the configuration has changed.
+        protocol.remove(Protocol::BACKEND_REQ);
     }
     // Not yet acknowledged: REPLY_ACK is in force only from the next message on.
     wire.ask(Step::SetProtocolFeatures, |frontend| frontend.set_protocol_features(protocol))?;
@@ -49,16 +59,33 @@ pub(super) fn handshake(wire: &mut Wire, config_len: u32) -> Result<Capabilities
             return Err(ConversationError::Absurd { step: Step::GetQueueNum, what: "no queue at all".into() });
         }
         // Ring numbers are one byte in SET_VRING_KICK and its kin.
-        u16::try_from(queues.min(256)).unwrap_or(256)
+        Some(u16::try_from(queues.min(256)).unwrap_or(256))
     } else {
-        1
+        None
     };
-    let config = if config_len > 0 {
-        wire.speak(Step::GetConfig, |socket| config_space::read(socket, config_len))?
-    } else {
-        Vec::new()
-    };
+    if protocol.contains(Protocol::BACKEND_REQ) {
+        wire.tell(Step::SetBackendReqFd, |frontend| frontend.set_backend_request_fd(requests))?;
+    }
+    let config = read_config(wire, wish)?;
     Ok(Capabilities { features: features::offerable(offered), protocol, queues, config })
+}
+
+/// Reads the configuration space, as much of it as is wished for and there.
+pub(super) fn read_config(wire: &mut Wire, wish: ConfigWish) -> Result<Vec<u8>, ConversationError> {
+    let lengths = match wish {
+        ConfigWish::Nothing => return Ok(Vec::new()),
+        ConfigWish::Needed(len) => return wire.speak(Step::GetConfig, |socket| config_space::read(socket, len)),
+        ConfigWish::AnyOf(_) if !wire.protocol().contains(Protocol::CONFIG) => return Ok(Vec::new()),
+        ConfigWish::AnyOf(lengths) => lengths,
+    };
+    for len in lengths {
+        match wire.speak(Step::GetConfig, |socket| config_space::read(socket, *len)) {
+            // What it does not have so much of it may have less of.
+            Err(ConversationError::Refused { .. }) => {}
+            other => return other,
+        }
+    }
+    Ok(Vec::new())
 }
 
 /// One ring, ready to be handed over.
@@ -149,7 +176,7 @@ fn start_ring(wire: &mut Wire, ring: &RingPlan) -> Result<(), ConversationError>
 }
 
 /// Takes the rings back. When this returns well, the backend touches them no more. Gives the next index of each
-/// available ring.
+/// available ring. There is no disabling before it: a disabled ring of a network card discards what the guest sends.
 pub(super) fn stop(wire: &mut Wire, rings: &[u16]) -> Result<Vec<u16>, ConversationError> {
     rings
         .iter()

@@ -53,6 +53,8 @@ pub struct Incarnation {
 
 /// A backend process that the VMM started.
 pub trait BackendProcess: Send {
+    /// Its process id.
+    fn id(&self) -> u32;
     /// Readable once the process has ended.
     fn ended(&self) -> BorrowedFd<'_>;
     /// Kills it, if it still lives, and waits for its end by `deadline`. Says how it ended, in words.

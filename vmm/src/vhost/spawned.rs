@@ -14,10 +14,13 @@ use atoll_protocol::{DeviceId, Generation};
 use super::patience::Patience;
 use super::source::{BackendProcess, BackendSource, Incarnation, SourceError};
 use crate::backend::{
-    BackendEvent, BackendExit, BackendSpec, Child, EventKind, EventSink, ExitCause, ImageHandle, Offer, PassedFd,
-    Spawner, WatchLimits,
+    BackendEvent, BackendExit, BackendSpec, Child, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
+    WatchLimits,
 };
 use crate::metrics::DeviceMeter;
+
+/// Opens or copies what one incarnation inherits.
+pub type MakeDescriptors = Box<dyn Fn() -> Result<Vec<PassedFd>, Box<dyn std::error::Error + Send + Sync>> + Send>;
 
 /// How to start each incarnation of a device's backend.
 pub struct SpawnedBackend {
@@ -31,8 +34,8 @@ pub struct SpawnedBackend {
     pub exe: PathBuf,
     /// Its arguments, without those of descriptors.
     pub args: Vec<OsString>,
-    /// Its image, opened anew for each incarnation so that a lock falls with it.
-    pub image: Option<ImageHandle>,
+    /// What each incarnation inherits besides its sockets.
+    pub descriptors: MakeDescriptors,
     /// Counts what it does; each incarnation gets the same page (`--stats-fd`).
     pub meter: Option<Arc<DeviceMeter>>,
     /// Who starts it.
@@ -76,10 +79,7 @@ impl BackendSource for SpawnedBackend {
             |hopeless, source: Box<dyn std::error::Error + Send + Sync>| SourceError::Start { hopeless, source };
         let (socket, childs_socket) = UnixStream::pair().map_err(|error| failed(false, error.into()))?;
         let mut fds = vec![PassedFd { flag: "--vhost-fd".into(), fd: OwnedFd::from(childs_socket) }];
-        if let Some(image) = &self.image {
-            let fd = image.reopen().map_err(|error| failed(false, error.into()))?;
-            fds.push(PassedFd { flag: "--fd".into(), fd });
-        }
+        fds.extend((self.descriptors)().map_err(|error| failed(false, error))?);
         let page = self.meter.as_ref().map_or(Ok(None), |meter| meter.pass());
         if let Some(fd) = page.map_err(|error| failed(false, error.into()))? {
             fds.push(PassedFd { flag: "--stats-fd".into(), fd });
@@ -140,6 +140,9 @@ impl ChildProcess {
 }
 
 impl BackendProcess for ChildProcess {
+    fn id(&self) -> u32 {
+        self.child.pid()
+    }
     fn ended(&self) -> BorrowedFd<'_> {
         self.child.pidfd().as_fd()
     }

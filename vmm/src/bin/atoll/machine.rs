@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use atoll_vmm::actor::RealClock;
 use atoll_vmm::backend::{Household, UartBuilder, UartLine, UartOutput};
-use atoll_vmm::config::{ConsoleMode, CpuChoice, DeviceKind, DiskConfig as DiskWords, VmConfig};
+use atoll_vmm::config::{ConsoleMode, CpuChoice, DeviceConfig, VmConfig};
 use atoll_vmm::cpu::probe::{Memo, Verdict, probe};
+use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::{
     CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures, SerialLine,
     SerialMode, StopCause, boot::BootSource, chipset, events,
 };
-use atoll_vmm::vhost::{Backing, DiskBuilder, DiskConfig};
+use atoll_vmm::vhost::{DeviceFactory, FactoryParts, runtime_dir};
 
 use crate::cli::RunArgs;
 use crate::described::{Described, UsageError};
@@ -58,8 +59,6 @@ fn cpu(vm: &VmConfig) -> (CpuKind, Option<Verdict>) {
 const DETERMINISTIC_NS_PER_1000: u32 = 1000;
 /// What the name of the second serial port's executable is.
 const UART_BACKEND: &str = "atoll-uart";
-/// What the name of the disks' executable is.
-const DISK_BACKEND: &str = "atoll-blk";
 
 fn machine(vm: &VmConfig, cpu: CpuKind) -> MachineConfig {
     let payload = vm.payload.clone();
@@ -82,21 +81,6 @@ fn machine(vm: &VmConfig, cpu: CpuKind) -> MachineConfig {
     }
 }
 
-fn disk(words: &DiskWords, vm: &VmConfig) -> DiskConfig {
-    let backing = match (&words.path, &words.vhost_socket) {
-        (Some(path), _) => Backing::Image(path.clone()),
-        (None, socket) => Backing::Socket(socket.clone().unwrap_or_default()),
-    };
-    DiskConfig {
-        readonly: words.readonly,
-        direct: words.direct,
-        serial: words.serial.clone(),
-        num_queues: words.num_queues.unwrap_or(1),
-        binary: vm.platform.backend_dir.as_ref().map(|folder| folder.join(DISK_BACKEND)),
-        ..DiskConfig::new(backing)
-    }
-}
-
 fn uart(vm: &VmConfig) -> anyhow::Result<Option<Arc<UartLine>>> {
     let Some(port) = &vm.serial2 else { return Ok(None) };
     let output = match port.mode {
@@ -113,7 +97,8 @@ struct Plan {
     /// Why the configured CPU was taken, where Atoll chose it.
     choice: Option<Verdict>,
     serial: Option<SerialLine>,
-    disks: Vec<DiskConfig>,
+    devices: Vec<DeviceConfig>,
+    factory: DeviceFactory,
     uart: Option<Arc<UartLine>>,
     backend_dir: Option<PathBuf>,
     household: Arc<Household>,
@@ -132,8 +117,8 @@ impl Plan {
                 None => builder,
             }));
         }
-        for (disk, index) in self.disks.iter().zip(0..) {
-            builders.push(Box::new(DiskBuilder::new(disk.clone(), index, self.household.spawner().clone())));
+        for device in &self.devices {
+            builders.push(self.factory.builder(device)?);
         }
         Ok(builders)
     }
@@ -169,9 +154,6 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let mut described = Described::read(args)?;
     described.settle(Path::new("."))?;
     let vm = described.vm;
-    if let Some(device) = vm.devices().iter().find(|device| device.kind() != DeviceKind::Disk) {
-        return Err(anyhow::anyhow!("{} devices are not supported yet; leave it out", device.kind().name()).into());
-    }
     let (kind, choice) = cpu(&vm);
     let config = machine(&vm, kind);
     signals::block()?;
@@ -182,9 +164,20 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let _raw = if terminal { RawTerminal::enter() } else { None };
     let uart = uart(&vm)?;
     let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(anyhow::Error::from)?);
-    let disks = vm.disks.iter().flatten().map(|words| disk(words, &vm)).collect();
     let backend_dir = vm.platform.backend_dir.clone();
-    let plan = Plan { config, choice, serial, disks, uart, backend_dir, household, events };
+    let factory = DeviceFactory::new(FactoryParts {
+        household: Arc::clone(&household),
+        backend_dir: backend_dir.clone(),
+        runtime_dir: runtime_dir(),
+        vm: "atoll".into(),
+        story: Story::default(),
+    });
+    let mut devices = vm.devices();
+    for (device, index) in devices.iter_mut().zip(0..) {
+        let kind = device.kind().name();
+        device.name_it(|| format!("_{kind}{index}"));
+    }
+    let plan = Plan { config, choice, serial, devices, factory, uart, backend_dir, household, events };
     let ended = run_to_end(&plan, args.report.as_deref(), &receiver);
     plan.household.shutdown(BACKEND_GRACE);
     ended

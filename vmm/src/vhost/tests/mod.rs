@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::doorbell::{PassThrough, Path, Relay};
 use crate::irq::{EventRoute, InterruptFabric, IrqError, VectorTable};
+use crate::lifecycle::Story;
 use crate::machine::layout::ram;
 use crate::memory::GuestMemory;
 use fake::{Character, Fakes, Life, Misdeed};
@@ -51,6 +52,9 @@ impl Transport for Told {
     fn queue_used(&self, index: u16) {
         self.0.lock().unwrap().push(format!("used {index}"));
     }
+    fn config_changed(&self, config: &[u8]) {
+        self.0.lock().unwrap().push(format!("config {config:?}"));
+    }
     fn needs_reset(&self) {
         self.0.lock().unwrap().push("needs reset".into());
     }
@@ -63,14 +67,14 @@ impl DeviceClass for Plain {
     fn device_type(&self) -> u16 {
         2
     }
-    fn config_len(&self) -> u32 {
-        16
+    fn config(&self) -> ConfigWish {
+        ConfigWish::Needed(16)
     }
     fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError> {
         Ok(DeviceOffer {
             device_type: 2,
             features: backend.features,
-            queue_sizes: vec![64; usize::from(backend.queues.min(2))],
+            queue_sizes: vec![64; usize::from(backend.queues.unwrap_or(1).min(2))],
             config: backend.config.clone(),
         })
     }
@@ -103,6 +107,8 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
         memory: GuestMemory::new(&ram(16 << 20).unwrap()).unwrap(),
         relay: Relay::new().unwrap(),
         limits: limits(),
+        story: Story::default(),
+        meter: None,
     };
     (parts, lives)
 }

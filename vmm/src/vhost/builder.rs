@@ -1,0 +1,220 @@
+//! What all vhost-user devices share on the board: the PCI function, its vectors and doorbells, and their part in the
+//! machine's life.
+
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use atoll_devices::pci::{DevFn, SharedFunction};
+use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
+use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
+
+use super::call::Transport;
+use super::device::{Connected, DeviceParts, DeviceState, Limits, Recovery, VhostDevice};
+use super::kinds::{Host, Kind};
+use crate::config::DeviceKind;
+use crate::cpu::Space;
+use crate::doorbell::{Doorbell, DoorbellTable};
+use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Story};
+use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
+use crate::metrics::Registry;
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// Makes one device.
+pub(super) struct VhostBuilder {
+    pub(super) kind: DeviceKind,
+    pub(super) device: Box<dyn Kind>,
+    pub(super) host: Host,
+    pub(super) story: Story,
+    pub(super) registry: Registry,
+}
+
+impl DeviceBuilder for VhostBuilder {
+    fn name(&self) -> String {
+        self.host.name.clone()
+    }
+
+    fn build(mut self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let shown = self.device.shown();
+        let failed = |source: Cause| BuildError::new(shown.clone(), source);
+        let (class, queues) = (self.device.sidecar(), self.device.own_queues());
+        let meter = self.registry.device(&self.host.name, self.kind, class, queues);
+        let meter = meter.map_err(|error| failed(error.into()))?;
+        self.host.meter = queues.map(|_| Arc::clone(&meter));
+        let parts = DeviceParts {
+            name: self.name(),
+            class: self.device.class(),
+            source: self.device.source(&self.host).map_err(failed)?,
+            memory: board.memory().clone(),
+            relay: Arc::clone(board.relay()),
+            limits: Limits::default(),
+            story: self.story,
+            meter: Some(meter),
+        };
+        let connected = VhostDevice::connect(parts).map_err(|error| failed(error.into()))?;
+        place(connected, self.kind, board).map_err(failed)
+    }
+}
+
+/// Puts a device whose board is gone on the next one, with its backend.
+struct Survivor {
+    kind: DeviceKind,
+    connected: Connected,
+}
+
+impl DeviceBuilder for Survivor {
+    fn name(&self) -> String {
+        self.connected.name().to_owned()
+    }
+
+    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let Self { kind, mut connected } = *self;
+        let name = connected.name().to_owned();
+        connected.move_to(board.memory().clone(), Arc::clone(board.relay()));
+        place(connected, kind, board).map_err(|source| BuildError::new(name, source))
+    }
+}
+
+/// Puts a device with a backend behind a PCI function of the board.
+fn place(connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<BuiltDevice, Cause> {
+    let name = connected.name().to_owned();
+    let offer = connected.offer().clone();
+    offer.check()?;
+    let vectors = board.vectors(offer.vectors())?;
+    let face = Arc::new(PciFace::default());
+    let (device, frontend) = connected.attach(Arc::clone(&vectors), Arc::clone(&face) as _)?;
+    let bars = board.bar_mapping();
+    let (intx, intx_line) = board.next_pin();
+    let doorbells = Placements {
+        table: Arc::clone(board.doorbells()),
+        bells: frontend.doorbells().iter().map(|bell| (Arc::clone(bell), None)).collect(),
+    };
+    let frontend: Box<dyn VirtioFrontend> = Box::new(frontend);
+    let function = VirtioPci::new(VirtioPciParts {
+        offer,
+        frontend,
+        mapping: Arc::clone(&bars) as _,
+        doorbells: Box::new(doorbells),
+        routes: vectors,
+        intx,
+        intx_pin: 1,
+        intx_line,
+    })?;
+    let function = Arc::new(Mutex::new(function));
+    // The only one who sets it.
+    let _ = face.function.set(Arc::downgrade(&function));
+    let shared: SharedFunction = function;
+    let place = board.add_pci(shared, &bars)?;
+    let life = Box::new(VhostLife { device, name: name.clone(), kind, place });
+    Ok(BuiltDevice { name, place: Some(place), life })
+}
+
+/// The transport, as the device's thread reaches it. Its lock is held by vCPUs in the middle of an access, which never
+/// wait for the device's thread there.
+#[derive(Default)]
+struct PciFace {
+    function: OnceLock<Weak<Mutex<VirtioPci>>>,
+}
+
+impl PciFace {
+    fn with(&self, act: impl FnOnce(&mut VirtioPci)) {
+        if let Some(function) = self.function.get().and_then(Weak::upgrade) {
+            act(&mut function.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    }
+}
+
+impl Transport for PciFace {
+    fn queue_used(&self, index: u16) {
+        self.with(|function| function.signal_queue(index));
+    }
+    fn config_changed(&self, config: &[u8]) {
+        self.with(|function| function.config_changed(config));
+    }
+    fn needs_reset(&self) {
+        self.with(VirtioPci::set_needs_reset);
+    }
+}
+
+/// Moves the doorbells along with the BAR that they are in.
+struct Placements {
+    table: Arc<DoorbellTable>,
+    bells: Vec<(Arc<Doorbell>, Option<u64>)>,
+}
+
+impl NotifyPlacement for Placements {
+    fn placed(&mut self, index: u16, address: Option<u64>) {
+        let Some((bell, placed)) = self.bells.get_mut(usize::from(index)) else { return };
+        if let Some(old) = std::mem::replace(placed, address) {
+            self.table.remove(Space::Mmio, old, bell);
+        }
+        if let Some(new) = address
+            && let Err(error) = self.table.insert(Space::Mmio, new, Arc::clone(bell))
+        {
+            tracing::warn!(%error, "a doorbell costs an exit");
+        }
+    }
+}
+
+struct VhostLife {
+    device: VhostDevice,
+    name: String,
+    kind: DeviceKind,
+    place: DevFn,
+}
+
+impl VhostLife {
+    fn failed(&self, step: &'static str, source: impl Into<Cause>) -> LifeError {
+        LifeError { device: self.name.clone(), step, source: source.into() }
+    }
+}
+
+impl DeviceLife for VhostLife {
+    fn start(&mut self) -> Result<(), LifeError> {
+        Ok(())
+    }
+    fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
+        self.device.stop(deadline);
+        Ok(())
+    }
+    fn pause(&mut self, deadline: Instant) -> Result<(), LifeError> {
+        self.device.pause(deadline).map_err(|error| self.failed("pause", error))
+    }
+    fn resume(&mut self) -> Result<(), LifeError> {
+        self.device.resume().map_err(|error| self.failed("resume", error))
+    }
+    fn resize(&mut self, _bytes: u64) -> Result<(), LifeError> {
+        Err(self.failed("resize", "the device has no size that could be changed"))
+    }
+    fn report(&self) -> Option<DeviceReport> {
+        let status = self.device.status();
+        let (state, reason) = match status.state {
+            DeviceState::Idle => (ReportedState::Idle, None),
+            DeviceState::Running => (ReportedState::Running, None),
+            DeviceState::Recovering { why } => (ReportedState::Recovering, Some(why)),
+            DeviceState::Quarantined { why } => (ReportedState::Quarantined, Some(why)),
+            DeviceState::Stopped => (ReportedState::Stopped, None),
+        };
+        Some(DeviceReport {
+            id: self.name.clone(),
+            kind: self.kind,
+            bdf: Some(format!("0000:00:{:02x}.{}", self.place.slot(), self.place.function())),
+            state,
+            reason,
+            generation: status.generation,
+            restarts: status.lost,
+            recovery: match status.recovery {
+                Recovery::Full => RecoveryClass::Full,
+                Recovery::IdleOnly => RecoveryClass::IdleOnly,
+            },
+            pid: status.pid,
+            last_exit: status.last_exit,
+            queues: self.device.queues(),
+        })
+    }
+    fn survive(mut self: Box<Self>, deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {
+        let kind = self.kind;
+        let connected = self.device.leave(deadline)?;
+        Some(Box::new(Survivor { kind, connected }))
+    }
+}

@@ -1,0 +1,92 @@
+//! What differs between kinds of devices: which configuration space a backend is asked for, what of its answers the guest is
+//! offered, and what may change while the guest runs.
+
+use std::ops::Range;
+
+use atoll_devices::virtio::{DeviceOffer, device_class};
+
+use super::error::ConversationError;
+use super::session::Capabilities;
+
+/// The configuration space that a backend is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfigWish {
+    /// None: the front end makes it up, or the device has none.
+    Nothing,
+    /// This many bytes; a backend that does not have them cannot serve.
+    Needed(u32),
+    /// The first of these lengths that the backend has. Nothing, where it has none or no CONFIG.
+    AnyOf(&'static [u32]),
+}
+
+/// What differs between kinds of devices.
+pub trait DeviceClass: Send {
+    /// Virtio device type (virtio 1.2, section 5).
+    fn device_type(&self) -> u16;
+    /// Which configuration space to read from the backend.
+    fn config(&self) -> ConfigWish;
+    /// What to offer to the guest on top of such a backend.
+    ///
+    /// # Errors
+    /// If the backend's answers cannot be right, or it lacks something that the user asked for.
+    fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError>;
+    /// Queues that are handed to such a backend, counted from the first. The guest may be shown more: nobody serves the
+    /// others.
+    fn served(&self, _backend: &Capabilities) -> u16 {
+        u16::MAX
+    }
+    /// What to write into the backend's configuration space once it is greeted: an offset and bytes.
+    fn imprint(&self, _backend: &Capabilities) -> Option<(u32, Vec<u8>)> {
+        None
+    }
+    /// Every backend of this kind is known to complete requests in their order, and to do one twice does no harm: then a
+    /// successor can go on from the used index without a record of what was in flight.
+    fn in_order(&self) -> bool {
+        false
+    }
+}
+
+/// The error for a backend with too few queues.
+pub(super) fn too_few_queues(needed: usize, has: u16) -> ConversationError {
+    ConversationError::Lacks { what: format!("{needed} queues (it has {has})") }
+}
+
+/// Bytes of the configuration space that a device may change while its driver runs (virtio 1.2, section 5; the rest is
+/// fixed once the driver has seen it).
+pub(super) fn changeable(device_type: u16) -> Range<usize> {
+    match device_type {
+        // status; max_virtqueue_pairs and mtu behind it stay
+        device_class::NET => 6..8,
+        // capacity
+        device_class::BLOCK => 0..8,
+        // cols, rows
+        device_class::CONSOLE => 0..4,
+        device_class::ENTROPY | device_class::FS => 0..0,
+        // guest_cid, after a transport reset
+        device_class::VSOCK => 0..8,
+        // events_read
+        device_class::GPU => 0..4,
+        // Whatever the specification says of it is not known here.
+        _ => 0..usize::MAX,
+    }
+}
+
+/// How long a device type's configuration space is; for types that are not known here, what lengths are worth a try.
+pub(super) fn config_lengths(device_type: u16) -> &'static [u32] {
+    match device_type {
+        // Up to and with mtu; status.
+        device_class::NET => &[12, 8],
+        // Up to and with write zeroes; wce and num_queues.
+        device_class::BLOCK => &[60, 36],
+        device_class::CONSOLE => &[12, 8],
+        device_class::ENTROPY => &[],
+        device_class::GPU => &[16, 12],
+        device_class::INPUT => &[136],
+        device_class::VSOCK => &[8],
+        device_class::IOMMU => &[40],
+        device_class::SOUND => &[16, 12],
+        device_class::FS => &[44, 40],
+        // The protocol carries 256 bytes at most.
+        _ => &[256, 128, 64, 56, 48, 40, 36, 32, 24, 16, 12, 8, 4],
+    }
+}

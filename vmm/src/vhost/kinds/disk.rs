@@ -1,0 +1,175 @@
+//! Disks: virtio-blk in front, `atoll-blk` or anybody's vhost-user backend behind.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use atoll_devices::virtio::DeviceOffer;
+use atoll_devices::virtio::device_class::BLOCK;
+use atoll_protocol::sidecar::DeviceClass as SidecarClass;
+use thiserror::Error;
+
+use super::limits::rate_arguments;
+use super::{Host, Kind, KindError, queue_size};
+use crate::backend::{ImageAccess, ImageError, ImageHandle, PassedFd};
+use crate::config::DiskConfig;
+use crate::vhost::class::{ConfigWish, DeviceClass};
+use crate::vhost::error::{ConversationError, Step};
+use crate::vhost::features::BLK_MQ;
+use crate::vhost::session::Capabilities;
+use crate::vhost::source::{BackendSource, ExternalSocket};
+
+/// Bytes of a virtio sector (virtio 1.2, 5.2.4).
+const SECTOR: u64 = 512;
+/// The configuration space up to and with the write-zeroes fields (virtio 1.2, 5.2.4): what every backend has.
+const CONFIG_LEN: u32 = 60;
+const NUM_QUEUES_AT: usize = 34;
+/// Descriptors of a queue: enough for 128 KiB requests of 4 KiB segments, many at a time; every backend can do it.
+const QUEUE_SIZE: u16 = 256;
+
+/// Why a disk cannot be made.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// The image is not there or cannot be opened.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Its size cannot be read.
+    #[error("the size of {} cannot be read: {source}", .path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// The kernel's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Not a whole number of sectors.
+    #[error(
+        "{} has {bytes} bytes, which are no whole number of 512-byte sectors: extend it with `truncate -s %512 {}`",
+        .path.display(), .path.display()
+    )]
+    OddSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Nothing in it.
+    #[error("{} is empty: give it a size with `truncate -s 1G {}`", .path.display(), .path.display())]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Neither an image nor a socket.
+    #[error("the disk has no image: give path=FILE, or vhost_user=true,socket=PATH")]
+    NoBacking,
+}
+
+/// Takes hold of an image and checks what can be checked without locking or parsing it.
+fn open_image(path: &Path, access: ImageAccess) -> Result<ImageHandle, DiskError> {
+    let image = ImageHandle::open(path, access)?;
+    let size = |source: rustix::io::Errno| DiskError::Size { path: path.to_owned(), source: source.into() };
+    let file = image.reopen()?;
+    let bytes = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(size)?;
+    match bytes {
+        0 => Err(DiskError::Empty { path: path.to_owned() }),
+        _ if bytes.is_multiple_of(SECTOR) => Ok(image),
+        _ => Err(DiskError::OddSize { path: path.to_owned(), bytes }),
+    }
+}
+
+/// A disk as it is configured.
+pub(in crate::vhost) struct Disk(pub(in crate::vhost) DiskConfig);
+
+impl Disk {
+    fn queues(&self) -> u16 {
+        self.0.num_queues.unwrap_or(1)
+    }
+
+    fn arguments(&self) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec!["--num-queues".into(), self.queues().to_string().into()];
+        if self.0.readonly {
+            args.push("--read-only".into());
+        }
+        if self.0.direct {
+            args.push("--direct".into());
+        }
+        if let Some(serial) = &self.0.serial {
+            args.extend(["--serial".into(), serial.into()]);
+        }
+        if let Some(limits) = &self.0.rate_limiter_config {
+            args.extend(rate_arguments(limits));
+        }
+        // Tells this device's incarnations from all other users of the image, in this VM and in others.
+        let mut number = [0; 4];
+        if rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty()).is_ok() {
+            // Only readers share an image, so a rare collision costs a wait and nothing else.
+            args.extend(["--lock-byte".into(), u32::from_le_bytes(number).to_string().into()]);
+        }
+        args
+    }
+}
+
+impl Kind for Disk {
+    fn shown(&self) -> String {
+        let place = self.0.path.as_ref().or(self.0.vhost_socket.as_ref());
+        place.map_or_else(|| "--disk".into(), |place| format!("--disk {}", place.display()))
+    }
+    fn class(&self) -> Box<dyn DeviceClass> {
+        Box::new(DiskClass { queues: self.queues(), size: queue_size(self.0.queue_size, QUEUE_SIZE) })
+    }
+    fn sidecar(&self) -> SidecarClass {
+        SidecarClass::Block
+    }
+    fn own_queues(&self) -> Option<u16> {
+        self.0.vhost_socket.is_none().then(|| self.queues())
+    }
+    fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
+        if let Some(socket) = &self.0.vhost_socket {
+            return Ok(Box::new(ExternalSocket::new(socket)));
+        }
+        let path = self.0.path.as_ref().ok_or(DiskError::NoBacking)?;
+        let access = if self.0.readonly { ImageAccess::Read } else { ImageAccess::Write };
+        let image = open_image(path, access)?;
+        // Opened anew for each incarnation, so that a lock falls with it.
+        let descriptors = move || Ok(vec![PassedFd { flag: "--fd".into(), fd: image.reopen()? }]);
+        host.process("atoll-blk", self.sidecar(), self.arguments(), Box::new(descriptors))
+    }
+}
+
+/// What makes a disk of a vhost-user device.
+struct DiskClass {
+    queues: u16,
+    size: u16,
+}
+
+impl DeviceClass for DiskClass {
+    fn device_type(&self) -> u16 {
+        BLOCK
+    }
+    fn config(&self) -> ConfigWish {
+        ConfigWish::Needed(CONFIG_LEN)
+    }
+    fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError> {
+        let mut config = backend.config.clone();
+        let told = if backend.features & BLK_MQ != 0 { num_queues(&config) } else { 1 };
+        // A backend may announce more queues in one place than in the other; only what both say is there.
+        let queues = self.queues.min(backend.queues.unwrap_or(1)).min(told);
+        if queues == 0 {
+            let what = "VIRTIO_BLK_F_MQ with no queue at all".into();
+            return Err(ConversationError::Absurd { step: Step::GetConfig, what });
+        }
+        if let Some(field) = config.get_mut(NUM_QUEUES_AT..NUM_QUEUES_AT + 2) {
+            field.copy_from_slice(&queues.to_le_bytes());
+        }
+        Ok(DeviceOffer {
+            device_type: BLOCK,
+            features: backend.features,
+            queue_sizes: vec![self.size; usize::from(queues)],
+            config,
+        })
+    }
+}
+
+fn num_queues(config: &[u8]) -> u16 {
+    let field = config.get(NUM_QUEUES_AT..).and_then(|rest| rest.first_chunk::<2>());
+    field.map_or(1, |bytes| u16::from_le_bytes(*bytes))
+}

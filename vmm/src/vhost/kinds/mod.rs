@@ -1,0 +1,102 @@
+//! The kinds of devices: for each, what the guest is offered on top of a backend ([`DeviceClass`]) and where the backend
+//! comes from.
+
+mod console;
+mod disk;
+mod fs;
+mod generic;
+mod limits;
+mod net;
+mod rng;
+mod vsock;
+
+use std::error::Error as StdError;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use atoll_protocol::DeviceId;
+use atoll_protocol::sidecar::DeviceClass as SidecarClass;
+
+pub use disk::DiskError;
+
+pub use console::ConsoleError;
+pub(super) use console::{Console, ConsoleLine};
+pub(super) use disk::Disk;
+pub(super) use fs::{Fs, TAG_BYTES};
+pub(super) use generic::Generic;
+pub use net::{NetError, switch_socket};
+
+pub(super) use net::Net;
+pub(super) use rng::Rng;
+pub(super) use vsock::Vsock;
+
+use super::class::DeviceClass;
+use super::source::BackendSource;
+use super::spawned::{MakeDescriptors, SpawnedBackend};
+use crate::backend::{Spawner, beside_this_binary};
+use crate::metrics::DeviceMeter;
+
+/// An error of a kind's own; it names the thing and the remedy.
+pub(super) type KindError = Box<dyn StdError + Send + Sync>;
+
+/// One kind of device with its configuration, before anything is opened.
+pub(super) trait Kind: Send {
+    /// How the user knows it: `--disk /images/a.raw`.
+    fn shown(&self) -> String;
+    /// What the guest is offered.
+    fn class(&self) -> Box<dyn DeviceClass>;
+    /// What a process that serves it says that it is.
+    fn sidecar(&self) -> SidecarClass;
+    /// How many queues the process has that we start for it; `None` when somebody else runs the backend.
+    fn own_queues(&self) -> Option<u16> {
+        None
+    }
+    /// Opens what the device needs and says where its backends come from.
+    fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError>;
+}
+
+/// What a device's own processes are started with.
+pub(super) struct Host {
+    pub(super) spawner: Spawner,
+    /// Where the binaries are, if not beside the VMM's.
+    pub(super) backend_dir: Option<PathBuf>,
+    /// The device's number among all of this VMM.
+    pub(super) number: DeviceId,
+    /// The device's name.
+    pub(super) name: String,
+    /// Counts what the process does.
+    pub(super) meter: Option<Arc<DeviceMeter>>,
+}
+
+impl Host {
+    /// How to start `program` for this device.
+    fn process(
+        &self,
+        program: &str,
+        class: SidecarClass,
+        args: Vec<OsString>,
+        descriptors: MakeDescriptors,
+    ) -> Result<Box<dyn BackendSource>, KindError> {
+        let exe = match &self.backend_dir {
+            Some(folder) => folder.join(program),
+            None => beside_this_binary(program)
+                .map_err(|error| format!("cannot find {program}: {error}; mount /proc, or give --backend-dir"))?,
+        };
+        Ok(Box::new(SpawnedBackend {
+            name: self.name.clone(),
+            device: self.number,
+            class,
+            exe,
+            args,
+            descriptors,
+            meter: self.meter.clone(),
+            spawner: self.spawner.clone(),
+        }))
+    }
+}
+
+/// The size of a queue that the user may have chosen.
+fn queue_size(chosen: Option<u16>, usual: u16) -> u16 {
+    chosen.unwrap_or(usual)
+}

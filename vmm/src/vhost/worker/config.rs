@@ -1,0 +1,135 @@
+//! The configuration space: what the driver writes goes to the backend, what the backend changes goes to the driver.
+
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+
+use super::{Link, Worker};
+use crate::vhost::class::{ConfigWish, changeable};
+use crate::vhost::conversation::Wire;
+use crate::vhost::error::{ConversationError, Step};
+use crate::vhost::session;
+use crate::vhost::source::is_readable;
+
+/// How long a backend that makes requests of its own is not heard again: it can keep its device's thread busy, not the
+/// guest.
+const PAUSE: Duration = Duration::from_millis(10);
+
+impl Worker {
+    pub(super) fn write_config(&mut self, offset: u32, data: Vec<u8>) {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let field = start.checked_add(data.len()).and_then(|end| self.config.get_mut(start..end));
+        let Some(field) = field else { return };
+        field.copy_from_slice(&data);
+        let Link::Up(session) = &mut self.past.link else { return };
+        if !session.protocol().contains(Protocol::CONFIG) {
+            return;
+        }
+        match session.conversation.perform(move |wire| session::set_config(wire, offset, &data)) {
+            Ok(()) => {}
+            // A backend may refuse what the driver writes; that conversation is over, the next one does not repeat it.
+            Err(error) => {
+                if !error.is_gone() {
+                    self.config.clone_from(&self.past.shown.config);
+                }
+                self.lose(&error);
+            }
+        }
+    }
+
+    /// Repeats what the driver wrote into the configuration space.
+    pub(super) fn replay_config(&mut self) -> Result<(), ConversationError> {
+        let Link::Up(session) = &mut self.past.link else { return Ok(()) };
+        let written: Vec<(u32, u8)> = (0..)
+            .zip(self.config.iter().zip(&self.past.shown.config))
+            .filter(|(_, (now, shown))| now != shown)
+            .map(|(offset, (now, _))| (offset, *now))
+            .collect();
+        if written.is_empty() {
+            return Ok(());
+        }
+        session.conversation.perform(move |wire| {
+            written.into_iter().try_for_each(|(offset, byte)| session::set_config(wire, offset, &[byte]))
+        })
+    }
+
+    /// Another driver comes, on another board: what the last one wrote is undone.
+    pub(super) fn forget_driver_config(&mut self) {
+        let written = std::mem::replace(&mut self.config, self.past.shown.config.clone());
+        let Link::Up(session) = &mut self.past.link else { return };
+        let shown = self.past.shown.config.iter().zip(&written);
+        let undone: Vec<(u32, u8)> = (0..)
+            .zip(shown)
+            .filter(|(_, (shown, now))| shown != now)
+            .map(|(offset, (shown, _))| (offset, *shown))
+            .collect();
+        let undo = move |wire: &mut Wire| {
+            undone.into_iter().try_for_each(|(offset, byte)| session::set_config(wire, offset, &[byte]))
+        };
+        if let Err(error) = session.conversation.perform(undo) {
+            self.lose(&error);
+        }
+    }
+
+    /// Hears what the backend wants.
+    pub(super) fn hear_backend(&mut self) {
+        let now = Instant::now();
+        let Link::Up(session) = &mut self.past.link else { return };
+        if let Some(requests) = &mut session.requests
+            && self.listen_at <= now
+            && is_readable(requests.socket())
+        {
+            self.listen_at = now + PAUSE;
+            match requests.hear() {
+                Ok(heard) => {
+                    self.config_is_stale |= heard.config_changed;
+                    if heard.closed {
+                        session.requests = None;
+                    }
+                }
+                Err(error) => {
+                    let (step, what) = (Step::BackendRequest, error.to_string());
+                    return self.lose(&ConversationError::Absurd { step, what });
+                }
+            }
+        }
+        self.update_config();
+    }
+
+    /// Reads the configuration space again when the backend says that it has changed. A paused device interrupts nobody.
+    pub(super) fn update_config(&mut self) {
+        if !self.config_is_stale || self.shared.gate.is_closed() {
+            return;
+        }
+        let Link::Up(session) = &mut self.past.link else { return };
+        self.config_is_stale = false;
+        let len = u32::try_from(session.capabilities.config.len()).unwrap_or(0);
+        let wish = if len == 0 { ConfigWish::Nothing } else { ConfigWish::Needed(len) };
+        let read = session.conversation.perform(move |wire| session::read_config(wire, wish));
+        let offer = read.and_then(|config| {
+            session.capabilities.config = config;
+            self.parts.class.offer(&session.capabilities)
+        });
+        match offer {
+            Ok(offer) => self.adopt_config(&offer.config),
+            Err(error) => self.lose(&error),
+        }
+    }
+
+    /// Shows the driver what has changed of what may change.
+    pub(super) fn adopt_config(&mut self, new: &[u8]) {
+        let may_change = changeable(self.past.shown.device_type);
+        let mut changed = false;
+        let current = self.past.shown.config.iter_mut().zip(&mut self.config);
+        for (offset, ((shown, now), new)) in (0..).zip(current.zip(new)) {
+            if may_change.contains(&offset) && shown != new {
+                (*shown, *now) = (*new, *new);
+                changed = true;
+            }
+        }
+        if changed {
+            tracing::debug!(device = self.shared.name, "the configuration has changed");
+            self.transport.config_changed(&self.config);
+        }
+    }
+}

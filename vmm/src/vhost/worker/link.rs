@@ -1,0 +1,83 @@
+//! One incarnation of a backend, as the device's thread holds it.
+
+use std::time::Instant;
+
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+
+use crate::vhost::back_channel::BackChannel;
+use crate::vhost::conversation::Conversation;
+use crate::vhost::device::Recovery;
+use crate::vhost::session::Capabilities;
+use crate::vhost::source::{BackendProcess, is_readable};
+
+/// One incarnation of the backend, greeted.
+pub(in crate::vhost) struct Session {
+    pub(in crate::vhost) conversation: Conversation,
+    pub(super) process: Option<Box<dyn BackendProcess>>,
+    pub(in crate::vhost) capabilities: Capabilities,
+    /// Where its own requests come from, if it can make any.
+    pub(super) requests: Option<BackChannel>,
+    /// How many of the queues it serves.
+    pub(super) served: u16,
+    /// It completes requests in their order.
+    in_order: bool,
+    /// It was handed the driver's rings, or some of them.
+    pub(super) has_rings: bool,
+}
+
+/// What a session is made of.
+pub(in crate::vhost) struct SessionParts {
+    pub(in crate::vhost) conversation: Conversation,
+    pub(in crate::vhost) process: Option<Box<dyn BackendProcess>>,
+    pub(in crate::vhost) capabilities: Capabilities,
+    pub(in crate::vhost) requests: BackChannel,
+    pub(in crate::vhost) served: u16,
+    pub(in crate::vhost) in_order: bool,
+}
+
+impl Session {
+    pub(in crate::vhost) fn new(parts: SessionParts) -> Self {
+        let SessionParts { conversation, process, capabilities, requests, served, in_order } = parts;
+        let requests = capabilities.protocol.contains(Protocol::BACKEND_REQ).then_some(requests);
+        Self { conversation, process, capabilities, requests, served, in_order, has_rings: false }
+    }
+    pub(super) fn protocol(&self) -> Protocol {
+        self.capabilities.protocol
+    }
+    pub(in crate::vhost) fn recovery(&self) -> Recovery {
+        if self.in_order || self.protocol().contains(Protocol::INFLIGHT_SHMFD) {
+            Recovery::Full
+        } else {
+            Recovery::IdleOnly
+        }
+    }
+    /// Its process id, where it is ours.
+    pub(in crate::vhost) fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(|process| process.id())
+    }
+    /// Ends it by force. Says how the process ended, where it is ours.
+    pub(super) fn give_up(mut self, deadline: Instant) -> Option<String> {
+        self.conversation.hang_up();
+        self.process.as_mut().map(|process| process.kill(deadline))
+    }
+    /// Why it is over, if it is.
+    pub(super) fn over(&self) -> Option<&'static str> {
+        if self.process.as_ref().is_some_and(|process| is_readable(process.ended())) {
+            Some("its process has ended")
+        } else if is_readable(self.conversation.socket()) {
+            Some("it has hung up, or spoken without being asked")
+        } else {
+            None
+        }
+    }
+}
+
+/// Whether there is a backend.
+pub(in crate::vhost) enum Link {
+    /// This one.
+    Up(Box<Session>),
+    /// None; the next attempt comes then.
+    Down { retry_at: Instant },
+    /// None until the driver resets the device.
+    Quarantined,
+}

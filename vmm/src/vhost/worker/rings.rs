@@ -1,0 +1,238 @@
+//! Handing the driver's rings to a backend, and taking them back: at the driver's wish, for a pause, for a new board.
+
+use std::sync::Arc;
+
+use atoll_devices::virtio::QueueConfig;
+use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::{Link, Session, Worker};
+use crate::doorbell::{Interposer, Verdict};
+use crate::vhost::call::CallPath;
+use crate::vhost::device::{DeviceState, Limits, PauseError, Recovery, lock};
+use crate::vhost::error::{ConversationError, Step};
+use crate::vhost::features::protocol_feature_names;
+use crate::vhost::rings::RingPosition;
+use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan};
+
+/// What the driver has set up.
+pub(super) struct Driver {
+    features: u64,
+    pub(super) queues: Vec<QueueConfig>,
+    pub(super) calls: Vec<CallPath>,
+    /// Some backend has had the rings: what they hold may have been taken already.
+    ran: bool,
+    /// Used indices of the queues that a backend has, when it got them.
+    used_at_start: Vec<(QueueConfig, u16)>,
+    /// The first queue in which the last backend that had the rings left requests unfinished, and how many.
+    unfinished: Option<(u16, u16)>,
+    /// Where the backend that is there wants to go on in each ring: what it said when it gave them back.
+    bases: Vec<(u16, u16)>,
+}
+
+impl Driver {
+    pub(super) fn new(features: u64, queues: Vec<QueueConfig>, calls: Vec<CallPath>) -> Self {
+        let (used_at_start, bases) = (Vec::new(), Vec::new());
+        Self { features, queues, calls, ran: false, used_at_start, unfinished: None, bases }
+    }
+    /// Looks at the rings after a backend's death. What the driver adds later, no backend has seen.
+    pub(super) fn take_stock(&mut self, memory: &GuestMemoryMmap) {
+        self.bases.clear();
+        self.unfinished = self.used_at_start.iter().find_map(|(queue, _)| {
+            let position = RingPosition::read(memory, queue)?;
+            (!position.is_idle()).then(|| (queue.index, position.available.wrapping_sub(position.used)))
+        });
+    }
+}
+
+/// Says in the log that a backend complains about a ring; more than that the protocol has no word for.
+struct RingErrors(String);
+
+impl Interposer for RingErrors {
+    fn signalled(&self, count: u64) -> Verdict {
+        tracing::warn!(device = self.0, count, "the backend reports an error of a ring");
+        Verdict::Drop
+    }
+}
+
+impl Worker {
+    /// Whether the backend has completed a request since it got the rings.
+    pub(super) fn has_progressed(&self) -> bool {
+        let Some(driver) = &self.driver else { return false };
+        driver.used_at_start.iter().any(|(queue, used)| {
+            RingPosition::read(self.parts.memory.mapped(), queue).is_some_and(|position| position.used != *used)
+        })
+    }
+
+    /// The gate has been closed: nobody may have the rings until it opens.
+    pub(super) fn pause(&mut self) {
+        if !self.shared.gate.is_closed() {
+            return;
+        }
+        let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return };
+        if !session.has_rings {
+            return;
+        }
+        match stop_rings(session, driver, self.parts.limits) {
+            Ok(bases) => {
+                driver.bases = bases;
+                let stays = self.shared.gate.bring_back();
+                if !stays {
+                    tracing::warn!(device = self.shared.name, "the backend gave the rings back too late for the pause");
+                    self.hand_over();
+                }
+            }
+            // It may go on writing: the only way to be rid of it is to end it.
+            Err(error) => self.lose(&error),
+        }
+    }
+
+    /// The gate is open again.
+    pub(super) fn resume(&mut self) -> Result<(), PauseError> {
+        self.hand_over();
+        self.update_config();
+        match &self.past.link {
+            Link::Quarantined => Err(PauseError::Quarantined(self.shared.reason())),
+            Link::Up(_) | Link::Down { .. } => Ok(()),
+        }
+    }
+
+    /// Gives the rings to the backend, if both are there.
+    pub(super) fn hand_over(&mut self) {
+        match (&self.past.link, &self.driver) {
+            (Link::Up(session), Some(_)) if !session.has_rings => {}
+            _ => return,
+        }
+        if !self.shared.gate.take_out() {
+            return;
+        }
+        match self.start_rings() {
+            Ok(()) => {
+                self.shared.update(|status| status.state = DeviceState::Running);
+                if let Some(completion) = self.activation.take() {
+                    completion.complete(0);
+                }
+            }
+            Err(error) if error.is_gone() => self.lose(&error),
+            Err(error) => self.quarantine(&error.to_string()),
+        }
+    }
+
+    fn start_rings(&mut self) -> Result<(), ConversationError> {
+        let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return Ok(()) };
+        let local = |step| move |source| ConversationError::Local { step, source };
+        let continued = driver.ran;
+        if let (true, Recovery::IdleOnly, Some((queue, count))) = (continued, session.recovery(), driver.unfinished) {
+            let record = protocol_feature_names(Protocol::INFLIGHT_SHMFD.bits());
+            let what = format!("{record} (it died with {count} unfinished requests in queue {queue})");
+            return Err(ConversationError::Lacks { what });
+        }
+        if !continued && let Some(region) = &self.past.inflight {
+            region.clear().map_err(local(Step::SetInflightFd))?;
+        }
+        if self.ring_errors.is_none() {
+            let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
+            let listener = Arc::new(RingErrors(self.shared.name.clone()));
+            let (from, to) = event().and_then(|from| Ok((from, event()?))).map_err(local(Step::SetVringErr(0)))?;
+            let relayed = self.parts.relay.carry(from, to, listener).map_err(std::io::Error::other);
+            self.ring_errors = Some(relayed.map_err(local(Step::SetVringErr(0)))?);
+        }
+        let mut rings = Vec::new();
+        driver.used_at_start.clear();
+        let served = driver.queues.iter().zip(&driver.calls).filter(|(queue, _)| queue.index < session.served);
+        for (queue, call) in served {
+            let index = queue.index;
+            let position = RingPosition::read(self.parts.memory.mapped(), queue).ok_or_else(|| {
+                ConversationError::Absurd { step: Step::SetVringBase(index), what: "the ring is not in RAM".into() }
+            })?;
+            driver.used_at_start.push((*queue, position.used));
+            let kick = self.shared.doorbells.get(usize::from(index)).ok_or_else(|| ConversationError::Absurd {
+                step: Step::SetVringKick(index),
+                what: "the device has no such queue".into(),
+            })?;
+            let errors = self.ring_errors.as_ref().map(|relayed| relayed.source().try_clone());
+            let Some(errors) = errors else { return Ok(()) };
+            rings.push(RingPlan {
+                index,
+                size: queue.size,
+                descriptor_table: queue.descriptor_table,
+                available_ring: queue.available_ring,
+                used_ring: queue.used_ring,
+                base: match driver.bases.iter().find(|(ring, _)| *ring == index) {
+                    Some((_, base)) => *base,
+                    None if continued => position.used,
+                    None => 0,
+                },
+                call: call.event().try_clone().map_err(local(Step::SetVringCall(index)))?,
+                error: errors.map_err(local(Step::SetVringErr(index)))?,
+                kick: kick.backend_event().try_clone().map_err(local(Step::SetVringKick(index)))?,
+            });
+        }
+        let inflight = match &self.past.inflight {
+            Some(region) => InflightPlan::Keep(Arc::clone(region)),
+            None => InflightPlan::Make {
+                queues: u16::try_from(self.past.shown.queue_sizes.len()).unwrap_or(u16::MAX).min(session.served),
+                queue_size: self.past.shown.queue_sizes.iter().copied().max().unwrap_or(1),
+            },
+        };
+        // What the front end adds to an offer, no backend has to know.
+        let features = driver.features & session.capabilities.features;
+        let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, rings };
+        driver.ran = true;
+        driver.bases.clear();
+        session.has_rings = true;
+        let region = session.conversation.perform(move |wire| session::start(wire, plan))?;
+        if self.past.inflight.is_none() {
+            self.past.inflight = region;
+        }
+        for (queue, call) in driver.queues.iter().zip(&driver.calls) {
+            if let Some(bell) = self.shared.doorbells.get(usize::from(queue.index)) {
+                bell.nudge();
+            }
+            if continued {
+                call.signal();
+            }
+        }
+        Ok(())
+    }
+
+    /// Stops the backend's use of the rings and forgets the driver.
+    pub(super) fn take_rings_back(&mut self) {
+        lock(&self.shared.queues).clear();
+        let Some(mut driver) = self.driver.take() else { return };
+        if let Link::Up(session) = &mut self.past.link
+            && session.has_rings
+        {
+            match stop_rings(session, &mut driver, self.parts.limits) {
+                Ok(_) => {
+                    self.shared.gate.bring_back();
+                    self.shared.update(|status| status.state = DeviceState::Idle);
+                }
+                // It may go on writing: the only way to be rid of it is to end it.
+                Err(error) => self.lose(&error),
+            }
+        }
+        if let Some(region) = &self.past.inflight
+            && let Err(error) = region.clear()
+        {
+            tracing::error!(device = self.shared.name, %error, "the record of requests in flight was not cleared");
+        }
+    }
+}
+
+/// Has the backend give back the rings of `driver`. Says where it wants to go on in each.
+fn stop_rings(
+    session: &mut Session,
+    driver: &mut Driver,
+    limits: Limits,
+) -> Result<Vec<(u16, u16)>, ConversationError> {
+    let rings: Vec<u16> = driver.used_at_start.iter().map(|(queue, _)| queue.index).collect();
+    session.conversation.set_step_limit(limits.drain);
+    let asked = rings.clone();
+    let stopped = session.conversation.perform(move |wire| session::stop(wire, &asked));
+    session.conversation.set_step_limit(limits.step);
+    let bases = stopped?;
+    session.has_rings = false;
+    Ok(rings.into_iter().zip(bases).collect())
+}
