@@ -19,7 +19,7 @@ use atoll_vmm::doorbell::Relay;
 use atoll_vmm::irq::{EventRoute, InterruptFabric, IrqError};
 use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::layout::{MMIO64, ram};
-use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, DeviceBuilder, events};
+use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, events};
 use atoll_vmm::memory::GuestMemory;
 use atoll_vmm::vhost::{DeviceFactory, FactoryParts};
 use rustix::process::Signal;

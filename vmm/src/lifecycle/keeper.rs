@@ -286,7 +286,7 @@ impl Keeper {
             State::Empty | State::Paused(..) => return Err(self.state.not_running()),
         };
         self.story.tell("vm", "booting", []);
-        let plan = Plan::open(&config, &self.household)?;
+        let plan = Plan::open(&config, &self.household, &self.story)?;
         let (life, events) = self.next_life();
         let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
         plan.tell_choice();

@@ -7,21 +7,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::error::{ErrorKind, VmError};
+use super::story::Story;
 use crate::backend::{Household, UartBuilder, UartLine, UartOutput};
-use crate::config::{ConsoleConfig, ConsoleMode, CpuChoice, DeviceConfig, DiskConfig, PlatformConfig, VmConfig};
+use crate::config::{ConsoleConfig, ConsoleMode, CpuChoice, DeviceConfig, PlatformConfig, VmConfig};
 use crate::cpu::probe::{Memo, Verdict, probe};
 use crate::machine::boot::BootSource;
 use crate::machine::{
     CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialBuilder, SerialEnd, SerialMode, chipset,
 };
-use crate::vhost::{Backing, DiskBuilder, DiskConfig as DiskPlan};
+use crate::vhost::{DeviceFactory, FactoryError, FactoryParts, runtime_dir};
 
 /// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
 const DETERMINISTIC_NS_PER_1000: u32 = 1000;
 /// CPU model of those who name none.
 const CPU_MODEL: &str = "atoll-v1";
-/// Executables of device processes.
-const DISK_BACKEND: &str = "atoll-blk";
+/// Executable of the second serial port's process.
 const UART_BACKEND: &str = "atoll-uart";
 
 /// What each incarnation of a machine is built from.
@@ -33,6 +33,14 @@ pub(super) struct Plan {
     uart: Option<Arc<UartLine>>,
     backend_dir: Option<PathBuf>,
     household: Arc<Household>,
+    factory: DeviceFactory,
+}
+
+impl From<FactoryError> for VmError {
+    fn from(error: FactoryError) -> Self {
+        let kind = if error.is_unsupported() { ErrorKind::Unsupported } else { ErrorKind::Bad };
+        Self::new(kind, error)
+    }
 }
 
 fn failed(error: impl std::fmt::Display) -> VmError {
@@ -117,7 +125,7 @@ impl Plan {
     ///
     /// # Errors
     /// When something cannot be opened, or is not there.
-    pub(super) fn open(config: &VmConfig, household: &Arc<Household>) -> Result<Self, VmError> {
+    pub(super) fn open(config: &VmConfig, household: &Arc<Household>, story: &Story) -> Result<Self, VmError> {
         let payload = &config.payload;
         let kernel = payload.kernel.clone().ok_or(crate::config::ConfigError::NoKernel)?;
         let (cpu, choice) = choose_cpu(&config.platform);
@@ -142,6 +150,13 @@ impl Plan {
             uart: uart(config.serial2.as_ref())?,
             backend_dir: config.platform.backend_dir.clone(),
             household: Arc::clone(household),
+            factory: DeviceFactory::new(FactoryParts {
+                household: Arc::clone(household),
+                backend_dir: config.platform.backend_dir.clone(),
+                runtime_dir: runtime_dir(),
+                vm: "atoll".into(),
+                story: story.clone(),
+            }),
         })
     }
 
@@ -189,38 +204,17 @@ impl Plan {
         events: &EventSender,
     ) -> Result<Vec<Box<dyn DeviceBuilder>>, VmError> {
         let mut builders = self.board(events)?;
-        for (device, index) in config.devices().into_iter().zip(0..) {
-            builders.push(self.device(device, index)?);
+        for device in config.devices() {
+            builders.push(self.device(&device)?);
         }
         Ok(builders)
     }
 
     /// The builder of one device.
-    fn device(&self, device: DeviceConfig, index: u32) -> Result<Box<dyn DeviceBuilder>, VmError> {
-        match device {
-            DeviceConfig::Disk(disk) => {
-                Ok(Box::new(DiskBuilder::new(self.disk(disk)?, index, self.household.spawner().clone())))
-            }
-            other => {
-                let text = format!("a {} cannot be built yet; leave it out", other.kind().name());
-                Err(VmError::new(ErrorKind::Unsupported, text))
-            }
-        }
-    }
-
-    fn disk(&self, disk: DiskConfig) -> Result<DiskPlan, VmError> {
-        let backing = match (disk.path, disk.vhost_socket) {
-            (Some(path), None) => Backing::Image(path),
-            (None, Some(socket)) => Backing::Socket(socket),
-            _ => return Err(VmError::new(ErrorKind::Bad, "a disk has either path or socket")),
-        };
-        Ok(DiskPlan {
-            readonly: disk.readonly,
-            direct: disk.direct,
-            serial: disk.serial,
-            num_queues: disk.num_queues.unwrap_or(1),
-            binary: self.backend_dir.as_ref().map(|folder| folder.join(DISK_BACKEND)),
-            ..DiskPlan::new(backing)
-        })
+    ///
+    /// # Errors
+    /// When its configuration is wrong in itself, or asks for what is not there.
+    pub(super) fn device(&self, device: &DeviceConfig) -> Result<Box<dyn DeviceBuilder>, VmError> {
+        Ok(self.factory.builder(device)?)
     }
 }

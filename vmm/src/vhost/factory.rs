@@ -77,6 +77,37 @@ pub enum FactoryError {
         /// What is wrong with it, and the remedy.
         what: String,
     },
+    /// Something that is not there, by name.
+    #[error("{kind} {id}: {what}")]
+    Unsupported {
+        /// What the device is.
+        kind: &'static str,
+        /// Which.
+        id: String,
+        /// What is not there, and the remedy.
+        what: &'static str,
+    },
+}
+
+impl FactoryError {
+    /// Whether it is not the configuration that is wrong, but something that is not there.
+    pub fn is_unsupported(&self) -> bool {
+        match self {
+            Self::Unsupported { .. } | Self::Config(ConfigError::Unsupported(_)) => true,
+            Self::Console(error) => matches!(error, ConsoleError::Unsupported(_)),
+            Self::Net { source, .. } => matches!(source, NetError::User | NetError::HostSide(_)),
+            Self::Config(_) | Self::Device { .. } => false,
+        }
+    }
+}
+
+/// The user's run-time folder, where sockets are that belong to no single machine: `$XDG_RUNTIME_DIR/atoll`, else one in
+/// the folder for temporary files.
+pub fn runtime_dir() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
+        Some(dir) => PathBuf::from(dir).join("atoll"),
+        None => std::env::temp_dir().join(format!("atoll-{}", rustix::process::getuid().as_raw())),
+    }
 }
 
 impl DeviceFactory {
@@ -139,7 +170,7 @@ impl DeviceFactory {
             DeviceConfig::Vsock(vsock) if !vsock.vhost_user => {
                 let what =
                     "a vsock without vhost_user=true is not supported: run vhost-device-vsock and name its socket";
-                return Err(wrong(what.into()));
+                return Err(FactoryError::Unsupported { kind: kind.name(), id, what });
             }
             DeviceConfig::Vsock(vsock) => Box::new(Vsock(vsock.clone())),
             DeviceConfig::Rng(rng) => Box::new(Rng(rng.clone())),
