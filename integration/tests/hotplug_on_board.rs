@@ -10,15 +10,17 @@ use atoll_devices::pci::{DevFn, HostBridge, SharedFunction};
 use atoll_integration::guests::idle;
 use atoll_integration::processes;
 use atoll_vmm::actor::{RealClock, StopSignal};
-use atoll_vmm::backend::Spawner;
+use atoll_vmm::backend::Household;
+use atoll_vmm::config::{DeviceConfig, DiskConfig};
 use atoll_vmm::cpu::{ANSWER_BUDGET, GuestBus, Space, Stall, StallSink, VcpuBus};
+use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::boot::BootSource;
 use atoll_vmm::machine::layout::{ACPI_HOTPLUG, ECAM};
 use atoll_vmm::machine::{
     Board, BoardError, BuildError, BuiltDevice, CpuKind, DeviceBuilder, DeviceLife, EventSender, EventSink, LifeError,
     Machine, MachineConfig, MachineEvent, PauseLimits, PlugError, SerialMode, UnplugError, UnplugEvent, chipset,
 };
-use atoll_vmm::vhost::{Backing, DiskBuilder, DiskConfig};
+use atoll_vmm::vhost::{DeviceFactory, FactoryParts};
 use rustix::process::Signal;
 use xtask::place;
 
@@ -73,6 +75,7 @@ impl Rig {
             stalls: Arc::new(Deaf),
             clock: Arc::new(RealClock::new()),
             budget: ANSWER_BUDGET,
+            counters: Arc::default(),
         };
         Ok(Self { machine, bus, _alone: alone })
     }
@@ -370,13 +373,20 @@ fn a_disk_leaves_nothing_whatever_its_process_does() -> Result<()> {
     let image = folder.path().join("image");
     std::fs::File::create(&image)?.set_len(1 << 20)?;
     let mut rig = Rig::new()?;
-    let spawner = Spawner::new(Arc::new(RealClock::new()))?;
+    let household = Arc::new(Household::new(Arc::new(RealClock::new()))?);
+    let programs = place::program("atoll-blk")?.parent().map(std::path::Path::to_owned);
+    let factory = DeviceFactory::new(FactoryParts {
+        household: Arc::clone(&household),
+        backend_dir: programs,
+        runtime_dir: folder.path().to_owned(),
+        vm: "test".into(),
+        story: Story::default(),
+    });
     let me = std::process::id();
     let mut level = None;
     for misfortune in [None, Some(Signal::KILL), Some(Signal::STOP), None] {
-        let mut config = DiskConfig::new(Backing::Image(image.clone()));
-        config.binary = Some(place::program("atoll-blk")?);
-        let builder = Box::new(DiskBuilder::new(config, 40, spawner.clone()));
+        let config = DiskConfig { path: Some(image.clone()), ..DiskConfig::default() };
+        let builder = factory.builder(&DeviceConfig::Disk(config))?;
         let name = builder.name();
         rig.machine.plug(builder)?;
         let pid = processes::child_named(me, "atoll-blk", PATIENCE)?;
