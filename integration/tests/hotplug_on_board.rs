@@ -18,7 +18,7 @@ use atoll_vmm::machine::boot::BootSource;
 use atoll_vmm::machine::layout::{ACPI_HOTPLUG, ECAM};
 use atoll_vmm::machine::{
     Board, BoardError, BuildError, BuiltDevice, CpuKind, DeviceBuilder, DeviceLife, EventSender, EventSink, LifeError,
-    Machine, MachineConfig, MachineEvent, PauseLimits, PlugError, SerialMode, UnplugError, UnplugEvent, chipset,
+    Machine, MachineConfig, MachineEvent, PauseLimits, PlugError, UnplugError, UnplugEvent, chipset,
 };
 use atoll_vmm::vhost::{DeviceFactory, FactoryParts};
 use rustix::process::Signal;
@@ -64,7 +64,7 @@ impl Rig {
             cpu: CpuKind::Soft,
             cpu_model: "atoll-v1".into(),
             deterministic: None,
-            serial: SerialMode::Off,
+            com1: false,
         };
         let mut machine = Machine::build(&config, chipset(), &EventSender::new(Arc::new(Deaf)))?;
         machine.start()?;

@@ -280,7 +280,7 @@ impl Keeper {
     }
 
     pub(super) fn boot(&mut self) -> Result<(), VmError> {
-        let config = match &self.state {
+        let mut config = match &self.state {
             State::Created(config) | State::Shutdown(config) => config.clone(),
             State::Running(..) => return Err(wrong("the machine runs already; start it again with vm.reboot")),
             State::Empty | State::Paused(..) => return Err(self.state.not_running()),
@@ -290,6 +290,7 @@ impl Keeper {
         let (life, events) = self.next_life();
         let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
         plan.tell_choice();
+        plan.tell_lines(&mut config);
         machine.count_in(self.household.metrics());
         machine.start().map_err(failed)?;
         self.enter(State::Running(config, Box::new(Live { plan, machine, life })));

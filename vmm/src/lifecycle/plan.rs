@@ -12,9 +12,7 @@ use crate::backend::{Household, UartBuilder, UartLine, UartOutput};
 use crate::config::{ConsoleConfig, ConsoleMode, CpuChoice, DeviceConfig, PlatformConfig, VmConfig};
 use crate::cpu::probe::{Memo, Verdict, probe};
 use crate::machine::boot::BootSource;
-use crate::machine::{
-    CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialBuilder, SerialEnd, SerialMode, chipset,
-};
+use crate::machine::{CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialLine, chipset};
 use crate::vhost::{DeviceFactory, FactoryError, FactoryParts, runtime_dir};
 
 /// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
@@ -29,7 +27,7 @@ pub(super) struct Plan {
     config: MachineConfig,
     /// Why this CPU was taken, where Atoll chose it.
     choice: Option<Verdict>,
-    serial: SerialTarget,
+    serial: Option<SerialLine>,
     uart: Option<Arc<UartLine>>,
     backend_dir: Option<PathBuf>,
     household: Arc<Household>,
@@ -61,50 +59,6 @@ fn choose_cpu(platform: &PlatformConfig) -> (CpuKind, Option<Verdict>) {
     (if verdict.usable { CpuKind::Kvm } else { CpuKind::Soft }, Some(verdict))
 }
 
-/// Where COM1 leads; opened once, handed to each incarnation of the machine as a copy.
-enum SerialTarget {
-    Terminal(std::fs::File, std::fs::File),
-    File(std::fs::File),
-    Null,
-    Off,
-}
-
-impl SerialTarget {
-    fn open(config: Option<&ConsoleConfig>) -> Result<(Self, SerialMode), VmError> {
-        use std::os::fd::AsFd;
-        let copy = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map(std::fs::File::from).map_err(failed);
-        let Some(config) = config else { return Ok((Self::Null, SerialMode::Null)) };
-        Ok(match (config.mode, &config.file) {
-            (ConsoleMode::Off, _) => (Self::Off, SerialMode::Off),
-            (ConsoleMode::Null, _) => (Self::Null, SerialMode::Null),
-            (ConsoleMode::Tty, _) => {
-                (Self::Terminal(copy(std::io::stdin().as_fd())?, copy(std::io::stdout().as_fd())?), SerialMode::Tty)
-            }
-            (ConsoleMode::File, Some(path)) => {
-                (Self::File(SerialEnd::create(path).map_err(failed)?), SerialMode::File(path.clone()))
-            }
-            (mode, _) => {
-                let text =
-                    format!("serial mode {mode:?} is not supported as it is given; use File with a file, or Tty");
-                return Err(VmError::new(ErrorKind::Unsupported, text));
-            }
-        })
-    }
-    fn builder(&self, events: &EventSender) -> Result<Option<Box<dyn DeviceBuilder>>, VmError> {
-        let end = match self {
-            Self::Terminal(input, output) => SerialEnd::Terminal {
-                input: input.try_clone().map_err(failed)?,
-                output: output.try_clone().map_err(failed)?,
-                events: events.clone(),
-            },
-            Self::File(file) => SerialEnd::Output(file.try_clone().map_err(failed)?),
-            Self::Null => SerialEnd::Null,
-            Self::Off => return Ok(None),
-        };
-        Ok(Some(Box::new(SerialBuilder::new(end))))
-    }
-}
-
 /// Where COM2 leads.
 fn uart(config: Option<&ConsoleConfig>) -> Result<Option<Arc<UartLine>>, VmError> {
     let Some(config) = config else { return Ok(None) };
@@ -129,7 +83,9 @@ impl Plan {
         let payload = &config.payload;
         let kernel = payload.kernel.clone().ok_or(crate::config::ConfigError::NoKernel)?;
         let (cpu, choice) = choose_cpu(&config.platform);
-        let (serial, serial_mode) = SerialTarget::open(config.serial.as_ref())?;
+        // A machine whose user says nothing about it has a port that leads nowhere.
+        let nowhere = ConsoleConfig { mode: ConsoleMode::Null, ..ConsoleConfig::default() };
+        let serial = SerialLine::open(config.serial.as_ref().unwrap_or(&nowhere)).map_err(failed)?;
         let machine = MachineConfig {
             boot: BootSource {
                 kernel,
@@ -141,7 +97,7 @@ impl Plan {
             cpu,
             cpu_model: config.platform.cpu_model.clone().unwrap_or_else(|| CPU_MODEL.to_owned()),
             deterministic: config.platform.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
-            serial: serial_mode,
+            com1: serial.is_some(),
         };
         Ok(Self {
             config: machine,
@@ -165,6 +121,17 @@ impl Plan {
         &self.config
     }
 
+    /// Tells where the serial ports lead, for pseudo terminals that were made.
+    pub(super) fn tell_lines(&self, config: &mut VmConfig) {
+        if let (Some(line), Some(serial)) = (&self.serial, &mut config.serial) {
+            *serial = line.told();
+        }
+        let name = self.uart.as_ref().and_then(|line| line.name());
+        if let (Some(name), Some(serial2)) = (name, &mut config.serial2) {
+            serial2.file = Some(name.into());
+        }
+    }
+
     /// Says which CPU was chosen. Only once the machine is built: a mistake is one line, not the choice of a CPU that runs
     /// nothing and then the mistake.
     pub(super) fn tell_choice(&self) {
@@ -183,7 +150,7 @@ impl Plan {
     /// The builders of everything that is not a device of the configuration's list.
     fn board(&self, events: &EventSender) -> Result<Vec<Box<dyn DeviceBuilder>>, VmError> {
         let mut builders = chipset();
-        builders.extend(self.serial.builder(events)?);
+        builders.extend(self.serial.as_ref().map(|line| line.builder(events)).transpose().map_err(failed)?);
         if let Some(line) = &self.uart {
             let builder = UartBuilder::new(Arc::clone(line), Arc::clone(&self.household));
             builders.push(Box::new(match &self.backend_dir {

@@ -13,7 +13,7 @@ use atoll_devices::{PowerEvent, PowerSink};
 
 use super::acpi::{self, AcpiConfig};
 use super::boot;
-use super::config::{CpuKind, MachineConfig, SerialMode};
+use super::config::{CpuKind, MachineConfig};
 use super::end::{MachineEnd, MachineError, MachineFigures, failure};
 use super::events::{EventReceiver, EventSender, MachineEvent};
 use super::hotplug::Hotplug;
@@ -140,7 +140,7 @@ impl Machine {
         let ram = layout::ram(config.memory_bytes)?;
         let tables = AcpiConfig {
             vcpus: u8::try_from(config.vcpus).map_err(|_| MachineError::TooManyVcpus(config.vcpus))?,
-            com1: config.serial != SerialMode::Off,
+            com1: config.com1,
         };
         boot::low_memory(memory.mapped());
         let rsdp = acpi::write_tables(tables, memory.mapped())?;

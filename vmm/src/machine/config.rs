@@ -1,7 +1,5 @@
 //! A machine's configuration, already validated: what each user interface makes and the assembler reads.
 
-use std::path::PathBuf;
-
 use super::boot::BootSource;
 
 /// Which CPU runs the guest.
@@ -11,19 +9,6 @@ pub enum CpuKind {
     Kvm,
     /// The software CPU.
     Soft,
-}
-
-/// Where a serial port leads.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SerialMode {
-    /// Standard input and output.
-    Tty,
-    /// A file that gets what the guest prints.
-    File(PathBuf),
-    /// Nowhere; the port is there.
-    Null,
-    /// There is no port.
-    Off,
 }
 
 /// Everything that makes one machine.
@@ -41,6 +26,6 @@ pub struct MachineConfig {
     pub cpu_model: String,
     /// Time from retired instructions: nanoseconds for 1000 of them.
     pub deterministic: Option<u32>,
-    /// COM1.
-    pub serial: SerialMode,
+    /// Whether there is a COM1.
+    pub com1: bool,
 }

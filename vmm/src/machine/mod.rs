@@ -26,7 +26,7 @@ pub use board::{Board, BoardError, BoardParts};
 pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Passive};
 pub use census::VcpuReport;
 pub use chipset::chipset;
-pub use config::{CpuKind, MachineConfig, SerialMode};
+pub use config::{CpuKind, MachineConfig};
 pub use end::{MachineEnd, MachineError, MachineFigures, failure};
 pub use events::{EventReceiver, EventSender, EventSink, MachineEvent, StopCause, events};
 pub use hotplug::{PlugError, UnplugError, UnplugEvent};

@@ -11,7 +11,7 @@ use atoll_vmm::cpu::probe::{Memo, Verdict, probe};
 use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::{
     CpuKind, DeviceBuilder, EventReceiver, EventSender, Machine, MachineConfig, MachineEnd, MachineFigures, SerialLine,
-    SerialMode, StopCause, boot::BootSource, chipset, events,
+    StopCause, boot::BootSource, chipset, events,
 };
 use atoll_vmm::vhost::{DeviceFactory, FactoryParts, runtime_dir};
 
@@ -62,10 +62,6 @@ const UART_BACKEND: &str = "atoll-uart";
 
 fn machine(vm: &VmConfig, cpu: CpuKind) -> MachineConfig {
     let payload = vm.payload.clone();
-    let serial = match &vm.serial {
-        Some(port) if port.mode != ConsoleMode::Off => SerialMode::Tty,
-        _ => SerialMode::Off,
-    };
     MachineConfig {
         boot: BootSource {
             kernel: payload.kernel.unwrap_or_default(),
@@ -77,7 +73,7 @@ fn machine(vm: &VmConfig, cpu: CpuKind) -> MachineConfig {
         cpu,
         cpu_model: vm.platform.cpu_model.clone().unwrap_or_else(|| "atoll-v1".into()),
         deterministic: vm.platform.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
-        serial,
+        com1: vm.serial.as_ref().is_some_and(|port| port.mode != ConsoleMode::Off),
     }
 }
 
