@@ -8,6 +8,7 @@ use io_uring::squeue;
 use thiserror::Error;
 use vm_memory::GuestMemory;
 
+use crate::back_channel::BackChannel;
 use crate::chain::Chain;
 use crate::inlet::{Buffers, Inlet};
 use crate::limit::{Cost, Limiter};
@@ -61,6 +62,10 @@ pub trait Device: Send + 'static {
     fn measure(&mut self) -> Option<u64> {
         None
     }
+
+    /// How to tell the front end that the configuration space has changed, for a device that changes it by itself. Called
+    /// once, before any front end.
+    fn back_channel(&mut self, _channel: &BackChannel) {}
 
     /// What limits the rate at which queue `index` takes requests; queues may share it. Queues that are filled from
     /// outside mind their limits themselves, see [`Wait::Until`].

@@ -20,6 +20,7 @@
 //! given head index, which is what resubmitting a request in flight needs, and a malformed chain looks to
 //! its reader like one that simply ends.
 
+pub mod back_channel;
 pub mod chain;
 pub mod device;
 pub mod dirty;

@@ -248,12 +248,13 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
             sidecar.attend(pulses, keeper()).map_err(|source| ServeError::Thread { what: "sidecar", source })
         })
         .transpose()?;
-    crate::signals::end_on_signal({
-        let keeper = keeper();
-        let reports = reports.clone();
-        move || keeper.end(reports.as_ref(), 0)
-    })
-    .map_err(|source| ServeError::Thread { what: "signal", source })?;
+    let (ender, looker) = (keeper(), keeper());
+    let last_reports = reports.clone();
+    let look = move || {
+        looker.measure();
+    };
+    crate::signals::attend(move || ender.end(last_reports.as_ref(), 0), Some(look))
+        .map_err(|source| ServeError::Thread { what: "signal", source })?;
     let ports = Ports::start(&conversations)?;
     if let Some(jail) = jail {
         jail.lock()?;

@@ -3,7 +3,7 @@
 //! One [`Conversation`] lives as long as the process and serves front ends one after another. Between them it is
 //! reset: all rings stopped, memory unmapped, the log forgotten.
 //!
-//! Offered: MQ, CONFIG, REPLY_ACK, INFLIGHT_SHMFD, LOG_SHMFD, CONFIGURE_MEM_SLOTS and RESET_DEVICE. Not offered,
+//! Offered: MQ, CONFIG, REPLY_ACK, INFLIGHT_SHMFD, LOG_SHMFD, CONFIGURE_MEM_SLOTS, BACKEND_REQ and RESET_DEVICE. Not offered,
 //! because the `vhost` crate delivers no such message: STATUS, IOTLB (and with it ACCESS_PLATFORM) and in-band
 //! notifications. A request that cannot be right is answered with a failure when the front end wants an answer, and
 //! ends the conversation.
@@ -29,6 +29,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::back_channel::{self, BackChannel};
 use crate::device::Device;
 use crate::dirty::DirtyLog;
 use crate::inflight::{self, Region};
@@ -115,6 +116,8 @@ pub struct Conversation<D: Device> {
     queues: Vec<QueueState>,
     inflight: Option<Arc<Region>>,
     features: u64,
+    protocol: VhostUserProtocolFeatures,
+    back_channel: BackChannel,
 }
 
 /// How a conversation ended.
@@ -147,6 +150,8 @@ impl<D: Device> Conversation<D> {
             }
         }
         let queues = (0..layout.queues).map(|_| QueueState::default()).collect();
+        let back_channel = BackChannel::default();
+        device.back_channel(&back_channel);
         Ok(Self {
             device,
             workers,
@@ -155,6 +160,8 @@ impl<D: Device> Conversation<D> {
             queues,
             inflight: None,
             features: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            back_channel,
         })
     }
 
@@ -170,9 +177,22 @@ impl<D: Device> Conversation<D> {
         }
     }
 
-    /// Has the device look what size it has now, in bytes; zero for one that has none.
+    /// Has the device look what size it has now, in bytes, and tells the front end that it may have changed; zero for a
+    /// device that has none.
     pub fn measure(&mut self) -> u64 {
-        self.device.measure().unwrap_or(0)
+        let Some(bytes) = self.device.measure() else { return 0 };
+        self.back_channel.config_changed();
+        bytes
+    }
+
+    /// Takes the next message if it brings the back channel.
+    fn take_back_channel(&mut self, stream: &UnixStream) -> Option<io::Result<()>> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            return None;
+        }
+        let acknowledge = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        let taken = back_channel::take(stream, acknowledge);
+        Some(taken.map(|socket| self.back_channel.set(Some(socket))))
     }
 
     /// Stops all rings (draining them) and forgets the front end.
@@ -185,6 +205,8 @@ impl<D: Device> Conversation<D> {
         self.log.clear();
         self.inflight = None;
         self.features = 0;
+        self.protocol = VhostUserProtocolFeatures::empty();
+        self.back_channel.set(None);
         self.device.reset();
     }
 
@@ -266,8 +288,20 @@ fn event_fd(file: &File) -> io::Result<EventFd> {
 
 /// Serves one front end until it hangs up; the caller resets the conversation afterwards.
 pub fn serve<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, stream: UnixStream) -> EndOfTalk {
+    let peeked = match stream.try_clone() {
+        Ok(stream) => stream,
+        Err(e) => return EndOfTalk::Failed(VhostError::ReqHandlerError(e)),
+    };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(conversation));
     loop {
+        if back_channel::is_next(&peeked)
+            && let Some(taken) = lock(conversation).take_back_channel(&peeked)
+        {
+            match taken {
+                Ok(()) => continue,
+                Err(e) => return EndOfTalk::Failed(VhostError::ReqHandlerError(e)),
+            }
+        }
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected | VhostError::SocketBroken(_)) => return EndOfTalk::HungUp,
@@ -412,11 +446,13 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> VhostResult<()> {
+    fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
         // The `vhost` crate checks each message against them.
+        self.protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! SIGTERM and SIGINT end the process in order: requests in flight are finished, the socket file is removed.
+//! SIGTERM and SIGINT end the process in order: requests in flight are finished, the socket file is removed. SIGHUP has a
+//! device look at what it stands on, where it has a size.
 
 #![allow(unsafe_code, reason = "signal sets have no safe wrapper")]
 
@@ -11,6 +12,7 @@ fn set() -> libc::sigset_t {
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, libc::SIGTERM);
         libc::sigaddset(&raw mut set, libc::SIGINT);
+        libc::sigaddset(&raw mut set, libc::SIGHUP);
         set
     }
 }
@@ -24,15 +26,25 @@ pub fn hold() {
 
 /// Calls `end` on a thread of its own when a signal comes. [`hold`] must have been called.
 pub fn end_on_signal(end: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .stack_size(256 << 10)
-        .spawn(move || {
-            let set = set();
+    attend(end, None::<fn()>)
+}
+
+/// Calls `end` on a thread of its own when a signal comes that ends the process, and `look` at each SIGHUP; without it
+/// that is a signal like the others. [`hold`] must have been called.
+pub fn attend(end: impl FnOnce() + Send + 'static, look: Option<impl Fn() + Send + 'static>) -> io::Result<()> {
+    let attend = move || {
+        let set = set();
+        loop {
             let mut signal = 0;
             // SAFETY: both pointers are valid.
-            while unsafe { libc::sigwait(&raw const set, &raw mut signal) } != 0 {}
-            end();
-        })
-        .map(drop)
+            let failed = unsafe { libc::sigwait(&raw const set, &raw mut signal) } != 0;
+            match &look {
+                _ if failed => {}
+                Some(look) if signal == libc::SIGHUP => look(),
+                _ => break,
+            }
+        }
+        end();
+    };
+    std::thread::Builder::new().name("signals".to_owned()).stack_size(256 << 10).spawn(attend).map(drop)
 }

@@ -104,6 +104,7 @@ impl Driver {
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         front.set_protocol_features(protocol & wanted)?;
         if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
