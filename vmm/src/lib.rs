@@ -14,5 +14,6 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod rundir;
 pub mod unix_socket;
 pub mod vhost;

@@ -161,8 +161,9 @@ fn inherit(fd: RawFd) -> Result<UnixListener, ListenError> {
     }
 }
 
-/// Takes an inherited descriptor; `None` when it is not open.
-pub(super) fn own(fd: RawFd) -> Option<OwnedFd> {
+/// Takes an inherited descriptor; `None` when it is not open. It is closed on exec from then on, and each number can be
+/// taken once only.
+pub fn own(fd: RawFd) -> Option<OwnedFd> {
     // SAFETY: F_GETFD takes no pointer and changes nothing, whatever the number is.
     if fd < 0 || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
         return None;

@@ -29,7 +29,7 @@ mod server;
 mod wire;
 
 pub use client::{Client, ClientError, Events, Response};
-pub use listen::{ListenAt, ListenError, Listener};
+pub use listen::{ListenAt, ListenError, Listener, own as own_inherited};
 pub use monitor::{EVENT_MAX, EventMonitor, EventMonitorAt, MonitorError};
 pub use openapi::document as openapi_document;
 pub use request::Method;
