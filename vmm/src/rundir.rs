@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -116,8 +116,12 @@ fn private_folder(path: &Path) -> Result<(), RunDirError> {
     }
     let found = std::fs::symlink_metadata(path).map_err(failed)?;
     let (owner, mode) = (found.uid(), found.mode() & 0o7777);
-    if !found.is_dir() || owner != rustix::process::geteuid().as_raw() || mode & 0o077 != 0 {
+    if !found.is_dir() || owner != rustix::process::geteuid().as_raw() || mode & 0o022 != 0 {
         return Err(RunDirError::NotPrivate { path: path.into(), owner, mode });
+    }
+    if mode & 0o077 != 0 {
+        // Others could look, but not write: there is nothing of theirs in it.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(failed)?;
     }
     Ok(())
 }
@@ -301,8 +305,6 @@ impl Drop for RunDir {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn root() -> (tempfile::TempDir, RunRoot) {
@@ -355,8 +357,11 @@ mod tests {
         let open = folder.path().join("open");
         std::fs::create_dir(&open).unwrap();
         std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o755)).unwrap();
+        RunRoot::at(open.clone()).unwrap();
+        assert_eq!(open.metadata().unwrap().mode() & 0o777, 0o700);
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
         let error = RunRoot::at(open).unwrap_err().to_string();
-        assert!(error.contains("mode 755") && error.contains("XDG_RUNTIME_DIR"), "{error}");
+        assert!(error.contains("mode 777") && error.contains("XDG_RUNTIME_DIR"), "{error}");
         assert!(RunRoot::at("/missing/atoll".into()).unwrap_err().to_string().contains("/missing/atoll"));
         assert!(root.switch_socket("lan").unwrap().ends_with("switches/lan.sock"));
     }

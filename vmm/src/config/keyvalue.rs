@@ -149,6 +149,11 @@ impl OptionValue for String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bytes(pub(super) u64);
 
+/// The number of bytes that a text like `20G` means.
+pub fn bytes_of(text: &str) -> Option<u64> {
+    Bytes::read(text).map(|bytes| bytes.0)
+}
+
 impl OptionValue for Bytes {
     const EXPECTED: &'static str = "a number of bytes, with K, M, G, T or P after it,";
     fn read(text: &str) -> Option<Self> {

@@ -18,7 +18,7 @@ pub use device::{
     NetConfig, RateLimiterConfig, RngConfig, TokenBucketConfig, VsockConfig,
 };
 pub use file::{FileError, MachineFile, RunWords};
-pub use keyvalue::{FlagError, KeyError};
+pub use keyvalue::{FlagError, KeyError, bytes_of};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
 
 use schemars::JsonSchema;

@@ -31,7 +31,7 @@ pub use end::{MachineEnd, MachineError, MachineFigures, failure};
 pub use events::{EventReceiver, EventSender, EventSink, MachineEvent, StopCause, events};
 pub use hotplug::{PlugError, UnplugError, UnplugEvent};
 pub use pause::{PauseError, PauseFigures, PauseLimits};
-pub use serial::{SerialBuilder, SerialEnd, SerialError};
+pub use serial::{EscapeFilter, SerialBuilder, SerialEnd, SerialError};
 pub use serial_line::SerialLine;
 pub use serial_peer::Peer as SerialPeer;
 pub use slots::FunctionBars;

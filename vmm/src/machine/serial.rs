@@ -273,15 +273,15 @@ fn write_output(port: &Port, link: &Link, output: &mut dyn Write) {
     }
 }
 
-/// What a typed byte means.
+/// What a typed byte means: Ctrl-A x is the wish to leave, Ctrl-A Ctrl-A a Ctrl-A.
 #[derive(Default)]
-struct EscapeFilter {
+pub struct EscapeFilter {
     escaped: bool,
 }
 
 impl EscapeFilter {
     /// Passes bytes on; whether the escape was among them.
-    fn pass(&mut self, typed: &[u8], into: &mut Vec<u8>) -> bool {
+    pub fn pass(&mut self, typed: &[u8], into: &mut Vec<u8>) -> bool {
         for byte in typed {
             match (self.escaped, *byte) {
                 (false, ESCAPE) => self.escaped = true,

@@ -6,17 +6,19 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A virtual machine monitor in which every device is a process of its own.
 #[derive(Debug, Parser)]
-#[command(name = "atoll", version, max_term_width = 120, after_help = AFTER)]
+#[command(name = "atoll", version = VERSION, max_term_width = 120, after_help = AFTER)]
 pub(crate) struct Cli {
     /// What to do; `run` when left out.
     #[command(subcommand)]
     pub(crate) command: Command,
 }
 
-const AFTER: &str = "Options without a command mean `run`.\n\
-    With --serial tty, Ctrl-A x ends the machine at once and Ctrl-A Ctrl-A types a Ctrl-A.\n\
-    Exit status: 0 when the guest switched itself off or Ctrl-A x ended it, 1 when it failed, 2 for a mistake on the \
-    command line, 128 + n when signal n ended it. A guest that resets starts again.";
+/// Both names: of this program, and of the one whose interface it speaks.
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (speaks as cloud-hypervisor v51.0.0)");
+
+const AFTER: &str = "Options without a command mean `run`. NAME is a machine of `atoll ps`, or the path of an API socket.\n\
+    Exit status: 0 when all went well, 1 when it did not, 2 for a mistake on the command line; see atoll run --help for \
+    that of a machine.";
 
 const RUN_AFTER: &str = "Examples:\n  \
     atoll run --kernel vmlinuz --initramfs initrd.img --disk path=root.img --cmdline \"console=ttyS0 root=/dev/vda\"\n  \
@@ -35,10 +37,160 @@ pub(crate) enum Command {
     /// Runs a virtual machine until it switches itself off.
     #[command(after_help = RUN_AFTER)]
     Run(Box<RunArgs>),
+    /// Lists this user's machines.
+    #[command(after_help = "Example:\n  atoll ps --json | jq -r '.[].name'")]
+    Ps {
+        /// As a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows a machine and its devices.
+    #[command(after_help = "Example:\n  atoll info web --json | jq .config.disks")]
+    Info {
+        #[command(flatten)]
+        vm: Target,
+        /// The API's own object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Boots a machine that was created or switched off.
+    #[command(after_help = "Example:\n  atoll shutdown web --keep && atoll boot web")]
+    Boot(Target),
+    /// Stops the vCPUs and drains the devices.
+    #[command(after_help = "Example:\n  atoll pause web; cp --sparse=always disk.img copy.img; atoll resume web")]
+    Pause(Target),
+    /// Lets a paused machine go on.
+    #[command(after_help = "Example:\n  atoll resume web")]
+    Resume(Target),
+    /// Presses the reset button: the guest starts again, device processes stay.
+    #[command(after_help = "Example:\n  atoll reset web")]
+    Reset(Target),
+    /// Presses the power button; the guest decides what to do.
+    #[command(after_help = "Example:\n  atoll power-button web")]
+    PowerButton(Target),
+    /// Ends a machine and its process at once, whatever the guest is at.
+    #[command(after_help = "Examples:\n  atoll shutdown web\n  atoll shutdown web --keep     # atoll boot web starts it again")]
+    Shutdown {
+        #[command(flatten)]
+        vm: Target,
+        /// Only switches the machine off; its process and configuration stay.
+        #[arg(long)]
+        keep: bool,
+    },
+    /// Plugs a disk in: the keys of run's --disk.
+    #[command(after_help = "Example:\n  atoll add-disk web path=data.img,id=data")]
+    AddDisk(Plug),
+    /// Plugs a network card in: the keys of run's --net.
+    #[command(after_help = "Examples:\n  atoll add-net web user=on\n  atoll add-net web switch=lan,id=lan0")]
+    AddNet(Plug),
+    /// Plugs a shared folder in: the keys of run's --fs.
+    #[command(after_help = "Example:\n  atoll add-fs web tag=src,socket=/run/user/1000/virtiofsd.sock")]
+    AddFs(Plug),
+    /// Plugs sockets between guest and host in: the keys of run's --vsock.
+    #[command(after_help = "Example:\n  atoll add-vsock web cid=3,socket=/run/user/1000/web.vsock")]
+    AddVsock(Plug),
+    /// Plugs any vhost-user device in: the keys of run's --generic-vhost-user.
+    #[command(after_help = "Example:\n  atoll add-device web device_type=rng,socket=/run/rng.sock,queue_sizes=[64]")]
+    AddDevice(Plug),
+    /// Pulls a device out: asks the guest, and waits until it has let it go.
+    #[command(after_help = "Example:\n  atoll remove web data")]
+    Remove {
+        #[command(flatten)]
+        vm: Target,
+        /// The device, as `atoll info` names it.
+        #[arg(value_name = "ID")]
+        id: String,
+        /// How long to wait for the guest, in seconds; 0 only asks.
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        wait: u64,
+    },
+    /// Changes the size of a disk; the guest is told.
+    #[command(after_help = "Example:\n  atoll resize-disk web _disk0 20G")]
+    ResizeDisk {
+        #[command(flatten)]
+        vm: Target,
+        /// The disk, as `atoll info` names it.
+        #[arg(value_name = "ID")]
+        id: String,
+        /// Its new size: bytes, or with K, M, G, T after the number.
+        #[arg(value_name = "SIZE")]
+        size: String,
+    },
+    /// Prints what happens to a machine, a JSON object a line, until it ends.
+    #[command(after_help = "Example:\n  atoll events web | jq -r 'select(.source == \"device\") | .event'")]
+    Events(Target),
+    /// Prints the live tree of a machine, or a part of it, as JSON.
+    #[command(after_help = "Examples:\n  atoll inspect web\n  atoll inspect web devices/_disk0/queues")]
+    Inspect {
+        #[command(flatten)]
+        vm: Target,
+        /// Which part; slashes between its steps.
+        #[arg(value_name = "PATH", default_value = "")]
+        path: String,
+    },
+    /// Shows vCPUs and devices at work, anew each second; q ends it.
+    #[command(after_help = "Examples:\n  atoll top\n  atoll top web --once     # one frame as text, for scripts")]
+    Top {
+        /// The machine; not needed when only one runs.
+        #[arg(value_name = "NAME")]
+        vm: Option<String>,
+        /// Prints one frame, over one second, and ends.
+        #[arg(long)]
+        once: bool,
+    },
+    /// Attaches this terminal to a machine's serial port (--serial pty or socket); Ctrl-A x detaches.
+    #[command(after_help = "Example:\n  atoll run --kernel vmlinuz --serial socket --name web &\n  atoll console web")]
+    Console(Target),
+    /// Says what this machine can do for virtual machines, and how to mend what it cannot.
+    #[command(after_help = "Exit status: 0 if some CPU can run a guest.\nExample:\n  atoll doctor --json | jq '.[] | select(.verdict != \"ok\")'")]
+    Doctor {
+        /// As a JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Runs a network switch that machines plug into with --net switch=NAME, until a signal ends it.
+    #[command(after_help = "Examples:\n  atoll switch lan &\n  atoll run --kernel vmlinuz --net switch=lan\n  atoll switch lan --pcap lan.pcap")]
+    Switch(SwitchArgs),
+}
+
+/// A machine.
+#[derive(Debug, Args)]
+pub(crate) struct Target {
+    /// The machine: its name, or the path of its API socket.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+}
+
+/// A device for a machine.
+#[derive(Debug, Args)]
+pub(crate) struct Plug {
+    /// The machine.
+    #[command(flatten)]
+    pub(crate) vm: Target,
+    /// The device.
+    #[arg(value_name = "KEYS")]
+    pub(crate) keys: String,
+}
+
+/// Options of `switch`.
+#[derive(Debug, Args)]
+pub(crate) struct SwitchArgs {
+    /// The switch's name.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Machines that can be plugged in at a time.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) ports: u16,
+    /// Writes every frame to this file (pcap); PORT=FILE captures one port. May be repeated.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pcap: Vec<String>,
+    /// Where the device processes' executables are; beside this one by default.
+    #[arg(long, value_name = "FOLDER", env = "ATOLL_BACKEND_DIR")]
+    pub(crate) backend_dir: Option<PathBuf>,
 }
 
 /// Names of the commands, and flags that are not `run`'s.
-pub(crate) const NOT_RUN: &[&str] = &["run", "help", "-h", "--help", "-V", "--version"];
+pub(crate) const NOT_RUN: &[&str] = &["-h", "--help", "-V", "--version", "help"];
 
 /// Which CPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

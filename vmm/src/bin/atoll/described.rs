@@ -1,11 +1,15 @@
 //! From the flags of `run` and the file that they name to the machine that they describe.
 
-use std::path::{Path, PathBuf};
+use std::fmt::Display;
+use std::path::Path;
+use std::str::FromStr;
 
+use atoll_vmm::api::{EventMonitorAt, ListenAt};
 use atoll_vmm::config::{
-    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DiskConfig, FileError, FlagError, FsConfig,
+    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError, FsConfig,
     GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
 };
+use atoll_vmm::rundir::CONSOLE_SOCKET;
 use thiserror::Error;
 
 use crate::cli::{CpuFlag, RunArgs};
@@ -30,28 +34,10 @@ pub(crate) enum UsageError {
     Where(String),
 }
 
-/// A way out of this process: a path or an inherited descriptor.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Whereabouts {
-    /// A path.
-    Path(PathBuf),
-    /// The descriptor of this number.
-    Fd(i32),
-}
-
-impl Whereabouts {
-    /// Reads `path=PATH`, `fd=N`, or a path alone.
-    fn read(option: &str, text: &str) -> Result<Self, UsageError> {
-        let (key, value) = text.split_once('=').unwrap_or(("path", text));
-        let expected = || UsageError::Where(format!("{option} {text}: path=PATH or fd=N is expected"));
-        match key {
-            "path" if !value.is_empty() => Ok(Self::Path(value.into())),
-            "fd" => value.parse().ok().filter(|fd| *fd >= 0).map(Self::Fd).ok_or_else(expected),
-            // A path that has a = in it.
-            _ if text.starts_with(['/', '.']) => Ok(Self::Path(text.into())),
-            _ => Err(expected()),
-        }
-    }
+/// Puts the option's name to what is wrong with where it leads.
+fn whereabouts<T: FromStr<Err: Display>>(option: &str, text: Option<String>) -> Result<Option<T>, UsageError> {
+    let read = text.map(|text| text.parse().map_err(|error| UsageError::Where(format!("{option} {text}: {error}"))));
+    read.transpose()
 }
 
 /// What is to be run.
@@ -62,9 +48,9 @@ pub(crate) struct Described {
     /// Its name, if it has one.
     pub(crate) name: Option<String>,
     /// Where the API is served besides the run-time folder.
-    pub(crate) api_socket: Option<Whereabouts>,
+    pub(crate) api_socket: Option<ListenAt>,
     /// Where events are written.
-    pub(crate) event_monitor: Option<Whereabouts>,
+    pub(crate) event_monitor: Option<EventMonitorAt>,
 }
 
 /// Adds the devices of a repeated flag to the file's: in place of the one of the file that has its id, else at the end.
@@ -95,34 +81,45 @@ impl Described {
             None => MachineFile::default(),
         };
         overlay(&mut vm, args)?;
-        let whereabouts = |option, flag: &Option<String>, word: Option<String>| {
-            let text = flag.clone().or(word);
-            text.map(|text| Whereabouts::read(option, &text)).transpose()
-        };
-        let api_socket = whereabouts("--api-socket", &args.api_socket, run.api_socket)?;
-        let event_monitor = whereabouts("--event-monitor", &args.event_monitor, run.event_monitor)?;
+        let api_socket = whereabouts("--api-socket", args.api_socket.clone().or(run.api_socket))?;
+        let event_monitor = whereabouts("--event-monitor", args.event_monitor.clone().or(run.event_monitor))?;
         Ok(Self { vm, name: args.name.clone().or(run.name), api_socket, event_monitor })
     }
 
-    /// Gives ports that lead to a socket of their own a path in `folder`, and checks the whole.
+    /// Finds what is wrong without opening anything.
+    pub(crate) fn check(&self) -> Result<(), UsageError> {
+        // Ports may lead to sockets whose place is only known once the machine has a folder.
+        let mut vm = self.vm.clone();
+        place(&mut vm, Path::new("/"));
+        match (vm.payload.kernel.is_some(), &self.api_socket) {
+            (false, Some(_)) if vm.devices().is_empty() => Ok(vm.check_devices()?),
+            (false, Some(_)) => Err(UsageError::Where(
+                "there is no kernel, so the machine comes over the API, and devices do not: give --kernel, or leave \
+                 them out"
+                    .into(),
+            )),
+            _ => Ok(vm.check()?),
+        }
+    }
+
+    /// Gives ports that lead to a socket of their own a path in `folder`.
     pub(crate) fn settle(&mut self, folder: &Path) -> Result<(), UsageError> {
-        let ports = [(&mut self.vm.serial, "console.sock"), (&mut self.vm.console, "hvc0.sock")];
-        for (port, name) in ports {
-            if let Some(port) = port.as_mut().filter(|port| port.mode == ConsoleMode::Socket) {
-                port.socket.get_or_insert_with(|| folder.join(name));
-            }
-        }
-        if self.vm.payload.kernel.is_some() || self.api_socket.is_none() {
-            self.vm.check()?;
-        } else {
-            self.vm.check_devices()?;
-        }
-        Ok(())
+        place(&mut self.vm, folder);
+        Ok(self.vm.check_devices()?)
     }
 
     /// Whether the machine comes over the API.
     pub(crate) fn waits_for_api(&self) -> bool {
         self.vm.payload.kernel.is_none()
+    }
+}
+
+fn place(vm: &mut VmConfig, folder: &Path) {
+    let ports = [(&mut vm.serial, CONSOLE_SOCKET), (&mut vm.console, "hvc0.sock")];
+    for (port, name) in ports {
+        if let Some(port) = port.as_mut().filter(|port| port.mode == ConsoleMode::Socket) {
+            port.socket.get_or_insert_with(|| folder.join(name));
+        }
     }
 }
 
@@ -178,6 +175,17 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
     Ok(())
 }
 
+/// The device that a command plugs in, by the command's name.
+pub(crate) fn device(command: &'static str, text: &str) -> Result<DeviceConfig, FlagError> {
+    Ok(match command {
+        "add-disk" => DeviceConfig::Disk(DiskConfig::from_flag(command, text)?),
+        "add-net" => DeviceConfig::Net(NetConfig::from_flag(command, text)?),
+        "add-fs" => DeviceConfig::Fs(FsConfig::from_flag(command, text)?),
+        "add-vsock" => DeviceConfig::Vsock(VsockConfig::from_flag(command, text)?),
+        _ => DeviceConfig::Generic(GenericVhostUserConfig::from_flag(command, text)?),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -187,8 +195,9 @@ mod tests {
 
     fn read(line: &[&str]) -> Result<Described, UsageError> {
         let line = ["atoll", "run"].iter().chain(line);
-        let Command::Run(args) = Cli::try_parse_from(line).unwrap().command;
+        let Command::Run(args) = Cli::try_parse_from(line).unwrap().command else { panic!("not run") };
         let mut described = Described::read(&args)?;
+        described.check()?;
         described.settle(Path::new("/run/atoll"))?;
         Ok(described)
     }
@@ -225,7 +234,7 @@ mod tests {
         assert_eq!((vm.memory.size, vm.cpus.boot_vcpus), (1 << 30, 2));
         assert_eq!(vm.payload.cmdline.as_deref(), Some("b c"));
         assert_eq!(vm.serial.as_ref().unwrap().socket, Some("/run/atoll/console.sock".into()));
-        assert_eq!(described.api_socket, Some(Whereabouts::Fd(3)));
+        assert_eq!(described.api_socket, Some(ListenAt::Descriptor(3)));
     }
 
     /// A flag with one value replaces the file's, a device is added or replaces its namesake.

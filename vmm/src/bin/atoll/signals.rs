@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "sigwait has no safe form in the crates that are used")]
 
 use std::mem::MaybeUninit;
+use std::time::Duration;
 
 use atoll_vmm::machine::{EventSender, MachineEvent, StopCause};
 use vmm_sys_util::signal::block_signal;
@@ -28,19 +29,40 @@ pub(crate) fn block() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The signals that ask for an end, and `more`.
+fn set(more: &[libc::c_int]) -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: `sigemptyset` initialises the set, the others work on it.
+    let mut set = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        set.assume_init()
+    };
+    for signal in STOPPING.iter().chain(more) {
+        // SAFETY: the set is initialised.
+        unsafe { libc::sigaddset(&raw mut set, *signal) };
+    }
+    set
+}
+
+/// Waits for one of them, or for a child's end; `None` when none has come within `limit`.
+pub(crate) fn wait(limit: Option<Duration>) -> Option<i32> {
+    let set = set(&[libc::SIGCHLD]);
+    // A signal that is ignored by default is only kept for us while it is blocked.
+    let _ = block_signal(libc::SIGCHLD);
+    let limit = limit.unwrap_or(Duration::from_secs(1));
+    let limit = libc::timespec {
+        tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(limit.subsec_nanos()),
+    };
+    // SAFETY: all pointers are to live locals, or null where nothing is wanted.
+    let signal = unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const limit) };
+    (signal > 0).then_some(signal)
+}
+
 /// Starts the thread that waits for them.
 pub(crate) fn listen(events: EventSender) -> std::io::Result<()> {
     let listen = move || {
-        let mut set = MaybeUninit::uninit();
-        // SAFETY: `sigemptyset` initialises the set, the others work on it.
-        let mut set = unsafe {
-            libc::sigemptyset(set.as_mut_ptr());
-            set.assume_init()
-        };
-        for signal in STOPPING {
-            // SAFETY: the set is initialised.
-            unsafe { libc::sigaddset(&raw mut set, signal) };
-        }
+        let set = set(&[]);
         let mut asked = false;
         loop {
             let mut signal = 0;

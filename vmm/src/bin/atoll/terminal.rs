@@ -18,6 +18,29 @@ static SWITCHING: Mutex<()> = Mutex::new(());
 /// Signals that end the process where it stands; the terminal is given back first.
 const FATAL: [libc::c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
 
+/// Whether a screen of our own is shown.
+static SCREEN: AtomicBool = AtomicBool::new(false);
+/// Another screen without a cursor, and back.
+const SCREEN_ON: &[u8] = b"\x1b[?1049h\x1b[?25l";
+const SCREEN_OFF: &[u8] = b"\x1b[?25h\x1b[?1049l";
+
+/// Signals that end a command which has taken the terminal; it is given back first.
+const ENDING: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// For commands that wait for no signals: those that end the process give the terminal back.
+pub(crate) fn restore_on_signals() {
+    for signal in ENDING {
+        // SAFETY: the handler only makes system calls that are async-signal-safe.
+        unsafe { libc::signal(signal, fatal as *const () as libc::sighandler_t) };
+    }
+}
+
+/// Shows an empty screen; [`restore`] brings the other one back.
+pub(crate) fn take_screen() {
+    SCREEN.store(true, Ordering::Release);
+    let _ = rustix::io::write(rustix::stdio::stdout(), SCREEN_ON);
+}
+
 /// Gives the terminal back when dropped.
 pub(crate) struct RawTerminal;
 
@@ -58,6 +81,9 @@ impl Drop for RawTerminal {
 
 /// Gives the terminal back, if it was taken. Any thread, any number of times; async-signal-safe.
 pub(crate) fn restore() {
+    if SCREEN.swap(false, Ordering::AcqRel) {
+        let _ = rustix::io::write(rustix::stdio::stdout(), SCREEN_OFF);
+    }
     if RAW.swap(false, Ordering::AcqRel)
         && let Some(saved) = SAVED.get()
     {

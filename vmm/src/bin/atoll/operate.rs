@@ -1,0 +1,305 @@
+//! Commands that ask a running machine for something.
+
+use std::io::{self, Write, stdout};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use atoll_vmm::api::{Client, Method, own_inherited};
+use atoll_vmm::config::{ConsoleConfig, DeviceConfig, bytes_of};
+use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo};
+use atoll_vmm::rundir::{RunRoot, RunningVm};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::described;
+use crate::target::{Machine, ROOT};
+use crate::{run::RunError, table};
+
+/// How long `ps` waits for each machine.
+const PS_PATIENCE: Duration = Duration::from_secs(1);
+/// How often to look whether a device has gone.
+const GONE_LOOK: Duration = Duration::from_millis(100);
+
+/// Prints; a reader that is gone is no mistake.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn print_json(value: &impl Serialize) -> anyhow::Result<()> {
+    print(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+fn word(value: impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(word)) => word,
+        _ => String::new(),
+    }
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}
+
+/// What `ps` tells of a machine.
+#[derive(Serialize)]
+struct Listed {
+    name: String,
+    /// `No machine` while none was created, `No answer` when the process is busy or stuck.
+    state: String,
+    pid: Option<u32>,
+    vcpus: Option<u32>,
+    memory: Option<u64>,
+    devices: Option<usize>,
+    api_socket: PathBuf,
+}
+
+fn listed(vm: &RunningVm) -> Listed {
+    let asked = Machine::briefly(vm, PS_PATIENCE).and_then(|mut machine| machine.info());
+    let (state, info) = match asked {
+        Ok(info) => (word(info.state), Some(info)),
+        Err(error) if error.to_string().contains("no machine") => ("No machine".into(), None),
+        Err(_) => ("No answer".into(), None),
+    };
+    Listed {
+        name: vm.name.clone(),
+        state,
+        pid: vm.pid,
+        vcpus: info.as_ref().map(|info| info.config.cpus.boot_vcpus),
+        memory: info.as_ref().map(|info| info.memory_actual_size),
+        devices: info.as_ref().map(|info| info.config.devices().len()),
+        api_socket: vm.api_socket(),
+    }
+}
+
+/// `ps`.
+pub(crate) fn ps(as_json: bool) -> anyhow::Result<()> {
+    let all: Vec<Listed> = RunRoot::of_user()?.list().iter().map(listed).collect();
+    if as_json {
+        return print_json(&all);
+    }
+    let mut rows = vec![row(["NAME", "STATE", "PID", "VCPUS", "MEMORY", "DEVICES"])];
+    let number = |number: Option<String>| number.unwrap_or_else(|| "-".into());
+    rows.extend(all.iter().map(|vm| {
+        vec![
+            vm.name.clone(),
+            vm.state.clone(),
+            number(vm.pid.map(|pid| pid.to_string())),
+            number(vm.vcpus.map(|vcpus| vcpus.to_string())),
+            number(vm.memory.map(table::bytes)),
+            number(vm.devices.map(|count| count.to_string())),
+        ]
+    }));
+    print(&table::table(&rows, &[2, 3, 4, 5]))
+}
+
+fn port(name: &str, port: Option<&ConsoleConfig>) -> Option<String> {
+    let port = port?;
+    let place = port.file.as_ref().or(port.socket.as_ref());
+    let place = place.map(|place| format!(" {}", place.display())).unwrap_or_default();
+    Some(format!("{name:<9}{}{place}\n", word(port.mode).to_lowercase()))
+}
+
+fn device_rows(devices: &[DeviceReport]) -> Vec<Vec<String>> {
+    let mut rows = vec![row(["DEVICE", "KIND", "PLACE", "STATE", "RECOVERY", "PID", "GENERATION", "RESTARTS", ""])];
+    let optional = |text: Option<String>| text.unwrap_or_else(|| "-".into());
+    rows.extend(devices.iter().map(|device| {
+        let why = device.reason.clone().or_else(|| device.last_exit.as_ref().map(|exit| format!("last: {exit}")));
+        vec![
+            device.id.clone(),
+            device.kind.name().into(),
+            optional(device.bdf.clone()),
+            word(device.state),
+            word(device.recovery),
+            optional(device.pid.map(|pid| pid.to_string())),
+            device.generation.to_string(),
+            device.restarts.to_string(),
+            why.unwrap_or_default(),
+        ]
+    }));
+    rows
+}
+
+fn about(info: &VmInfo, devices: &[DeviceReport]) -> String {
+    let config = &info.config;
+    let mut text = format!(
+        "{:<9}{}\n{:<9}{}\n{:<9}{}\n",
+        "state",
+        word(info.state),
+        "vcpus",
+        config.cpus.boot_vcpus,
+        "memory",
+        table::bytes(info.memory_actual_size)
+    );
+    let files = [("kernel", &config.payload.kernel), ("initrd", &config.payload.initramfs)];
+    for (name, path) in files {
+        if let Some(path) = path {
+            text.push_str(&format!("{name:<9}{}\n", path.display()));
+        }
+    }
+    if let Some(line) = &config.payload.cmdline {
+        text.push_str(&format!("{:<9}{line}\n", "cmdline"));
+    }
+    let ports = [("serial", &config.serial), ("serial2", &config.serial2), ("console", &config.console)];
+    text.extend(ports.iter().filter_map(|(name, config)| port(name, config.as_ref())));
+    if !devices.is_empty() {
+        text.push('\n');
+        text.push_str(&table::table(&device_rows(devices), &[5, 6, 7]));
+    }
+    text
+}
+
+/// `info`.
+pub(crate) fn info(name: &str, as_json: bool) -> anyhow::Result<()> {
+    let mut machine = Machine::find(name)?;
+    if as_json {
+        return print_json(&machine.get("vm.info")?);
+    }
+    let info = machine.info()?;
+    let devices = machine.devices()?;
+    print(&about(&info, &devices))
+}
+
+/// A command without anything to say but that it was done.
+pub(crate) fn put(name: &str, path: &str) -> anyhow::Result<()> {
+    Machine::find(name)?.put(path, None).map(drop)
+}
+
+/// Paths of the command line are those of its folder, not of the machine's process.
+fn make_absolute(device: &mut DeviceConfig) -> anyhow::Result<()> {
+    let paths: Vec<&mut PathBuf> = match device {
+        DeviceConfig::Disk(disk) => disk.path.iter_mut().chain(&mut disk.vhost_socket).collect(),
+        DeviceConfig::Net(net) => net.pcap.iter_mut().chain(&mut net.vhost_socket).collect(),
+        DeviceConfig::Fs(fs) => vec![&mut fs.socket],
+        DeviceConfig::Vsock(vsock) => vec![&mut vsock.socket],
+        DeviceConfig::Generic(generic) => vec![&mut generic.socket],
+        DeviceConfig::Rng(_) | DeviceConfig::Console(_) => Vec::new(),
+    };
+    for path in paths {
+        *path = std::path::absolute(&path).with_context(|| format!("{} has no absolute path", path.display()))?;
+    }
+    Ok(())
+}
+
+/// `add-disk` and its like.
+pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), RunError> {
+    let mut device = described::device(command, keys).map_err(|error| RunError::Usage(error.into()))?;
+    make_absolute(&mut device)?;
+    let mut descriptors = Vec::new();
+    let (path, body) = match &device {
+        DeviceConfig::Disk(disk) => ("vm.add-disk", json!(disk)),
+        DeviceConfig::Net(net) => {
+            for fd in net.fds.iter().flatten() {
+                descriptors.push(own_inherited(*fd).with_context(|| format!("{command} {keys}: fd {fd} is not open"))?);
+            }
+            ("vm.add-net", json!(net))
+        }
+        DeviceConfig::Fs(fs) => ("vm.add-fs", json!(fs)),
+        DeviceConfig::Vsock(vsock) => ("vm.add-vsock", json!(vsock)),
+        DeviceConfig::Generic(generic) => ("vm.add-generic-vhost-user", json!(generic)),
+        DeviceConfig::Rng(_) | DeviceConfig::Console(_) => return Err(anyhow::anyhow!("it cannot be plugged in").into()),
+    };
+    let mut client: Client = Machine::find(name)?.into_client();
+    let beside: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+    let answer = client
+        .request_with(Method::Put, &format!("{ROOT}/{path}"), Some(&body), &beside)
+        .and_then(|response| response.json())
+        .map_err(anyhow::Error::from)?;
+    let told = match answer {
+        Some(plugged) => {
+            let text = |key: &str| plugged.get(key).and_then(Value::as_str).unwrap_or("?").to_owned();
+            format!("{} at {}\n", text("id"), text("bdf"))
+        }
+        None => "added; it is there when the machine boots\n".into(),
+    };
+    Ok(print(&told)?)
+}
+
+/// `remove`.
+pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
+    let socket = crate::target::socket(name)?;
+    Machine::at(&socket)?.put("vm.remove-device", Some(&json!({ "id": id })))?;
+    let deadline = Instant::now() + Duration::from_secs(wait_s);
+    let mut machine = Machine::at(&socket)?;
+    while wait_s > 0 {
+        match machine.devices()?.into_iter().find(|device| device.id == id) {
+            None => break,
+            Some(device) if device.state != DeviceState::Unplugging => {
+                anyhow::bail!("the guest keeps {id} ({}); unmount it there and try again", word(device.state))
+            }
+            Some(_) if Instant::now() >= deadline => anyhow::bail!(
+                "the guest has not let {id} go within {wait_s} s; it may still: atoll events {name} tells"
+            ),
+            Some(_) => std::thread::sleep(GONE_LOOK),
+        }
+    }
+    Ok(())
+}
+
+/// `resize-disk`.
+pub(crate) fn resize_disk(name: &str, id: &str, size: &str) -> Result<(), RunError> {
+    let Some(bytes) = bytes_of(size) else {
+        let text = format!("resize-disk: '{size}' is no size: a number of bytes, with K, M, G or T after it, is expected");
+        return Err(RunError::Usage(described::UsageError::Where(text)));
+    };
+    Machine::find(name)?.put("vm.resize-disk", Some(&json!({ "id": id, "desired_size": bytes })))?;
+    Ok(())
+}
+
+/// `events`.
+pub(crate) fn events(name: &str) -> anyhow::Result<()> {
+    let mut events = Machine::find(name)?.into_client().events()?;
+    loop {
+        match events.next(Duration::from_secs(3600)) {
+            Ok(Some(event)) => {
+                let line = format!("{}\n", serde_json::to_string(&event)?);
+                if stdout().write_all(line.as_bytes()).and_then(|()| stdout().flush()).is_err() {
+                    return Ok(());
+                }
+            }
+            Ok(None) => {}
+            Err(atoll_vmm::api::ClientError::Cut) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// `inspect`.
+pub(crate) fn inspect(name: &str, path: &str) -> anyhow::Result<()> {
+    let path = path.trim_matches('/');
+    let resource = if path.is_empty() { "inspect".into() } else { format!("inspect/{path}") };
+    print_json(&Machine::find(name)?.get(&resource)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use atoll_vmm::config::{DeviceKind, VmConfig};
+    use atoll_vmm::lifecycle::{RecoveryClass, VmState};
+
+    use super::*;
+
+    #[test]
+    fn a_machine_is_shown_with_its_devices() {
+        let info = VmInfo { config: VmConfig::default(), state: VmState::Running, memory_actual_size: 512 << 20 };
+        let device = DeviceReport {
+            id: "_disk0".into(),
+            kind: DeviceKind::Disk,
+            bdf: Some("0000:00:01.0".into()),
+            state: DeviceState::Recovering,
+            reason: None,
+            generation: 2,
+            restarts: 1,
+            recovery: RecoveryClass::IdleOnly,
+            pid: Some(7),
+            last_exit: Some("signal 9".into()),
+            queues: Vec::new(),
+        };
+        let text = about(&info, &[device]);
+        assert!(text.contains("state    Running\n") && text.contains("memory   512M\n"), "{text}");
+        assert!(text.contains("recovering") && text.contains("idle-only") && text.ends_with("last: signal 9\n"), "{text}");
+    }
+}

@@ -1,0 +1,160 @@
+//! `run`: from the description of a machine to its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use atoll_vmm::actor::RealClock;
+use atoll_vmm::api::{Api, ApiServer, EventMonitor, ListenAt, own_inherited};
+use atoll_vmm::backend::Household;
+use atoll_vmm::config::{ConsoleMode, VmConfig};
+use atoll_vmm::lifecycle::{Controller, Settings, Story, VmControl, VmError, VmmEnd};
+use atoll_vmm::machine::{MachineEnd, StopCause};
+use atoll_vmm::rundir::{API_SOCKET, RunDir, RunRoot};
+
+use crate::cli::RunArgs;
+use crate::described::{Described, UsageError};
+use crate::report::Report;
+use crate::signals;
+use crate::terminal::RawTerminal;
+
+/// How long device processes have to end by themselves before they are killed.
+const BACKEND_GRACE: Duration = Duration::from_secs(2);
+/// How long requests at hand may take to be answered at the end.
+const API_GRACE: Duration = Duration::from_secs(1);
+
+/// Why a machine did not run to a good end.
+pub(crate) enum RunError {
+    /// The options are wrong.
+    Usage(UsageError),
+    /// Something else is.
+    Failed(anyhow::Error),
+}
+
+impl From<UsageError> for RunError {
+    fn from(error: UsageError) -> Self {
+        Self::Usage(error)
+    }
+}
+
+impl From<anyhow::Error> for RunError {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> RunError {
+    RunError::Failed(error.into())
+}
+
+/// Takes the descriptors that `--net fd=` names.
+fn take_descriptors(vm: &mut VmConfig) -> Result<(), UsageError> {
+    for net in vm.net.iter_mut().flatten() {
+        for fd in net.fds.iter().flatten() {
+            let own = own_inherited(*fd).ok_or_else(|| {
+                UsageError::Where(format!("--net fd={fd}: no such descriptor is open; pass it to atoll, as in {fd}<>/dev/…"))
+            })?;
+            net.descriptors.0.push(Arc::new(own));
+        }
+    }
+    Ok(())
+}
+
+/// Everything that serves people besides the machine itself.
+struct Desk {
+    servers: Vec<ApiServer>,
+    monitor: Option<EventMonitor>,
+}
+
+impl Desk {
+    fn open(described: &Described, folder: &RunDir, api: &Api) -> Result<Self, RunError> {
+        let monitor = match &described.event_monitor {
+            Some(at) => Some(EventMonitor::start(at, &api.story).map_err(failed)?),
+            None => None,
+        };
+        let own = ListenAt::Path(folder.path().join(API_SOCKET));
+        let mut servers = Vec::new();
+        for at in described.api_socket.iter().chain([&own]) {
+            let listener = at.open().map_err(failed)?;
+            servers.push(ApiServer::start(listener, api.clone()).map_err(failed)?);
+        }
+        Ok(Self { servers, monitor })
+    }
+
+    fn close(self) {
+        for server in self.servers {
+            server.stop(API_GRACE);
+        }
+        if let Some(monitor) = self.monitor {
+            monitor.stop(API_GRACE);
+        }
+    }
+}
+
+/// Runs what the options describe; the exit status.
+pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
+    let mut described = Described::read(args)?;
+    described.check()?;
+    take_descriptors(&mut described.vm)?;
+    let root = RunRoot::of_user().map_err(failed)?;
+    let folder = match &described.name {
+        Some(name) => root.claim(name),
+        None => root.claim_free(),
+    };
+    let folder = folder.map_err(failed)?;
+    described.settle(folder.path())?;
+    signals::block()?;
+    let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(failed)?);
+    let ended = watched(args, &described, &folder, &household);
+    household.shutdown(BACKEND_GRACE);
+    ended
+}
+
+fn watched(
+    args: &RunArgs,
+    described: &Described,
+    folder: &RunDir,
+    household: &Arc<Household>,
+) -> Result<u8, RunError> {
+    let story = Story::default();
+    let registry = household.metrics().clone();
+    let metrics = Arc::new(move || registry.prometheus());
+    // Before the controller, so that the monitor hears of its start.
+    let settings = Settings { story: story.clone(), household: Arc::clone(household) };
+    let (controller, ended) = Controller::start(settings).map_err(failed)?;
+    signals::listen(controller.events()).map_err(failed)?;
+    let control: Arc<dyn VmControl> = Arc::clone(&controller) as _;
+    let desk = Desk::open(described, folder, &Api { control, story, metrics })?;
+    let on_terminal = |port: &Option<_>| {
+        port.as_ref().is_some_and(|port: &atoll_vmm::config::ConsoleConfig| port.mode == ConsoleMode::Tty)
+    };
+    let raw = (on_terminal(&described.vm.serial) || on_terminal(&described.vm.console)) && !described.waits_for_api();
+    let _raw = if raw { RawTerminal::enter() } else { None };
+    let began = begin(&controller, described, folder.name());
+    if began.is_err() {
+        // Ends the thread that would keep the machine.
+        controller.stop(StopCause::Escape);
+    }
+    let VmmEnd { end, figures } = ended.wait();
+    desk.close();
+    began.map_err(failed)?;
+    if let Some(path) = &args.report {
+        Report::new(figures.cpu, &figures, &end).write(path)?;
+    }
+    match end {
+        MachineEnd::PowerOff | MachineEnd::Reset | MachineEnd::Asked | MachineEnd::Stopped(StopCause::Escape) => Ok(0),
+        MachineEnd::Stopped(StopCause::Signal(signal)) => Ok(signals::exit_status(signal)),
+        MachineEnd::Failed(text) => Err(RunError::Failed(anyhow::anyhow!(text))),
+    }
+}
+
+/// Boots the machine, unless it comes over the API.
+fn begin(controller: &Controller, described: &Described, name: &str) -> Result<(), VmError> {
+    if described.waits_for_api() {
+        tracing::info!(target: "atoll::machine", "{name} waits for vm.create");
+        return Ok(());
+    }
+    controller.create(described.vm.clone())?;
+    controller.boot()?;
+    tracing::info!(target: "atoll::machine", "name: {name}");
+    Ok(())
+}

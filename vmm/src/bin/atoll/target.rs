@@ -1,0 +1,100 @@
+//! Which machine a command is for, and how it is asked.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use atoll_vmm::api::{Client, Method};
+use atoll_vmm::lifecycle::{DeviceReport, VmInfo};
+use atoll_vmm::rundir::{RunRoot, RunningVm};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// How long a machine may take to answer a question.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How long it may take to carry something out: pausing and plugging wait for devices.
+const DEED_MAX: Duration = Duration::from_secs(200);
+
+/// Paths of the API.
+pub(crate) const ROOT: &str = "/api/v1";
+
+/// The API socket of the machine that is called `name`: a path where it has a slash.
+pub(crate) fn socket(name: &str) -> anyhow::Result<PathBuf> {
+    if name.contains('/') {
+        return Ok(name.into());
+    }
+    Ok(RunRoot::of_user()?.find(name)?.api_socket())
+}
+
+/// The only machine that runs, or the one that is called `name`.
+pub(crate) fn named_or_only(name: Option<&str>) -> anyhow::Result<String> {
+    if let Some(name) = name {
+        return Ok(name.into());
+    }
+    let mut running = RunRoot::of_user()?.list();
+    match (running.pop(), running.is_empty()) {
+        (Some(vm), true) => Ok(vm.name),
+        (None, _) => anyhow::bail!("no machine runs; start one with atoll run"),
+        (Some(vm), false) => {
+            let names: Vec<_> = running.iter().chain([&vm]).map(|vm| vm.name.as_str()).collect();
+            anyhow::bail!("several machines run; name one of {}", names.join(", "))
+        }
+    }
+}
+
+/// A connection to a machine.
+pub(crate) struct Machine(Client);
+
+impl Machine {
+    /// The machine that is called `name`.
+    pub(crate) fn find(name: &str) -> anyhow::Result<Self> {
+        Self::at(&socket(name)?)
+    }
+
+    /// The machine that serves `socket`.
+    pub(crate) fn at(socket: &Path) -> anyhow::Result<Self> {
+        Ok(Self(Client::connect(socket)?))
+    }
+
+    /// A machine of the list, for a question that must not take long.
+    pub(crate) fn briefly(vm: &RunningVm, patience: Duration) -> anyhow::Result<Self> {
+        Ok(Self(Client::connect(&vm.api_socket())?.with_patience(patience)))
+    }
+
+    /// Reads the resource `path`.
+    pub(crate) fn get(&mut self, path: &str) -> anyhow::Result<Value> {
+        Ok(self.0.call(Method::Get, &format!("{ROOT}/{path}"), None)?.unwrap_or_default())
+    }
+
+    /// Reads the resource `path` as text.
+    pub(crate) fn text(&mut self, path: &str) -> anyhow::Result<String> {
+        let response = self.0.request(Method::Get, path, None)?;
+        anyhow::ensure!(response.status == 200, "{path} is refused with status {}", response.status);
+        String::from_utf8(response.body).context("the answer is no text")
+    }
+
+    fn read<T: DeserializeOwned>(&mut self, path: &str) -> anyhow::Result<T> {
+        serde_json::from_value(self.get(path)?).with_context(|| format!("the answer of {path} cannot be read"))
+    }
+
+    /// Configuration and state.
+    pub(crate) fn info(&mut self) -> anyhow::Result<VmInfo> {
+        self.read("vm.info")
+    }
+
+    /// Devices with their processes.
+    pub(crate) fn devices(&mut self) -> anyhow::Result<Vec<DeviceReport>> {
+        self.read("devices")
+    }
+
+    /// Has something done.
+    pub(crate) fn put(self, path: &str, body: Option<&Value>) -> anyhow::Result<Option<Value>> {
+        let mut client = self.0.with_patience(DEED_MAX);
+        Ok(client.call(Method::Put, &format!("{ROOT}/{path}"), body)?)
+    }
+
+    /// The connection itself.
+    pub(crate) fn into_client(self) -> Client {
+        self.0.with_patience(ANSWER_MAX)
+    }
+}
