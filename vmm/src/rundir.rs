@@ -58,7 +58,9 @@ pub enum RunDirError {
     )]
     Name(String),
     /// A machine of that name runs.
-    #[error("a machine named '{name}' runs already (pid {pid}); choose another --name, or end it: atoll shutdown {name}")]
+    #[error(
+        "a machine named '{name}' runs already (pid {pid}); choose another --name, or end it: atoll shutdown {name}"
+    )]
     Taken {
         /// The name.
         name: String,
@@ -321,7 +323,10 @@ mod tests {
         std::fs::write(web.path().join(API_SOCKET), "").unwrap();
         assert_eq!(root.find("web").unwrap().pid, Some(std::process::id()));
         let taken = root.claim("web").unwrap_err().to_string();
-        assert!(taken.contains(&format!("pid {}", std::process::id())) && taken.contains("atoll shutdown web"), "{taken}");
+        assert!(
+            taken.contains(&format!("pid {}", std::process::id())) && taken.contains("atoll shutdown web"),
+            "{taken}"
+        );
         let unknown = root.find("wbe").unwrap_err().to_string();
         assert!(unknown.contains("these do: web"), "{unknown}");
         let path = web.path().to_owned();

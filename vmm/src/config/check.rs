@@ -100,7 +100,8 @@ impl VmConfig {
         let mut terminal = None;
         for (name, port) in ports {
             let Some(port) = port else { continue };
-            let served = name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
+            let served =
+                name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
             if !served {
                 return wrong(name, "the second serial port leads to a file, a pty or is off".into());
             }

@@ -69,7 +69,9 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  atoll power-button web")]
     PowerButton(Target),
     /// Ends a machine and its process at once, whatever the guest is at.
-    #[command(after_help = "Examples:\n  atoll shutdown web\n  atoll shutdown web --keep     # atoll boot web starts it again")]
+    #[command(
+        after_help = "Examples:\n  atoll shutdown web\n  atoll shutdown web --keep     # atoll boot web starts it again"
+    )]
     Shutdown {
         #[command(flatten)]
         vm: Target,
@@ -142,14 +144,18 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  atoll run --kernel vmlinuz --serial socket --name web &\n  atoll console web")]
     Console(Target),
     /// Says what this machine can do for virtual machines, and how to mend what it cannot.
-    #[command(after_help = "Exit status: 0 if some CPU can run a guest.\nExample:\n  atoll doctor --json | jq '.[] | select(.verdict != \"ok\")'")]
+    #[command(
+        after_help = "Exit status: 0 if some CPU can run a guest.\nExample:\n  atoll doctor --json | jq '.[] | select(.verdict != \"ok\")'"
+    )]
     Doctor {
         /// As a JSON array.
         #[arg(long)]
         json: bool,
     },
     /// Runs a network switch that machines plug into with --net switch=NAME, until a signal ends it.
-    #[command(after_help = "Examples:\n  atoll switch lan &\n  atoll run --kernel vmlinuz --net switch=lan\n  atoll switch lan --pcap lan.pcap")]
+    #[command(
+        after_help = "Examples:\n  atoll switch lan &\n  atoll run --kernel vmlinuz --net switch=lan\n  atoll switch lan --pcap lan.pcap"
+    )]
     Switch(SwitchArgs),
 }
 

@@ -26,7 +26,9 @@ fn far_end(name: &str, port: Option<&ConsoleConfig>) -> anyhow::Result<OwnedFd> 
             return Ok(opened.with_context(|| format!("cannot open {}", path.display()))?.into());
         }
         (ConsoleMode::Socket, Some(ConsoleConfig { socket: Some(path), .. })) => {
-            return Ok(UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?.into());
+            return Ok(UnixStream::connect(path)
+                .with_context(|| format!("cannot connect to {}", path.display()))?
+                .into());
         }
         (ConsoleMode::Tty, _) => "leads to the terminal that it was started from",
         (ConsoleMode::File, _) => "leads to a file",

@@ -6,8 +6,8 @@ use std::str::FromStr;
 
 use atoll_vmm::api::{EventMonitorAt, ListenAt};
 use atoll_vmm::config::{
-    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError, FsConfig,
-    GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
+    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError,
+    FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
 };
 use atoll_vmm::rundir::CONSOLE_SOCKET;
 use thiserror::Error;

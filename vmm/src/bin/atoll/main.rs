@@ -62,9 +62,9 @@ const NOT_SERVED: &[(&str, &str)] = &[
 /// The arguments with the command that is meant when none is given.
 fn with_command(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = arguments.collect();
-    let meant = arguments.get(1).is_some_and(|first| {
-        first.as_encoded_bytes().starts_with(b"-") && !NOT_RUN.iter().any(|known| first == known)
-    });
+    let meant = arguments
+        .get(1)
+        .is_some_and(|first| first.as_encoded_bytes().starts_with(b"-") && !NOT_RUN.iter().any(|known| first == known));
     if meant {
         arguments.insert(1, "run".into());
     }

@@ -201,7 +201,9 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
         DeviceConfig::Fs(fs) => ("vm.add-fs", json!(fs)),
         DeviceConfig::Vsock(vsock) => ("vm.add-vsock", json!(vsock)),
         DeviceConfig::Generic(generic) => ("vm.add-generic-vhost-user", json!(generic)),
-        DeviceConfig::Rng(_) | DeviceConfig::Console(_) => return Err(anyhow::anyhow!("it cannot be plugged in").into()),
+        DeviceConfig::Rng(_) | DeviceConfig::Console(_) => {
+            return Err(anyhow::anyhow!("it cannot be plugged in").into());
+        }
     };
     let mut client: Client = Machine::find(name)?.into_client();
     let beside: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
@@ -243,7 +245,8 @@ pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
 /// `resize-disk`.
 pub(crate) fn resize_disk(name: &str, id: &str, size: &str) -> Result<(), RunError> {
     let Some(bytes) = bytes_of(size) else {
-        let text = format!("resize-disk: '{size}' is no size: a number of bytes, with K, M, G or T after it, is expected");
+        let text =
+            format!("resize-disk: '{size}' is no size: a number of bytes, with K, M, G or T after it, is expected");
         return Err(RunError::Usage(described::UsageError::Where(text)));
     };
     Machine::find(name)?.put("vm.resize-disk", Some(&json!({ "id": id, "desired_size": bytes })))?;
@@ -300,6 +303,9 @@ mod tests {
         };
         let text = about(&info, &[device]);
         assert!(text.contains("state    Running\n") && text.contains("memory   512M\n"), "{text}");
-        assert!(text.contains("recovering") && text.contains("idle-only") && text.ends_with("last: signal 9\n"), "{text}");
+        assert!(
+            text.contains("recovering") && text.contains("idle-only") && text.ends_with("last: signal 9\n"),
+            "{text}"
+        );
     }
 }

@@ -51,7 +51,9 @@ fn take_descriptors(vm: &mut VmConfig) -> Result<(), UsageError> {
     for net in vm.net.iter_mut().flatten() {
         for fd in net.fds.iter().flatten() {
             let own = own_inherited(*fd).ok_or_else(|| {
-                UsageError::Where(format!("--net fd={fd}: no such descriptor is open; pass it to atoll, as in {fd}<>/dev/…"))
+                UsageError::Where(format!(
+                    "--net fd={fd}: no such descriptor is open; pass it to atoll, as in {fd}<>/dev/…"
+                ))
             })?;
             net.descriptors.0.push(Arc::new(own));
         }
@@ -109,12 +111,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     ended
 }
 
-fn watched(
-    args: &RunArgs,
-    described: &Described,
-    folder: &RunDir,
-    household: &Arc<Household>,
-) -> Result<u8, RunError> {
+fn watched(args: &RunArgs, described: &Described, folder: &RunDir, household: &Arc<Household>) -> Result<u8, RunError> {
     let story = Story::default();
     let registry = household.metrics().clone();
     let metrics = Arc::new(move || registry.prometheus());

@@ -42,7 +42,10 @@ fn start(args: &SwitchArgs, socket: &Path) -> anyhow::Result<Child> {
     // SAFETY: it makes one system call and allocates nothing.
     unsafe { command.pre_exec(end_with_parent) };
     command.spawn().with_context(|| {
-        format!("{} cannot be started; install it beside atoll, or name its folder with --backend-dir", binary.display())
+        format!(
+            "{} cannot be started; install it beside atoll, or name its folder with --backend-dir",
+            binary.display()
+        )
     })
 }
 

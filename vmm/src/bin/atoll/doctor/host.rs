@@ -32,7 +32,11 @@ pub(super) fn memory() -> Vec<Check> {
     let free = if available >= 512 << 20 {
         Check::ok("memory", format!("{} available", bytes(available)))
     } else {
-        Check::warn("memory", format!("{} available", bytes(available)), "end something, or give guests less with --memory")
+        Check::warn(
+            "memory",
+            format!("{} available", bytes(available)),
+            "end something, or give guests less with --memory",
+        )
     };
     let pages = (meminfo(&text, "HugePages_Total").unwrap_or(0), meminfo(&text, "Hugepagesize").unwrap_or(0) << 10);
     let huge = match pages {
@@ -41,7 +45,9 @@ pub(super) fn memory() -> Vec<Check> {
     };
     let folder = match RunRoot::of_user() {
         Ok(root) => Check::ok("run-time folder", root.path().display().to_string()),
-        Err(error) => Check::fail("run-time folder", error.to_string(), "let XDG_RUNTIME_DIR name a folder of this user's"),
+        Err(error) => {
+            Check::fail("run-time folder", error.to_string(), "let XDG_RUNTIME_DIR name a folder of this user's")
+        }
     };
     vec![free, huge, folder]
 }

@@ -64,13 +64,8 @@ pub(super) fn cpus() -> Vec<Check> {
 fn software_cpu() -> Result<(), String> {
     let ram = layout::ram(TRIAL_BYTES).map_err(|error| error.to_string())?;
     let memory = GuestMemory::new(&ram).map_err(|error| error.to_string())?;
-    let config = SoftConfig {
-        ram: memory.cpu_ram(),
-        model: "atoll-v1".into(),
-        vcpus: 1,
-        pace: Pace::Real,
-        wall_base_ns: 0,
-    };
+    let config =
+        SoftConfig { ram: memory.cpu_ram(), model: "atoll-v1".into(), vcpus: 1, pace: Pace::Real, wall_base_ns: 0 };
     SoftProcessor::new(config).map(drop).map_err(|error| error.to_string())
 }
 
