@@ -14,8 +14,10 @@ pub(super) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Reply> {
     }
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let place = error.path().to_string();
-        let place = if place == "." { "the body" } else { &place };
+        // What ended or was no key has no name.
+        let path = error.path().to_string();
+        let path = path.trim_end_matches(['.', '?']);
+        let place = if path.is_empty() { "the body" } else { path };
         refused(format!("{place}: {}", error.inner()))
     })?;
     json.end().map_err(|error| refused(format!("the body: {error}")))?;

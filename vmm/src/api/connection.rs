@@ -104,6 +104,10 @@ impl Connection<'_> {
                 sent?;
             }
             Answer::Events(subscription) => {
+                let Some(_place) = self.shared.listener_place() else {
+                    let why = "too many listen to events already: end one of them, then try again".into();
+                    return self.reply(head, &Reply::refused(Status::TooMany, &[why])).map(|()| true);
+                };
                 self.send(&Reply::stream_head(), ANSWER_PATIENCE)?;
                 self.stream(&subscription)?;
                 return Ok(false);

@@ -228,7 +228,8 @@ mod tests {
                 prop_assert!(bytes.iter().all(|byte| (0x20..0x7f).contains(byte)));
                 prop_assert_eq!(serde_json::from_slice::<String>(&bytes).unwrap(), &*text);
             }
-            prop_assert!(!braceless_json(&text).unwrap().iter().any(|byte| matches!(byte, b'{' | b'}')));
+            let braces = braceless_json(&text).unwrap().iter().filter(|byte| matches!(byte, b'{' | b'}')).count();
+            prop_assert_eq!(braces, 0);
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -20,6 +20,8 @@ use crate::lifecycle::{Story, VmControl};
 
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 64;
+/// Of those, how many may listen to events.
+const STREAMS_MAX: usize = 16;
 /// How long a refused connection may take to hear why.
 const REFUSAL_PATIENCE: Duration = Duration::from_millis(100);
 /// Pause when the process has no descriptor left for a connection.
@@ -43,6 +45,7 @@ pub struct Api {
 pub(super) struct Shared {
     pub(super) api: Api,
     stopping: AtomicBool,
+    streams: AtomicUsize,
     open: Mutex<Open>,
     fewer: Condvar,
 }
@@ -62,6 +65,20 @@ impl Shared {
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
+
+    /// A place among those who listen to events, given back when it is dropped; `None` when all are taken.
+    pub(super) fn listener_place(&self) -> Option<ListenerPlace<'_>> {
+        let place = ListenerPlace(&self.streams);
+        (self.streams.fetch_add(1, Ordering::AcqRel) < STREAMS_MAX).then_some(place)
+    }
+}
+
+pub(super) struct ListenerPlace<'a>(&'a AtomicUsize);
+
+impl Drop for ListenerPlace<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// The operator's socket, served.
@@ -77,8 +94,13 @@ impl ApiServer {
     /// # Errors
     /// When there is no thread or descriptor for it.
     pub fn start(listener: Listener, api: Api) -> std::io::Result<Self> {
-        let shared =
-            Arc::new(Shared { api, stopping: AtomicBool::new(false), open: Mutex::default(), fewer: Condvar::new() });
+        let shared = Arc::new(Shared {
+            api,
+            stopping: AtomicBool::new(false),
+            streams: AtomicUsize::new(0),
+            open: Mutex::default(),
+            fewer: Condvar::new(),
+        });
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let accepting = {
             let (shared, wake) = (Arc::clone(&shared), Arc::clone(&wake));
