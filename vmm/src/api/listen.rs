@@ -1,48 +1,24 @@
 //! Where the operator's socket comes from: a path that is bound here, or a listening socket that was inherited.
 #![allow(unsafe_code, reason = "a descriptor that is named by its number on the command line becomes ours")]
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, Mode, OFlags, fchmod, flock};
-use rustix::io::{Errno, FdFlags, fcntl_setfd, ioctl_fionbio};
+use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionbio};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with};
+use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
-/// How long another process may hold the folder's lock, which it needs for a few system calls.
-const FOLDER_PATIENCE: Duration = Duration::from_secs(2);
-/// Bytes of a socket's path at most (`sockaddr_un`, with the zero behind them).
-const PATH_MAX: usize = 107;
+use crate::unix_socket::{BoundSocket, SocketError};
 
 /// Why nobody can be listened to.
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// Longer than the kernel takes.
-    #[error("the socket path {0} is too long: it may have {PATH_MAX} bytes; choose a shorter folder")]
-    PathTooLong(PathBuf),
-    /// Somebody listens there.
-    #[error("{0} is taken: another process listens there; choose another path or end that process")]
-    Taken(PathBuf),
-    /// Something else is there.
-    #[error("{0} exists and is no socket: choose another path")]
-    NotASocket(PathBuf),
-    /// The folder cannot be used.
-    #[error("a socket cannot be made in {folder}: {source}; choose a folder that exists and is writable")]
-    Folder {
-        /// The folder.
-        folder: PathBuf,
-        /// The kernel's error.
-        source: io::Error,
-    },
+    /// The path.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The descriptor is not what it should be.
     #[error("descriptor {fd} {what}: give fd=N of a UNIX stream socket that listens")]
     Descriptor {
@@ -54,14 +30,6 @@ pub enum ListenError {
     /// Neither path nor descriptor.
     #[error("'{0}' is neither PATH, path=PATH nor fd=N")]
     Syntax(String),
-    /// The kernel's error.
-    #[error("{path} cannot be listened at: {source}")]
-    Io {
-        /// The socket.
-        path: PathBuf,
-        /// What it says.
-        source: io::Error,
-    },
 }
 
 /// What `--api-socket` says.
@@ -86,38 +54,33 @@ impl FromStr for ListenAt {
     }
 }
 
-/// A socket that connections come in at. Its file goes with it.
+/// A socket that connections come in at. A file that was made for it goes with it.
 #[derive(Debug)]
-pub struct Listener {
-    pub(super) socket: UnixListener,
-    bound: Option<Bound>,
+pub struct Listener(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Bound(BoundSocket),
+    Inherited(UnixListener),
 }
 
 impl Listener {
     /// The path at which it was bound.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        self.bound.as_ref().map(|bound| bound.path.as_path())
-    }
-}
-
-#[derive(Debug)]
-struct Bound {
-    path: PathBuf,
-    inode: (u64, u64),
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        // Another process may have put its own there since.
-        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
-            let _ = std::fs::remove_file(&self.path);
+        match &self.0 {
+            Kind::Bound(socket) => Some(socket.path()),
+            Kind::Inherited(_) => None,
         }
     }
-}
 
-fn inode(path: &Path) -> io::Result<(u64, u64)> {
-    path.symlink_metadata().map(|found| (found.dev(), found.ino()))
+    /// The socket, which does not block.
+    pub(super) fn socket(&self) -> &UnixListener {
+        match &self.0 {
+            Kind::Bound(socket) => socket.listener(),
+            Kind::Inherited(socket) => socket,
+        }
+    }
 }
 
 impl ListenAt {
@@ -126,11 +89,15 @@ impl ListenAt {
     /// # Errors
     /// [`ListenError`].
     pub fn open(&self) -> Result<Listener, ListenError> {
-        let listener = match self {
-            Self::Path(path) => bind_path(path)?,
-            Self::Descriptor(fd) => Listener { socket: inherit(*fd)?, bound: None },
-        };
-        Ok(listener)
+        match self {
+            Self::Path(path) => {
+                let socket = BoundSocket::bind(path)?;
+                let failed = |source| SocketError::Bind { path: path.clone(), source };
+                socket.listener().set_nonblocking(true).map_err(failed)?;
+                Ok(Listener(Kind::Bound(socket)))
+            }
+            Self::Descriptor(fd) => Ok(Listener(Kind::Inherited(inherit(*fd)?))),
+        }
     }
 }
 
@@ -172,71 +139,10 @@ pub fn own(fd: RawFd) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn bind_path(path: &Path) -> Result<Listener, ListenError> {
-    if path.as_os_str().len() > PATH_MAX {
-        return Err(ListenError::PathTooLong(path.into()));
-    }
-    let address = SocketAddrUnix::new(path).map_err(|_| ListenError::PathTooLong(path.into()))?;
-    let io = |errno: Errno| ListenError::Io { path: path.into(), source: errno.into() };
-    // Looking whether somebody listens and taking the path are two steps; whoever holds this lock does both.
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let _lock = lock_folder(folder)?;
-    make_way(path, &address)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(io)?;
-    // The file gets the mode of the socket that is bound, so there is no moment in which others can connect.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(io)?;
-    bind(&socket, &address).map_err(|errno| match errno {
-        Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::NOENT | Errno::NOSPC => {
-            ListenError::Folder { folder: folder.into(), source: errno.into() }
-        }
-        errno => io(errno),
-    })?;
-    let inode = inode(path).map_err(|source| ListenError::Io { path: path.into(), source })?;
-    let bound = Bound { path: path.into(), inode };
-    listen(&socket, BACKLOG).map_err(io)?;
-    Ok(Listener { socket: UnixListener::from(socket), bound: Some(bound) })
-}
-
-fn lock_folder(folder: &Path) -> Result<File, ListenError> {
-    let failed = |errno: Errno| ListenError::Folder { folder: folder.into(), source: errno.into() };
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let lock = rustix::fs::open(folder, flags, Mode::empty()).map_err(failed)?;
-    let deadline = Instant::now() + FOLDER_PATIENCE;
-    loop {
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(File::from(lock)),
-            // A file system without locks has no two starters either, as far as can be told.
-            Err(Errno::NOTSUP | Errno::NOLCK) => return Ok(File::from(lock)),
-            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-            Err(errno) => return Err(failed(errno)),
-        }
-    }
-}
-
-/// Removes a socket that nobody listens at.
-fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
-    let io = |source: io::Error| ListenError::Io { path: path.into(), source };
-    match path.symlink_metadata() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(io(error)),
-        Ok(found) if !found.file_type().is_socket() => return Err(ListenError::NotASocket(path.into())),
-        Ok(_) => {}
-    }
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|errno| io(errno.into()))?;
-    match connect(probe.as_fd(), address) {
-        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(io),
-        Err(Errno::NOENT) => Ok(()),
-        // A full backlog, a socket of another type or one that we may not open is alive.
-        _ => Err(ListenError::Taken(path.into())),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::os::fd::{AsRawFd, IntoRawFd};
-    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -249,29 +155,6 @@ mod tests {
         for text in ["", "path=", "fd=", "fd=-1", "fd=x"] {
             assert!(matches!(text.parse::<ListenAt>(), Err(ListenError::Syntax(_))), "{text}");
         }
-    }
-
-    /// A socket whose process is gone is replaced, one whose process lives is not, and the file goes with its listener.
-    #[test]
-    fn a_path_belongs_to_who_listens() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("api.sock");
-        let at = ListenAt::Path(path.clone());
-        let first = at.open().unwrap();
-        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(matches!(at.open(), Err(ListenError::Taken(_))));
-        UnixStream::connect(&path).unwrap();
-        drop(first);
-        assert!(!path.exists());
-        drop(UnixListener::bind(&path).unwrap());
-        assert!(path.exists(), "a dead socket stays behind");
-        drop(at.open().unwrap());
-        std::fs::write(&path, "precious").unwrap();
-        assert!(matches!(at.open(), Err(ListenError::NotASocket(_))));
-        let nowhere = ListenAt::Path(folder.path().join("no/api.sock"));
-        assert!(matches!(nowhere.open(), Err(ListenError::Folder { .. })));
-        let long = ListenAt::Path(folder.path().join("x".repeat(100)));
-        assert!(matches!(long.open(), Err(ListenError::PathTooLong(_))));
     }
 
     #[test]

@@ -149,14 +149,14 @@ impl Drop for ApiServer {
 fn accept(listener: &Listener, wake: &OwnedFd, shared: &Arc<Shared>) {
     while !shared.is_stopping() {
         let mut fds =
-            [PollFd::new(&listener.socket, PollFlags::IN), PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
+            [PollFd::new(listener.socket(), PollFlags::IN), PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
         if let Err(errno) = poll(&mut fds, None)
             && errno != Errno::INTR
         {
             tracing::error!(%errno, "the operator's socket cannot be waited at");
             return;
         }
-        match listener.socket.accept() {
+        match listener.socket().accept() {
             Ok((socket, _)) if !shared.is_stopping() => welcome(socket, shared),
             Ok(_) => {}
             Err(error) => match Errno::from_io_error(&error) {
