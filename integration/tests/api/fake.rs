@@ -14,20 +14,22 @@ use atoll_vmm::lifecycle::{
 
 /// What the machine was asked and what it has.
 #[derive(Default)]
-pub struct Book {
-    pub config: Option<VmConfig>,
-    pub state: Option<VmState>,
-    pub devices: Vec<(String, DeviceConfig)>,
+pub(crate) struct Book {
+    pub(crate) config: Option<VmConfig>,
+    pub(crate) state: Option<VmState>,
+    pub(crate) devices: Vec<(String, DeviceConfig)>,
     /// Names of what was carried out, in order.
-    pub done: Vec<&'static str>,
+    pub(crate) done: Vec<&'static str>,
     /// The next request fails in this way.
-    pub fault: Option<ErrorKind>,
+    pub(crate) fault: Option<ErrorKind>,
+    /// Machines made so far.
+    pub(crate) made: u32,
     next: u32,
 }
 
 /// The machine.
 #[derive(Default)]
-pub struct Fake {
+pub(crate) struct Fake {
     book: Mutex<Book>,
 }
 
@@ -36,7 +38,7 @@ fn error(kind: ErrorKind, text: &str) -> VmError {
 }
 
 impl Fake {
-    pub fn book(&self) -> MutexGuard<'_, Book> {
+    pub(crate) fn book(&self) -> MutexGuard<'_, Book> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,6 +83,7 @@ impl VmControl for Fake {
             let id = device.id().map_or_else(|| format!("_{}{}", device.kind().name(), book.next), String::from);
             book.devices.push((id, device));
         }
+        book.made += 1;
         book.config = Some(config);
         book.state = Some(VmState::Created);
         Ok(())
@@ -104,7 +107,7 @@ impl VmControl for Fake {
         self.step("shutdown", &[VmState::Running, VmState::Paused], VmState::Shutdown)
     }
     fn delete(&self) -> Result<(), VmError> {
-        let mut book = self.created("delete")?;
+        let mut book = self.begin("delete")?;
         book.config = None;
         book.state = None;
         book.devices.clear();
@@ -165,11 +168,11 @@ impl VmControl for Fake {
         Ok(book.devices.iter().map(report).collect())
     }
     fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError> {
-        self.created("counters")?;
+        drop(self.created("counters")?);
         Ok([("_disk0".to_owned(), [("read_ops".to_owned(), 7)].into())].into())
     }
     fn inspect(&self, path: &str) -> Result<serde_json::Value, VmError> {
-        self.created("inspect")?;
+        drop(self.created("inspect")?);
         match path {
             "" => Ok(serde_json::json!({ "devices": { "grün/1": { "generation": 1 } } })),
             "devices/grün/1" => Ok(serde_json::json!({ "generation": 1 })),
@@ -182,15 +185,15 @@ impl VmControl for Fake {
 }
 
 /// The machine behind its socket.
-pub struct House {
-    pub fake: Arc<Fake>,
-    pub story: Story,
-    pub server: ApiServer,
+pub(crate) struct House {
+    pub(crate) fake: Arc<Fake>,
+    pub(crate) story: Story,
+    pub(crate) server: ApiServer,
     folder: tempfile::TempDir,
 }
 
 impl House {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let (fake, story) = (Arc::new(Fake::default()), Story::default());
         let api = Api {
@@ -203,18 +206,18 @@ impl House {
         Self { fake, story, server, folder }
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.folder.path().join("api.sock")
     }
 
     /// Ends the server, which must not need force.
-    pub fn close(self) {
+    pub(crate) fn close(self) {
         self.server.stop(Duration::from_secs(5));
         assert!(!Path::exists(&self.folder.path().join("api.sock")), "the socket's file goes with the server");
     }
 }
 
 /// A configuration that can be created.
-pub fn config() -> serde_json::Value {
+pub(crate) fn config() -> serde_json::Value {
     serde_json::json!({ "payload": { "kernel": "/boot/vmlinux" }, "cpus": { "boot_vcpus": 2, "max_vcpus": 2 } })
 }

@@ -18,21 +18,21 @@ use serde_json::Value;
 const PIECE: usize = 32 << 10;
 
 #[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: BTreeMap<String, String>,
-    pub body: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) body: String,
     /// From the last byte sent to the first received.
-    pub took: Duration,
+    pub(crate) took: Duration,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
     }
 
     /// The sentences of a refusal.
-    pub fn why(&self) -> String {
+    pub(crate) fn why(&self) -> String {
         let sentences: Vec<String> =
             serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("no array of sentences, {error}: {self:?}"));
         assert!(!sentences.is_empty() && sentences.iter().all(|sentence| sentence.len() > 4), "{self:?}");
@@ -40,33 +40,33 @@ impl Answer {
     }
 }
 
-pub struct Strict {
-    pub socket: UnixStream,
+pub(crate) struct Strict {
+    pub(crate) socket: UnixStream,
 }
 
 impl Strict {
-    pub fn connect(path: &Path) -> Self {
+    pub(crate) fn connect(path: &Path) -> Self {
         let socket = UnixStream::connect(path).expect("somebody listens");
         socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         socket.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
         Self { socket }
     }
 
-    pub fn get(&mut self, path: &str) -> Answer {
+    pub(crate) fn get(&mut self, path: &str) -> Answer {
         self.exchange(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n").as_bytes())
     }
 
     /// A PUT without a body, as Kata sends it: length zero and no content type.
-    pub fn act(&mut self, path: &str) -> Answer {
+    pub(crate) fn act(&mut self, path: &str) -> Answer {
         self.exchange(format!("PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n").as_bytes())
     }
 
-    pub fn put(&mut self, path: &str, body: &str) -> Answer {
+    pub(crate) fn put(&mut self, path: &str, body: &str) -> Answer {
         self.put_with(path, body, &[])
     }
 
     /// Descriptors go with the head, the body follows in a segment of its own.
-    pub fn put_with(&mut self, path: &str, body: &str, descriptors: &[BorrowedFd<'_>]) -> Answer {
+    pub(crate) fn put_with(&mut self, path: &str, body: &str, descriptors: &[BorrowedFd<'_>]) -> Answer {
         let head = format!(
             "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
             body.len()
@@ -78,7 +78,7 @@ impl Strict {
         self.exchange(body.as_bytes())
     }
 
-    pub fn send_with(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+    pub(crate) fn send_with(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(128))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
@@ -86,13 +86,13 @@ impl Strict {
         assert_eq!(sent, bytes.len());
     }
 
-    pub fn exchange(&mut self, request: &[u8]) -> Answer {
+    pub(crate) fn exchange(&mut self, request: &[u8]) -> Answer {
         self.socket.write_all(request).expect("the request is taken");
         let sent = Instant::now();
         self.receive(sent)
     }
 
-    pub fn receive(&mut self, sent: Instant) -> Answer {
+    pub(crate) fn receive(&mut self, sent: Instant) -> Answer {
         let mut bytes = vec![0; 1 << 20];
         let mut count = self.socket.read(&mut bytes).expect("an answer");
         let took = sent.elapsed();
@@ -117,7 +117,7 @@ impl Strict {
     }
 
     /// What comes next is the end.
-    pub fn expect_end(&mut self) {
+    pub(crate) fn expect_end(&mut self) {
         assert_eq!(self.socket.read(&mut [0; 64]).expect("an orderly end"), 0);
     }
 }

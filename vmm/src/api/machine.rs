@@ -51,7 +51,9 @@ pub(super) fn routes() -> Vec<Route> {
             done(api.control.shutdown())
         })
         .refuses(GONE),
-        put("/api/v1/vm.delete", "Forgets the machine.", Nothing, |api, _, _| done(api.control.delete())).refuses(GONE),
+        put("/api/v1/vm.delete", "Forgets the machine, if there is one.", Nothing, |api, _, _| {
+            done(api.control.delete())
+        }),
         put("/api/v1/vm.nmi", "Sends a non-maskable interrupt to every vCPU.", Nothing, nmi).refuses(GONE),
         put("/api/v1/vmm.nmi", "The same as vm.nmi.", Nothing, nmi).refuses(GONE),
         get("/api/v1/vm.info", "The configuration as it is now, and the state.", Json(of::<VmInfo>), |api, _, _| {
