@@ -11,6 +11,8 @@ pub mod console;
 pub mod demo;
 pub mod fuzz;
 pub mod images;
+pub mod lives;
+pub mod operated;
 pub mod packages;
 pub mod payload;
 pub mod place;

@@ -102,6 +102,21 @@ enum Soak {
         #[arg(long, default_value_t = 0x5eed)]
         seed: u64,
     },
+    /// A guest under load is paused and let go.
+    Pauses {
+        /// How many times.
+        #[arg(long, default_value = "1000")]
+        count: NonZeroU32,
+        /// Says when.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+    },
+    /// A guest under load is started again, by itself and from outside in turn.
+    Reboots {
+        /// How many times.
+        #[arg(long, default_value = "100")]
+        count: NonZeroU32,
+    },
     /// Differential cases of the software CPU.
     Cpu {
         /// Passed on.
@@ -143,6 +158,8 @@ fn main() -> Result<ExitCode> {
         },
         Task::Soak { what } => match what {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,
+            Soak::Pauses { count, seed } => soak::pauses(count.get(), seed)?,
+            Soak::Reboots { count } => soak::reboots(count.get())?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
         },
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,

@@ -2,7 +2,7 @@
 
 use crate::console::Console;
 use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
-use crate::{images, packages, place};
+use crate::{images, lives, packages, place};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use std::process::Command;
@@ -36,6 +36,26 @@ pub fn boots(count: u32, seed: u64) -> Result<()> {
     if survived != count {
         bail!("{} of {count} boots failed", count - survived);
     }
+    Ok(())
+}
+
+/// `cargo xtask soak pauses`: prints one JSON line.
+pub fn pauses(count: u32, seed: u64) -> Result<()> {
+    packages::ensure_peers(&["mkfs.ext4"])?;
+    place::build_programs()?;
+    let outcome = lives::pauses(count, seed)?;
+    println!("{}", serde_json::json!({ "soak": "pauses", "outcome": outcome }));
+    if !outcome.ok {
+        bail!("a pause took more than 50 ms beyond its slowest request, or the guest's clock was wrong");
+    }
+    Ok(())
+}
+
+/// `cargo xtask soak reboots`: prints one JSON line.
+pub fn reboots(count: u32) -> Result<()> {
+    packages::ensure_peers(&["mkfs.ext4"])?;
+    place::build_programs()?;
+    println!("{}", serde_json::json!({ "soak": "reboots", "outcome": lives::reboots(count)? }));
     Ok(())
 }
 

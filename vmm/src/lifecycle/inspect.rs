@@ -1,13 +1,14 @@
 //! The live tree, as nested JSON: `vcpus/vcpu0`, `devices/_disk0/queues`, `machine/requests`, …
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmState};
 use super::story::Story;
-use crate::machine::Machine;
+use crate::machine::{Machine, PauseFigures};
 
 /// What the tree is made of.
 pub(super) struct Tree<'a> {
@@ -16,7 +17,21 @@ pub(super) struct Tree<'a> {
     pub(super) machine: Option<&'a Machine>,
     pub(super) devices: BTreeMap<String, DeviceReport>,
     pub(super) waiting: usize,
+    pub(super) last_pause: Option<&'a PauseFigures>,
     pub(super) story: &'a Story,
+}
+
+/// What the last pause took, step by step.
+fn pause(figures: &PauseFigures) -> Value {
+    let micros = |duration: Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+    let slowest = figures.devices.iter().max_by_key(|(_, took)| *took);
+    let devices: BTreeMap<_, _> = figures.devices.iter().map(|(name, took)| (name, micros(*took))).collect();
+    json!({
+        "whole_us": micros(figures.whole),
+        "vcpus_us": micros(figures.vcpus),
+        "slowest_drain_us": slowest.map_or(0, |(_, took)| micros(*took)),
+        "devices_us": devices,
+    })
 }
 
 impl Tree<'_> {
@@ -38,6 +53,7 @@ impl Tree<'_> {
             "vcpus": vcpus,
             "memory": { "size": self.memory },
             "devices": self.devices,
+            "last_pause": self.last_pause.map(pause),
             "actors": { "machine": { "mailbox": self.waiting } },
             "story": { "elapsed_ms": u64::try_from(self.story.elapsed().as_millis()).unwrap_or(u64::MAX) },
         })

@@ -30,8 +30,8 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{
-    EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseLimits, Rebuilt, UnplugEvent,
-    failure,
+    EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseFigures, PauseLimits, Rebuilt,
+    UnplugEvent, failure,
 };
 
 /// What is known without asking the thread.
@@ -137,6 +137,7 @@ pub(super) struct Keeper {
     state: State,
     lives: u64,
     figures: MachineFigures,
+    last_pause: Option<PauseFigures>,
     end: Option<MachineEnd>,
 }
 
@@ -152,6 +153,7 @@ impl Keeper {
             state: State::Empty,
             lives: 0,
             figures: MachineFigures::default(),
+            last_pause: None,
             end: None,
         }
     }
@@ -304,19 +306,9 @@ impl Keeper {
                 self.story.tell("vm", "pausing", []);
                 match live.machine.pause(PauseLimits::default()) {
                     Ok(figures) => {
-                        let whole_us = figures.whole.as_micros().to_string();
-                        let vcpus_us = figures.vcpus.as_micros().to_string();
-                        let slowest = figures.devices.iter().max_by_key(|(_, took)| *took);
-                        let drain = slowest.map(|(device, took)| (device.clone(), took.as_micros().to_string()));
-                        let (device, drain_us) = drain.unwrap_or_default();
                         self.enter(State::Paused(config, live));
-                        let about = [
-                            ("whole_us", whole_us),
-                            ("vcpus_us", vcpus_us),
-                            ("slowest_device", device),
-                            ("slowest_drain_us", drain_us),
-                        ];
-                        self.story.tell("vm", "paused", about);
+                        self.story.tell("vm", "paused", [("took_us", figures.whole.as_micros().to_string())]);
+                        self.last_pause = Some(figures);
                         Ok(())
                     }
                     Err(error) => {
@@ -539,6 +531,7 @@ impl Keeper {
             machine: self.state.live().map(|live| &live.machine),
             devices,
             waiting: self.mailbox.depth(),
+            last_pause: self.last_pause.as_ref(),
             story: &self.story,
         };
         tree.part(path)

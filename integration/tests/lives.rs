@@ -1,0 +1,23 @@
+//! A guest that is stopped and let go, and one that starts again, in the middle of its work; the full counts are
+//! `cargo xtask soak pauses` and `cargo xtask soak reboots`.
+
+use anyhow::Result;
+use xtask::lives;
+
+/// The disk's contents and the guest's clock are right after each pause, and its log is clean. How long a pause may take is
+/// judged by the soak alone: other tests run beside this one.
+#[test]
+fn pauses_are_not_noticed() -> Result<()> {
+    let outcome = lives::pauses(20, 0x5eed)?;
+    assert!(outcome.rounds > 0 && outcome.clock_error_us_max < 1_000_000, "{outcome:?}");
+    Ok(())
+}
+
+/// By itself and by the operator: the same device processes serve it, nothing is left open.
+#[test]
+fn reboots_leave_nothing_behind() -> Result<()> {
+    let outcome = lives::reboots(3)?;
+    assert_eq!(outcome.by_guest + outcome.by_operator, 3);
+    assert_eq!(outcome.belongings.children.len(), 2);
+    Ok(())
+}
