@@ -81,12 +81,27 @@ impl<M: GuestMemory> Inlet<M> {
     pub fn enter(&self) -> Option<Buffers<'_, M>> {
         let guard = self.lock();
         let serves = guard.as_ref().is_some_and(|open| open.enabled && !open.broken) && self.gate.is_open();
-        serves.then_some(Buffers { inlet: self, guard })
+        serves.then_some(Buffers { inlet: self, guard, silent: false })
     }
 
     /// True when the ring runs and is enabled.
     pub fn runs(&self) -> bool {
         self.lock().as_ref().is_some_and(|open| open.enabled && !open.broken)
+    }
+
+    /// Announces to the guest what was filled by those who left without doing so.
+    pub fn announce(&self) {
+        if let Some(open) = &mut *self.lock() {
+            self.tell(open);
+        }
+    }
+
+    fn tell(&self, open: &mut Open<M>) {
+        match open.ring.notify(&*open.mem) {
+            Ok(false) => {}
+            Ok(true) => add(&self.figures.calls, 1),
+            Err(e) => open.check(self.index, Err(e)),
+        }
     }
 
     pub(crate) fn start(&self, start: RingStart<M>) -> Result<OwnedFd, RingError> {
@@ -169,6 +184,7 @@ impl<M: GuestMemory> Open<M> {
 pub struct Buffers<'a, M: GuestMemory> {
     inlet: &'a Inlet<M>,
     guard: MutexGuard<'a, Option<Open<M>>>,
+    silent: bool,
 }
 
 impl<M: GuestMemory> Buffers<'_, M> {
@@ -252,6 +268,11 @@ impl<M: GuestMemory> Buffers<'_, M> {
         room.write_at(mem, offset, data)
     }
 
+    /// Leaves without announcing anything: [`Inlet::announce`] is called when more has been filled.
+    pub fn leave(mut self) {
+        self.silent = true;
+    }
+
     /// Asks the guest for a kick when it makes something available; true when it has done so meanwhile.
     pub(crate) fn arm(&mut self) -> bool {
         let Some(open) = &mut *self.guard else { return false };
@@ -275,12 +296,10 @@ impl<M: GuestMemory> Buffers<'_, M> {
 
 impl<M: GuestMemory> Drop for Buffers<'_, M> {
     fn drop(&mut self) {
-        if let Some(open) = &mut *self.guard {
-            match open.ring.notify(&*open.mem) {
-                Ok(false) => {}
-                Ok(true) => add(&self.inlet.figures.calls, 1),
-                Err(e) => open.check(self.inlet.index, Err(e)),
-            }
+        if let Some(open) = &mut *self.guard
+            && !self.silent
+        {
+            self.inlet.tell(open);
         }
     }
 }

@@ -1,0 +1,134 @@
+//! What all queues of one card know: what the driver has agreed to, which frames it wants, what was counted.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+
+use crate::capture::Capture;
+use crate::filter::Filter;
+use crate::header::{Features, Offloads};
+
+/// What happened to frames, since the process began.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Frames that the guest sent.
+    pub sent: AtomicU64,
+    /// Their bytes.
+    pub sent_bytes: AtomicU64,
+    /// Frames that the guest got.
+    pub received: AtomicU64,
+    /// Their bytes.
+    pub received_bytes: AtomicU64,
+    /// Frames for the guest that found no buffers, or too small ones.
+    pub no_buffers: AtomicU64,
+    /// Frames of the guest that made no sense.
+    pub malformed: AtomicU64,
+    /// Frames of the guest that the link did not take.
+    pub unsent: AtomicU64,
+}
+
+/// Counts; the number is for people, so it may be late for who looks from another thread.
+pub fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+/// Where frames of a card are written down.
+#[derive(Debug, Default, Clone)]
+pub struct Captures {
+    /// What the guest sends.
+    pub sent: Vec<Arc<Capture>>,
+    /// What the guest gets.
+    pub received: Vec<Arc<Capture>>,
+}
+
+/// One card, as its queues and its link see it.
+#[derive(Debug)]
+pub struct Face {
+    features: AtomicU64,
+    /// Queue pairs that it has.
+    pub pairs_max: u16,
+    /// Queue pairs that the driver has asked for.
+    pairs: AtomicU16,
+    /// Queue pairs that the driver was seen to send on.
+    pairs_seen: AtomicU16,
+    up: AtomicBool,
+    /// Which frames the driver wants.
+    pub filter: Filter,
+    /// What was counted.
+    pub counters: Counters,
+    /// Where frames are written down.
+    pub captures: Captures,
+}
+
+impl Face {
+    /// A card that no driver has touched.
+    pub fn new(own: [u8; 6], pairs_max: u16, captures: Captures) -> Self {
+        Self {
+            features: AtomicU64::new(0),
+            pairs_max,
+            pairs: AtomicU16::new(1),
+            pairs_seen: AtomicU16::new(1),
+            up: AtomicBool::new(true),
+            filter: Filter::new(own),
+            counters: Counters::default(),
+            captures,
+        }
+    }
+
+    /// What was negotiated.
+    pub fn features(&self) -> Features {
+        Features(self.features.load(Ordering::Relaxed))
+    }
+
+    /// The driver has chosen.
+    pub fn negotiate(&self, features: u64) {
+        self.features.store(features, Ordering::Relaxed);
+    }
+
+    /// What the driver takes besides whole frames.
+    pub fn takes(&self) -> Offloads {
+        Offloads::to_driver(self.features())
+    }
+
+    /// The driver uses so many queue pairs from now on.
+    pub fn use_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs, Ordering::Relaxed);
+        self.pairs_seen.store(1, Ordering::Relaxed);
+    }
+
+    /// The driver has sent on a pair, so it uses it; true when that was news. A successor is told of it in no other way:
+    /// drivers ask for their pairs only once.
+    pub fn saw_pair(&self, pair: u16) -> bool {
+        pair >= self.active_pairs() && {
+            self.pairs_seen.fetch_max(pair + 1, Ordering::Relaxed);
+            true
+        }
+    }
+
+    /// Queue pairs that frames for the guest may be spread over.
+    pub fn active_pairs(&self) -> u16 {
+        let wanted = self.pairs.load(Ordering::Relaxed).max(self.pairs_seen.load(Ordering::Relaxed));
+        wanted.clamp(1, self.pairs_max)
+    }
+
+    /// Whether the link is up.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// The link goes up or down; true when that was news.
+    pub fn set_up(&self, up: bool) -> bool {
+        self.up.swap(up, Ordering::Relaxed) != up
+    }
+
+    /// As if no driver had touched it.
+    pub fn reset(&self, own: [u8; 6]) {
+        self.negotiate(0);
+        self.use_pairs(1);
+        self.filter.reset(own);
+    }
+
+    /// Writes down what was gathered in captures.
+    pub fn flush_captures(&self) {
+        self.captures.sent.iter().chain(&self.captures.received).for_each(|capture| capture.flush());
+    }
+}

@@ -1,0 +1,83 @@
+//! What a card is plugged into.
+//!
+//! A link has a half per queue pair and direction, each used by the thread of its queue. Nothing of it may wait: a sender
+//! that cannot take a frame says so by a descriptor that the queue thread waits for, or drops it.
+
+pub mod connector;
+pub mod none;
+pub mod stream;
+pub mod switch;
+pub mod table;
+pub mod tap;
+pub mod tap_device;
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use atoll_kit::Wait;
+use atoll_kit::inlet::{Buffers, Inlet};
+use atoll_kit::memory::GuestRam;
+use vm_memory::GuestMemory;
+
+use crate::face::Face;
+use crate::frame::Frame;
+use crate::header::{Features, Offloads};
+
+/// Somewhere that frames go to and come from.
+pub trait Link: Send + 'static {
+    /// Takes the frames of one transmit queue.
+    type Sender: Sender;
+    /// Has frames for one receive queue.
+    type Receiver: Receiver;
+
+    /// What it takes from a driver, and may give to one, besides whole frames.
+    fn offers(&self) -> Offloads;
+
+    /// The driver has chosen; with no bit at all after a reset.
+    fn negotiated(&mut self, features: Features);
+
+    /// Its half for the transmit queue of a pair; called once for each.
+    fn sender(&mut self, pair: u16) -> Self::Sender;
+
+    /// Its half for the receive queue of a pair; called once for each.
+    fn receiver(&mut self, pair: u16) -> Self::Receiver;
+
+    /// The receive queue of a pair can be filled by any thread.
+    fn opened(&mut self, _pair: u16, _inlet: &Arc<Inlet<GuestRam>>) {}
+
+    /// Changes how many pairs are used, from any thread.
+    fn spreader(&self) -> Spreader {
+        Arc::new(|_| {})
+    }
+}
+
+/// Told how many queue pairs are used.
+pub type Spreader = Arc<dyn Fn(u16) + Send + Sync>;
+
+/// The sending half of a link for one queue.
+pub trait Sender: Send + 'static {
+    /// Takes a frame. False when it was dropped.
+    fn send<M: GuestMemory>(&mut self, face: &Face, frame: &Frame<'_, M>) -> bool;
+
+    /// No more frames for the moment.
+    fn flush(&mut self) {}
+
+    /// A descriptor without whose being writable no frame can be taken now.
+    fn blocked(&mut self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// The receiving half of a link for one queue.
+pub trait Receiver: Send + 'static {
+    /// Puts frames into the guest's buffers, and says what to wait for.
+    fn receive<M: GuestMemory>(&mut self, face: &Face, buffers: &mut Buffers<'_, M>) -> Wait;
+
+    /// The descriptor that frames come from.
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The ring has stopped: what was begun is forgotten.
+    fn stopped(&mut self) {}
+}
