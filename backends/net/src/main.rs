@@ -90,7 +90,8 @@ fn start(options: &Options) -> Result<()> {
     let ioctls: &[u64] = if matches!(cards, Cards::Tap(_)) { tap_device::IOCTLS } else { &[] };
     let jail = (!options.no_jail).then(|| Jail { socket: options.socket.clone(), supervised, ioctls });
     // Frames that are under way die with the process that holds them: there is nothing to wait for.
-    let service = Service { transport, sidecar, fence: Box::new(NoFence), jail };
+    let stats = options.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
+    let service = Service { transport, sidecar, fence: Box::new(NoFence), jail, stats };
     match cards {
         Cards::Tap(card) => serve::run(card, service)?,
         Cards::Stream(card) => serve::run(card, service)?,

@@ -167,7 +167,8 @@ pub fn flow(frame: &[u8]) -> u32 {
         IPV6 => (ip + 8..ip + 40, frame.get(ip + 6), Some(ip + 40)),
         _ => return 0,
     };
-    let mix = |bytes: &[u8]| bytes.chunks(2).fold(0_u32, |all, two| all + two.iter().fold(0, |w, b| w << 8 | u32::from(*b)));
+    let mix =
+        |bytes: &[u8]| bytes.chunks(2).fold(0_u32, |all, two| all + two.iter().fold(0, |w, b| w << 8 | u32::from(*b)));
     let ported = protocol.is_some_and(|protocol| matches!(protocol, 6 | 17));
     let ports = ports.filter(|_| ported).and_then(|at| frame.get(at..at + 4));
     // Sums do not care for the direction.

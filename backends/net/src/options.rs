@@ -81,6 +81,9 @@ pub struct Options {
     /// The supervisor's channel as an inherited descriptor
     #[arg(long, value_name = "N")]
     pub sidecar_fd: Option<RawFd>,
+    /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
+    #[arg(long, value_name = "N")]
+    pub stats_fd: Option<RawFd>,
     /// Serve without a jail (for debuggers and tracers)
     #[arg(long)]
     pub no_jail: bool,
@@ -131,6 +134,10 @@ impl Options {
         if !self.fd.is_empty() && self.fd.len() != usize::from(self.queue_pairs) {
             return Err(format!("{} queue pairs need as many --fd, not {}", self.queue_pairs, self.fd.len()));
         }
+        // clap does not see it where another link is given.
+        if self.tap.is_none() && (self.host_ip.is_some() || self.host_mac.is_some()) {
+            return Err("--host-ip and --host-mac are for --tap".to_owned());
+        }
         if self.queue_pairs > 1 && (self.stream.is_some() || self.stream_fd.is_some()) {
             return Err("a stream has one queue pair: leave --queue-pairs out".to_owned());
         }
@@ -143,7 +150,7 @@ impl Options {
 
     /// Descriptors that were inherited.
     pub fn inherited(&self) -> Vec<RawFd> {
-        let single = [self.vhost_fd, self.stream_fd, self.sidecar_fd];
+        let single = [self.vhost_fd, self.stream_fd, self.sidecar_fd, self.stats_fd];
         single.into_iter().flatten().chain(self.fd.iter().copied()).collect()
     }
 
@@ -162,9 +169,10 @@ impl Options {
                 (None, None) => "atoll".into(),
             };
             // FNV-1a: stable over builds, unlike the standard library's hash.
-            let hash = name.as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-                (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-            });
+            let hash = name
+                .as_encoded_bytes()
+                .iter()
+                .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
             let [a, b, c, d, e, ..] = hash.to_be_bytes();
             [0x02, a, b, c, d, e]
         });
@@ -212,7 +220,10 @@ mod tests {
     #[test]
     fn addresses_of_ports_differ_and_stay() {
         let options = parse("--socket /a/s --switch --mac 52:54:00:12:34:ff").unwrap();
-        assert_eq!((options.mac(0), options.mac(1)), ([0x52, 0x54, 0, 0x12, 0x34, 0xff], [0x52, 0x54, 0, 0x12, 0x35, 0]));
+        assert_eq!(
+            (options.mac(0), options.mac(1)),
+            ([0x52, 0x54, 0, 0x12, 0x34, 0xff], [0x52, 0x54, 0, 0x12, 0x35, 0])
+        );
         let made_up = parse("--socket /a/s --none").unwrap();
         assert_eq!(made_up.mac(0), parse("--socket /a/s --none").unwrap().mac(0));
         assert_ne!(made_up.mac(0), parse("--socket /a/t --none").unwrap().mac(0));

@@ -6,6 +6,7 @@
 
 pub mod disk;
 pub mod guest;
+pub mod net;
 pub mod queue;
 
 use std::fs::File;

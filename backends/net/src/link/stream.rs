@@ -20,6 +20,7 @@ use rustix::net::SendFlags;
 use vm_memory::GuestMemory;
 
 use super::connector::{Answer, Connector};
+use super::iovec::Iovecs;
 use super::{Link, Receiver, Sender};
 use crate::face::{Face, count};
 use crate::frame::{Frame, put};
@@ -95,7 +96,7 @@ impl Link for Stream {
 
     fn sender(&mut self, _pair: u16) -> StreamSender {
         let (shared, transfer) = (Arc::clone(&self.shared), Transfer::default());
-        StreamSender { shared, transfer, begun: None, rest: Vec::new(), iovecs: Vec::new() }
+        StreamSender { shared, transfer, begun: None, rest: Vec::new(), iovecs: Iovecs::default() }
     }
 
     fn receiver(&mut self, _pair: u16) -> StreamReceiver {
@@ -120,14 +121,8 @@ pub struct StreamSender {
     /// The stream on which a frame was begun whose end lies in `rest`.
     begun: Option<Arc<UnixStream>>,
     rest: Vec<u8>,
-    iovecs: Vec<Iovec>,
+    iovecs: Iovecs,
 }
-
-/// `libc::iovec` that may move between threads.
-struct Iovec(libc::iovec);
-
-// SAFETY: the pointers are made and used within one call of `send`.
-unsafe impl Send for Iovec {}
 
 impl StreamSender {
     /// Writes what is left of the frame that was begun; true when nothing is left, or nobody wants it any more.
@@ -150,18 +145,16 @@ impl StreamSender {
 impl Sender for StreamSender {
     fn send<M: GuestMemory>(&mut self, _face: &Face, frame: &Frame<'_, M>) -> bool {
         let Some(stream) = self.shared.get() else { return false };
-        if !self.finish() || self.transfer.set(frame.mem, frame.chain, frame.at, frame.len, Direction::FromGuest).is_err() {
+        if !self.finish()
+            || self.transfer.set(frame.mem, frame.chain, frame.at, frame.len, Direction::FromGuest).is_err()
+        {
             return false;
         }
         let mut prefix = (frame.len as u32).to_be_bytes();
-        let (iovec, entries) = self.transfer.iovec();
-        self.iovecs.clear();
-        self.iovecs.push(Iovec(libc::iovec { iov_base: prefix.as_mut_ptr().cast(), iov_len: prefix.len() }));
-        // SAFETY: the transfer lends as many entries as it says.
-        let lent = unsafe { std::slice::from_raw_parts(iovec, entries as usize) };
-        self.iovecs.extend(lent.iter().map(|entry| Iovec(*entry)));
         let whole = prefix.len() + frame.len as usize;
-        let Some(sent) = send_vectored(stream.as_raw_fd(), &self.iovecs) else { return false };
+        let entries_max = libc::UIO_MAXIOV as u32 - 1;
+        self.iovecs.clear().add(&mut prefix).add_guest(&self.transfer, entries_max);
+        let Some(sent) = send_vectored(stream.as_raw_fd(), self.iovecs.list()) else { return false };
         if sent < whole {
             let mut bytes = Vec::new();
             if frame.copy_out(&mut bytes, frame.len).is_err() {
@@ -182,11 +175,11 @@ impl Sender for StreamSender {
 }
 
 /// Bytes that the socket took; none when it took nothing.
-fn send_vectored(fd: RawFd, iovecs: &[Iovec]) -> Option<usize> {
+fn send_vectored(fd: RawFd, iovecs: &[libc::iovec]) -> Option<usize> {
     // SAFETY: an all-zero message is a valid one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = iovecs.as_ptr().cast_mut().cast();
-    message.msg_iovlen = iovecs.len().min(libc::UIO_MAXIOV as usize);
+    message.msg_iov = iovecs.as_ptr().cast_mut();
+    message.msg_iovlen = iovecs.len();
     // SAFETY: the entries point to the prefix and into guest memory, which stay where they are during the call.
     let sent = unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
     usize::try_from(sent).ok()

@@ -92,8 +92,7 @@ impl Link for Port {
             switch: Arc::clone(&self.switch),
             port: self.port,
             now_s: self.switch.now_s(),
-            touched: Vec::new(),
-            bytes: Vec::new(),
+            desk: Desk::default(),
         }
     }
 
@@ -125,6 +124,12 @@ pub struct PortSender {
     switch: Arc<Switch>,
     port: usize,
     now_s: u32,
+    desk: Desk,
+}
+
+/// What a sender works with.
+#[derive(Debug, Default)]
+struct Desk {
     /// Receive queues (port, pair) whose guests have not heard yet.
     touched: Vec<(usize, usize)>,
     /// A frame that something must be done to.
@@ -133,19 +138,20 @@ pub struct PortSender {
 
 impl Sender for PortSender {
     fn send<M: GuestMemory>(&mut self, _face: &Face, frame: &Frame<'_, M>) -> bool {
-        let switch = Arc::clone(&self.switch);
+        let switch = &*self.switch;
         switch.table.learn(&frame.from(), self.port, self.now_s);
         let to = frame.to();
         let known = if is_group(&to) { None } else { switch.table.find(&to, self.now_s) };
         match known {
             // It is behind the port that it came from.
             Some(port) if port == self.port => true,
-            Some(port) => switch.sides.get(port).is_some_and(|side| self.give(port, side, frame)),
+            Some(port) => switch.sides.get(port).is_some_and(|side| self.desk.give(port, side, frame)),
             None => {
-                let others = switch.sides.iter().enumerate().filter(|(port, _)| *port != self.port);
                 let mut all = true;
-                for (port, side) in others {
-                    all &= self.give(port, side, frame);
+                for (port, side) in switch.sides.iter().enumerate() {
+                    if port != self.port {
+                        all &= self.desk.give(port, side, frame);
+                    }
                 }
                 all
             }
@@ -153,7 +159,7 @@ impl Sender for PortSender {
     }
 
     fn flush(&mut self) {
-        for (port, pair) in self.touched.drain(..) {
+        for (port, pair) in self.desk.touched.drain(..) {
             let side = self.switch.sides.get(port);
             if let Some(inlet) = side.and_then(|side| side.inlets.get(pair)).and_then(OnceLock::get) {
                 inlet.announce();
@@ -163,7 +169,7 @@ impl Sender for PortSender {
     }
 }
 
-impl PortSender {
+impl Desk {
     /// Gives a frame to one port; false when that has no room for it. A port that nobody uses has no wishes.
     fn give<M: GuestMemory>(&mut self, port: usize, side: &Side, frame: &Frame<'_, M>) -> bool {
         if !side.face.filter.accepts(&frame.to()) {
@@ -192,7 +198,12 @@ impl PortSender {
     }
 
     /// Does what the sender left undone and hands what results to `put`.
-    fn finished<M: GuestMemory>(&mut self, frame: &Frame<'_, M>, work: Work, mut put: impl FnMut(&[u8]) -> bool) -> bool {
+    fn finished<M: GuestMemory>(
+        &mut self,
+        frame: &Frame<'_, M>,
+        work: Work,
+        mut put: impl FnMut(&[u8]) -> bool,
+    ) -> bool {
         if frame.copy_out(&mut self.bytes, frame.len).is_err() {
             return true;
         }

@@ -19,10 +19,11 @@ use atoll_kit::memory::{Direction, Transfer};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemory;
 
+use super::iovec::Iovecs;
 use super::{Link, Receiver, Sender, Spreader};
 use crate::face::{Face, count};
 use crate::frame::Frame;
-use crate::header::{Features, FRAME_MAX, HEADER_BYTES, Offloads};
+use crate::header::{FRAME_MAX, Features, HEADER_BYTES, Offloads};
 
 /// Frames of one turn; then the conversation is heard.
 const TURN: u32 = 128;
@@ -115,7 +116,7 @@ impl Link for Tap {
         TapReceiver {
             queue: self.queues.get(usize::from(pair)).cloned(),
             transfer: Transfer::default(),
-            iovecs: Vec::new(),
+            iovecs: Iovecs::default(),
             spill: Vec::new(),
             waiting: None,
             expected: USUAL_BYTES,
@@ -186,7 +187,7 @@ impl Sender for TapSender {
 pub struct TapReceiver {
     queue: Option<Arc<Queue>>,
     transfer: Transfer,
-    iovecs: Vec<Iovec>,
+    iovecs: Iovecs,
     spill: Vec<u8>,
     /// A frame of so many bytes (with its header) of which only a part fitted: that part and the rest in `spill`.
     waiting: Option<(u64, u64)>,
@@ -196,12 +197,6 @@ pub struct TapReceiver {
     failures: u64,
     copy: Vec<u8>,
 }
-
-/// `libc::iovec` that may move between threads.
-struct Iovec(libc::iovec);
-
-// SAFETY: the pointers are made and used within one call of `receive`.
-unsafe impl Send for Iovec {}
 
 impl Receiver for TapReceiver {
     fn receive<M: GuestMemory>(&mut self, face: &Face, buffers: &mut Buffers<'_, M>) -> Wait {
@@ -290,19 +285,11 @@ impl TapReceiver {
             buffers.finish(chains, 0);
             return Ok(Read::Unwanted);
         }
-        let (iovec, entries) = self.transfer.iovec();
-        let entries = entries.min(IOVECS_MAX) as usize;
         self.spill.resize(FRAME_MAX + HEADER_BYTES, 0);
-        self.iovecs.clear();
-        // SAFETY: the transfer lends as many entries as it says.
-        self.iovecs.extend(unsafe { std::slice::from_raw_parts(iovec, entries) }.iter().map(|entry| Iovec(*entry)));
-        let inside: usize = self.iovecs.iter().map(|entry| entry.0.iov_len).sum();
-        let spill = libc::iovec { iov_base: self.spill.as_mut_ptr().cast(), iov_len: self.spill.len() };
-        self.iovecs.push(Iovec(spill));
+        let inside = self.iovecs.clear().add_guest(&self.transfer, IOVECS_MAX);
+        let list = self.iovecs.add(&mut self.spill).list();
         // SAFETY: the entries point into guest memory, which stays mapped while the ring is entered, and to `spill`.
-        let read = unsafe {
-            libc::readv(queue.file.as_raw_fd(), self.iovecs.as_ptr().cast(), self.iovecs.len() as libc::c_int)
-        };
+        let read = unsafe { libc::readv(queue.file.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int) };
         if read < 0 {
             return Err(io::Error::last_os_error());
         }

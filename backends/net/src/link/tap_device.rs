@@ -49,7 +49,9 @@ pub enum TapError {
     #[error("interface {0} is in use by another process: stop that one or choose another interface")]
     Busy(String),
     /// It was made for another number of queues, or is no TAP.
-    #[error("interface {name} cannot be a TAP with {pairs} queue pairs: make it with `ip tuntap add {name} mode tap{flag}`")]
+    #[error(
+        "interface {name} cannot be a TAP with {pairs} queue pairs: make it with `ip tuntap add {name} mode tap{flag}`"
+    )]
     Shape {
         /// Its name.
         name: String,
@@ -176,11 +178,9 @@ fn queue(name: &str, pairs: u16, existed: bool) -> Result<File, TapError> {
             hint: if pairs > 1 { " (with `multi_queue` at its end)" } else { "" },
         },
         Some(libc::EBUSY) => TapError::Busy(name.to_owned()),
-        Some(libc::EINVAL) => TapError::Shape {
-            name: name.to_owned(),
-            pairs,
-            flag: if pairs > 1 { " multi_queue" } else { "" },
-        },
+        Some(libc::EINVAL) => {
+            TapError::Shape { name: name.to_owned(), pairs, flag: if pairs > 1 { " multi_queue" } else { "" } }
+        }
         _ => TapError::Failed { what: "attach to", name: name.to_owned(), source },
     })?;
     Ok(file)
