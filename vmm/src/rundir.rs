@@ -185,9 +185,8 @@ impl RunRoot {
     /// When the name is none or the folder cannot be made.
     pub fn switch_socket(&self, name: &str) -> Result<PathBuf, RunDirError> {
         check_name(name)?;
-        let folder = self.0.join(SWITCHES);
-        private_folder(&folder)?;
-        Ok(folder.join(format!("{name}.sock")))
+        private_folder(&self.0.join(SWITCHES))?;
+        Ok(crate::vhost::switch_socket(&self.0, name))
     }
 
     /// Takes `name` for this process. What a process that is gone has left under it is removed.

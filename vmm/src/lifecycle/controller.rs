@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -27,8 +28,19 @@ const DEVICES: Duration = Duration::from_secs(60);
 /// Building a machine waits for each of its device processes.
 const BUILD: Duration = Duration::from_secs(180);
 
+/// Who a machine is among the machines of its user.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    /// Its name: addresses that are made up for it are always the same.
+    pub name: String,
+    /// Folder of this user's sockets that belong to no single machine.
+    pub runtime_dir: PathBuf,
+}
+
 /// What a controller is made from.
 pub struct Settings {
+    /// Who it is.
+    pub home: Home,
     /// Where it tells what happens.
     pub story: Story,
     /// Starts and keeps device processes; shut down by whoever made it, after the end.

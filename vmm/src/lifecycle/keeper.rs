@@ -20,7 +20,7 @@ use std::time::Instant;
 use atoll_devices::PowerEvent;
 
 use super::control::Plugged;
-use super::controller::{Settings, VmmEnd};
+use super::controller::{Home, Settings, VmmEnd};
 use super::error::{ErrorKind, VmError};
 use super::mailbox::{Event, Mail, Mailbox, Post};
 use super::plan::Plan;
@@ -131,6 +131,7 @@ impl State {
 /// The thread's own state.
 pub(super) struct Keeper {
     story: Story,
+    home: Home,
     pub(super) household: Arc<Household>,
     pub(super) mailbox: Arc<Mailbox>,
     view: Arc<View>,
@@ -143,10 +144,11 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) fn new(settings: Settings, mailbox: Arc<Mailbox>, view: Arc<View>) -> Self {
-        let Settings { story, household } = settings;
+        let Settings { home, story, household } = settings;
         story.tell("vmm", "starting", []);
         Self {
             story,
+            home,
             household,
             mailbox,
             view,
@@ -288,7 +290,7 @@ impl Keeper {
             State::Empty | State::Paused(..) => return Err(self.state.not_running()),
         };
         self.story.tell("vm", "booting", []);
-        let plan = Plan::open(&config, &self.household, &self.story)?;
+        let plan = Plan::open(&config, &self.home, &self.household, &self.story)?;
         let (life, events) = self.next_life();
         let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
         plan.tell_choice();

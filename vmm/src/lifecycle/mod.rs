@@ -16,7 +16,7 @@ mod roster;
 mod story;
 
 pub use control::{DeviceId, Plugged, VmControl};
-pub use controller::{Controller, Ended, Settings, VmmEnd};
+pub use controller::{Controller, Ended, Home, Settings, VmmEnd};
 pub use error::{ErrorKind, VmError};
 pub use report::{DeviceReport, DeviceState, QueueReport, RecoveryClass, VmInfo, VmState};
 pub use story::{Heard, Story, StoryEvent, Subscription};

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::controller::Home;
 use super::error::{ErrorKind, VmError};
 use super::story::Story;
 use crate::backend::{Household, UartBuilder, UartLine, UartOutput};
@@ -13,7 +14,7 @@ use crate::config::{ConsoleConfig, ConsoleMode, CpuChoice, DeviceConfig, Platfor
 use crate::cpu::probe::{Memo, Verdict, probe};
 use crate::machine::boot::BootSource;
 use crate::machine::{CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialLine, chipset};
-use crate::vhost::{DeviceFactory, FactoryError, FactoryParts, runtime_dir};
+use crate::vhost::{DeviceFactory, FactoryError, FactoryParts};
 
 /// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
 const DETERMINISTIC_NS_PER_1000: u32 = 1000;
@@ -79,7 +80,12 @@ impl Plan {
     ///
     /// # Errors
     /// When something cannot be opened, or is not there.
-    pub(super) fn open(config: &VmConfig, household: &Arc<Household>, story: &Story) -> Result<Self, VmError> {
+    pub(super) fn open(
+        config: &VmConfig,
+        home: &Home,
+        household: &Arc<Household>,
+        story: &Story,
+    ) -> Result<Self, VmError> {
         let payload = &config.payload;
         let kernel = payload.kernel.clone().ok_or(crate::config::ConfigError::NoKernel)?;
         let (cpu, choice) = choose_cpu(&config.platform);
@@ -109,8 +115,8 @@ impl Plan {
             factory: DeviceFactory::new(FactoryParts {
                 household: Arc::clone(household),
                 backend_dir: config.platform.backend_dir.clone(),
-                runtime_dir: runtime_dir(),
-                vm: "atoll".into(),
+                runtime_dir: home.runtime_dir.clone(),
+                vm: home.name.clone(),
                 story: story.clone(),
             }),
         })

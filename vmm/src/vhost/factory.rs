@@ -101,15 +101,6 @@ impl FactoryError {
     }
 }
 
-/// The user's run-time folder, where sockets are that belong to no single machine: `$XDG_RUNTIME_DIR/atoll`, else one in
-/// the folder for temporary files.
-pub fn runtime_dir() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty()) {
-        Some(dir) => PathBuf::from(dir).join("atoll"),
-        None => std::env::temp_dir().join(format!("atoll-{}", rustix::process::getuid().as_raw())),
-    }
-}
-
 impl DeviceFactory {
     /// A factory for one virtual machine.
     pub fn new(parts: FactoryParts) -> Self {

@@ -37,7 +37,7 @@ pub use device::{
     VhostDevice, VhostFrontend,
 };
 pub use error::{ConversationError, Step};
-pub use factory::{DeviceFactory, FactoryError, FactoryParts, runtime_dir};
+pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use features::{feature_names, offerable, protocol_feature_names};
 pub use kinds::{ConsoleError, DiskError, NetError, switch_socket};
 pub use patience::{Ending, Patience};

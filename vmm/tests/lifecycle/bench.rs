@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use atoll_vmm::actor::RealClock;
 use atoll_vmm::backend::Household;
 use atoll_vmm::config::{ConsoleConfig, ConsoleMode, CpuChoice, MemoryConfig, PayloadConfig, PlatformConfig, VmConfig};
-use atoll_vmm::lifecycle::{Controller, Ended, Heard, Settings, Story, Subscription, VmControl, VmmEnd};
+use atoll_vmm::lifecycle::{Controller, Ended, Heard, Home, Settings, Story, Subscription, VmControl, VmmEnd};
 use iced_x86::code_asm::{CodeAssembler, dword_ptr, eax, ebx};
 
 use super::kernel::{kernel, power_off, print};
@@ -31,9 +31,11 @@ impl Bench {
         let story = Story::default();
         let heard = story.subscribe();
         let household = Arc::new(Household::new(Arc::new(RealClock::new())).unwrap());
-        let settings = Settings { story, household: Arc::clone(&household) };
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home { name: "bench".into(), runtime_dir: folder.path().into() };
+        let settings = Settings { home, story, household: Arc::clone(&household) };
         let (control, ended) = Controller::start(settings).unwrap();
-        let bench = Self { control, ended: Some(ended), story: heard, household, folder: tempfile::tempdir().unwrap() };
+        let bench = Self { control, ended: Some(ended), story: heard, household, folder };
         assert_eq!(bench.event(), "vmm starting");
         bench
     }

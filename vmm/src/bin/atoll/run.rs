@@ -7,7 +7,7 @@ use atoll_vmm::actor::RealClock;
 use atoll_vmm::api::{Api, ApiServer, EventMonitor, ListenAt, own_inherited};
 use atoll_vmm::backend::Household;
 use atoll_vmm::config::{ConsoleMode, VmConfig};
-use atoll_vmm::lifecycle::{Controller, Settings, Story, VmControl, VmError, VmmEnd};
+use atoll_vmm::lifecycle::{Controller, Home, Settings, Story, VmControl, VmError, VmmEnd};
 use atoll_vmm::machine::{MachineEnd, StopCause};
 use atoll_vmm::rundir::{API_SOCKET, RunDir, RunRoot};
 
@@ -106,17 +106,24 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     described.settle(folder.path())?;
     signals::block()?;
     let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(failed)?);
-    let ended = watched(args, &described, &folder, &household);
+    let ended = watched(args, &described, &root, &folder, &household);
     household.shutdown(BACKEND_GRACE);
     ended
 }
 
-fn watched(args: &RunArgs, described: &Described, folder: &RunDir, household: &Arc<Household>) -> Result<u8, RunError> {
+fn watched(
+    args: &RunArgs,
+    described: &Described,
+    root: &RunRoot,
+    folder: &RunDir,
+    household: &Arc<Household>,
+) -> Result<u8, RunError> {
     let story = Story::default();
     let registry = household.metrics().clone();
     let metrics = Arc::new(move || registry.prometheus());
     // Before the controller, so that the monitor hears of its start.
-    let settings = Settings { story: story.clone(), household: Arc::clone(household) };
+    let home = Home { name: folder.name().into(), runtime_dir: root.path().into() };
+    let settings = Settings { home, story: story.clone(), household: Arc::clone(household) };
     let (controller, ended) = Controller::start(settings).map_err(failed)?;
     signals::listen(controller.events()).map_err(failed)?;
     let control: Arc<dyn VmControl> = Arc::clone(&controller) as _;

@@ -150,7 +150,7 @@ pub(in crate::vhost) struct Net {
 
 /// Where the switch of this name listens, in a user's run-time folder. A name with a slash is a path.
 pub fn switch_socket(runtime_dir: &Path, name: &str) -> PathBuf {
-    if name.contains('/') { PathBuf::from(name) } else { runtime_dir.join(format!("switch-{name}.sock")) }
+    if name.contains('/') { PathBuf::from(name) } else { runtime_dir.join("switches").join(format!("{name}.sock")) }
 }
 
 impl Net {
