@@ -27,6 +27,8 @@ const QUICK: Duration = Duration::from_secs(5);
 const DEVICES: Duration = Duration::from_secs(60);
 /// Building a machine waits for each of its device processes.
 const BUILD: Duration = Duration::from_secs(180);
+/// A guest lets a device go in some ten milliseconds; one that is still booting takes as long as it boots.
+const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
 
 /// Who a machine is among the machines of its user.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +47,15 @@ pub struct Settings {
     pub story: Story,
     /// Starts and keeps device processes; shut down by whoever made it, after the end.
     pub household: Arc<Household>,
+    /// How long a guest has to let a device go before the request is withdrawn.
+    pub unplug_limit: Duration,
+}
+
+impl Settings {
+    /// The usual ones.
+    pub fn new(home: Home, story: Story, household: Arc<Household>) -> Self {
+        Self { home, story, household, unplug_limit: UNPLUG_LIMIT }
+    }
 }
 
 /// How it all ended.

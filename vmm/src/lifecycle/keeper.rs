@@ -15,11 +15,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use atoll_devices::PowerEvent;
 
-use super::control::Plugged;
 use super::controller::{Home, Settings, VmmEnd};
 use super::error::{ErrorKind, VmError};
 use super::mailbox::{Event, Mail, Mailbox, Post};
@@ -31,7 +30,7 @@ use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{
     EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseFigures, PauseLimits, Rebuilt,
-    UnplugEvent, failure,
+    failure,
 };
 
 /// What is known without asking the thread.
@@ -56,7 +55,7 @@ pub(super) struct Live {
 }
 
 /// What there is. Each state holds exactly what exists in it.
-enum State {
+pub(super) enum State {
     /// No configuration.
     Empty,
     /// A configuration that has never been booted.
@@ -78,7 +77,7 @@ fn wrong(text: &str) -> VmError {
     VmError::new(ErrorKind::WrongState, text)
 }
 
-fn failed(error: impl std::fmt::Display) -> VmError {
+pub(super) fn failed(error: impl std::fmt::Display) -> VmError {
     VmError::new(ErrorKind::Failed, error)
 }
 
@@ -110,14 +109,14 @@ impl State {
             Self::Shutdown(_) => Some(VmState::Shutdown),
         }
     }
-    fn live(&self) -> Option<&Live> {
+    pub(super) fn live(&self) -> Option<&Live> {
         match self {
             Self::Running(_, live) | Self::Paused(_, live) => Some(live),
             Self::Empty | Self::Created(_) | Self::Shutdown(_) => None,
         }
     }
     /// Why there is no running machine, and what to do about it.
-    fn not_running(&self) -> VmError {
+    pub(super) fn not_running(&self) -> VmError {
         match self {
             Self::Empty => no_machine(),
             Self::Created(_) => wrong("the machine has not been booted; boot it with vm.boot"),
@@ -130,12 +129,13 @@ impl State {
 
 /// The thread's own state.
 pub(super) struct Keeper {
-    story: Story,
+    pub(super) story: Story,
     home: Home,
     pub(super) household: Arc<Household>,
     pub(super) mailbox: Arc<Mailbox>,
     view: Arc<View>,
-    state: State,
+    pub(super) unplug_limit: Duration,
+    pub(super) state: State,
     lives: u64,
     figures: MachineFigures,
     last_pause: Option<PauseFigures>,
@@ -144,7 +144,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) fn new(settings: Settings, mailbox: Arc<Mailbox>, view: Arc<View>) -> Self {
-        let Settings { home, story, household } = settings;
+        let Settings { home, story, household, unplug_limit } = settings;
         story.tell("vmm", "starting", []);
         Self {
             story,
@@ -152,6 +152,7 @@ impl Keeper {
             household,
             mailbox,
             view,
+            unplug_limit,
             state: State::Empty,
             lives: 0,
             figures: MachineFigures::default(),
@@ -191,29 +192,13 @@ impl Keeper {
         self.state.live().and_then(|live| live.machine.unplug_deadline())
     }
 
-    /// Goes on with devices that leave.
-    fn look_after_unplugs(&mut self) {
-        let (State::Running(config, live) | State::Paused(config, live)) = &mut self.state else { return };
-        for event in live.machine.settle() {
-            match event {
-                UnplugEvent::Gone { name, error, .. } => {
-                    roster::remove(config, &name);
-                    let reason = error.map(|error| ("reason", error.to_string()));
-                    self.story.tell("vm", "device-removed", [("id", name)].into_iter().chain(reason));
-                }
-                UnplugEvent::Late { name } => self.story.tell("vm", "device-remains", [("id", name)]),
-            }
-        }
-        self.show();
-    }
-
     /// Sets the state, and shows it.
     fn enter(&mut self, state: State) {
         self.state = state;
         self.show();
     }
 
-    fn show(&self) {
+    pub(super) fn show(&self) {
         let info = self.state.config().zip(self.state.word()).map(|(config, state)| VmInfo {
             config: config.clone(),
             state,
@@ -395,9 +380,14 @@ impl Keeper {
 
     pub(super) fn shutdown(&mut self) -> Result<(), VmError> {
         match self.take() {
-            State::Running(config, mut live) | State::Paused(config, mut live) => {
+            State::Running(mut config, mut live) | State::Paused(mut config, mut live) => {
+                // What was to leave has left: its guest is gone.
+                let left = live.machine.leaving();
                 self.figures.add(&live.machine.stop());
                 drop(live);
+                for id in left {
+                    roster::remove(&mut config, &id);
+                }
                 self.enter(State::Shutdown(config));
                 self.story.tell("vm", "shutdown", []);
                 Ok(())
@@ -441,36 +431,6 @@ impl Keeper {
         }
     }
 
-    pub(super) fn add_device(&mut self, device: DeviceConfig) -> Result<Option<Plugged>, VmError> {
-        match &mut self.state {
-            State::Created(config) | State::Shutdown(config) => {
-                roster::add(config, device)?;
-                self.show();
-                Ok(None)
-            }
-            State::Empty => Err(no_machine()),
-            State::Running(..) | State::Paused(..) => {
-                Err(VmError::new(ErrorKind::Unsupported, "devices cannot be plugged into a machine that has booted"))
-            }
-        }
-    }
-
-    pub(super) fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
-        match &mut self.state {
-            State::Created(config) | State::Shutdown(config) => {
-                if !roster::remove(config, id) {
-                    return Err(no_device(id));
-                }
-                self.show();
-                Ok(())
-            }
-            State::Empty => Err(no_machine()),
-            State::Running(..) | State::Paused(..) => {
-                Err(VmError::new(ErrorKind::Unsupported, "devices cannot be pulled out of a machine that has booted"))
-            }
-        }
-    }
-
     pub(super) fn resize_disk(&mut self, id: &str, bytes: u64) -> Result<(), VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
@@ -484,12 +444,16 @@ impl Keeper {
     pub(super) fn devices(&mut self) -> Result<Vec<DeviceReport>, VmError> {
         let Some(config) = self.state.config() else { return Err(no_machine()) };
         let reports = self.state.live().map(|live| live.machine.reports()).unwrap_or_default();
+        let leaving = self.state.live().map(|live| live.machine.leaving()).unwrap_or_default();
         let mut reports: BTreeMap<_, _> = reports.into_iter().map(|report| (report.id.clone(), report)).collect();
         let idle = |device: &DeviceConfig| DeviceReport {
             id: device.id().unwrap_or_default().to_owned(),
             kind: device.kind(),
             bdf: None,
-            state: DeviceState::Stopped,
+            state: match device.id() {
+                Some(id) if leaving.iter().any(|other| other == id) => DeviceState::Unplugging,
+                _ => DeviceState::Stopped,
+            },
             reason: None,
             generation: 0,
             restarts: 0,
@@ -540,6 +504,6 @@ impl Keeper {
     }
 }
 
-fn no_device(id: &str) -> VmError {
+pub(super) fn no_device(id: &str) -> VmError {
     VmError::new(ErrorKind::NotFound, format!("there is no device named '{id}'; vm.info lists those that there are"))
 }

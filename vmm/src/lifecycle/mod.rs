@@ -11,6 +11,7 @@ mod inspect;
 mod keeper;
 mod mailbox;
 mod plan;
+mod plugging;
 mod report;
 mod roster;
 mod story;

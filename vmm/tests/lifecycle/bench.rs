@@ -33,7 +33,7 @@ impl Bench {
         let household = Arc::new(Household::new(Arc::new(RealClock::new())).unwrap());
         let folder = tempfile::tempdir().unwrap();
         let home = Home { name: "bench".into(), runtime_dir: folder.path().into() };
-        let settings = Settings { home, story, household: Arc::clone(&household) };
+        let settings = Settings::new(home, story, Arc::clone(&household));
         let (control, ended) = Controller::start(settings).unwrap();
         let bench = Self { control, ended: Some(ended), story: heard, household, folder };
         assert_eq!(bench.event(), "vmm starting");

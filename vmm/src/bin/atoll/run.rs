@@ -123,7 +123,7 @@ fn watched(
     let metrics = Arc::new(move || registry.prometheus());
     // Before the controller, so that the monitor hears of its start.
     let home = Home { name: folder.name().into(), runtime_dir: root.path().into() };
-    let settings = Settings { home, story: story.clone(), household: Arc::clone(household) };
+    let settings = Settings::new(home, story.clone(), Arc::clone(household));
     let (controller, ended) = Controller::start(settings).map_err(failed)?;
     signals::listen(controller.events()).map_err(failed)?;
     let control: Arc<dyn VmControl> = Arc::clone(&controller) as _;
