@@ -481,3 +481,46 @@ fn bad_disks_are_named() -> Result<()> {
     drop((holder, listener));
     Ok(())
 }
+
+/// The operator makes the disk larger while its driver runs: the driver is interrupted, sees the new capacity and writes
+/// behind the old end. A successor of the backend shows the new size too. Then the disk is cut; what lies behind the end
+/// fails, and sizes that no disk can have are refused with nothing changed.
+#[test]
+fn a_disk_gets_another_size_under_its_driver() -> Result<()> {
+    let (_folder, path) = image(8 << 20)?;
+    let mut driver = Driver::new(own(&path))?;
+    driver.start()?;
+    driver.run(1, 0)?;
+    let resize = |driver: &mut Driver, bytes: u64| {
+        driver.disk.as_mut().context("a disk")?.life.resize(bytes).map_err(anyhow::Error::from)
+    };
+    let generation = driver.get(21, 1);
+    resize(&mut driver, 16 << 20)?;
+    ensure!(driver.capacity() == (16 << 20) / 512 && driver.get(21, 1) != generation, "the driver sees it");
+    driver.fill(0, 0x77)?;
+    driver.run(1, (16 << 20) / 512 - 8)?;
+    ensure!(std::fs::metadata(&path)?.len() == 16 << 20);
+    for (bytes, why) in [(0, "not zero"), (1000, "multiple of 512")] {
+        let refused = format!("{:#}", resize(&mut driver, bytes).expect_err("no such size"));
+        ensure!(refused.contains(why), "{refused}");
+    }
+    let killed = backend_of(&path)?;
+    processes::signal(killed, Signal::KILL)?;
+    driver.fill(0, 0)?;
+    driver.run(0, (16 << 20) / 512 - 8)?;
+    ensure!(driver.holds(0)? == 0x77 && driver.capacity() == (16 << 20) / 512, "after its backend's death");
+    // While there is no backend at all: the next one brings the news.
+    let killed = backend_of(&path)?;
+    processes::signal(killed, Signal::KILL)?;
+    resize(&mut driver, 4 << 20)?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while driver.capacity() != (4 << 20) / 512 {
+        ensure!(Instant::now() < deadline, "the driver was not told: {} sectors", driver.capacity());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    driver.run(1, (4 << 20) / 512 - 8)?;
+    driver.submit(0, 0, (4 << 20) / 512)?;
+    let beyond = driver.complete(1).expect_err("behind the end").to_string();
+    ensure!(beyond.contains("status 1"), "{beyond}");
+    driver.stop()
+}

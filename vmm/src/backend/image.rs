@@ -5,7 +5,7 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, SeekFrom, fstat, ftruncate, openat, seek};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -37,6 +37,16 @@ pub enum ImageError {
     ReadOnly {
         /// Which.
         path: PathBuf,
+        /// The kernel's error.
+        errno: Errno,
+    },
+    /// Another size is not to be had.
+    #[error("{} cannot have {bytes} bytes: {errno}", .path.display())]
+    Resize {
+        /// Which.
+        path: PathBuf,
+        /// What was asked for.
+        bytes: u64,
         /// The kernel's error.
         errno: Errno,
     },
@@ -106,6 +116,23 @@ impl ImageHandle {
                 errno => ImageError::Open { path, errno },
             }
         })
+    }
+
+    /// Gives a file another size: what is new reads as zeroes and takes no space, what is cut is gone. A block device keeps
+    /// its own. Gives the size that it has afterwards, in bytes.
+    ///
+    /// # Errors
+    /// All of [`ImageError`]; an image that is only read is not resized either.
+    pub fn resize(&self, bytes: u64) -> Result<u64, ImageError> {
+        let failed = |errno| ImageError::Resize { path: self.path.clone(), bytes, errno };
+        let file = self.reopen()?;
+        if self.access == ImageAccess::Read {
+            return Err(failed(Errno::ROFS));
+        }
+        if FileType::from_raw_mode(fstat(&file).map_err(failed)?.st_mode) == FileType::RegularFile {
+            ftruncate(&file, bytes).map_err(failed)?;
+        }
+        seek(&file, SeekFrom::End(0)).map_err(failed)
     }
 
     /// Its path when it was opened, for errors.

@@ -183,8 +183,8 @@ impl DeviceLife for VhostLife {
     fn resume(&mut self) -> Result<(), LifeError> {
         self.device.resume().map_err(|error| self.failed("resume", error))
     }
-    fn resize(&mut self, _bytes: u64) -> Result<(), LifeError> {
-        Err(self.failed("resize", "the device has no size that could be changed"))
+    fn resize(&mut self, bytes: u64) -> Result<(), LifeError> {
+        self.device.resize(bytes).map_err(|error| self.failed("resize", error))
     }
     fn report(&self) -> Option<DeviceReport> {
         let status = self.device.status();

@@ -27,7 +27,7 @@ use super::patience::{Ending, Patience};
 use super::rings::RingPosition;
 use super::session;
 use super::source::{BackendSource, Incarnation, SourceError};
-use super::worker::{Past, Session, SessionParts, Worker};
+use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
 use crate::lifecycle::{QueueReport, Story};
@@ -189,6 +189,10 @@ pub(super) enum Request {
         index: u16,
         answer: SyncSender<Option<u64>>,
     },
+    Resize {
+        bytes: u64,
+        answer: SyncSender<Result<(), ResizeError>>,
+    },
     /// The gate has been closed: bring the rings back.
     Pause,
     /// The gate is open again.
@@ -208,7 +212,7 @@ pub(super) enum Request {
 impl Request {
     /// Whether it must be heard whatever the guest does.
     fn is_urgent(&self) -> bool {
-        matches!(self, Self::Pause | Self::Resume { .. } | Self::Leave { .. } | Self::Stop { .. })
+        matches!(self, Self::Resize { .. } | Self::Pause | Self::Resume { .. } | Self::Leave { .. } | Self::Stop { .. })
     }
 }
 
@@ -444,6 +448,18 @@ impl VhostDevice {
         let (answer, result) = sync_channel(1);
         self.shared.send(Request::CountCalls { index, answer }).then_some(())?;
         result.recv().ok().flatten()
+    }
+    /// Changes the size of a disk that is ours, in bytes, and tells the guest. While the device is paused the guest is told
+    /// when it goes on, without a backend when there is the next one.
+    ///
+    /// # Errors
+    /// All of [`ResizeError`]; the guest then sees the size that it saw before.
+    pub fn resize(&self, bytes: u64) -> Result<(), ResizeError> {
+        let (answer, result) = sync_channel(1);
+        if !self.shared.send(Request::Resize { bytes, answer }) {
+            return Err(ResizeError::Stopped);
+        }
+        result.recv().unwrap_or(Err(ResizeError::Stopped))
     }
     /// Its queues, as the driver set them up; how much is in flight is read from the rings.
     pub fn queues(&self) -> Vec<QueueReport> {

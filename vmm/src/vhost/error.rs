@@ -8,7 +8,10 @@ use thiserror::Error;
 
 /// One step of a conversation; ring steps carry the ring's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "each is the message of that name in the vhost-user specification")]
+#[allow(
+    missing_docs,
+    reason = "each is the message of that name in the vhost-user specification, or a word of the sidecar"
+)]
 pub enum Step {
     Connect,
     Idle,
@@ -32,6 +35,7 @@ pub enum Step {
     SetVringKick(u16),
     SetVringEnable(u16),
     GetVringBase(u16),
+    Measure,
     BackendRequest,
 }
 
@@ -61,6 +65,7 @@ impl fmt::Display for Step {
             Self::SetVringKick(ring) => ("SET_VRING_KICK", Some(ring)),
             Self::SetVringEnable(ring) => ("SET_VRING_ENABLE", Some(ring)),
             Self::GetVringBase(ring) => ("GET_VRING_BASE", Some(ring)),
+            Self::Measure => ("the measuring of its image", None),
         };
         match ring {
             Some(ring) => write!(f, "{name} of ring {ring}"),

@@ -44,3 +44,4 @@ pub use patience::{Ending, Patience};
 pub use session::Capabilities;
 pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};
 pub use spawned::{MakeDescriptors, SpawnedBackend};
+pub use worker::ResizeError;

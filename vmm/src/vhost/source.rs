@@ -10,6 +10,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
 use super::patience::Patience;
+use super::worker::ResizeError;
 
 /// No backend could be reached. Whether it is worth trying again is for the one who asked to judge: at the machine's
 /// start it is not, in a recovery it is.
@@ -59,6 +60,11 @@ pub trait BackendProcess: Send {
     fn ended(&self) -> BorrowedFd<'_>;
     /// Kills it, if it still lives, and waits for its end by `deadline`. Says how it ended, in words.
     fn kill(&mut self, deadline: Instant) -> String;
+    /// Has it look what size its device has now, in bytes.
+    ///
+    /// # Errors
+    /// In words, when it does not say so while `patience` lasts.
+    fn measure(&mut self, patience: &mut Patience) -> Result<u64, String>;
     /// Asks it to end; kills it at `deadline`. Says how it ended, in words.
     fn finish(&mut self, deadline: Instant) -> String;
 }
@@ -72,6 +78,13 @@ pub trait BackendSource: Send {
     fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError>;
     /// How to name it in a log.
     fn describe(&self) -> String;
+    /// Changes the size of what the backends serve; gives the size that it has afterwards.
+    ///
+    /// # Errors
+    /// When it is not ours, or cannot be changed.
+    fn resize(&mut self, _bytes: u64) -> Result<u64, ResizeError> {
+        Err(ResizeError::NotOurs)
+    }
 }
 
 /// How many slices of patience a socket is worth at which nobody listens.

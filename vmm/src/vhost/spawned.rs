@@ -4,11 +4,11 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
+use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarFeatures, SidecarOrder};
 use atoll_protocol::{DeviceId, Generation};
 
 use super::patience::Patience;
@@ -46,6 +46,20 @@ pub struct SpawnedBackend {
 struct Ears {
     name: String,
     events: SyncSender<EventKind>,
+    measured: Arc<Measured>,
+}
+
+/// The last size that the process has told.
+#[derive(Default)]
+struct Measured {
+    bytes: Mutex<Option<u64>>,
+    told: Condvar,
+}
+
+impl Measured {
+    fn lock(&self) -> MutexGuard<'_, Option<u64>> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl EventSink for Ears {
@@ -56,9 +70,12 @@ impl EventSink for Ears {
                 tracing::warn!(device = self.name, ?queue, "the backend makes no progress");
                 return Offer::Taken;
             }
-            EventKind::Progress { .. } | EventKind::Quiesced | EventKind::Pong { .. } | EventKind::Measured { .. } => {
+            EventKind::Measured { bytes } => {
+                *self.measured.lock() = Some(bytes);
+                self.measured.told.notify_all();
                 return Offer::Taken;
             }
+            EventKind::Progress { .. } | EventKind::Quiesced | EventKind::Pong { .. } => return Offer::Taken,
         }
         match self.events.try_send(event.kind.clone()) {
             Ok(()) => Offer::Taken,
@@ -96,14 +113,21 @@ impl BackendSource for SpawnedBackend {
             limits: WatchLimits::default(),
         };
         let (events, heard) = sync_channel(4);
-        let ears = Ears { name: self.name.clone(), events };
+        let measured = Arc::<Measured>::default();
+        let ears = Ears { name: self.name.clone(), events, measured: Arc::clone(&measured) };
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
-        let mut process = ChildProcess { child, events: heard, end: None };
+        let mut process =
+            ChildProcess { child, events: heard, end: None, measured, features: SidecarFeatures::default() };
         // The spawner has deadlines of its own for hello and ready; ours is for a spawner that does not keep up.
         while let Some(slice) = patience.slice() {
             match process.events.recv_timeout(slice) {
                 Ok(EventKind::Exited(exit)) => return Err(failed(is_hopeless(&exit), Box::new(exit))),
-                Ok(_) => return Ok(Incarnation { socket, process: Some(Box::new(process)) }),
+                Ok(event) => {
+                    if let EventKind::Ready { features } = event {
+                        process.features = features;
+                    }
+                    return Ok(Incarnation { socket, process: Some(Box::new(process)) });
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
@@ -123,6 +147,8 @@ struct ChildProcess {
     child: Child,
     events: Receiver<EventKind>,
     end: Option<String>,
+    measured: Arc<Measured>,
+    features: SidecarFeatures,
 }
 
 impl ChildProcess {
@@ -149,6 +175,21 @@ impl BackendProcess for ChildProcess {
     fn kill(&mut self, deadline: Instant) -> String {
         self.child.kill();
         self.await_end(deadline)
+    }
+    fn measure(&mut self, patience: &mut Patience) -> Result<u64, String> {
+        if !self.features.contains(SidecarFeatures::MEASURE) {
+            return Err("it cannot look at the size of its device while it runs".into());
+        }
+        *self.measured.lock() = None;
+        self.child.order(&SidecarOrder::Measure).map_err(|error| error.to_string())?;
+        let mut bytes = self.measured.lock();
+        loop {
+            if let Some(bytes) = bytes.take() {
+                return Ok(bytes);
+            }
+            let slice = patience.slice().ok_or("it does not say what size its device has")?;
+            bytes = self.measured.told.wait_timeout(bytes, slice).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
     fn finish(&mut self, deadline: Instant) -> String {
         let left = deadline.saturating_duration_since(Instant::now());

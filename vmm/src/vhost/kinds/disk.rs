@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::BLOCK;
@@ -15,8 +16,10 @@ use crate::config::DiskConfig;
 use crate::vhost::class::{ConfigWish, DeviceClass};
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::features::BLK_MQ;
+use crate::vhost::patience::Patience;
 use crate::vhost::session::Capabilities;
-use crate::vhost::source::{BackendSource, ExternalSocket};
+use crate::vhost::source::{BackendSource, ExternalSocket, Incarnation, SourceError};
+use crate::vhost::worker::ResizeError;
 
 /// Bytes of a virtio sector (virtio 1.2, 5.2.4).
 const SECTOR: u64 = 512;
@@ -129,9 +132,30 @@ impl Kind for Disk {
         let path = self.0.path.as_ref().ok_or(DiskError::NoBacking)?;
         let access = if self.0.readonly { ImageAccess::Read } else { ImageAccess::Write };
         let image = open_image(path, access)?;
+        let image = Arc::new(image);
+        let opened = Arc::clone(&image);
         // Opened anew for each incarnation, so that a lock falls with it.
-        let descriptors = move || Ok(vec![PassedFd { flag: "--fd".into(), fd: image.reopen()? }]);
-        host.process("atoll-blk", self.sidecar(), self.arguments(), Box::new(descriptors))
+        let descriptors = move || Ok(vec![PassedFd { flag: "--fd".into(), fd: opened.reopen()? }]);
+        let backends = host.process("atoll-blk", self.sidecar(), self.arguments(), Box::new(descriptors))?;
+        Ok(Box::new(ImageBackends { image, backends }))
+    }
+}
+
+/// Backends of an image that is ours, so that its size can be changed.
+struct ImageBackends {
+    image: Arc<ImageHandle>,
+    backends: Box<dyn BackendSource>,
+}
+
+impl BackendSource for ImageBackends {
+    fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
+        self.backends.connect(generation, patience)
+    }
+    fn describe(&self) -> String {
+        self.backends.describe()
+    }
+    fn resize(&mut self, bytes: u64) -> Result<u64, ResizeError> {
+        Ok(self.image.resize(bytes)?)
     }
 }
 

@@ -17,6 +17,7 @@
 mod config;
 mod link;
 mod recovery;
+mod resize;
 mod rings;
 
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 pub(super) use link::{Link, Session, SessionParts};
+pub use resize::ResizeError;
 
 use super::backoff::Backoff;
 use super::call::{CallPath, Transport};
@@ -52,13 +54,15 @@ pub(super) struct Past {
     inflight: Option<Arc<InflightRegion>>,
     backoff: Backoff,
     generation: u64,
+    /// Sectors that the operator gave it last, if he did: what a successor shows then is no surprise.
+    capacity: Option<u64>,
 }
 
 impl Past {
     /// The past of a new device.
     pub(super) fn new(session: Box<Session>, shown: DeviceOffer) -> Self {
         let (protocol, link) = (session.protocol(), Link::Up(session));
-        Self { shown, protocol, link, inflight: None, backoff: Backoff::default(), generation: 1 }
+        Self { shown, protocol, link, inflight: None, backoff: Backoff::default(), generation: 1, capacity: None }
     }
 }
 
@@ -125,6 +129,9 @@ impl Worker {
                     }
                     Request::CountCalls { index, answer } => {
                         let _ = answer.send(self.call_mut(index).and_then(|(call, _)| call.count()));
+                    }
+                    Request::Resize { bytes, answer } => {
+                        let _ = answer.send(self.resize(bytes));
                     }
                     Request::Pause => self.pause(),
                     Request::Resume { answer } => {

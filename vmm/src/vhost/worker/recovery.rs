@@ -101,7 +101,9 @@ impl Worker {
         }
         // What a device may change while its driver runs, it may have changed meanwhile; not what the guest's data is in.
         let block = shown.device_type == device_class::BLOCK;
-        let may_differ = if block { 0..0 } else { changeable(shown.device_type) };
+        // The capacity that the operator gave it is the exception.
+        let given = self.past.capacity.is_some_and(|sectors| offer.config.starts_with(&sectors.to_le_bytes()));
+        let may_differ = if block && !given { 0..0 } else { changeable(shown.device_type) };
         // A backend that lived on behind its socket may still have what the driver wrote.
         let known = shown.config.iter().zip(&self.config);
         let differing =
