@@ -3,5 +3,6 @@
 mod ends;
 mod kernel;
 mod mistakes;
+mod operate;
 mod process;
 mod terminal;

@@ -7,7 +7,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::kernel::{kernel, power_off};
-use super::process::{command, outcome, run};
+use super::operate::User;
+use super::process::{Running, command, outcome, run};
 
 /// Runs, expects failure with status `status`, and looks for each of `words` in the only line.
 fn check(command: Command, status: i32, words: &[&str]) {
@@ -130,6 +131,47 @@ fn options_that_are_none() {
     let mut kernelless = command();
     kernelless.args(["run", "--memory", "size=32M"]);
     check(kernelless, 2, &["--kernel"]);
+}
+
+/// A name, a socket or an id that somebody has already, and those that cannot be.
+#[test]
+fn names_and_sockets_that_are_taken() {
+    let user = User::new();
+    let running = Running::start(user.run(&["--name", "web", "--serial", "socket"]));
+    let socket = user.folder.path().join("atoll/web/console.sock");
+    while !socket.exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    check(user.run(&["--name", "web"]), 1, &["'web' runs already", &format!("pid {}", running.pid()), "--name"]);
+    check(user.run(&["--name", "a/b"]), 1, &["'a/b' is no name"]);
+    let taken = format!("socket={}", socket.display());
+    check(user.run(&["--serial", &taken]), 1, &["console.sock", "taken"]);
+    check(user.run(&["--api-socket", socket.to_str().unwrap()]), 1, &["console.sock", "taken"]);
+    let long = format!("/tmp/{}", "x".repeat(120));
+    check(user.run(&["--serial", &format!("socket={long}")]), 2, &["107", "shorter"]);
+    check(user.run(&["--api-socket", &long]), 1, &["107", "shorter"]);
+    check(user.run(&["--api-socket", "fd=77"]), 1, &["77", "not open"]);
+    check(user.run(&["--disk", "path=a,id=x", "path=b,id=x"]), 2, &["two devices have the id 'x'"]);
+    check(user.run(&["--net", "fd=[77]"]), 2, &["--net fd=77", "no such descriptor"]);
+    check(user.run(&["--firmware", "x"]), 2, &["--firmware", "not supported", "--kernel"]);
+    let rundirs = std::fs::read_dir(user.folder.path().join("atoll")).unwrap();
+    let machines = rundirs.filter(|entry| entry.as_ref().unwrap().path().is_dir()).count();
+    assert_eq!(machines, 1, "a mistake has left a folder");
+}
+
+#[test]
+fn files_that_say_nonsense() {
+    let user = User::new();
+    let file = user.folder.path().join("vm.toml");
+    let with = |text: &str| {
+        fs::write(&file, text).unwrap();
+        user.run(&["--config", file.to_str().unwrap()])
+    };
+    check(with("\n[[disks]]\npath = \"a\"\ncolour = \"red\"\n"), 2, &["vm.toml, line 4", "'disks.0.colour'"]);
+    check(with("[payload\n"), 2, &["vm.toml, line 1"]);
+    check(with("memory.size = \"much\"\n"), 2, &["line 1", "number of bytes"]);
+    check(with("[[net]]\nuser = true\ntap = \"tap0\"\n"), 2, &["net", "exclude each other"]);
+    check(user.run(&["--config", "/missing.toml"]), 2, &["/missing.toml", "TOML"]);
 }
 
 #[test]

@@ -190,9 +190,9 @@ fn on_screen(frame: &str, columns: usize, rows: usize) -> String {
     let mut text = String::from("\x1b[H");
     for line in frame.lines().take(rows.saturating_sub(2)) {
         text.extend(line.chars().take(columns));
-        text.push_str("\x1b[K\r\n");
+        text.push_str("\x1b[K\n");
     }
-    text.push_str("\x1b[K\r\nq ends\x1b[K\x1b[J");
+    text.push_str("\x1b[K\nq ends\x1b[K\x1b[J");
     text
 }
 
