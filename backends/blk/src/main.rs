@@ -145,7 +145,7 @@ fn start(cli: &Cli) -> Result<()> {
         reports.goodbye(GoodbyeReason::Config(e.to_string()));
     }
     let (disk, transport, fence) = prepared?;
-    let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised, ioctls: &[] });
+    let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised, ..Jail::default() });
     let stats = cli.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
     serve::run(disk, Service { transport, sidecar, fence, jail, stats })?;
     Ok(())

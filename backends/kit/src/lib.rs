@@ -35,6 +35,7 @@ pub mod limit;
 pub mod logging;
 pub mod memory;
 pub mod meter;
+pub mod program;
 mod queue_thread;
 pub mod ring;
 pub mod serve;

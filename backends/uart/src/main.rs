@@ -100,7 +100,7 @@ fn start(options: &Options) -> anyhow::Result<()> {
 fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>) -> anyhow::Result<()> {
     let bus = FrameSocket::new(inherited("--bus-fd", options.bus_fd)?);
     let line = line(&options.output, reports)?;
-    let jail = (!options.no_jail).then(|| Jail { socket: None, supervised: sidecar.is_some(), ioctls: &[] });
+    let jail = (!options.no_jail).then(|| Jail { socket: None, supervised: sidecar.is_some(), ..Jail::default() });
     if let Some(jail) = &jail {
         jail.confine()?;
     }

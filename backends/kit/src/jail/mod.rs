@@ -84,6 +84,8 @@ pub struct Jail {
     pub supervised: bool,
     /// Requests of `ioctl` that the device needs while it serves, on what is open by then.
     pub ioctls: &'static [u64],
+    /// The device takes connections on a listening socket of its own.
+    pub accepts: bool,
 }
 
 impl Jail {
@@ -102,6 +104,6 @@ impl Jail {
 
     /// Third step: all threads exist.
     pub fn lock(&self) -> Result<(), JailError> {
-        syscalls::restrict(self.socket.is_some(), self.ioctls)
+        syscalls::restrict(self.socket.is_some(), self.accepts, self.ioctls)
     }
 }

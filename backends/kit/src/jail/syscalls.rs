@@ -73,11 +73,14 @@ const ALLOWED: &[i64] = &[
 const ALLOWED_LISTENING: &[i64] = &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat];
 
 /// Restricts all threads. A call that is not allowed ends the process.
-pub(super) fn restrict(listens: bool, ioctls: &[u64]) -> Result<(), JailError> {
+pub(super) fn restrict(listens: bool, accepts: bool, ioctls: &[u64]) -> Result<(), JailError> {
     let failed = |e: &dyn std::fmt::Display| JailError::Seccomp(e.to_string());
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     if listens {
         rules.extend(ALLOWED_LISTENING.iter().map(|call| (*call, Vec::new())));
+    }
+    if accepts {
+        rules.insert(libc::SYS_accept4, Vec::new());
     }
     // Memory never becomes code.
     let not_code = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)

@@ -1,6 +1,9 @@
 //! The front end against backends that do everything right, and everything wrong.
 
+mod by_hand;
 mod fake;
+mod offers;
+mod pauses;
 
 use std::future::Future;
 use std::io::{Read, Write};

@@ -1,0 +1,132 @@
+//! The program around a device: what every device process does between its first line and [`serve::run`](crate::serve::run).
+//!
+//! A device says what it is called, which descriptors its own options name and how to open itself; the options that all have, the order
+//! of the jail's steps, the supervisor's channel and the one line that says why the process ends are here.
+
+use std::error::Error;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
+use clap::{Args, Parser};
+
+use crate::device::Device;
+use crate::fence::Fence;
+use crate::jail::{self, Jail};
+use crate::serve::{self, Listening, Service, Transport};
+use crate::sidecar::Sidecar;
+use crate::{logging, signals};
+
+/// Why a device process cannot begin; the text names the thing and the remedy.
+pub type StartError = Box<dyn Error + Send + Sync>;
+
+/// The options of every device process.
+#[derive(Debug, Args)]
+#[group(id = "transport", required = true, args = ["socket", "vhost_fd"])]
+pub struct ServeArgs {
+    /// Listen on this UNIX socket and serve one front end after another
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Serve the front end on this inherited, connected socket, and end with it
+    #[arg(long, value_name = "N", conflicts_with = "socket")]
+    pub vhost_fd: Option<RawFd>,
+    /// The supervisor's channel as an inherited descriptor
+    #[arg(long, value_name = "N")]
+    pub sidecar_fd: Option<RawFd>,
+    /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
+    #[arg(long, value_name = "N")]
+    pub stats_fd: Option<RawFd>,
+    /// Serve without a jail (for debuggers and tracers)
+    #[arg(long)]
+    pub no_jail: bool,
+}
+
+/// A device that is a process.
+pub trait Program: Parser {
+    /// Its device.
+    type Device: Device;
+    /// Its name on the command line.
+    const NAME: &'static str;
+
+    /// What it says to its supervisor that it serves.
+    fn class(&self) -> DeviceClass;
+    /// The options that all have.
+    fn serve_args(&self) -> &ServeArgs;
+    /// The descriptors that its own options name.
+    fn descriptors(&self) -> Vec<RawFd>;
+    /// It takes connections on a socket of its own.
+    fn accepts(&self) -> bool {
+        false
+    }
+    /// Opens what it serves, and says how to know that a predecessor's I/O on it is over.
+    ///
+    /// # Errors
+    /// When it cannot be served.
+    fn open(&self) -> Result<(Self::Device, Box<dyn Fence>), StartError>;
+}
+
+/// Runs a device process to its end; the exit status is 2 for a mistake on the command line.
+pub fn main<P: Program>() -> ExitCode {
+    let program = match P::try_parse() {
+        Ok(program) => program,
+        Err(error) => return usage(P::NAME, &error),
+    };
+    signals::hold();
+    match start(&program) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(P::NAME, &error.to_string());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What clap has to say: help and version as they are, mistakes in one line.
+fn usage(name: &str, error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // With standard output gone there is nobody left to tell.
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.render().to_string();
+    let first: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+    report(name, &format!("{}; see {name} --help", first.join(" ").trim_start_matches("error: ")));
+    ExitCode::from(2)
+}
+
+#[allow(clippy::print_stderr, reason = "the one line that says why the program ends")]
+fn report(name: &str, line: &str) {
+    eprintln!("{name}: {line}");
+}
+
+fn start<P: Program>(program: &P) -> Result<(), StartError> {
+    let args = program.serve_args();
+    let supervised = args.sidecar_fd.is_some();
+    let common = [args.vhost_fd, args.sidecar_fd, args.stats_fd].into_iter().flatten();
+    let keep: Vec<RawFd> = common.chain(program.descriptors()).collect();
+    jail::begin(&keep, supervised)?;
+    let hello = |fd| -> Result<Sidecar, StartError> {
+        Ok(Sidecar::hello(serve::inherited("--sidecar-fd", fd)?, program.class())?)
+    };
+    let sidecar = args.sidecar_fd.map(hello).transpose()?;
+    let reports = sidecar.as_ref().map(|sidecar| sidecar.reports().clone());
+    logging::start(reports.clone());
+    let prepared = program.open().and_then(|opened| Ok((opened, transport(args)?)));
+    if let (Err(error), Some(reports)) = (&prepared, &reports) {
+        reports.goodbye(GoodbyeReason::Config(error.to_string()));
+    }
+    let ((device, fence), transport) = prepared?;
+    let jail = Jail { socket: args.socket.clone(), supervised, accepts: program.accepts(), ..Jail::default() };
+    let jail = (!args.no_jail).then_some(jail);
+    let stats = args.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
+    Ok(serve::run(device, Service { transport, sidecar, fence, jail, stats })?)
+}
+
+fn transport(args: &ServeArgs) -> Result<Transport, StartError> {
+    match (&args.socket, args.vhost_fd) {
+        (Some(path), _) => Ok(Transport::Listen(Listening::bind(path)?)),
+        (None, Some(fd)) => Ok(Transport::Connected(serve::inherited("--vhost-fd", fd)?.into())),
+        (None, None) => Err("say where the front end is: --socket or --vhost-fd".into()),
+    }
+}
