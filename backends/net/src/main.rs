@@ -88,7 +88,8 @@ fn start(options: &Options) -> Result<()> {
     }
     let (cards, transport) = prepared?;
     let ioctls: &[u64] = if matches!(cards, Cards::Tap(_)) { tap_device::IOCTLS } else { &[] };
-    let jail = (!options.no_jail).then(|| Jail { socket: options.socket.clone(), supervised, ioctls });
+    let jail =
+        (!options.no_jail).then(|| Jail { socket: options.socket.clone(), supervised, ioctls, ..Jail::default() });
     // Frames that are under way die with the process that holds them: there is nothing to wait for.
     let stats = options.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
     let service = Service { transport, sidecar, fence: Box::new(NoFence), jail, stats };

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -77,9 +78,17 @@ pub enum NetError {
         /// How many are needed.
         pairs: u16,
     },
-    /// What the host's side of a TAP would need.
-    #[error("{0} is not supported: set it on the TAP itself, as in `ip addr add 192.168.249.1/24 dev TAP`")]
+    /// The host's end of what has none.
+    #[error("{0} is for the host's end of a TAP that is given by name: leave it out, or give tap=NAME")]
     HostSide(&'static str),
+    /// Not an IPv4 address.
+    #[error("{key}={value} is no IPv4 address; write for example 192.168.249.1")]
+    Address {
+        /// Which.
+        key: &'static str,
+        /// What was given.
+        value: String,
+    },
     /// User mode.
     #[error("user=on is not supported yet: use tap, switch or vhost_user")]
     User,
@@ -164,10 +173,6 @@ impl Net {
         if let Some(mtu) = config.mtu.filter(|mtu| *mtu < MTU_MIN) {
             return Err(NetError::Mtu(mtu));
         }
-        let host_side = [(&config.ip, "ip"), (&config.mask, "mask"), (&config.host_mac, "host_mac")];
-        if let Some((_, key)) = host_side.into_iter().find(|(value, _)| value.is_some()) {
-            return Err(NetError::HostSide(key));
-        }
         let mac = match &config.mac {
             Some(text) => text.parse()?,
             None => Mac::made_up(vm, id),
@@ -189,6 +194,19 @@ impl Net {
             let made_up = || format!("atoll{:08x}", hash([vm, id]) as u32);
             Way::Tap(config.tap.clone().unwrap_or_else(made_up))
         };
+        if !matches!(way, Way::Tap(_)) {
+            let host_side = [(&config.ip, "ip"), (&config.mask, "mask"), (&config.host_mac, "host_mac")];
+            if let Some((_, key)) = host_side.into_iter().find(|(value, _)| value.is_some()) {
+                return Err(NetError::HostSide(key));
+            }
+        }
+        let numbers = [(&config.ip, "ip"), (&config.mask, "mask")];
+        for (value, key) in numbers.into_iter().filter_map(|(value, key)| Some((value.as_ref()?, key))) {
+            value.parse::<Ipv4Addr>().map_err(|_| NetError::Address { key, value: value.clone() })?;
+        }
+        if let Some(text) = &config.host_mac {
+            text.parse::<Mac>()?;
+        }
         Ok(Self { way, mac, pairs, config: config.clone() })
     }
 
@@ -239,6 +257,13 @@ impl Kind for Net {
             Way::Switch(socket) | Way::Foreign(socket) => return Ok(Box::new(ExternalSocket::new(socket))),
             Way::Tap(name) => {
                 args.extend(["--tap".into(), name.into()]);
+                let host_end = [("--host-ip", &self.config.ip), ("--host-mac", &self.config.host_mac)];
+                // A mask without an address says nothing.
+                let mask = ("--host-mask", &self.config.mask);
+                let mask = self.config.ip.is_some().then_some(mask);
+                for (flag, value) in host_end.into_iter().chain(mask) {
+                    args.extend(value.iter().flat_map(|value| [flag.into(), value.into()]));
+                }
                 Vec::new()
             }
             Way::Descriptors(descriptors) => descriptors.clone(),

@@ -25,7 +25,6 @@ pub(super) const SET_FEATURES: u32 = 2;
 pub(super) const SET_VRING_NUM: u32 = 8;
 pub(super) const SET_VRING_BASE: u32 = 10;
 pub(super) const GET_VRING_BASE: u32 = 11;
-pub(super) const SET_CONFIG: u32 = 25;
 
 /// What it is like.
 #[derive(Clone)]

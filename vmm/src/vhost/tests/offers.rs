@@ -151,6 +151,8 @@ fn impossible_devices_are_refused() {
         (net(|words| words.mtu = Some(60)), "mtu=60"),
         (net(|words| words.queue_size = Some(100)), "a queue of 100"),
         (net(|words| words.fds = Some(vec![3])), "0 TAP descriptors came for 1 queue pairs"),
+        (net(|words| words.ip = Some("1.2.3".into())), "ip=1.2.3 is no IPv4 address"),
+        (net(|words| (words.ip, words.switch) = (Some("1.2.3.4".into()), Some("a".into()))), "host's end of a TAP"),
         (generic(64, &[8]), "device_type=64"),
         (generic(0, &[8]), "device_type=0"),
         (generic(4, &[3]), "a queue of 3"),
@@ -171,7 +173,7 @@ fn impossible_devices_are_refused() {
     for (config, expected) in [
         (vsock(3), "vhost_user=true"),
         (console(ConsoleMode::Tty), "--serial"),
-        (net(|words| words.ip = Some("1.2.3.4".into())), "ip addr"),
+        (net(|words| words.user = true), "user=on"),
     ] {
         let Err(error) = factory.builder(&config) else { panic!("{config:?} was accepted") };
         assert!(error.is_unsupported() && error.to_string().contains(expected), "{error}");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use atoll_devices::virtio::{Intent, VirtioFrontend};
 
-use super::by_hand::{GET_VRING_BASE, Hand, Hands, Held, SET_CONFIG, SET_FEATURES, SET_VRING_BASE, SET_VRING_NUM};
+use super::by_hand::{GET_VRING_BASE, Hand, Hands, Held, SET_FEATURES, SET_VRING_BASE, SET_VRING_NUM};
 use super::{Fabric, Told, activate, await_state, limits, parts, queue, rig_of_dying, wait};
 use crate::config::NetConfig;
 use crate::doorbell::Relay;
