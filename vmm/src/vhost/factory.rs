@@ -9,9 +9,7 @@ use atoll_protocol::DeviceId;
 use thiserror::Error;
 
 use super::builder::VhostBuilder;
-use super::kinds::{
-    Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, TAG_BYTES, Vsock,
-};
+use super::kinds::{Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, Vsock};
 use crate::backend::Household;
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
 use crate::lifecycle::Story;
@@ -19,13 +17,6 @@ use crate::machine::DeviceBuilder;
 
 /// Numbers below are those of devices that the board always has.
 const FIRST_NUMBER: u32 = 0x1_0000;
-/// Most queues of a disk or a shared folder.
-const QUEUES_MAX: u16 = 64;
-/// Most queues of any device: ring numbers are one byte in the protocol's messages with a descriptor.
-const RINGS_MAX: usize = 256;
-/// Most entries of a split virtqueue (virtio 1.2, 2.7).
-const SIZE_MAX: u16 = 1 << 15;
-
 /// What all devices of a VMM are made with.
 pub struct FactoryParts {
     /// Who starts and watches processes.
@@ -67,15 +58,13 @@ pub enum FactoryError {
     /// The console.
     #[error("console: {0}")]
     Console(#[from] ConsoleError),
-    /// Something else.
-    #[error("{kind} {id}: {what}")]
-    Device {
-        /// What it is.
-        kind: &'static str,
-        /// Which.
+    /// A number that no PCI function can have.
+    #[error("generic {id}: device_type={device_type} is no virtio device type: give 1 to 63")]
+    DeviceType {
+        /// Which device.
         id: String,
-        /// What is wrong with it, and the remedy.
-        what: String,
+        /// The number.
+        device_type: u32,
     },
     /// Something that is not there, by name.
     #[error("{kind} {id}: {what}")]
@@ -96,7 +85,7 @@ impl FactoryError {
             Self::Unsupported { .. } | Self::Config(ConfigError::Unsupported(_)) => true,
             Self::Console(error) => matches!(error, ConsoleError::Unsupported(_)),
             Self::Net { source, .. } => matches!(source, NetError::User),
-            Self::Config(_) | Self::Device { .. } => false,
+            Self::Config(_) | Self::DeviceType { .. } => false,
         }
     }
 }
@@ -126,38 +115,13 @@ impl DeviceFactory {
         config.check()?;
         let id = self.name(config);
         let kind = config.kind();
-        let wrong = |what: String| FactoryError::Device { kind: kind.name(), id: id.clone(), what };
-        let sized = |size: Option<u16>| match size {
-            Some(size) if !size.is_power_of_two() || size > SIZE_MAX => {
-                Err(wrong(format!("a queue of {size} is not possible: give a power of two up to {SIZE_MAX}")))
-            }
-            _ => Ok(()),
-        };
-        let counted = |queues: Option<u16>| match queues {
-            Some(queues) if !(1..=QUEUES_MAX).contains(&queues) => {
-                Err(wrong(format!("num_queues={queues} is not a number from 1 to {QUEUES_MAX}")))
-            }
-            _ => Ok(()),
-        };
         let device: Box<dyn Kind> = match config {
-            DeviceConfig::Disk(disk) => {
-                counted(disk.num_queues)?;
-                sized(disk.queue_size)?;
-                Box::new(Disk(disk.clone()))
-            }
+            DeviceConfig::Disk(disk) => Box::new(Disk(disk.clone())),
             DeviceConfig::Net(net) => {
-                sized(net.queue_size)?;
                 let made = Net::new(net, &self.parts.vm, &id, &self.parts.runtime_dir);
                 Box::new(made.map_err(|source| FactoryError::Net { id: id.clone(), source })?)
             }
-            DeviceConfig::Fs(fs) => {
-                counted(fs.num_queues)?;
-                sized(fs.queue_size)?;
-                if !(1..=TAG_BYTES).contains(&fs.tag.len()) || fs.tag.contains('\0') {
-                    return Err(wrong(format!("tag={} must have 1 to {TAG_BYTES} bytes", fs.tag)));
-                }
-                Box::new(Fs(fs.clone()))
-            }
+            DeviceConfig::Fs(fs) => Box::new(Fs(fs.clone())),
             DeviceConfig::Vsock(vsock) if !vsock.vhost_user => {
                 let what =
                     "a vsock without vhost_user=true is not supported: run vhost-device-vsock and name its socket";
@@ -171,16 +135,8 @@ impl DeviceFactory {
             }
             DeviceConfig::Generic(device) => {
                 let device_type = u16::try_from(device.device_type).ok().filter(|number| (1..=63).contains(number));
-                let device_type = device_type.ok_or_else(|| {
-                    wrong(format!("device_type={} is no virtio device type: give 1 to 63", device.device_type))
-                })?;
-                if device.queue_sizes.len() > RINGS_MAX {
-                    return Err(wrong(format!(
-                        "{} queues are too many: {RINGS_MAX} are possible",
-                        device.queue_sizes.len()
-                    )));
-                }
-                device.queue_sizes.iter().try_for_each(|size| sized(Some(*size)))?;
+                let device_type = device_type
+                    .ok_or_else(|| FactoryError::DeviceType { id: id.clone(), device_type: device.device_type })?;
                 Box::new(Generic { config: device.clone(), device_type })
             }
         };

@@ -12,7 +12,7 @@ use crate::vhost::session::Capabilities;
 use crate::vhost::source::{BackendSource, ExternalSocket};
 
 /// Bytes of the tag, padded with zeroes.
-pub(in crate::vhost) const TAG_BYTES: usize = 36;
+const TAG_BYTES: usize = 36;
 /// The queue of high priority comes before the request queues.
 const HIPRIO: u16 = 1;
 /// VIRTIO_FS_F_NOTIFICATION: one more queue, which nobody here has.

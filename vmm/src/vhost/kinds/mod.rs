@@ -23,7 +23,7 @@ pub use disk::DiskError;
 pub use console::ConsoleError;
 pub(super) use console::{Console, ConsoleLine};
 pub(super) use disk::Disk;
-pub(super) use fs::{Fs, TAG_BYTES};
+pub(super) use fs::Fs;
 pub(super) use generic::Generic;
 pub use net::{NetError, switch_socket};
 

@@ -3,7 +3,6 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -26,8 +25,6 @@ use crate::vhost::source::{BackendSource, ExternalSocket};
 const QUEUE_SIZE: u16 = 256;
 /// Most queue pairs of a card.
 const PAIRS_MAX: u16 = 8;
-/// Smallest packet that every link must carry (RFC 791).
-const MTU_MIN: u16 = 68;
 
 /// Offsets in the configuration space (virtio 1.2, 5.1.4).
 const STATUS_AT: usize = 6;
@@ -67,9 +64,6 @@ pub enum NetError {
     /// Too many or too few queues.
     #[error("num_queues={0} is not possible: it counts both directions, an even number from 2 to {max}", max = 2 * PAIRS_MAX)]
     Queues(u16),
-    /// Too small.
-    #[error("mtu={0} is too small: {MTU_MIN} is the least")]
-    Mtu(u16),
     /// Other descriptors than queue pairs.
     #[error("{descriptors} TAP descriptors came for {pairs} queue pairs: send one for each pair of num_queues")]
     Descriptors {
@@ -77,17 +71,6 @@ pub enum NetError {
         descriptors: usize,
         /// How many are needed.
         pairs: u16,
-    },
-    /// The host's end of what has none.
-    #[error("{0} is for the host's end of a TAP that is given by name: leave it out, or give tap=NAME")]
-    HostSide(&'static str),
-    /// Not an IPv4 address.
-    #[error("{key}={value} is no IPv4 address; write for example 192.168.249.1")]
-    Address {
-        /// Which.
-        key: &'static str,
-        /// What was given.
-        value: String,
     },
     /// User mode.
     #[error("user=on is not supported yet: use tap, switch or vhost_user")]
@@ -163,16 +146,13 @@ pub fn switch_socket(runtime_dir: &Path, name: &str) -> PathBuf {
 }
 
 impl Net {
-    /// Checks a card of the VM `vm` whose device is called `id`.
+    /// Takes a card that was checked ([`crate::config::DeviceConfig::check`]), of the VM `vm` whose device is called `id`.
     pub(in crate::vhost) fn new(config: &NetConfig, vm: &str, id: &str, runtime_dir: &Path) -> Result<Self, NetError> {
         let given = config.num_queues.unwrap_or(2);
         if given % 2 != 0 || !(1..=PAIRS_MAX).contains(&(given / 2)) {
             return Err(NetError::Queues(given));
         }
         let pairs = given / 2;
-        if let Some(mtu) = config.mtu.filter(|mtu| *mtu < MTU_MIN) {
-            return Err(NetError::Mtu(mtu));
-        }
         let mac = match &config.mac {
             Some(text) => text.parse()?,
             None => Mac::made_up(vm, id),
@@ -194,19 +174,6 @@ impl Net {
             let made_up = || format!("atoll{:08x}", hash([vm, id]) as u32);
             Way::Tap(config.tap.clone().unwrap_or_else(made_up))
         };
-        if !matches!(way, Way::Tap(_)) {
-            let host_side = [(&config.ip, "ip"), (&config.mask, "mask"), (&config.host_mac, "host_mac")];
-            if let Some((_, key)) = host_side.into_iter().find(|(value, _)| value.is_some()) {
-                return Err(NetError::HostSide(key));
-            }
-        }
-        let numbers = [(&config.ip, "ip"), (&config.mask, "mask")];
-        for (value, key) in numbers.into_iter().filter_map(|(value, key)| Some((value.as_ref()?, key))) {
-            value.parse::<Ipv4Addr>().map_err(|_| NetError::Address { key, value: value.clone() })?;
-        }
-        if let Some(text) = &config.host_mac {
-            text.parse::<Mac>()?;
-        }
         Ok(Self { way, mac, pairs, config: config.clone() })
     }
 
