@@ -3,7 +3,9 @@
 //! Tests live in `tests/`, one story a file; guests are driven over their serial port by `xtask::console`.
 
 pub mod blk_bench;
+pub mod bus_bench;
 pub mod cpu_bench;
+pub mod cpu_clock;
 pub mod cpu_emulator;
 pub mod guests;
 pub mod peers;

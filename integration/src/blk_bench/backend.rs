@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::cpu_clock::processor_time;
 use anyhow::{Context, Result, bail};
 use atoll_kit::driver::{Driver, Options};
 
@@ -110,18 +111,7 @@ impl Backend {
 
     /// Processor time of all its threads so far, those that have ended included.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let mut clock = 0;
-        let pid = self.child.id().cast_signed();
-        #[allow(unsafe_code, reason = "the clock of another process has no safe wrapper")]
-        // SAFETY: both calls fill one plain value each.
-        let time = unsafe {
-            let mut time: libc::timespec = std::mem::zeroed();
-            if libc::clock_getcpuclockid(pid, &raw mut clock) != 0 || libc::clock_gettime(clock, &raw mut time) != 0 {
-                bail!("process {pid} has no clock: has it ended?");
-            }
-            time
-        };
-        Ok(Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32))
+        processor_time(self.child.id())
     }
 
     /// Its share of memory without that of the guest, in KiB.

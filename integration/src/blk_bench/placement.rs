@@ -58,12 +58,23 @@ impl Processors {
 
     /// Places the calling thread, which drives, and all threads of the back end `pid`.
     pub fn place(&self, placement: Placement, pid: u32) -> Result<()> {
-        let (driver, backend) = match placement {
-            Placement::Free => (&self.all, &self.all),
-            Placement::Apart => (&self.first, &self.second),
-            Placement::Together => (&self.first, &self.first),
+        self.place_others(placement, pid)?;
+        self.place_driver(placement)
+    }
+
+    /// Places the calling thread.
+    pub fn place_driver(&self, placement: Placement) -> Result<()> {
+        let driver = if placement == Placement::Free { &self.all } else { &self.first };
+        sched_setaffinity(None, driver).context("cannot place the driver")
+    }
+
+    /// Places all threads of `pid` where those that the driver drives belong.
+    pub fn place_others(&self, placement: Placement, pid: u32) -> Result<()> {
+        let backend = match placement {
+            Placement::Free => &self.all,
+            Placement::Apart => &self.second,
+            Placement::Together => &self.first,
         };
-        sched_setaffinity(None, driver).context("cannot place the driver")?;
         for entry in std::fs::read_dir(format!("/proc/{pid}/task"))? {
             let name = entry?.file_name();
             let thread =

@@ -83,6 +83,12 @@ enum Bench {
     },
     /// Memory of a running VM besides its RAM, as PSS.
     Memory,
+    /// An exit to a device and back: answered now, later (an actor) and elsewhere (a process).
+    Bus {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// `atoll-blk` beside qemu-storage-daemon.
     Blk {
         /// Passed on.
@@ -155,6 +161,7 @@ fn main() -> Result<ExitCode> {
             }
             Bench::Cpu { arguments } => bench::cpu(&arguments)?,
             Bench::Blk { arguments } => bench::blk(&arguments)?,
+            Bench::Bus { arguments } => bench::bus(&arguments)?,
         },
         Task::Soak { what } => match what {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,

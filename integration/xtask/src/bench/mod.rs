@@ -21,3 +21,9 @@ pub fn blk(arguments: &[String]) -> Result<()> {
     place::build_programs()?;
     place::run(Command::new(place::program("blk-bench")?).args(arguments))
 }
+
+/// An exit to a device and back, beside the least that a hand-over costs: a program of the integration room.
+pub fn bus(arguments: &[String]) -> Result<()> {
+    place::build_programs()?;
+    place::run(Command::new(place::program("bus-bench")?).args(arguments))
+}
