@@ -9,4 +9,5 @@ pub mod cpu_clock;
 pub mod cpu_emulator;
 pub mod guests;
 pub mod peers;
+pub mod verify;
 pub use xtask::processes;

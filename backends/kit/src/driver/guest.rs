@@ -25,6 +25,18 @@ impl Guest {
         Ok(Self { map, file })
     }
 
+    /// The same memory once more, for who plays a device in another thread.
+    pub fn again(&self) -> Result<Self> {
+        let (file, bytes) = (self.file.try_clone()?, self.map.size());
+        let map = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), bytes).context("map guest memory")?;
+        Ok(Self { map, file })
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.map.size()
+    }
+
     /// The memfd.
     pub fn file(&self) -> &File {
         &self.file

@@ -1,0 +1,466 @@
+//! Plays a load on a disk: guest and VMM in one, with its own rings and guest memory.
+//!
+//! One thread invokes, completes and judges, so the history is exact. Nothing of it is in the device's process, which may
+//! be killed at any time: [`Player::died`] and [`Player::connect`] go on with its successor. Buffers are poisoned before a
+//! request is published and after it is completed, go to the end of a queue, and are checked when their turn comes.
+//!
+//! From time to time everything is awaited and flushed, so that the judge can forget the past.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use atoll_kit::driver::disk::{self, Kind as Request};
+use atoll_kit::driver::queue::QUEUE_BYTES;
+use atoll_kit::driver::{Driver, Guest, Options};
+use atoll_verify::blk::sector::{SECTOR, is_poison, poison};
+use atoll_verify::blk::{Event, Judge, Kind, Operation, Outcome, Record, Verdict, Workload, history};
+use atoll_verify::dice::{Dice, mix};
+
+/// Bytes beside the data of a buffer that nobody may touch.
+const GUARD: u64 = 64;
+/// Operations between two settlements.
+const SEGMENT: u64 = 20_000;
+/// How long to wait for a completion before deadlines are looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How a load is played.
+#[derive(Debug, Clone, Copy)]
+pub struct Style {
+    /// Queues.
+    pub queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+    /// Operations in flight.
+    pub depth: usize,
+    /// How long an operation may take.
+    pub deadline: Duration,
+}
+
+impl Default for Style {
+    fn default() -> Self {
+        Self { queues: 2, queue_size: 128, depth: 24, deadline: Duration::from_secs(20) }
+    }
+}
+
+impl Style {
+    /// A guest without a device for this load.
+    pub fn driver(&self, load: &Workload) -> Result<Driver> {
+        let end = self.data() + self.stride(load) * self.buffers() as u64;
+        let memory = end.next_multiple_of(1 << 20) as usize;
+        Driver::new(Options { queues: self.queues, size: self.queue_size, memory, ..Options::default() })
+    }
+
+    fn data(&self) -> u64 {
+        u64::from(self.queues) * QUEUE_BYTES
+    }
+
+    fn stride(&self, load: &Workload) -> u64 {
+        (u64::from(load.sectors_max) * SECTOR as u64 + 2 * GUARD).next_multiple_of(4096)
+    }
+
+    fn buffers(&self) -> usize {
+        2 * self.depth + 2
+    }
+}
+
+/// A place in guest memory, and the operation that it was poisoned for.
+#[derive(Debug, Clone, Copy)]
+struct Buffer {
+    at: u64,
+    owner: u64,
+}
+
+struct InFlight {
+    operation: Operation,
+    buffer: Buffer,
+    since: Instant,
+}
+
+/// A load being played.
+pub struct Player {
+    load: Workload,
+    style: Style,
+    driver: Driver,
+    connected: bool,
+    judge: Judge,
+    log: Option<Box<dyn Write>>,
+    sequence: u64,
+    start: Instant,
+    next: u64,
+    settled_at: u64,
+    incarnation: u32,
+    in_flight: HashMap<(usize, u16), InFlight>,
+    free: VecDeque<Buffer>,
+    scratch: Vec<u8>,
+    stuck: bool,
+}
+
+impl Player {
+    /// A player without a device. The disk that comes must hold zeroes.
+    pub fn new(load: Workload, style: Style) -> Result<Self> {
+        let driver = style.driver(&load)?;
+        let mut player = Self {
+            load,
+            style,
+            driver,
+            connected: false,
+            judge: Judge::new(),
+            log: None,
+            sequence: 0,
+            start: Instant::now(),
+            next: 0,
+            settled_at: 0,
+            incarnation: 0,
+            in_flight: HashMap::new(),
+            free: VecDeque::new(),
+            scratch: Vec::new(),
+            stuck: false,
+        };
+        player.lay_out();
+        Ok(player)
+    }
+
+    /// Also writes the history as text.
+    pub fn log_to(&mut self, log: Box<dyn Write>) {
+        self.log = Some(log);
+    }
+
+    fn lay_out(&mut self) {
+        let stride = self.style.stride(&self.load);
+        self.scratch = vec![0; stride as usize];
+        self.free = (0..self.style.buffers() as u64)
+            .map(|number| Buffer { at: self.style.data() + number * stride, owner: 0 })
+            .collect();
+        poison(&mut self.scratch, 0);
+        for buffer in &self.free {
+            self.driver.guest().write(buffer.at, &self.scratch);
+        }
+    }
+
+    /// The guest and its rings, for devices that are not reached by a socket.
+    pub fn driver(&mut self) -> &mut Driver {
+        &mut self.driver
+    }
+
+    /// Starts on a device, or goes on with its successor.
+    pub fn connect(&mut self, stream: UnixStream) -> Result<()> {
+        self.driver.connect(stream)?;
+        self.connected = true;
+        Ok(())
+    }
+
+    /// Operations so far.
+    pub fn operations(&self) -> u64 {
+        self.next
+    }
+
+    /// A deadline was missed; there is no use in going on.
+    pub fn is_stuck(&self) -> bool {
+        self.stuck
+    }
+
+    /// Requests in flight.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    fn record(&mut self, event: Event) -> Result<()> {
+        let at_us = u64::try_from(self.start.elapsed().as_micros())?;
+        if self.sequence == 0 {
+            let begin = Record { at_us: 0, event: Event::Begin(self.load, 0) };
+            self.tell(&begin)?;
+        }
+        self.tell(&Record { at_us, event })
+    }
+
+    fn tell(&mut self, record: &Record) -> Result<()> {
+        if let Some(log) = &mut self.log {
+            log.write_all(history::line(self.sequence, record).as_bytes())?;
+        }
+        self.sequence += 1;
+        self.judge.feed(record);
+        Ok(())
+    }
+
+    /// The device has died: its process is gone, or it hung up. What it had completed counts.
+    pub fn died(&mut self) -> Result<()> {
+        self.collect()?;
+        self.driver.disconnect();
+        self.connected = false;
+        self.incarnation += 1;
+        self.record(Event::Death)
+    }
+
+    /// Guest and device are gone, and what was not flushed; the same load goes on in a new guest.
+    pub fn power_lost(&mut self) -> Result<()> {
+        self.record(Event::PowerLoss)?;
+        self.in_flight.clear();
+        self.driver = self.style.driver(&self.load)?;
+        self.connected = false;
+        self.incarnation += 1;
+        self.lay_out();
+        Ok(())
+    }
+
+    /// Plays until `enough` says so, or until a deadline is missed. It looks after each batch.
+    pub fn play(&mut self, mut enough: impl FnMut(&Self) -> bool) -> Result<()> {
+        while !self.stuck && !enough(self) {
+            if self.next - self.settled_at >= SEGMENT {
+                self.settle()?;
+            }
+            while self.in_flight.len() < self.style.depth {
+                let operation = self.load.operation(self.next);
+                if !self.invoke(operation)? {
+                    break;
+                }
+                self.next += 1;
+            }
+            self.publish()?;
+            if self.collect()? == 0 {
+                self.wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Awaits everything that is in flight.
+    pub fn drain(&mut self) -> Result<()> {
+        while !self.stuck && !self.in_flight.is_empty() {
+            if self.collect()? == 0 {
+                self.wait()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn one(&mut self, operation: Operation) -> Result<()> {
+        while !self.stuck && !self.invoke(operation)? {
+            self.wait()?;
+            self.collect()?;
+        }
+        self.publish()
+    }
+
+    /// Awaits and flushes everything.
+    pub fn settle(&mut self) -> Result<()> {
+        self.drain()?;
+        let flush = Operation { id: self.next, kind: Kind::Flush, lba: 0, sectors: 0, writer: 0 };
+        self.next += 1;
+        self.one(flush)?;
+        self.drain()?;
+        if !self.stuck {
+            self.record(Event::Settled)?;
+        }
+        self.settled_at = self.next;
+        Ok(())
+    }
+
+    /// Reads all sectors once.
+    pub fn sweep(&mut self) -> Result<()> {
+        for operation in self.load.sweep(self.next) {
+            self.next += 1;
+            while !self.stuck && self.in_flight.len() >= self.style.depth {
+                self.wait()?;
+                self.collect()?;
+            }
+            self.one(operation)?;
+        }
+        self.drain()
+    }
+
+    /// Ends the load: awaits everything, reads all sectors, checks buffers and rings, and judges.
+    pub fn finish(mut self) -> Result<Verdict> {
+        self.settle()?;
+        self.sweep()?;
+        for buffer in std::mem::take(&mut self.free) {
+            self.check(buffer)?;
+        }
+        let end = self.rings()?;
+        self.record(end)?;
+        if let Some(log) = &mut self.log {
+            log.flush()?;
+        }
+        Ok(self.judge.verdict())
+    }
+
+    fn rings(&mut self) -> Result<Event> {
+        let (mut avail_sum, mut used_sum, mut in_flight) = (0_u32, 0_u32, self.in_flight.len() as u32);
+        for index in 0..usize::from(self.style.queues) {
+            let (queue, guest) = self.driver.queue(index)?;
+            let (avail, used) = (u16::from_le(guest.load(queue.avail + 2)), queue.used_index(guest));
+            avail_sum += u32::from(avail);
+            used_sum += u32::from(used);
+            // A device that does not answer any longer is not asked: its verdict is known.
+            if self.connected && !self.stuck {
+                let base = self.driver.stop(index)?;
+                in_flight += base.abs_diff(u32::from(used));
+            }
+        }
+        if let Some((region, file)) = self.driver.inflight() {
+            let (queues, size) = (u64::from(region.num_queues), u64::from(region.queue_size));
+            for entry in (0..queues).flat_map(|queue| (0..size).map(move |entry| (queue, entry))) {
+                let at = region.mmap_offset + entry.0 * (region.mmap_size / queues) + 16 + 16 * entry.1;
+                let mut flag = [0];
+                rustix::io::pread(file, &mut flag, at)?;
+                in_flight += u32::from(flag[0]);
+            }
+        }
+        Ok(Event::End { in_flight, avail: avail_sum, used: used_sum })
+    }
+
+    fn check(&mut self, buffer: Buffer) -> Result<()> {
+        self.driver.guest().read(buffer.at, &mut self.scratch);
+        if !is_poison(&self.scratch, buffer.owner) {
+            self.record(Event::Late(buffer.owner))?;
+        }
+        Ok(())
+    }
+
+    /// Hands an operation to its writer's queue; false when there is no room for it.
+    fn invoke(&mut self, operation: Operation) -> Result<bool> {
+        let index = usize::from(operation.writer % self.style.queues);
+        let Some(buffer) = self.free.pop_front() else { return Ok(false) };
+        self.check(buffer)?;
+        let (at, len) = (buffer.at + GUARD, operation.sectors * SECTOR as u32);
+        poison(&mut self.scratch, operation.id);
+        let data = GUARD as usize..GUARD as usize + len as usize;
+        let mut dice = Dice::new(mix(operation.id, self.load.seed));
+        let (request, sector, parts) = match operation.kind {
+            Kind::Read => (Request::In, operation.lba, split(at, len, &mut dice)),
+            Kind::Write => {
+                let bytes = self.scratch.get_mut(data).context("a buffer holds the longest operation")?;
+                self.load.fill(&operation, self.incarnation, bytes);
+                (Request::Out, operation.lba, split(at, len, &mut dice))
+            }
+            Kind::Flush => (Request::Flush, 0, Vec::new()),
+            Kind::Discard | Kind::Zeroes => {
+                let range = self.scratch.get_mut(GUARD as usize..GUARD as usize + 16).context("16 bytes")?;
+                range[..8].copy_from_slice(&operation.lba.to_le_bytes());
+                range[8..12].copy_from_slice(&operation.sectors.to_le_bytes());
+                // Zeroes: every other one may free the space.
+                let unmap = u32::from(operation.kind == Kind::Zeroes && dice.below(2) == 0);
+                range[12..].copy_from_slice(&unmap.to_le_bytes());
+                let request = if operation.kind == Kind::Discard { Request::Discard } else { Request::WriteZeroes };
+                (request, 0, vec![(at, 16)])
+            }
+        };
+        self.driver.guest().write(buffer.at, &self.scratch);
+        let (queue, guest) = self.driver.queue(index)?;
+        let Some(head) = disk::add(queue, guest, request, sector, &parts) else {
+            poison(&mut self.scratch, buffer.owner);
+            self.driver.guest().write(buffer.at, &self.scratch);
+            self.free.push_front(buffer);
+            return Ok(false);
+        };
+        self.record(Event::Invoke(operation))?;
+        let buffer = Buffer { at: buffer.at, owner: operation.id };
+        let before = self.in_flight.insert((index, head), InFlight { operation, buffer, since: Instant::now() });
+        ensure!(before.is_none(), "head {head} of queue {index} was given out twice");
+        Ok(true)
+    }
+
+    fn publish(&mut self) -> Result<()> {
+        for index in 0..usize::from(self.style.queues) {
+            let (queue, guest) = self.driver.queue(index)?;
+            queue.publish(guest)?;
+        }
+        Ok(())
+    }
+
+    /// Takes what is completed; says how much that was.
+    fn collect(&mut self) -> Result<usize> {
+        let mut count = 0;
+        for index in 0..usize::from(self.style.queues) {
+            loop {
+                let (queue, guest) = self.driver.queue(index)?;
+                let Some((head, _)) = queue.take(guest) else { break };
+                let in_range = head < self.style.queue_size;
+                let status = if in_range { disk::status(queue, guest, head) } else { 0xff };
+                count += 1;
+                match self.in_flight.remove(&(index, head)) {
+                    Some(done) if status != 0xff => self.complete(&done, status)?,
+                    Some(still) => {
+                        self.record(Event::Stray(head.into()))?;
+                        // Its descriptors are gone all the same: it counts as ended.
+                        self.complete(&still, status)?;
+                    }
+                    None => self.record(Event::Stray(head.into()))?,
+                }
+            }
+        }
+        Ok(count)
+    }
+
+    fn complete(&mut self, done: &InFlight, status: u8) -> Result<()> {
+        let &InFlight { operation, buffer, .. } = done;
+        self.driver.guest().read(buffer.at, &mut self.scratch);
+        let (guard, len) = (GUARD as usize, operation.sectors as usize * SECTOR);
+        let used = match operation.kind {
+            Kind::Read | Kind::Write => len,
+            Kind::Flush => 0,
+            Kind::Discard | Kind::Zeroes => 16,
+        };
+        let (before, rest) = self.scratch.split_at(guard);
+        let (data, after) = rest.split_at(used);
+        let guarded = is_poison(before, operation.id) && is_poison(after, operation.id);
+        let seen = match operation.kind {
+            Kind::Read if status == 0 => history::look(data, self.load.run(), operation.lba),
+            _ => Vec::new(),
+        };
+        let outcome = if status == 0 { Outcome::Done } else { Outcome::Failed(status.into()) };
+        self.record(Event::Complete(operation.id, outcome, seen))?;
+        if !guarded {
+            self.record(Event::Late(operation.id))?;
+        }
+        poison(&mut self.scratch, operation.id);
+        self.driver.guest().write(buffer.at, &self.scratch);
+        self.free.push_back(buffer);
+        Ok(())
+    }
+
+    /// Waits a moment for a completion, and looks at the deadlines.
+    fn wait(&mut self) -> Result<()> {
+        let Some((&(oldest, _), _)) = self.in_flight.iter().min_by_key(|(_, request)| request.since) else {
+            return Ok(());
+        };
+        // A short wait where several queues may complete first.
+        let tick = if self.style.queues == 1 { TICK } else { TICK / 20 };
+        let (queue, guest) = self.driver.queue(oldest)?;
+        queue.wait(guest, tick)?;
+        let late: Vec<u64> = self
+            .in_flight
+            .values()
+            .filter(|request| request.since.elapsed() > self.style.deadline)
+            .map(|request| request.operation.id)
+            .collect();
+        for op in late {
+            self.stuck = true;
+            self.record(Event::Overdue(op))?;
+        }
+        Ok(())
+    }
+
+    /// Guest memory.
+    pub fn guest(&self) -> &Guest {
+        self.driver.guest()
+    }
+}
+
+/// One to three ranges that make up a buffer, cut at odd places.
+fn split(at: u64, len: u32, dice: &mut Dice) -> Vec<(u64, u32)> {
+    let mut cuts: Vec<u32> = (0..dice.below(3)).map(|_| 1 + dice.below(u64::from(len) - 1) as u32).collect();
+    cuts.push(len);
+    cuts.sort_unstable();
+    cuts.dedup();
+    let mut from = 0;
+    cuts.into_iter()
+        .map(|to| {
+            let part = (at + u64::from(from), to - from);
+            from = to;
+            part
+        })
+        .collect()
+}
