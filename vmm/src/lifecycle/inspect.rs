@@ -9,6 +9,7 @@ use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmState};
 use super::story::Story;
 use crate::machine::{Machine, PauseFigures};
+use crate::metrics::{DeviceSnapshot, QueueSnapshot};
 
 /// What the tree is made of.
 pub(super) struct Tree<'a> {
@@ -34,6 +35,15 @@ fn pause(figures: &PauseFigures) -> Value {
     })
 }
 
+/// What the devices have done, queue by queue and in all.
+fn figures(machine: &Machine) -> Value {
+    let of = |device: &DeviceSnapshot| {
+        let queues: Vec<QueueSnapshot> = device.queues.iter().map(QueueSnapshot::from).collect();
+        (device.id.clone(), json!({ "all": QueueSnapshot::from(&device.total()), "queues": queues }))
+    };
+    machine.figures().snapshot().devices.iter().map(of).collect::<serde_json::Map<String, Value>>().into()
+}
+
 impl Tree<'_> {
     fn whole(&self) -> Value {
         let vcpus: serde_json::Map<String, Value> = self
@@ -53,6 +63,7 @@ impl Tree<'_> {
             "vcpus": vcpus,
             "memory": { "size": self.memory },
             "devices": self.devices,
+            "figures": self.machine.map(figures),
             "last_pause": self.last_pause.map(pause),
             "actors": { "machine": { "mailbox": self.waiting } },
             "story": { "elapsed_ms": u64::try_from(self.story.elapsed().as_millis()).unwrap_or(u64::MAX) },

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{DeviceLife, Machine};
 use crate::cpu::VcpuPhase;
 use crate::lifecycle::{DeviceReport, DeviceState};
+use crate::metrics::Registry;
 
 /// How long a vCPU has to say what it has done; one that waits for a device answers later, and says what it said before.
 const COUNT_TIME_MAX: Duration = Duration::from_millis(100);
@@ -43,6 +44,11 @@ impl Machine {
             .collect()
     }
 
+    /// Its figures.
+    pub fn figures(&self) -> &Registry {
+        &self.metrics
+    }
+
     /// Has each vCPU say how many instructions it has retired, for the figures.
     pub fn count_instructions(&self) {
         for vcpu in self.vcpu_reports() {
@@ -68,7 +74,14 @@ impl Machine {
     /// Counters by vCPU and name.
     pub fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let counters = |vcpu: VcpuReport| {
-            let of = [("instructions", vcpu.instructions), ("code_bytes", vcpu.code_bytes)];
+            let exits = self.metrics.vcpu(vcpu.index).snapshot(vcpu.index);
+            let of = [
+                ("instructions", vcpu.instructions),
+                ("code_bytes", vcpu.code_bytes),
+                ("exits", exits.exits_total()),
+                ("doorbells", exits.doorbells),
+                ("stalls", exits.stalls),
+            ];
             (format!("vcpu{}", vcpu.index), of.map(|(name, count)| (name.to_owned(), count)).into())
         };
         self.vcpu_reports().into_iter().map(counters).collect()

@@ -119,14 +119,15 @@ fn watched(
     household: &Arc<Household>,
 ) -> Result<u8, RunError> {
     let story = Story::default();
-    let registry = household.metrics().clone();
-    let metrics = Arc::new(move || registry.prometheus());
     // Before the controller, so that the monitor hears of its start.
     let home = Home { name: folder.name().into(), runtime_dir: root.path().into() };
     let settings = Settings::new(home, story.clone(), Arc::clone(household));
     let (controller, ended) = Controller::start(settings).map_err(failed)?;
     signals::listen(controller.events()).map_err(failed)?;
     let control: Arc<dyn VmControl> = Arc::clone(&controller) as _;
+    let (registry, counted) = (household.metrics().clone(), Arc::clone(&control));
+    // A machine that is busy with something else has its figures all the same; only instructions must be asked for.
+    let metrics = Arc::new(move || counted.metrics().unwrap_or_else(|_| registry.prometheus()));
     let desk = Desk::open(described, folder, &Api { control, story, metrics })?;
     let on_terminal = |port: &Option<_>| {
         port.as_ref().is_some_and(|port: &atoll_vmm::config::ConsoleConfig| port.mode == ConsoleMode::Tty)

@@ -44,6 +44,12 @@ use crate::doorbell::{Interposer, RelayedEvent};
 use crate::irq::VectorTable;
 use rings::Driver;
 
+/// How long a backend may finish what is in flight when its device stops for good: nobody waits for those requests any
+/// more, and one that is stuck must not keep the machine from ending.
+const STOP_DRAIN: Duration = Duration::from_secs(1);
+/// How long its process may take to end by itself then.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
 /// What outlives a board: everything that is agreed with the backend and promised to the guest.
 pub(super) struct Past {
     /// What the guest is shown.
@@ -316,12 +322,12 @@ impl Worker {
         self.shared.ending.store(false, Ordering::Relaxed);
         self.activation = None;
         let left = deadline.saturating_duration_since(Instant::now());
-        self.parts.limits.drain = self.parts.limits.drain.min(left.max(Duration::from_millis(100)));
+        self.parts.limits.drain = self.parts.limits.drain.min(STOP_DRAIN).min(left.max(Duration::from_millis(100)));
         self.take_rings_back();
         if let Link::Up(mut session) = std::mem::replace(&mut self.past.link, Link::Quarantined) {
             session.conversation.hang_up();
             if let Some(process) = &mut session.process {
-                let end = process.finish(deadline);
+                let end = process.finish(deadline.min(Instant::now() + STOP_GRACE));
                 tracing::debug!(device = self.shared.name, end, "backend ended");
             }
         }
