@@ -195,8 +195,9 @@ impl<M: GuestMemory> Buffers<'_, M> {
         let mut room = 0;
         let mut position = 0;
         loop {
-            if position == 0 && open.hand.front().is_some_and(|held| held.bytes < least) {
+            if open.hand.front().is_some_and(|held| held.bytes < least) {
                 self.inlet.finish(open, 1, 0);
+                (room, position) = (0, 0);
                 continue;
             }
             if room >= bytes && position > 0 {

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
+use atoll_kit::back_channel::BackChannel;
 use atoll_kit::inlet::Inlet;
+use atoll_kit::limit::Limiter;
 use atoll_kit::memory::GuestRam;
 use atoll_kit::{ConfigError, Device, QueueLayout};
 use virtio_bindings::bindings::virtio_net::{
@@ -44,12 +46,20 @@ pub struct Card<L: Link> {
     look: Look,
     face: Arc<Face>,
     link: L,
+    limiter: Option<Arc<Limiter>>,
 }
 
 impl<L: Link> Card<L> {
     /// Plugs a card in; `face` has its address and its number of queue pairs.
     pub fn new(look: Look, face: Arc<Face>, link: L) -> Self {
-        Self { look, face, link }
+        Self { look, face, link, limiter: None }
+    }
+
+    /// Limits what the guest sends; what it gets is limited by the face.
+    #[must_use]
+    pub fn limited(mut self, limiter: Option<Arc<Limiter>>) -> Self {
+        self.limiter = limiter;
+        self
     }
 
     fn control(&self) -> Control {
@@ -122,6 +132,15 @@ impl<L: Link> Device for Card<L> {
         self.face.reset(self.look.mac);
         self.link.negotiated(Features::default());
         (self.link.spreader())(1);
+    }
+
+    fn back_channel(&mut self, channel: &BackChannel) {
+        self.face.tell_by(channel);
+    }
+
+    fn limiter(&self, index: u16) -> Option<Arc<Limiter>> {
+        let sends = !index.is_multiple_of(2);
+        self.limiter.clone().filter(|_| sends)
     }
 
     fn queue(&mut self, index: u16) -> NetQueue<L> {

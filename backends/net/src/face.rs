@@ -1,34 +1,21 @@
-//! What all queues of one card know: what the driver has agreed to, which frames it wants, what was counted.
+//! What all queues of one card know: what the driver has agreed to, which frames it wants, how many it may get.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use atoll_kit::back_channel::BackChannel;
+use atoll_kit::limit::{Cost, Limiter};
+use atoll_kit::stats::Figures;
 
 use crate::capture::Capture;
 use crate::filter::Filter;
 use crate::header::{Features, Offloads};
 
-/// What happened to frames, since the process began.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// Frames that the guest sent.
-    pub sent: AtomicU64,
-    /// Their bytes.
-    pub sent_bytes: AtomicU64,
-    /// Frames that the guest got.
-    pub received: AtomicU64,
-    /// Their bytes.
-    pub received_bytes: AtomicU64,
-    /// Frames for the guest that found no buffers, or too small ones.
-    pub no_buffers: AtomicU64,
-    /// Frames of the guest that made no sense.
-    pub malformed: AtomicU64,
-    /// Frames of the guest that the link did not take.
-    pub unsent: AtomicU64,
-}
-
-/// Counts; the number is for people, so it may be late for who looks from another thread.
-pub fn count(counter: &AtomicU64, by: u64) {
-    counter.fetch_add(by, Ordering::Relaxed);
+/// Counts a frame that was dropped. The places of these counters are those of `class_counters` for network cards.
+pub fn dropped(figures: Figures<'_>, bytes: u64) {
+    figures.class(0, 1);
+    figures.class(1, bytes);
 }
 
 /// Where frames of a card are written down.
@@ -53,15 +40,17 @@ pub struct Face {
     up: AtomicBool,
     /// Which frames the driver wants.
     pub filter: Filter,
-    /// What was counted.
-    pub counters: Counters,
+    /// Limits what the guest gets.
+    pub limiter: Option<Arc<Limiter>>,
+    /// How to tell the front end that the link went up or down.
+    channel: OnceLock<BackChannel>,
     /// Where frames are written down.
     pub captures: Captures,
 }
 
 impl Face {
     /// A card that no driver has touched.
-    pub fn new(own: [u8; 6], pairs_max: u16, captures: Captures) -> Self {
+    pub fn new(own: [u8; 6], pairs_max: u16, limiter: Option<Arc<Limiter>>, captures: Captures) -> Self {
         Self {
             features: AtomicU64::new(0),
             pairs_max,
@@ -69,7 +58,8 @@ impl Face {
             pairs_seen: AtomicU16::new(1),
             up: AtomicBool::new(true),
             filter: Filter::new(own),
-            counters: Counters::default(),
+            limiter,
+            channel: OnceLock::new(),
             captures,
         }
     }
@@ -115,9 +105,23 @@ impl Face {
         self.up.load(Ordering::Relaxed)
     }
 
-    /// The link goes up or down; true when that was news.
-    pub fn set_up(&self, up: bool) -> bool {
-        self.up.swap(up, Ordering::Relaxed) != up
+    /// The link goes up or down; the driver hears of it when that is news.
+    pub fn set_up(&self, up: bool) {
+        if self.up.swap(up, Ordering::Relaxed) != up
+            && let Some(channel) = self.channel.get()
+        {
+            channel.config_changed();
+        }
+    }
+
+    /// The front end can be told of changes this way from now on.
+    pub fn tell_by(&self, channel: &BackChannel) {
+        let _ = self.channel.set(channel.clone());
+    }
+
+    /// Whether the guest may get a frame of so many bytes now, which is then counted against its limit; else when.
+    pub fn admit(&self, bytes: u64) -> Result<(), Instant> {
+        self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(Cost { bytes, operations: 1 }))
     }
 
     /// As if no driver had touched it.

@@ -4,7 +4,7 @@ use atoll_kit::inlet::Buffers;
 use atoll_kit::memory::{OutOfRange, Segments, copy};
 use vm_memory::GuestMemory;
 
-use crate::face::{Face, count};
+use crate::face::Face;
 use crate::filter::Mac;
 use crate::header::{ETHERNET_BYTES, HEADER_BYTES, Header};
 
@@ -90,7 +90,6 @@ fn place<M: GuestMemory>(
     let written = room.write_at(mem, 0, both).and_then(|()| fill(mem, room, both.len() as u64));
     // Buffers outside its memory are the guest's mistake: it gets them back empty.
     buffers.finish(chains, if written.is_ok() { head + len } else { 0 });
-    count(&face.counters.received, 1);
-    count(&face.counters.received_bytes, len);
+    buffers.figures().read(len);
     true
 }

@@ -124,7 +124,9 @@ fn prepare(options: &Options, reports: Option<&Reports>) -> Result<(Cards, Trans
         _ if options.switch => {
             let faces: Vec<_> = (0..options.ports).map(|port| face(options, &captures, port)).collect();
             let switch = Switch::new(&faces);
-            let port = |(port, face)| Card::new(look(options, port as u16), face, switch.port(port));
+            let port = |(port, face)| {
+                Card::new(look(options, port as u16), face, switch.port(port)).limited(options.limiter())
+            };
             Cards::Switch(faces.into_iter().enumerate().map(port).collect())
         }
         _ if options.none => Cards::Nowhere(card(options, &captures, Nowhere)),
@@ -143,11 +145,12 @@ fn look(options: &Options, port: u16) -> Look {
 }
 
 fn face(options: &Options, recorder: &Recorder, port: u16) -> Arc<Face> {
-    Arc::new(Face::new(options.mac(port), options.queue_pairs, recorder.captures(port, options.switch)))
+    let captures = recorder.captures(port, options.switch);
+    Arc::new(Face::new(options.mac(port), options.queue_pairs, options.limiter(), captures))
 }
 
 fn card<L: Link>(options: &Options, recorder: &Recorder, link: L) -> Card<L> {
-    Card::new(look(options, 0), face(options, recorder, 0), link)
+    Card::new(look(options, 0), face(options, recorder, 0), link).limited(options.limiter())
 }
 
 /// An inherited stream cannot be had again: its supervisor must make a new one.

@@ -3,7 +3,9 @@
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use atoll_kit::limit::{BucketConfig, Limiter};
 use clap::{ArgGroup, Parser};
 
 use crate::card::PAIRS_MAX;
@@ -67,6 +69,13 @@ pub struct Options {
     /// Offer no checksum and segmentation offloads
     #[arg(long)]
     pub no_offload: bool,
+
+    /// Limit the bytes in each direction: BYTES tokens that come back within MS milliseconds, BURST more once
+    #[arg(long, value_name = "BYTES,MS[,BURST]")]
+    pub rate_bytes: Option<BucketConfig>,
+    /// Limit the frames in each direction, likewise
+    #[arg(long, value_name = "FRAMES,MS[,BURST]")]
+    pub rate_ops: Option<BucketConfig>,
 
     /// IPv4 address of the host's end of --tap
     #[arg(long, value_name = "ADDR", requires = "tap")]
@@ -152,6 +161,11 @@ impl Options {
     pub fn inherited(&self) -> Vec<RawFd> {
         let single = [self.vhost_fd, self.stream_fd, self.sidecar_fd, self.stats_fd];
         single.into_iter().flatten().chain(self.fd.iter().copied()).collect()
+    }
+
+    /// The limits of one direction of one card; each has buckets of its own.
+    pub fn limiter(&self) -> Option<Arc<Limiter>> {
+        Limiter::new(self.rate_bytes, self.rate_ops)
     }
 
     /// How the host's end of a TAP shall be set up.

@@ -7,14 +7,18 @@ use std::sync::Arc;
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
 use atoll_kit::inlet::Buffers;
+use atoll_kit::limit::Cost;
 use atoll_kit::{Progress, QueueHandler, Wait};
 use vm_memory::GuestMemory;
 
 use crate::control::{self, Command};
-use crate::face::{Face, count};
+use crate::face::{Face, dropped};
 use crate::frame::Frame;
 use crate::header::{ETHERNET_BYTES, FRAME_MAX, HEADER_BYTES, Header, Offloads};
 use crate::link::{Link, Receiver, Sender, Spreader};
+
+/// Place of this counter in `class_counters` for network cards.
+const CONTROL_COMMANDS: usize = 2;
 
 /// The queues of a card on a link `L`.
 pub enum NetQueue<L: Link> {
@@ -93,19 +97,20 @@ impl<L: Link> Receive<L> {
             let Some((mem, chain)) = buffers.next() else { return Wait::Buffers };
             let written = self.control.serve(mem, chain);
             buffers.finish(1, u64::from(written));
+            buffers.figures().class(CONTROL_COMMANDS, 1);
         }
         Wait::Again
     }
 }
 
 impl<L: Link> Transmit<L> {
-    fn send<M: GuestMemory>(&mut self, mem: &M, chain: &Chain) {
+    fn send<M: GuestMemory>(&mut self, io: &Io<'_>, mem: &M, chain: &Chain) {
         let face = &*self.face;
         if face.saw_pair(self.pair) {
             (self.spreader)(face.active_pairs());
         }
         let Some(frame) = frame(face, mem, chain) else {
-            count(&face.counters.malformed, 1);
+            io.figures().failed();
             return;
         };
         if !face.captures.sent.is_empty() && frame.copy_out(&mut self.copy, frame.len).is_ok() {
@@ -113,10 +118,9 @@ impl<L: Link> Transmit<L> {
         }
         let len = frame.len;
         if self.sender.send(face, &frame) {
-            count(&face.counters.sent, 1);
-            count(&face.counters.sent_bytes, len);
+            io.figures().written(len);
         } else {
-            count(&face.counters.unsent, 1);
+            dropped(io.figures(), len);
         }
     }
 }
@@ -151,20 +155,29 @@ impl<L: Link> QueueHandler for NetQueue<L> {
         }
     }
 
-    fn request<M: GuestMemory>(&mut self, _io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress {
+    fn request<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress {
         let written = match self {
             Self::Receive(_) => 0,
             Self::Transmit(transmit) => {
-                transmit.send(mem, chain);
+                transmit.send(io, mem, chain);
                 0
             }
-            Self::Control(control) => control.serve(mem, chain),
+            Self::Control(control) => {
+                io.figures().class(CONTROL_COMMANDS, 1);
+                control.serve(mem, chain)
+            }
         };
         Progress::Done { written }
     }
 
     fn completion<M: GuestMemory>(&mut self, _io: &mut Io<'_>, _mem: &M, _head: u16, _result: i32) -> Progress {
         Progress::Done { written: 0 }
+    }
+
+    fn cost(&self, chain: &Chain) -> Cost {
+        // As frames count for the guest: without headers.
+        let bytes = chain.readable().bytes().saturating_sub(HEADER_BYTES as u64);
+        Cost { bytes, operations: 1 }
     }
 
     fn batch_ended(&mut self) {

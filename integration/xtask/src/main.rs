@@ -89,6 +89,12 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// The switch of `atoll-net` beside DPDK's testpmd.
+    Net {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// `atoll-blk` beside qemu-storage-daemon.
     Blk {
         /// Passed on.
@@ -160,6 +166,7 @@ fn main() -> Result<ExitCode> {
                 }
             }
             Bench::Cpu { arguments } => bench::cpu(&arguments)?,
+            Bench::Net { arguments } => bench::net(&arguments)?,
             Bench::Blk { arguments } => bench::blk(&arguments)?,
             Bench::Bus { arguments } => bench::bus(&arguments)?,
         },

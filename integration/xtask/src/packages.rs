@@ -227,9 +227,15 @@ pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
         .filter(|(program, _)| wanted.contains(program) && place::on_path(program).is_none())
         .map(|(_, package)| *package)
         .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
+}
+
+/// Installs the packages that a program needs, if it is missing and this user may.
+pub fn ensure_installed(program: &str, packages: &[&str]) -> Result<()> {
+    if place::on_path(program).is_some() { Ok(()) } else { install(packages) }
+}
+
+fn install(missing: &[&str]) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("missing programs: run `sudo apt-get install --no-install-recommends {}`", missing.join(" "));
     }
@@ -237,7 +243,7 @@ pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
     let install = |quiet: &str| {
         Command::new("apt-get")
             .args(["install", "-y", quiet, "--no-install-recommends"])
-            .args(&missing)
+            .args(missing)
             .env("DEBIAN_FRONTEND", "noninteractive")
             .stdout(Stdio::null())
             .status()

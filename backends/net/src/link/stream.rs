@@ -1,8 +1,7 @@
 //! A stream socket that carries frames, each behind its length (four bytes, big endian): how passt and QEMU's `stream`
 //! network speak.
 //!
-//! A frame is written as a whole or not begun. What the socket does not take of a frame that was begun is kept, and no
-//! further frame is taken from the guest until it is gone. Frames that come are read in large pieces and wait in memory of
+//! What the socket does not take of a frame is kept, and no further frame is taken from the guest until it is gone. Frames that come are read in large pieces and wait in memory of
 //! ours, a bounded part, until the guest has buffers.
 
 #![allow(unsafe_code, reason = "vectored I/O on guest memory")]
@@ -22,7 +21,7 @@ use vm_memory::GuestMemory;
 use super::connector::{Answer, Connector};
 use super::iovec::Iovecs;
 use super::{Link, Receiver, Sender};
-use crate::face::{Face, count};
+use crate::face::{Face, dropped};
 use crate::frame::{Frame, put};
 use crate::header::{ETHERNET_BYTES, FRAME_MAX, Features, Header, Offloads};
 
@@ -110,6 +109,7 @@ impl Link for Stream {
             buffer: Box::default(),
             filled: 0,
             taken: 0,
+            paid: false,
         }
     }
 }
@@ -174,7 +174,7 @@ impl Sender for StreamSender {
     }
 }
 
-/// Bytes that the socket took; none when it took nothing.
+/// Bytes that the socket took, none when it is broken. That nothing fits now is not broken.
 fn send_vectored(fd: RawFd, iovecs: &[libc::iovec]) -> Option<usize> {
     // SAFETY: an all-zero message is a valid one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -182,7 +182,10 @@ fn send_vectored(fd: RawFd, iovecs: &[libc::iovec]) -> Option<usize> {
     message.msg_iovlen = iovecs.len();
     // SAFETY: the entries point to the prefix and into guest memory, which stay where they are during the call.
     let sent = unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
-    usize::try_from(sent).ok()
+    match usize::try_from(sent) {
+        Ok(sent) => Some(sent),
+        Err(_) => (io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock).then_some(0),
+    }
 }
 
 /// The half that reads, and connects anew.
@@ -199,15 +202,15 @@ pub struct StreamReceiver {
     filled: usize,
     /// Of those, how many were dealt with.
     taken: usize,
+    /// The frame that comes next has been counted against the limit.
+    paid: bool,
 }
 
 impl Receiver for StreamReceiver {
     fn receive<M: GuestMemory>(&mut self, face: &Face, buffers: &mut Buffers<'_, M>) -> Wait {
         if self.stream.is_none() {
             match self.connect() {
-                None => {
-                    face.set_up(true);
-                }
+                None => face.set_up(true),
                 Some(wait) => {
                     face.set_up(false);
                     return wait;
@@ -218,14 +221,24 @@ impl Receiver for StreamReceiver {
             match self.next(face) {
                 Next::Frame(start, end) => {
                     let frame = self.buffer.get(start..end).unwrap_or_default();
-                    if !face.filter.accepts(&frame.first_chunk().copied().unwrap_or_default()) {
+                    let wanted = face.filter.accepts(&frame.first_chunk().copied().unwrap_or_default());
+                    if wanted
+                        && !std::mem::replace(&mut self.paid, true)
+                        && let Err(moment) = face.admit(frame.len() as u64)
+                    {
+                        self.paid = false;
+                        return Wait::Until(moment);
+                    }
+                    if !wanted {
                         self.taken = end;
                     } else if put(buffers, face, &Header::default(), frame) {
                         face.captures.received.iter().for_each(|capture| capture.frame(frame));
                         self.taken = end;
+                        self.paid = false;
                     } else if fits_no_more(face, buffers, frame.len()) {
-                        count(&face.counters.no_buffers, 1);
+                        dropped(buffers.figures(), frame.len() as u64);
                         self.taken = end;
+                        self.paid = false;
                     } else {
                         return Wait::Buffers;
                     }
@@ -309,7 +322,7 @@ impl StreamReceiver {
         tracing::warn!(%error, "the stream is broken");
         self.shared.set(None);
         self.stream = None;
-        (self.filled, self.taken) = (0, 0);
+        (self.filled, self.taken, self.paid) = (0, 0, false);
         self.not_before = Instant::now() + self.pause;
         if let Some(Origin::Fd(lost)) = &self.origin {
             lost();

@@ -17,7 +17,7 @@ use vm_memory::GuestMemory;
 
 use super::table::Table;
 use super::{Link, Receiver, Sender};
-use crate::face::{Face, count};
+use crate::face::{Face, dropped};
 use crate::filter::is_group;
 use crate::frame::{Frame, pass, put};
 use crate::header::{Features, Header, Offloads, Work};
@@ -144,18 +144,20 @@ impl Sender for PortSender {
         let known = if is_group(&to) { None } else { switch.table.find(&to, self.now_s) };
         match known {
             // It is behind the port that it came from.
-            Some(port) if port == self.port => true,
-            Some(port) => switch.sides.get(port).is_some_and(|side| self.desk.give(port, side, frame)),
-            None => {
-                let mut all = true;
-                for (port, side) in switch.sides.iter().enumerate() {
-                    if port != self.port {
-                        all &= self.desk.give(port, side, frame);
-                    }
+            Some(port) if port == self.port => {}
+            Some(port) => {
+                if let Some(side) = switch.sides.get(port) {
+                    self.desk.give(port, side, frame);
                 }
-                all
+            }
+            None => {
+                for (port, side) in switch.sides.iter().enumerate().filter(|(port, _)| *port != self.port) {
+                    self.desk.give(port, side, frame);
+                }
             }
         }
+        // What a receiver does not take is counted there.
+        true
     }
 
     fn flush(&mut self) {
@@ -170,22 +172,27 @@ impl Sender for PortSender {
 }
 
 impl Desk {
-    /// Gives a frame to one port; false when that has no room for it. A port that nobody uses has no wishes.
-    fn give<M: GuestMemory>(&mut self, port: usize, side: &Side, frame: &Frame<'_, M>) -> bool {
+    /// Gives a frame to one port, if somebody uses it and wants the frame and has room for it.
+    fn give<M: GuestMemory>(&mut self, port: usize, side: &Side, frame: &Frame<'_, M>) {
         if !side.face.filter.accepts(&frame.to()) {
-            return true;
+            return;
         }
         let pair = self.pair(&side.face, frame);
         let Some(mut buffers) = side.inlets.get(pair).and_then(OnceLock::get).and_then(|inlet| inlet.enter()) else {
-            return true;
+            return;
         };
         let face = &*side.face;
+        if face.admit(frame.len).is_err() {
+            // It must not hold up the sender, who may have other receivers.
+            dropped(buffers.figures(), frame.len);
+            return;
+        }
         let given = match frame.header.work_for(face.takes()) {
             Work::Nothing => pass(&mut buffers, face, frame),
             work => self.finished(frame, work, |bytes| put(&mut buffers, face, &Header::default(), bytes)),
         };
         if !given {
-            count(&face.counters.no_buffers, 1);
+            dropped(buffers.figures(), frame.len);
         } else if !face.captures.received.is_empty() && frame.copy_out(&mut self.bytes, frame.len).is_ok() {
             face.captures.received.iter().for_each(|capture| capture.frame(&self.bytes));
         }
@@ -194,7 +201,6 @@ impl Desk {
         if self.touched.last() != Some(&touched) && !self.touched.contains(&touched) {
             self.touched.push(touched);
         }
-        given
     }
 
     /// Does what the sender left undone and hands what results to `put`.

@@ -21,7 +21,7 @@ use vm_memory::GuestMemory;
 
 use super::iovec::Iovecs;
 use super::{Link, Receiver, Sender, Spreader};
-use crate::face::{Face, count};
+use crate::face::{Face, dropped};
 use crate::frame::Frame;
 use crate::header::{FRAME_MAX, Features, HEADER_BYTES, Offloads};
 
@@ -215,9 +215,12 @@ impl Receiver for TapReceiver {
                         return Wait::Buffers;
                     }
                     // It will never fit.
-                    count(&face.counters.no_buffers, 1);
+                    dropped(buffers.figures(), len - head);
                     self.waiting = None;
                     continue;
+                }
+                if let Err(moment) = face.admit(len - head) {
+                    return Wait::Until(moment);
                 }
                 let rest = self.spill.get(..(len - inside) as usize).unwrap_or_default();
                 let _ = buffers.write(buffers.count(len), inside, rest);
@@ -234,6 +237,7 @@ impl Receiver for TapReceiver {
                     self.calm = 0;
                     self.waiting = Some((len, inside));
                 }
+                Ok(Read::Frame { len, inside }) if face.limiter.is_some() => self.waiting = Some((len, inside)),
                 Ok(Read::Frame { len, .. }) => {
                     self.calm = if len > head + USUAL_BYTES { 0 } else { self.calm + 1 };
                     if self.calm >= CALM {
@@ -322,7 +326,6 @@ impl TapReceiver {
             }
         }
         buffers.finish(chains, len);
-        count(&face.counters.received, 1);
-        count(&face.counters.received_bytes, len - head);
+        buffers.figures().read(len - head);
     }
 }

@@ -15,6 +15,15 @@ pub fn cpu(arguments: &[String]) -> Result<()> {
     place::run(Command::new(place::program("cpu-bench")?).args(arguments))
 }
 
+/// The switch of `atoll-net` beside DPDK's testpmd, or beside two copying threads where that cannot be had.
+pub fn net(arguments: &[String]) -> Result<()> {
+    if let Err(reason) = packages::ensure_installed("dpdk-testpmd", &["dpdk-dev", "librte-net-vhost23"]) {
+        eprintln!("{reason:#}: going on without testpmd");
+    }
+    place::build_programs()?;
+    place::run(Command::new(place::program("net-bench")?).args(arguments))
+}
+
 /// `atoll-blk` beside qemu-storage-daemon: a program of the integration room.
 pub fn blk(arguments: &[String]) -> Result<()> {
     packages::ensure_peers(&["qemu-storage-daemon", "mkfs.ext4"])?;
