@@ -21,3 +21,15 @@ fn reboots_leave_nothing_behind() -> Result<()> {
     assert_eq!(outcome.belongings.children.len(), 2);
     Ok(())
 }
+
+/// The button reaches a stock kernel's driver, as often as it is pressed.
+#[test]
+fn the_power_button_reaches_the_guest() -> Result<()> {
+    lives::power_button()
+}
+
+/// Twenty machines, one after the other, in one process.
+#[test]
+fn machines_leave_nothing_behind() -> Result<()> {
+    lives::machines(20).map(drop)
+}

@@ -9,10 +9,12 @@ use crate::console::Console;
 use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
 use crate::images;
 use crate::operated::{Belongings, Operated};
+use crate::place;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde_json::Value;
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// One step in the guest's shell.
@@ -40,6 +42,11 @@ const LOAD: &str = "mkdir -p /run; mount -t tmpfs none /run; dd if=/dev/urandom 
     cmp -s /run/pattern /run/back || echo bad >> /run/bad; n=$((n+1)); echo $n > /run/rounds; done; echo over > /run/over) \
     >/dev/null 2>&1 & true";
 
+/// Keeps the network card sending.
+const FRAMES: &str = "ip addr add 10.9.0.1/24 dev eth0; ip link set eth0 up; busybox arp -s 10.9.0.2 02:00:00:00:00:02; \
+    (while [ ! -e /run/stop ]; do dd if=/dev/zero bs=1400 count=2000 2>/dev/null | busybox nc -u -w 1 10.9.0.2 9; done) \
+    >/dev/null 2>&1 & true";
+
 /// What came of pauses.
 #[derive(Debug, Serialize)]
 pub struct Pauses {
@@ -63,6 +70,8 @@ pub struct Pauses {
     pub clock_drift_us_max: u64,
     /// Rounds of the load that were written, read and compared.
     pub rounds: u64,
+    /// Frames that the network card has sent meanwhile.
+    pub frames: u64,
     /// All of this is as it should be.
     pub ok: bool,
 }
@@ -102,7 +111,30 @@ fn fast_folder() -> Result<tempfile::TempDir> {
     Ok(if memory.is_dir() { tempfile::tempdir_in(memory)? } else { tempfile::tempdir()? })
 }
 
-fn boot(folder: &Path) -> Result<Operated> {
+/// A network backend of somebody else's, that takes every frame and gives none; killed when dropped.
+struct Sink(Child);
+
+impl Sink {
+    fn start(socket: &Path) -> Result<Self> {
+        let mut command = Command::new(place::program("atoll-net")?);
+        let child = command.arg("--socket").arg(socket).arg("--none").stdin(Stdio::null()).spawn()?;
+        let deadline = Instant::now() + STEP;
+        while !socket.exists() {
+            ensure!(Instant::now() < deadline, "atoll-net makes no socket at {}", socket.display());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Sink {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn boot(folder: &Path, more: &[&str]) -> Result<Operated> {
     let guest = images::guest("6.1")?;
     let root = images::copy_of_disk(&guest, folder)?;
     let load = folder.join("load.img");
@@ -112,6 +144,7 @@ fn boot(folder: &Path) -> Result<Operated> {
     for disk in [root, load] {
         command.arg("--disk").arg(format!("path={}", disk.display()));
     }
+    command.args(more);
     let mut vm = Operated::spawn(&mut command, folder)?;
     vm.console.prompt(BOOT_LIMIT)?;
     Ok(vm)
@@ -203,10 +236,14 @@ fn micros(duration: Duration) -> u64 {
 /// Pauses and resumes a guest under load `count` times, at moments that `seed` says.
 pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
     let folder = fast_folder()?;
-    let mut vm = boot(folder.path())?;
+    let socket = folder.path().join("net.sock");
+    let _sink = Sink::start(&socket)?;
+    let net = format!("vhost_user=true,socket={}", socket.display());
+    let mut vm = boot(folder.path(), &["--net", &net, "--cmdline", "console=ttyS0 atoll.load=net"])?;
     let at_first = Ahead::sharp(&mut vm.console)?;
     ensure!(at_first.wrong() < CLOCK_ERROR_MAX, "the guest's clock starts {:?} off", at_first.wrong());
     start_load(&mut vm.console)?;
+    vm.console.run(FRAMES, STEP)?;
     let mut dice = Dice(seed | 1);
     let mut took = Vec::new();
     let (mut vcpus, mut drain, mut beyond, mut answer, mut clock) = (0, 0, 0, Duration::ZERO, Duration::ZERO);
@@ -229,6 +266,7 @@ pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
         }
     }
     let rounds = end_load(&mut vm.console)?;
+    let frames = vm.console.run("cat /sys/class/net/eth0/statistics/tx_packets", STEP)?.trim().parse()?;
     clock = clock.max(Ahead::sharp(&mut vm.console)?.apart(at_first));
     listen(&mut vm.console)?;
     power_off(vm)?;
@@ -245,6 +283,7 @@ pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
         answer_us_max: micros(answer),
         clock_drift_us_max: micros(clock),
         rounds,
+        frames,
         ok: beyond < limit && clock < CLOCK_DRIFT_MAX,
     })
 }
@@ -273,7 +312,7 @@ fn power_off(mut vm: Operated) -> Result<()> {
 /// Starts a guest again `count` times in the middle of its load: by itself and by the operator in turn.
 pub fn reboots(count: u32) -> Result<Reboots> {
     let folder = fast_folder()?;
-    let mut vm = boot(folder.path())?;
+    let mut vm = boot(folder.path(), &[])?;
     let belongings = Belongings::of(vm.console.pid())?;
     let mut clock = Duration::ZERO;
     let mut rounds = 0;
@@ -307,4 +346,58 @@ pub fn reboots(count: u32) -> Result<Reboots> {
         rounds,
         prompt_ms_p50: prompts.get(prompts.len() / 2).copied().unwrap_or_default(),
     })
+}
+
+/// The power button, as a guest's ACPI driver sees it: counts presses that reached the guest, and lets it obey.
+pub fn power_button() -> Result<()> {
+    let folder = fast_folder()?;
+    let mut vm = boot(folder.path(), &["--cmdline", "console=ttyS0 atoll.load=button"])?;
+    let pressed = "/sys/firmware/acpi/interrupts/ff_pwr_btn";
+    let before = vm.console.run(&format!("awk '{{print $1}}' {pressed}"), STEP)?;
+    ensure!(before.trim() == "0", "the button has been pressed {before} times before anybody did");
+    for _ in 0..2 {
+        vm.put("vm.power-button", None)?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let wait =
+        format!("for try in 1 2 3 4 5 6 7 8 9; do [ $(awk '{{print $1}}' {pressed}) = 2 ] && break; sleep 0.2; done");
+    vm.console.run(&wait, STEP)?;
+    let after = vm.console.run(&format!("awk '{{print $1}}' {pressed}"), STEP)?;
+    ensure!(after.trim() == "2", "the guest has heard of {after} presses of 2");
+    power_off(vm)
+}
+
+/// Makes, boots, pauses and forgets a machine with a disk `count` times in one VMM: nothing of any is left.
+pub fn machines(count: u32) -> Result<Belongings> {
+    let guest = images::guest("6.1")?;
+    let folder = fast_folder()?;
+    let disk = images::copy_of_disk(&guest, folder.path())?;
+    let vm = Operated::spawn(Command::new(place::program("atoll")?).arg("run"), folder.path())?;
+    let config = serde_json::json!({
+        "cpus": { "boot_vcpus": 1, "max_vcpus": 1 },
+        "memory": { "size": 256 << 20 },
+        "payload": { "kernel": guest.vmlinux, "initramfs": guest.initramfs, "cmdline": "console=ttyS0" },
+        "disks": [{ "path": disk }],
+        "serial": { "mode": "Null" },
+        "platform": { "cpu": "soft" },
+    });
+    let once = |vm: &Operated| -> Result<()> {
+        vm.put("vm.create", Some(&config))?;
+        vm.put("vm.boot", None)?;
+        let children = Belongings::of(vm.console.pid())?.children;
+        ensure!(children.len() == 1, "a machine with one disk has the processes {children:?}");
+        vm.put("vm.pause", None)?;
+        vm.put("vm.delete", None).map(drop)
+    };
+    once(&vm)?;
+    let belongings = Belongings::of(vm.console.pid())?;
+    ensure!(belongings.children.is_empty(), "a machine that was deleted leaves {:?}", belongings.children);
+    for _ in 1..count {
+        once(&vm)?;
+    }
+    settled(&vm, &belongings)?;
+    vm.put("vmm.shutdown", None)?;
+    let (status, errors) = vm.console.wait(STEP)?;
+    ensure!(status.success(), "atoll ended with {status}: {errors}");
+    Ok(belongings)
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::gate::{Gate, Next, VcpuPhase, Wish};
@@ -29,6 +30,7 @@ pub struct VcpuEnd {
 struct Reins {
     gate: Arc<Gate>,
     kick: Arc<dyn Kick>,
+    thread: Pid,
 }
 
 /// The vCPUs of a machine, as whoever must stop them at once reaches them. Each is on the list before it runs its first
@@ -104,7 +106,7 @@ impl VcpuThread {
                     return;
                 }
             };
-            let reins = Reins { gate: Arc::new(Gate::new()), kick: vcpu.kick_handle() };
+            let reins = Reins { gate: Arc::new(Gate::new()), kick: vcpu.kick_handle(), thread: gettid() };
             kicks.list().push(reins.clone());
             let gate = Arc::clone(&reins.gate);
             let _ = made.send(Ok(reins));
@@ -146,6 +148,18 @@ impl VcpuThread {
     pub fn nmi(&self) {
         self.reins.gate.nmi();
         self.reins.kick.kick();
+    }
+
+    /// The processors of the host that its thread is pinned to; `None` when the kernel does not say.
+    pub fn pinning(&self) -> Option<CpuSet> {
+        sched_getaffinity(Some(self.reins.thread)).ok()
+    }
+
+    /// Pins its thread as another one was pinned.
+    pub fn pin(&self, processors: &CpuSet) {
+        if let Err(error) = sched_setaffinity(Some(self.reins.thread), processors) {
+            tracing::warn!(%error, "a vCPU is not pinned any more as it was before the reset");
+        }
     }
 
     /// What it is at.

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use atoll_devices::pci::DevFn;
 use atoll_devices::{PowerEvent, PowerSink};
+use rustix::thread::CpuSet;
 
 use super::acpi::{self, AcpiConfig};
 use super::boot;
 use super::config::{CpuKind, MachineConfig};
-use super::end::{MachineEnd, MachineError, MachineFigures, failure};
-use super::events::{EventReceiver, EventSender, MachineEvent};
+use super::end::{MachineError, MachineFigures};
+use super::events::{EventSender, MachineEvent};
 use super::hotplug::Hotplug;
 use super::layout;
 use super::{Board, BoardParts, BuiltDevice, DeviceBuilder, UnplugEvent};
@@ -54,6 +55,8 @@ pub struct Machine {
     kicks: Kicks,
     ended: Arc<Mutex<Vec<VcpuEnd>>>,
     boot_state: Option<CpuState>,
+    /// What the vCPUs' threads are to be pinned to.
+    pins: Vec<Option<CpuSet>>,
     pub(super) events: EventSender,
     clock: Arc<dyn Clock>,
     pub(super) metrics: Registry,
@@ -113,6 +116,8 @@ struct Estate {
     places: BTreeMap<String, DevFn>,
     /// Devices that were to leave: they do.
     gone: Vec<String>,
+    /// What the vCPUs' threads were pinned to: users pin them once, and do not hear of resets.
+    pins: Vec<Option<CpuSet>>,
 }
 
 impl Machine {
@@ -164,6 +169,7 @@ impl Machine {
             kicks,
             ended: Arc::default(),
             boot_state: Some(boot_state),
+            pins: std::mem::take(&mut estate.pins),
             events: events.clone(),
             clock: Arc::new(RealClock::new()),
             metrics: Registry::default(),
@@ -218,31 +224,13 @@ impl Machine {
                 events.tell(exit);
             };
             let processor = Arc::clone(self.board.processor());
-            self.vcpus.push(VcpuThread::spawn(processor, index, state, bus, &self.kicks, report)?);
+            let vcpu = VcpuThread::spawn(processor, index, state, bus, &self.kicks, report)?;
+            if let Some(Some(processors)) = self.pins.get(index as usize) {
+                vcpu.pin(processors);
+            }
+            self.vcpus.push(vcpu);
         }
         Ok(())
-    }
-
-    /// Waits until the machine ends.
-    pub fn wait(&mut self, events: &EventReceiver) -> MachineEnd {
-        loop {
-            match events.next() {
-                Ok(MachineEvent::Power(PowerEvent::PowerOff)) => return MachineEnd::PowerOff,
-                Ok(MachineEvent::Power(PowerEvent::Reset)) => return MachineEnd::Reset,
-                Ok(MachineEvent::Stop(cause)) => return MachineEnd::Stopped(cause),
-                Ok(MachineEvent::Stalled(_)) => {}
-                Ok(MachineEvent::Ejected(_) | MachineEvent::Departed) => {
-                    self.settle();
-                }
-                Ok(MachineEvent::VcpuEnded(end)) => {
-                    if let Some(failure) = failure(&end, self.board.processor().name()) {
-                        return MachineEnd::Failed(failure);
-                    }
-                }
-                // This machine holds a sender itself.
-                Err(_) => return MachineEnd::Failed("nobody is left who could end the machine".into()),
-            }
-        }
     }
 
     /// Ends the vCPUs' threads; what they have done.
@@ -281,9 +269,10 @@ impl Machine {
     ///
     /// A device that was to leave leaves now.
     pub fn reset(mut self, builders: Vec<Box<dyn DeviceBuilder>>, events: &EventSender) -> Rebuilt {
+        let pins = self.vcpus.iter().map(VcpuThread::pinning).collect();
         let figures = self.stop_vcpus();
         let deadline = Instant::now() + STOP_TIME_MAX;
-        let mut estate = Estate::default();
+        let mut estate = Estate { pins, ..Estate::default() };
         let gone = |event| match event {
             UnplugEvent::Gone { name, .. } => Some(name),
             UnplugEvent::Late { .. } => None,

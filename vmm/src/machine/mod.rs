@@ -28,7 +28,7 @@ pub use census::VcpuReport;
 pub use chipset::chipset;
 pub use config::{CpuKind, MachineConfig};
 pub use end::{MachineEnd, MachineError, MachineFigures, failure};
-pub use events::{EventReceiver, EventSender, EventSink, MachineEvent, StopCause, events};
+pub use events::{EventSender, EventSink, MachineEvent, StopCause};
 pub use hotplug::{PlugError, UnplugError, UnplugEvent};
 pub use pause::{PauseError, PauseFigures, PauseLimits};
 pub use serial::{EscapeFilter, SerialBuilder, SerialEnd, SerialError};

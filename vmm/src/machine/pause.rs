@@ -48,7 +48,7 @@ pub struct PauseFigures {
 #[derive(Debug, Error)]
 pub enum PauseError {
     /// A vCPU is still in the middle of an instruction.
-    #[error("pause: vcpu{vcpu} did not stop within {} s, as it waits for a device; the machine runs on", .limit.as_secs())]
+    #[error("pause: vcpu{vcpu} did not stop within {} s, as it waits for a device; the machine runs on", .limit.as_secs_f64())]
     Vcpu {
         /// Which.
         vcpu: usize,
@@ -56,7 +56,7 @@ pub enum PauseError {
         limit: Duration,
     },
     /// A device has not finished.
-    #[error("pause: {device} did not drain within {} s ({source}); the machine runs on", .limit.as_secs())]
+    #[error("pause: {device} did not drain within {} s ({source}); the machine runs on", .limit.as_secs_f64())]
     Device {
         /// Which.
         device: String,
@@ -67,7 +67,7 @@ pub enum PauseError {
         source: LifeError,
     },
     /// Interrupts are still on their way.
-    #[error("pause: interrupts were not delivered within {} s; the machine runs on", .limit.as_secs())]
+    #[error("pause: interrupts were not delivered within {} s; the machine runs on", .limit.as_secs_f64())]
     Interrupts {
         /// How long they had.
         limit: Duration,
