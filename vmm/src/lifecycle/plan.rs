@@ -136,6 +136,9 @@ impl Plan {
         if let (Some(name), Some(serial2)) = (name, &mut config.serial2) {
             serial2.file = Some(name.into());
         }
+        if let (Some(name), Some(console)) = (self.factory.console_terminal(), &mut config.console) {
+            console.file = Some(name);
+        }
     }
 
     /// Says which CPU was chosen. Only once the machine is built: a mistake is one line, not the choice of a CPU that runs

@@ -46,7 +46,7 @@ pub(crate) fn console(name: &str) -> anyhow::Result<()> {
     }
     terminal::restore_on_signals();
     let raw = RawTerminal::enter();
-    let relayed = relay(far);
+    let relayed = relay(far).map(drop);
     drop(raw);
     if stdin().is_terminal() {
         let _ = writeln!(stderr(), "\ndetached from {name}");
@@ -54,8 +54,17 @@ pub(crate) fn console(name: &str) -> anyhow::Result<()> {
     relayed
 }
 
+/// Why bytes are carried no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parted {
+    /// The machine has ended.
+    Machine,
+    /// The escape was typed.
+    Escape,
+}
+
 /// Carries bytes both ways until the machine ends, or the escape is typed.
-fn relay(far: File) -> anyhow::Result<()> {
+pub(crate) fn relay(far: File) -> anyhow::Result<Parted> {
     let (mut from, mut to) = (far.try_clone()?, far.try_clone()?);
     let mut typed = File::from(stdin().as_fd().try_clone_to_owned()?);
     let mut filter = EscapeFilter::default();
@@ -76,7 +85,7 @@ fn relay(far: File) -> anyhow::Result<()> {
         if told.first().is_some_and(|far| !far.is_empty()) {
             match from.read(&mut chunk) {
                 // A pseudo terminal whose machine is gone says EIO.
-                Ok(0) | Err(_) => return Ok(()),
+                Ok(0) | Err(_) => return Ok(Parted::Machine),
                 Ok(count) => {
                     stdout().write_all(chunk.get(..count).unwrap_or_default())?;
                     stdout().flush()?;
@@ -93,7 +102,7 @@ fn relay(far: File) -> anyhow::Result<()> {
             let left = filter.pass(chunk.get(..count).unwrap_or_default(), &mut passed);
             to.write_all(&passed).context("the machine takes no more input")?;
             if left {
-                return Ok(());
+                return Ok(Parted::Escape);
             }
         }
     }

@@ -1,17 +1,20 @@
 //! `run`: from the description of a machine to its end.
 
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_vmm::actor::RealClock;
 use atoll_vmm::api::{Api, ApiServer, EventMonitor, ListenAt, own_inherited};
 use atoll_vmm::backend::Household;
-use atoll_vmm::config::{ConsoleMode, VmConfig};
+use atoll_vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
 use atoll_vmm::lifecycle::{Controller, Home, Settings, Story, VmControl, VmError, VmmEnd};
-use atoll_vmm::machine::{MachineEnd, StopCause};
+use atoll_vmm::machine::{MachineEnd, MachineEvent, StopCause};
 use atoll_vmm::rundir::{API_SOCKET, RunDir, RunRoot};
 
 use crate::cli::RunArgs;
+use crate::console;
 use crate::described::{Described, UsageError};
 use crate::report::Report;
 use crate::signals;
@@ -130,11 +133,14 @@ fn watched(
     let metrics = Arc::new(move || counted.metrics().unwrap_or_else(|_| registry.prometheus()));
     let desk = Desk::open(described, folder, &Api { control, story, metrics })?;
     let on_terminal = |port: &Option<_>| {
-        port.as_ref().is_some_and(|port: &atoll_vmm::config::ConsoleConfig| port.mode == ConsoleMode::Tty)
+        port.as_ref().is_some_and(|port: &ConsoleConfig| port.mode == ConsoleMode::Tty)
     };
     let raw = (on_terminal(&described.vm.serial) || on_terminal(&described.vm.console)) && !described.waits_for_api();
     let _raw = if raw { RawTerminal::enter() } else { None };
     let began = begin(&controller, described, folder.name());
+    if began.is_ok() && on_terminal(&described.vm.console) {
+        carry_console(&controller)?;
+    }
     if began.is_err() {
         // Ends the thread that would keep the machine.
         controller.stop(StopCause::Escape);
@@ -152,13 +158,32 @@ fn watched(
     }
 }
 
+/// Connects the terminal with the virtio console, until the machine ends or the escape is typed.
+fn carry_console(controller: &Arc<Controller>) -> anyhow::Result<()> {
+    let console = controller.info()?.config.console.and_then(|console| console.file);
+    let Some(path) = console else { anyhow::bail!("the virtio console has no pseudo terminal; give it a socket instead") };
+    let far = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&path)?;
+    let events = controller.events();
+    std::thread::Builder::new().name("console".into()).spawn(move || match console::relay(far) {
+        Ok(console::Parted::Escape) => events.tell(MachineEvent::Stop(StopCause::Escape)),
+        Ok(console::Parted::Machine) => {}
+        Err(error) => tracing::warn!("the terminal and the virtio console have parted: {error:#}"),
+    })?;
+    Ok(())
+}
+
 /// Boots the machine, unless it comes over the API.
 fn begin(controller: &Controller, described: &Described, name: &str) -> Result<(), VmError> {
     if described.waits_for_api() {
         tracing::info!(target: "atoll::machine", "{name} waits for vm.create");
         return Ok(());
     }
-    controller.create(described.vm.clone())?;
+    let mut vm = described.vm.clone();
+    if let Some(console) = vm.console.as_mut().filter(|console| console.mode == ConsoleMode::Tty) {
+        // Its process has no terminal: it gets a pseudo terminal, and this one carries bytes.
+        *console = ConsoleConfig::of(ConsoleMode::Pty);
+    }
+    controller.create(vm)?;
     controller.boot()?;
     tracing::info!(target: "atoll::machine", "name: {name}");
     Ok(())
