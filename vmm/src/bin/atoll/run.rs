@@ -132,9 +132,8 @@ fn watched(
     // A machine that is busy with something else has its figures all the same; only instructions must be asked for.
     let metrics = Arc::new(move || counted.metrics().unwrap_or_else(|_| registry.prometheus()));
     let desk = Desk::open(described, folder, &Api { control, story, metrics })?;
-    let on_terminal = |port: &Option<_>| {
-        port.as_ref().is_some_and(|port: &ConsoleConfig| port.mode == ConsoleMode::Tty)
-    };
+    let on_terminal =
+        |port: &Option<_>| port.as_ref().is_some_and(|port: &ConsoleConfig| port.mode == ConsoleMode::Tty);
     let raw = (on_terminal(&described.vm.serial) || on_terminal(&described.vm.console)) && !described.waits_for_api();
     let _raw = if raw { RawTerminal::enter() } else { None };
     let began = begin(&controller, described, folder.name());
@@ -161,7 +160,9 @@ fn watched(
 /// Connects the terminal with the virtio console, until the machine ends or the escape is typed.
 fn carry_console(controller: &Arc<Controller>) -> anyhow::Result<()> {
     let console = controller.info()?.config.console.and_then(|console| console.file);
-    let Some(path) = console else { anyhow::bail!("the virtio console has no pseudo terminal; give it a socket instead") };
+    let Some(path) = console else {
+        anyhow::bail!("the virtio console has no pseudo terminal; give it a socket instead")
+    };
     let far = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&path)?;
     let events = controller.events();
     std::thread::Builder::new().name("console".into()).spawn(move || match console::relay(far) {
