@@ -10,5 +10,6 @@ pub mod cpu_emulator;
 pub mod guests;
 pub mod net_bench;
 pub mod peers;
+pub mod plugs;
 pub mod verify;
 pub use xtask::processes;

@@ -129,6 +129,12 @@ enum Soak {
         #[arg(long, default_value = "100")]
         count: NonZeroU32,
     },
+    /// A disk and a network card in and out of a running guest, under I/O: what is left of them?
+    Plugs {
+        /// Passed on: `--count`, `--kernel`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Differential cases of the software CPU.
     Cpu {
         /// Passed on.
@@ -174,6 +180,7 @@ fn main() -> Result<ExitCode> {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,
             Soak::Pauses { count, seed } => soak::pauses(count.get(), seed)?,
             Soak::Reboots { count } => soak::reboots(count.get())?,
+            Soak::Plugs { arguments } => soak::plugs(&arguments)?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
         },
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,

@@ -15,6 +15,13 @@ pub fn cpu(arguments: &[String]) -> Result<()> {
     place::run(Command::new(place::program("cpu-oracle")?).args(arguments))
 }
 
+/// Devices that come and go.
+pub fn plugs(arguments: &[String]) -> Result<()> {
+    packages::ensure_peers(&["mkfs.ext4"])?;
+    place::build_programs()?;
+    place::run(Command::new(place::program("plug-soak")?).args(arguments))
+}
+
 /// A small generator (xorshift64*): the seed alone says when a run stops its VMM.
 struct Dice(u64);
 
