@@ -19,7 +19,7 @@ use atoll_vmm::doorbell::Relay;
 use atoll_vmm::irq::{EventRoute, InterruptFabric, IrqError};
 use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::layout::{MMIO64, ram};
-use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, events};
+use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, EventSender, EventSink, MachineEvent};
 use atoll_vmm::memory::GuestMemory;
 use atoll_vmm::vhost::{DeviceFactory, FactoryParts};
 use rustix::process::Signal;
@@ -61,6 +61,9 @@ impl GuestClock for Now {
 }
 impl PowerSink for Deaf {
     fn power_event(&self, _event: PowerEvent) {}
+}
+impl EventSink for Deaf {
+    fn happened(&self, _event: MachineEvent) {}
 }
 impl StallSink for Deaf {
     fn device_stalled(&self, stall: Stall) {
@@ -120,7 +123,7 @@ impl Driver {
             memory: GuestMemory::new(&ram(32 << 20)?)?,
             relay: Relay::new()?,
             power: Arc::new(Deaf),
-            events: events().0,
+            events: EventSender::new(Arc::new(Deaf)),
             wall_base_ns: 0,
         });
         let household = Arc::new(Household::new(Arc::new(RealClock::new()))?);
