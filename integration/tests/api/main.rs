@@ -8,6 +8,7 @@ mod clients;
 mod curl;
 mod document;
 mod fake;
+mod real;
 mod rough;
 mod rules;
 mod strict;

@@ -147,6 +147,7 @@ impl Drop for ApiServer {
 }
 
 fn accept(listener: &Listener, wake: &OwnedFd, shared: &Arc<Shared>) {
+    let mut short = false;
     while !shared.is_stopping() {
         let mut fds =
             [PollFd::new(listener.socket(), PollFlags::IN), PollFd::from_borrowed_fd(wake.as_fd(), PollFlags::IN)];
@@ -157,12 +158,23 @@ fn accept(listener: &Listener, wake: &OwnedFd, shared: &Arc<Shared>) {
             return;
         }
         match listener.socket().accept() {
-            Ok((socket, _)) if !shared.is_stopping() => welcome(socket, shared),
-            Ok(_) => {}
+            Ok((socket, _)) => {
+                short = false;
+                if !shared.is_stopping() {
+                    welcome(socket, shared);
+                }
+            }
             Err(error) => match Errno::from_io_error(&error) {
                 Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                // Whoever else holds the socket has ended it.
+                Some(Errno::INVAL) => {
+                    tracing::error!("the operator's socket listens no more");
+                    return;
+                }
                 _ => {
-                    tracing::warn!(%error, "a connection to the operator's socket cannot be taken");
+                    if !std::mem::replace(&mut short, true) {
+                        tracing::warn!(%error, "connections to the operator's socket cannot be taken");
+                    }
                     thread::sleep(SHORTAGE_PAUSE);
                 }
             },

@@ -71,11 +71,12 @@ struct Desk {
 }
 
 impl Desk {
-    fn open(described: &Described, folder: &RunDir, api: &Api) -> Result<Self, RunError> {
-        let monitor = match &described.event_monitor {
-            Some(at) => Some(EventMonitor::start(at, &api.story).map_err(failed)?),
-            None => None,
-        };
+    fn open(
+        described: &Described,
+        folder: &RunDir,
+        api: &Api,
+        monitor: Option<EventMonitor>,
+    ) -> Result<Self, RunError> {
         let own = ListenAt::Path(folder.path().join(API_SOCKET));
         let mut servers = Vec::new();
         for at in described.api_socket.iter().chain([&own]) {
@@ -123,6 +124,8 @@ fn watched(
 ) -> Result<u8, RunError> {
     let story = Story::default();
     // Before the controller, so that the monitor hears of its start.
+    let monitor = described.event_monitor.as_ref().map(|at| EventMonitor::start(at, &story));
+    let monitor = monitor.transpose().map_err(failed)?;
     let home = Home { name: folder.name().into(), runtime_dir: root.path().into() };
     let settings = Settings::new(home, story.clone(), Arc::clone(household));
     let (controller, ended) = Controller::start(settings).map_err(failed)?;
@@ -131,7 +134,7 @@ fn watched(
     let (registry, counted) = (household.metrics().clone(), Arc::clone(&control));
     // A machine that is busy with something else has its figures all the same; only instructions must be asked for.
     let metrics = Arc::new(move || counted.metrics().unwrap_or_else(|_| registry.prometheus()));
-    let desk = Desk::open(described, folder, &Api { control, story, metrics })?;
+    let desk = Desk::open(described, folder, &Api { control, story, metrics }, monitor)?;
     let on_terminal =
         |port: &Option<_>| port.as_ref().is_some_and(|port: &ConsoleConfig| port.mode == ConsoleMode::Tty);
     let raw = (on_terminal(&described.vm.serial) || on_terminal(&described.vm.console)) && !described.waits_for_api();
