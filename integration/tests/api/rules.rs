@@ -68,7 +68,6 @@ const ACTIONS: [&str; 8] = [
     "vm.nmi",
     "vmm.nmi",
     "vm.shutdown",
-    "vm.delete",
 ];
 const READS: [&str; 5] = ["vm.info", "vm.counters", "devices", "inspect", "inspect/devices/gr%C3%BCn%2F1"];
 
