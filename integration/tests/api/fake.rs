@@ -76,7 +76,7 @@ impl VmControl for Fake {
     fn create(&self, config: VmConfig) -> Result<(), VmError> {
         let mut book = self.begin("create")?;
         if book.config.is_some() {
-            return Err(error(ErrorKind::Duplicate, "there is a virtual machine already: delete it first"));
+            return Err(error(ErrorKind::WrongState, "there is a virtual machine already: delete it first"));
         }
         for device in config.devices() {
             book.next += 1;
