@@ -47,7 +47,10 @@ use rings::Driver;
 /// How long a backend may finish what is in flight when its device stops for good: nobody waits for those requests any
 /// more, and one that is stuck must not keep the machine from ending.
 const STOP_DRAIN: Duration = Duration::from_secs(1);
-/// How long its process may take to end by itself then.
+/// The same when the driver resets the device, as a guest does before it switches itself off: it has given those requests
+/// up. A backend that is stuck is replaced, and nothing is lost with it that anybody waits for.
+const RESET_DRAIN: Duration = Duration::from_secs(2);
+/// How long its process may take to end by itself when its device stops for good.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// What outlives a board: everything that is agreed with the backend and promised to the guest.
@@ -255,7 +258,7 @@ impl Worker {
 
     fn reset(&mut self, completion: Completion) {
         self.activation = None;
-        self.take_rings_back();
+        self.take_rings_back_within(RESET_DRAIN);
         match &self.past.link {
             Link::Up(_) => completion.complete(0),
             Link::Down { .. } => self.resets.push((completion, Instant::now() + self.parts.limits.fence)),
@@ -295,11 +298,7 @@ impl Worker {
         let fence = Instant::now() + self.parts.limits.fence;
         self.activation = None;
         self.resets.clear();
-        let left = deadline.saturating_duration_since(Instant::now());
-        let drain = self.parts.limits.drain;
-        self.parts.limits.drain = drain.min(left);
-        self.take_rings_back();
-        self.parts.limits.drain = drain;
+        self.take_rings_back_within(deadline.saturating_duration_since(Instant::now()));
         self.forget_driver_config();
         if matches!(self.past.link, Link::Quarantined) {
             self.past.link = Link::Down { retry_at: Instant::now() };
@@ -322,8 +321,7 @@ impl Worker {
         self.shared.ending.store(false, Ordering::Relaxed);
         self.activation = None;
         let left = deadline.saturating_duration_since(Instant::now());
-        self.parts.limits.drain = self.parts.limits.drain.min(STOP_DRAIN).min(left.max(Duration::from_millis(100)));
-        self.take_rings_back();
+        self.take_rings_back_within(STOP_DRAIN.min(left.max(Duration::from_millis(100))));
         if let Link::Up(mut session) = std::mem::replace(&mut self.past.link, Link::Quarantined) {
             session.conversation.hang_up();
             if let Some(process) = &mut session.process {

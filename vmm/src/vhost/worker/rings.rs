@@ -1,6 +1,7 @@
 //! Handing the driver's rings to a backend, and taking them back: at the driver's wish, for a pause, for a new board.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use atoll_devices::virtio::QueueConfig;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
@@ -197,7 +198,15 @@ impl Worker {
         Ok(())
     }
 
-    /// Stops the backend's use of the rings and forgets the driver.
+    /// Stops the backend's use of the rings and forgets the driver; the backend may take as long as `limit`.
+    pub(super) fn take_rings_back_within(&mut self, limit: Duration) {
+        let drain = self.parts.limits.drain;
+        self.parts.limits.drain = drain.min(limit);
+        self.take_rings_back();
+        self.parts.limits.drain = drain;
+    }
+
+    /// Stops the backend's use of the rings and forgets the driver; the backend may take as long as any drain.
     pub(super) fn take_rings_back(&mut self) {
         lock(&self.shared.queues).clear();
         let Some(mut driver) = self.driver.take() else { return };
