@@ -262,6 +262,8 @@ impl RngConfig {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -273,6 +275,26 @@ mod tests {
         assert_eq!(limits.bandwidth, Some(TokenBucketConfig { size: 1 << 20, one_time_burst: None, refill_time: 100 }));
         let disk = DiskConfig::from_flag("--disk", "vhost_user=true,socket=/run/s,iommu=off,pci_segment=0").unwrap();
         assert_eq!(disk.vhost_socket, Some("/run/s".into()));
+    }
+
+    proptest! {
+        /// Whatever is typed, it is a device that passes the checks of the API too, or one line that begins with it.
+        #[test]
+        fn anything_may_be_typed(text in r#"(((path|tap|mac|id|forward|bw_size|queue_size|x)=)?[a-z0-9:,=+"\[\]é-]{0,12}){0,4}"#) {
+            let devices = [
+                DiskConfig::from_flag("--disk", &text).map(DeviceConfig::Disk),
+                NetConfig::from_flag("--net", &text).map(DeviceConfig::Net),
+                FsConfig::from_flag("--fs", &text).map(DeviceConfig::Fs),
+                VsockConfig::from_flag("--vsock", &text).map(DeviceConfig::Vsock),
+                GenericVhostUserConfig::from_flag("--generic-vhost-user", &text).map(DeviceConfig::Generic),
+            ];
+            for device in devices {
+                match device {
+                    Ok(device) => prop_assert_eq!(device.check(), Ok(())),
+                    Err(error) => prop_assert!(error.to_string().starts_with("--"), "{}", error),
+                }
+            }
+        }
     }
 
     #[test]

@@ -155,6 +155,8 @@ impl MachineFile {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::config::{ConsoleMode, CpuChoice};
 
@@ -193,6 +195,21 @@ mod tests {
         assert_eq!(vm.platform.cpu, CpuChoice::Soft);
         assert_eq!(vm.net.unwrap()[0].forward, ["2222:22"]);
         assert_eq!(vm.disks.unwrap()[0].path, Some("root.img".into()));
+    }
+
+    proptest! {
+        /// A file that was cut, or in which something was overwritten, is read or refused with a line that it has.
+        #[test]
+        fn a_damaged_file_is_no_panic(cut in 0..WHOLE.len(), at in 0..WHOLE.len(), byte in 32_u8..127) {
+            let mut bytes = WHOLE.as_bytes().get(..cut).unwrap_or_default().to_vec();
+            if let Some(place) = bytes.get_mut(at) {
+                *place = byte;
+            }
+            let text = String::from_utf8(bytes).unwrap();
+            if let Err(FileError::Content { line, .. } | FileError::UnknownKey { line, .. }) = read(&text) {
+                prop_assert!((1..=text.lines().count() + 1).contains(&line));
+            }
+        }
     }
 
     /// Each mistake in one line, with the line of the file.

@@ -46,7 +46,7 @@ pub(crate) fn console(name: &str) -> anyhow::Result<()> {
     }
     terminal::restore_on_signals();
     let raw = RawTerminal::enter();
-    let relayed = relay(far).map(drop);
+    let relayed = relay(&far).map(drop);
     drop(raw);
     if stdin().is_terminal() {
         let _ = writeln!(stderr(), "\ndetached from {name}");
@@ -64,7 +64,7 @@ pub(crate) enum Parted {
 }
 
 /// Carries bytes both ways until the machine ends, or the escape is typed.
-pub(crate) fn relay(far: File) -> anyhow::Result<Parted> {
+pub(crate) fn relay(far: &File) -> anyhow::Result<Parted> {
     let (mut from, mut to) = (far.try_clone()?, far.try_clone()?);
     let mut typed = File::from(stdin().as_fd().try_clone_to_owned()?);
     let mut filter = EscapeFilter::default();
@@ -72,7 +72,7 @@ pub(crate) fn relay(far: File) -> anyhow::Result<Parted> {
     let mut passed = Vec::new();
     let mut typing = true;
     loop {
-        let mut fds = vec![PollFd::new(&far, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(far, PollFlags::IN)];
         if typing {
             fds.push(PollFd::new(&typed, PollFlags::IN));
         }

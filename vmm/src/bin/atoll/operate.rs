@@ -225,11 +225,14 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
 pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
     let socket = crate::target::socket(name)?;
     Machine::at(&socket)?.put("vm.remove-device", Some(&json!({ "id": id })))?;
+    if wait_s == 0 {
+        return Ok(());
+    }
     let deadline = Instant::now() + Duration::from_secs(wait_s);
     let mut machine = Machine::at(&socket)?;
-    while wait_s > 0 {
+    loop {
         match machine.devices()?.into_iter().find(|device| device.id == id) {
-            None => break,
+            None => return Ok(()),
             Some(device) if device.state != DeviceState::Unplugging => {
                 anyhow::bail!("the guest keeps {id} ({}); unmount it there and try again", word(device.state))
             }
@@ -239,7 +242,6 @@ pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
             Some(_) => std::thread::sleep(GONE_LOOK),
         }
     }
-    Ok(())
 }
 
 /// `resize-disk`.

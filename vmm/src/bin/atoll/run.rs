@@ -168,7 +168,7 @@ fn carry_console(controller: &Arc<Controller>) -> anyhow::Result<()> {
     };
     let far = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&path)?;
     let events = controller.events();
-    std::thread::Builder::new().name("console".into()).spawn(move || match console::relay(far) {
+    std::thread::Builder::new().name("console".into()).spawn(move || match console::relay(&far) {
         Ok(console::Parted::Escape) => events.tell(MachineEvent::Stop(StopCause::Escape)),
         Ok(console::Parted::Machine) => {}
         Err(error) => tracing::warn!("the terminal and the virtio console have parted: {error:#}"),
