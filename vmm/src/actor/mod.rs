@@ -24,7 +24,7 @@ pub use device::{AccessToken, ActorDevice, RegisterAccess, Surroundings};
 pub use laps::{Lap, Laps};
 pub use park::{Parked, StopSignal, park};
 pub use rate::RateLimit;
-pub use tree::{Actor, Ended, Ending, Flow, Tree};
+pub use tree::{Actor, ActorReport, Ended, Ending, Flow, Tree};
 
 use atoll_protocol::lifecycle::LifecycleEvent;
 

@@ -62,8 +62,22 @@ pub struct Ended {
 
 type Hook = Arc<dyn Fn(Ended) + Send + Sync>;
 
+/// An actor as an operator sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ActorReport {
+    /// Its name, with those of the trees that it is in before it.
+    pub name: Arc<str>,
+    /// Messages that wait in its mailbox; none when nobody holds its address any more.
+    pub waiting: usize,
+    /// How many its mailbox holds.
+    pub capacity: usize,
+}
+
+/// Messages that wait, and how many may.
+type Depth = Box<dyn Fn() -> (usize, usize) + Send + Sync>;
+
 enum Member {
-    Actor { name: Arc<str>, stop: oneshot::Sender<()>, task: JoinHandle<()> },
+    Actor { name: Arc<str>, stop: oneshot::Sender<()>, task: JoinHandle<()>, depth: Depth },
     Subtree(Tree),
 }
 
@@ -118,6 +132,11 @@ impl Tree {
     pub fn start<A: Actor>(&self, name: &str, capacity: usize, actor: A) -> Address<A::Message> {
         let name: Arc<str> = format!("{}/{name}", self.name).into();
         let (sender, mailbox) = mpsc::channel(capacity.max(1));
+        // Weak: an actor whose address nobody holds ends by itself.
+        let weak = sender.downgrade();
+        let depth: Depth = Box::new(move || {
+            weak.upgrade().map_or((0, capacity), |sender| (sender.max_capacity() - sender.capacity(), capacity))
+        });
         let (stop, stopped) = oneshot::channel();
         let address = Address::new(sender, Arc::clone(&name));
         let hook = Arc::clone(&self.hook);
@@ -139,10 +158,27 @@ impl Tree {
         if members.closed {
             let _ = stop.send(());
         } else {
-            members.list.push(Member::Actor { name, stop, task });
+            members.list.push(Member::Actor { name, stop, task, depth });
         }
         drop(members);
         address
+    }
+
+    /// The actors that live, those of subtrees too, in the order of their start.
+    #[must_use]
+    pub fn census(&self) -> Vec<ActorReport> {
+        let mut reports = Vec::new();
+        for member in &self.lock().list {
+            match member {
+                Member::Subtree(tree) => reports.extend(tree.census()),
+                Member::Actor { task, .. } if task.is_finished() => {}
+                Member::Actor { name, depth, .. } => {
+                    let (waiting, capacity) = depth();
+                    reports.push(ActorReport { name: Arc::clone(name), waiting, capacity });
+                }
+            }
+        }
+        reports
     }
 
     /// Stops all members, youngest first, each within `patience`. New ones can no longer be started.
@@ -155,7 +191,7 @@ impl Tree {
         for member in members.into_iter().rev() {
             match member {
                 Member::Subtree(tree) => Box::pin(tree.shutdown(patience)).await,
-                Member::Actor { name, stop, mut task } => {
+                Member::Actor { name, stop, mut task, .. } => {
                     // An actor that has ended already does not hear it.
                     let _ = stop.send(());
                     if tokio::time::timeout(patience, &mut task).await.is_err() {

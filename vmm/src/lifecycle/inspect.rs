@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmState};
 use super::story::Story;
+use crate::actor::ActorReport;
 use crate::machine::{Machine, PauseFigures};
 use crate::metrics::{DeviceSnapshot, QueueSnapshot};
 
@@ -18,6 +19,7 @@ pub(super) struct Tree<'a> {
     pub(super) machine: Option<&'a Machine>,
     pub(super) devices: BTreeMap<String, DeviceReport>,
     pub(super) waiting: usize,
+    pub(super) actors: Vec<ActorReport>,
     pub(super) last_pause: Option<&'a PauseFigures>,
     pub(super) story: &'a Story,
 }
@@ -65,9 +67,19 @@ impl Tree<'_> {
             "devices": self.devices,
             "figures": self.machine.map(figures),
             "last_pause": self.last_pause.map(pause),
-            "actors": { "machine": { "mailbox": self.waiting } },
+            "actors": self.actors(),
             "story": { "elapsed_ms": u64::try_from(self.story.elapsed().as_millis()).unwrap_or(u64::MAX) },
         })
+    }
+
+    /// Mailboxes: the machine's keeper, and every actor.
+    fn actors(&self) -> Value {
+        let keeper = ("machine".to_owned(), json!({ "waiting": self.waiting }));
+        // A slash leads a step further down in a path.
+        let name = |actor: &ActorReport| actor.name.replace('/', ".");
+        let about = |actor: &ActorReport| json!({ "waiting": actor.waiting, "capacity": actor.capacity });
+        let actors = self.actors.iter().map(|actor| (name(actor), about(actor)));
+        std::iter::once(keeper).chain(actors).collect::<serde_json::Map<_, _>>().into()
     }
 
     /// The part at `path`, its steps separated by slashes; an empty path means all of it.

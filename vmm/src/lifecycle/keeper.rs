@@ -497,6 +497,7 @@ impl Keeper {
             machine: self.state.live().map(|live| &live.machine),
             devices,
             waiting: self.mailbox.depth(),
+            actors: self.household.tree().census(),
             last_pause: self.last_pause.as_ref(),
             story: &self.story,
         };

@@ -114,6 +114,8 @@ fn inspect_shows_parts() {
     assert_eq!((phase, control.inspect("state").unwrap()), ("running".into(), "Running".into()));
     std::thread::sleep(std::time::Duration::from_millis(20));
     assert!(control.counters().unwrap()["vcpu0"]["instructions"] > first);
+    assert_eq!(control.inspect("actors/machine/waiting").unwrap(), 0);
+    assert!(control.inspect("actors/vmm.supervisor/capacity").unwrap().as_u64().unwrap() > 0);
     let error = control.inspect("vcpus/vcpu9").unwrap_err();
     assert!(error.kind == ErrorKind::NotFound && error.text.contains("vcpu9"), "{error:?}");
     bench.finish();
