@@ -43,9 +43,8 @@ const LOAD: &str = "mkdir -p /run; mount -t tmpfs none /run; dd if=/dev/urandom 
     >/dev/null 2>&1 & true";
 
 /// Keeps the network card sending.
-const FRAMES: &str = "ip addr add 10.9.0.1/24 dev eth0; ip link set eth0 up; busybox arp -s 10.9.0.2 02:00:00:00:00:02; \
-    (while [ ! -e /run/stop ]; do dd if=/dev/zero bs=1400 count=2000 2>/dev/null | busybox nc -u -w 1 10.9.0.2 9; done) \
-    >/dev/null 2>&1 & true";
+const FRAMES: &str = "ifconfig eth0 10.9.0.1 netmask 255.255.255.0 up && busybox arp -s 10.9.0.2 02:00:00:00:00:02 && \
+    for n in 1 2 3; do (ping -q -s 1400 -i 0.002 10.9.0.2 >/dev/null 2>&1 & echo $! >> /run/pings); done";
 
 /// What came of pauses.
 #[derive(Debug, Serialize)]
@@ -266,6 +265,7 @@ pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
         }
     }
     let rounds = end_load(&mut vm.console)?;
+    vm.console.run("kill $(cat /run/pings)", STEP)?;
     let frames = vm.console.run("cat /sys/class/net/eth0/statistics/tx_packets", STEP)?.trim().parse()?;
     clock = clock.max(Ahead::sharp(&mut vm.console)?.apart(at_first));
     listen(&mut vm.console)?;
