@@ -6,7 +6,7 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use super::{ConsoleMode, DeviceConfig, DiskConfig, NetConfig, RateLimiterConfig, VmConfig};
+use super::{ConsoleMode, DeviceConfig, DiskConfig, NetConfig, VmConfig};
 use crate::unix_socket::PATH_BYTES_MAX;
 
 /// Most request queues of a disk, and pairs of a network card times two.
@@ -207,16 +207,6 @@ fn check_socket(path: &Path) -> Wrong {
     Ok(())
 }
 
-fn check_limits(limits: Option<RateLimiterConfig>) -> Wrong {
-    let buckets = limits.map(|limits| [limits.bandwidth, limits.ops]).into_iter().flatten().flatten();
-    for bucket in buckets {
-        if bucket.size == 0 || bucket.refill_time == 0 {
-            return Err("a rate limit's size and refill_time (ms) are at least 1; leave it out to have no limit".into());
-        }
-    }
-    Ok(())
-}
-
 impl DiskConfig {
     fn check_kind(&self) -> Wrong {
         match (&self.path, self.vhost_user, &self.vhost_socket) {
@@ -241,8 +231,7 @@ impl DiskConfig {
         if self.serial.as_ref().is_some_and(|serial| serial.len() > SERIAL_BYTES_MAX) {
             return Err(format!("serial has at most {SERIAL_BYTES_MAX} bytes"));
         }
-        check_queues(self.num_queues, self.queue_size)?;
-        check_limits(self.rate_limiter_config)
+        check_queues(self.num_queues, self.queue_size)
     }
 }
 
@@ -315,7 +304,22 @@ impl NetConfig {
         for rule in &self.forward {
             check_forward(rule)?;
         }
-        check_limits(self.rate_limiter_config)
+        self.check_foreign()
+    }
+
+    /// What only a process of this card's own could do.
+    fn check_foreign(&self) -> Wrong {
+        let (pcap, limit) = (self.pcap.is_some(), self.rate_limiter_config.is_some());
+        match (&self.switch, self.vhost_user) {
+            (Some(switch), _) if pcap => {
+                Err(format!("the switch sees the frames: capture them there, with atoll switch {switch} --pcap FILE"))
+            }
+            (Some(_), _) if limit => Err("rate limits do not go with switch: limit a card on a TAP instead".into()),
+            (None, true) if pcap || limit => {
+                Err("pcap and rate limits do not go with vhost_user=true: what serves the socket decides that".into())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_way(&self) -> Wrong {

@@ -335,7 +335,6 @@ mod tests {
             ("path=a,iommu=on", "no virtual IOMMU"),
             ("path=a,image_type=qcow2", "qemu-img"),
             ("path=a,bw_size=1M", "bw_refill_time= is needed"),
-            ("path=a,bw_size=0,bw_refill_time=1", "at least 1"),
             ("path=a,id=a/b", "letters"),
         ];
         for (text, expected) in cases {
@@ -356,6 +355,9 @@ mod tests {
             ("user=on,switch=s", "exclude each other"),
             ("socket=/s", "go together"),
             ("user=on,ip=10.0.0.1", "need tap=NAME"),
+            ("switch=lan,pcap=f", "atoll switch lan --pcap"),
+            ("switch=lan,bw_size=1,bw_refill_time=1", "do not go with switch"),
+            ("vhost_user=true,socket=/s,pcap=f", "do not go with vhost_user"),
         ];
         for (text, expected) in cases {
             let error = NetConfig::from_flag("--net", text).unwrap_err().to_string();

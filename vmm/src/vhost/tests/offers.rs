@@ -62,7 +62,7 @@ fn network_cards() {
     }
     // A switch's port learns its address from here; a process of ours was told, and others do not want to know.
     let port = net(|words| (words.vhost_user, words.vhost_socket, words.switch) = (false, None, Some("lan".into())));
-    assert_eq!(port.shown(), "--net switch=/run/switch-lan.sock");
+    assert_eq!(port.shown(), "--net switch=/run/switches/lan.sock");
     assert_eq!(port.class().imprint(&backend(0, None, told.clone())), Some((0, mac.into())));
     assert_eq!(net(ours).class().imprint(&backend(0, None, told.clone())), None);
     assert_eq!(net(|_| {}).class().imprint(&backend(0, None, told)), None);
