@@ -466,6 +466,23 @@ fn reset_does_not_wait_for_the_dead() {
     assert!(began.elapsed() >= Duration::from_millis(300));
 }
 
+/// A backend that was stopped with the rings in its hands keeps neither a reset nor the end of the machine waiting for as
+/// long as a drain may take: a guest that switched itself off waited ten seconds for it.
+#[test]
+fn a_stuck_backend_is_not_drained_for_long() {
+    let (mut parts, _lives) = parts(vec![spoiled("GET_VRING_BASE 0", Misdeed::Silence)]);
+    parts.limits.drain = Duration::from_secs(60);
+    let vectors = Arc::new(VectorTable::new(&Fabric, 3).unwrap());
+    let connected = VhostDevice::connect(parts).unwrap();
+    let (mut device, mut frontend) = connected.attach(vectors, Arc::<Told>::default() as _).unwrap();
+    assert_eq!(wait(frontend.intent(activate())), Some(0));
+    assert_eq!(wait(frontend.intent(Intent::Reset)), Some(0));
+    assert_eq!(wait(frontend.intent(activate())), Some(0));
+    let began = Instant::now();
+    device.stop(began + Duration::from_secs(60));
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
 /// A machine that ends does not wait for a backend that is slow to greet: only what it was given back matters.
 #[test]
 fn stopping_waits_for_nobody() {
