@@ -4,12 +4,15 @@ use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::{Chain, ChainError, Table};
 use crate::inflight::{InflightError, Tracker};
+
+/// Entries of a ring that are read or written together.
+const RUN_MAX: usize = 32;
 
 /// What a ring is told at its start.
 #[derive(Debug)]
@@ -103,6 +106,11 @@ pub struct Ring {
     announced: u16,
     armed: bool,
     continued: bool,
+    /// The avail index as it was read last.
+    avail_seen: u16,
+    /// Entries of the avail ring that were read together, and the index of the first.
+    heads: Vec<u16>,
+    heads_from: u16,
     /// The descriptor that interrupts the guest; none when it polls.
     pub call: Option<EventFd>,
 }
@@ -150,6 +158,9 @@ impl Ring {
             announced: used,
             armed: true,
             continued: recovered.continued,
+            avail_seen: base,
+            heads: Vec::with_capacity(RUN_MAX),
+            heads_from: base,
             call: None,
         };
         ring.touch_used(mem)?;
@@ -189,8 +200,7 @@ impl Ring {
             Some(head) => head,
             None => {
                 let index = self.index;
-                let next = self.queue.iter(mem).map_err(|e| broken(index, &e))?.next();
-                let Some(head) = next.map(|c| c.head_index()) else { return Ok(Taken::Empty) };
+                let Some(head) = self.next_head(mem)? else { return Ok(Taken::Empty) };
                 match self.taken.get(usize::from(head)) {
                     None => return Err(RingError::Config { index, what: "a head lies outside the ring" }),
                     Some(true) => return Err(RingError::HeadTwice { index, head }),
@@ -215,6 +225,38 @@ impl Ring {
         }
     }
 
+    /// The next head in the avail ring. Its index, which the guest writes for each batch, is read only when what it said
+    /// last has been taken.
+    fn next_head<M: GuestMemory>(&mut self, mem: &M) -> Result<Option<u16>, RingError> {
+        let (index, next) = (self.index, self.queue.next_avail());
+        if next == self.avail_seen {
+            let seen = self.queue.avail_idx(mem, Ordering::Acquire).map_err(|e| broken(index, &e))?.0;
+            if seen.wrapping_sub(next) > self.table.size {
+                return Err(RingError::Config { index, what: "its avail index is further on than the ring is long" });
+            }
+            self.avail_seen = seen;
+            if seen == next {
+                return Ok(None);
+            }
+        }
+        if next.wrapping_sub(self.heads_from) >= self.heads.len() as u16 {
+            // As many as lie side by side.
+            let slot = next % self.table.size;
+            let run = self.avail_seen.wrapping_sub(next).min(self.table.size - slot).min(RUN_MAX as u16);
+            let mut bytes = [0; 2 * RUN_MAX];
+            let bytes = bytes.get_mut(..2 * usize::from(run)).unwrap_or_default();
+            mem.read_slice(bytes, GuestAddress(self.queue.avail_ring() + 4 + 2 * u64::from(slot)))
+                .map_err(|e| RingError::Broken { index, reason: e.to_string() })?;
+            self.heads.clear();
+            self.heads.extend(bytes.as_chunks::<2>().0.iter().map(|head| u16::from_le_bytes(*head)));
+            self.heads_from = next;
+        }
+        let head = self.heads.get(usize::from(next.wrapping_sub(self.heads_from))).copied();
+        let head = head.ok_or(RingError::Config { index, what: "its avail index went back" })?;
+        self.queue.set_next_avail(next.wrapping_add(1));
+        Ok(Some(head))
+    }
+
     /// Takes back that `head`, the last one, was taken: it is the next one to be taken. For the record of requests in
     /// flight it stays taken, so that a successor takes it in its turn.
     pub fn put_back(&mut self, head: u16) {
@@ -235,18 +277,29 @@ impl Ring {
     pub fn complete_together<M: GuestMemory>(&mut self, mem: &M, done: &[(u16, u32)]) -> Result<(), RingError> {
         let size = self.table.size;
         let failed = |e: &dyn std::fmt::Display| RingError::Broken { index: self.index, reason: e.to_string() };
-        let mut next = self.queue.next_used();
-        for (head, written) in done {
+        for (head, _) in done {
             if *head >= size {
                 return Err(RingError::Config { index: self.index, what: "a head lies outside the ring" });
             }
             if let Some(tracker) = &mut self.tracker {
                 tracker.completing(*head);
             }
-            let entry = self.queue.used_ring() + 4 + 8 * u64::from(next % size);
-            let element = u64::from(*head) | u64::from(*written) << 32;
-            mem.write_slice(&element.to_le_bytes(), GuestAddress(entry)).map_err(|e| failed(&e))?;
-            next = next.wrapping_add(1);
+        }
+        let (mut next, mut rest) = (self.queue.next_used(), done);
+        while !rest.is_empty() {
+            // As many as lie side by side.
+            let slot = next % size;
+            let run = rest.len().min(usize::from(size - slot)).min(RUN_MAX);
+            let (now, later) = rest.split_at(run);
+            let mut bytes = [0; 8 * RUN_MAX];
+            for (to, (head, written)) in bytes.chunks_exact_mut(8).zip(now) {
+                to.copy_from_slice(&(u64::from(*head) | u64::from(*written) << 32).to_le_bytes());
+            }
+            let entry = self.queue.used_ring() + 4 + 8 * u64::from(slot);
+            let bytes = bytes.get(..8 * run).unwrap_or_default();
+            mem.write_slice(bytes, GuestAddress(entry)).map_err(|e| failed(&e))?;
+            next = next.wrapping_add(run as u16);
+            rest = later;
         }
         mem.store(next.to_le(), GuestAddress(self.queue.used_ring() + 2), Ordering::Release).map_err(|e| failed(&e))?;
         self.queue.set_next_used(next);
@@ -449,7 +502,7 @@ mod tests {
         picture();
         WATCHED.set(None);
         let moments = MOMENTS.take();
-        assert!(moments.len() > 8, "only {} moments", moments.len());
+        assert!(moments.len() > 6, "only {} moments", moments.len());
         for (moment, (memory_bytes, region_bytes_then)) in moments.iter().enumerate() {
             let (mem, file) = memory();
             file.write_all_at(memory_bytes, 0).unwrap();

@@ -8,6 +8,9 @@ use crate::face::Face;
 use crate::filter::Mac;
 use crate::header::{ETHERNET_BYTES, HEADER_BYTES, Header};
 
+/// Longest frame that is copied by way of memory of ours: for less than that, one more look at guest memory costs more.
+pub const SHORT_MAX: usize = 256;
+
 /// A frame in the memory of the guest that sends it. Its header and its first bytes were read once; what is decided is
 /// decided on those, whatever the guest does meanwhile.
 #[derive(Debug)]
@@ -24,6 +27,8 @@ pub struct Frame<'a, M> {
     pub header: Header,
     /// Addresses and type.
     pub start: [u8; ETHERNET_BYTES],
+    /// All of a short frame, read at once.
+    pub short: Option<&'a [u8]>,
 }
 
 impl<M: GuestMemory> Frame<'_, M> {
@@ -54,15 +59,21 @@ impl<M: GuestMemory> Frame<'_, M> {
 
 /// Puts a frame of another guest into this guest's buffers, with one copy. False when there are no buffers for it.
 pub fn pass<M: GuestMemory, S: GuestMemory>(buffers: &mut Buffers<'_, M>, face: &Face, frame: &Frame<'_, S>) -> bool {
+    if let Some(bytes) = frame.short {
+        return put(buffers, face, &frame.header, bytes);
+    }
     let start = frame.start.len() as u64;
-    place(buffers, face, (&frame.header, &frame.start), frame.len, |mem, room, at| {
+    place(buffers, face, (&frame.header, &frame.start[..]), frame.len, |mem, room, at| {
         copy((frame.mem, frame.chain, frame.at + start), (mem, room, at), frame.len - start)
     })
 }
 
 /// Puts bytes into this guest's buffers as a frame. False when there are no buffers for it, or it is none.
 pub fn put<M: GuestMemory>(buffers: &mut Buffers<'_, M>, face: &Face, header: &Header, bytes: &[u8]) -> bool {
-    let Some((start, rest)) = bytes.split_first_chunk() else { return false };
+    if bytes.len() <= SHORT_MAX {
+        return place(buffers, face, (header, bytes), bytes.len() as u64, |_, _, _| Ok(()));
+    }
+    let Some((start, rest)) = bytes.split_at_checked(ETHERNET_BYTES) else { return false };
     place(buffers, face, (header, start), bytes.len() as u64, |mem, room, at| room.write_at(mem, at, rest))
 }
 
@@ -70,7 +81,7 @@ pub fn put<M: GuestMemory>(buffers: &mut Buffers<'_, M>, face: &Face, header: &H
 fn place<M: GuestMemory>(
     buffers: &mut Buffers<'_, M>,
     face: &Face,
-    (header, start): (&Header, &[u8; ETHERNET_BYTES]),
+    (header, start): (&Header, &[u8]),
     len: u64,
     fill: impl FnOnce(&M, Segments<'_>, u64) -> Result<(), OutOfRange>,
 ) -> bool {
@@ -82,14 +93,16 @@ fn place<M: GuestMemory>(
     }
     let chains = buffers.count(head + len);
     let Some((mem, room)) = buffers.room(chains) else { return false };
-    let mut first = [0; HEADER_BYTES + ETHERNET_BYTES];
+    let mut first = [0; HEADER_BYTES + SHORT_MAX];
     let both = first.get_mut(..head as usize + start.len()).unwrap_or_default();
-    for (to, from) in both.iter_mut().zip(header.bytes(chains as u16).iter().take(head as usize).chain(start)) {
-        *to = *from;
+    let raw = header.bytes(chains as u16);
+    if let (Some((to_head, to_start)), Some(raw)) = (both.split_at_mut_checked(head as usize), raw.get(..head as usize))
+    {
+        to_head.copy_from_slice(raw);
+        to_start.copy_from_slice(start);
     }
     let written = room.write_at(mem, 0, both).and_then(|()| fill(mem, room, both.len() as u64));
     // Buffers outside its memory are the guest's mistake: it gets them back empty.
     buffers.finish(chains, if written.is_ok() { head + len } else { 0 });
-    buffers.figures().read(len);
     true
 }

@@ -13,7 +13,7 @@ use vm_memory::GuestMemory;
 
 use crate::control::{self, Command};
 use crate::face::{Face, dropped};
-use crate::frame::Frame;
+use crate::frame::{Frame, SHORT_MAX};
 use crate::header::{ETHERNET_BYTES, FRAME_MAX, HEADER_BYTES, Header, Offloads};
 use crate::link::{Link, Receiver, Sender, Spreader};
 
@@ -94,7 +94,7 @@ impl<L: Link> Receive<L> {
         }
         // A few, and then the conversation's turn.
         for _ in 0..64 {
-            let Some((mem, chain)) = buffers.next() else { return Wait::Buffers };
+            let Some((mem, chain)) = buffers.take_one() else { return Wait::Buffers };
             let written = self.control.serve(mem, chain);
             buffers.finish(1, u64::from(written));
             buffers.figures().class(CONTROL_COMMANDS, 1);
@@ -109,7 +109,8 @@ impl<L: Link> Transmit<L> {
         if face.saw_pair(self.pair) {
             (self.spreader)(face.active_pairs());
         }
-        let Some(frame) = frame(face, mem, chain) else {
+        let mut first = [0; HEADER_BYTES + SHORT_MAX];
+        let Some(frame) = frame(face, mem, chain, &mut first) else {
             io.figures().failed();
             return;
         };
@@ -126,7 +127,12 @@ impl<L: Link> Transmit<L> {
 }
 
 /// Reads what a driver sends; none when it makes no sense.
-fn frame<'a, M: GuestMemory>(face: &Face, mem: &'a M, chain: &'a Chain) -> Option<Frame<'a, M>> {
+fn frame<'a, M: GuestMemory>(
+    face: &Face,
+    mem: &'a M,
+    chain: &'a Chain,
+    first: &'a mut [u8; HEADER_BYTES + SHORT_MAX],
+) -> Option<Frame<'a, M>> {
     let features = face.features();
     let head = features.header_bytes();
     let chain = chain.readable();
@@ -134,12 +140,13 @@ fn frame<'a, M: GuestMemory>(face: &Face, mem: &'a M, chain: &'a Chain) -> Optio
     if !(ETHERNET_BYTES as u64..=FRAME_MAX as u64).contains(&len) {
         return None;
     }
-    let mut first = [0; HEADER_BYTES + ETHERNET_BYTES];
-    let first = first.get_mut(..head as usize + ETHERNET_BYTES)?;
+    let is_short = len <= SHORT_MAX as u64;
+    let first = first.get_mut(..head as usize + if is_short { len as usize } else { ETHERNET_BYTES })?;
     chain.read_at(mem, 0, first).ok()?;
-    let (header, start) = first.split_last_chunk()?;
+    let (header, bytes) = first.split_at_checked(head as usize)?;
+    let start = bytes.first_chunk()?;
     let header = Header::parse(header).check(Offloads::from_driver(features), len).ok()?;
-    Some(Frame { mem, chain, at: head, len, header, start: *start })
+    Some(Frame { mem, chain, at: head, len, header, start: *start, short: is_short.then_some(bytes) })
 }
 
 impl<L: Link> QueueHandler for NetQueue<L> {

@@ -33,7 +33,8 @@ fn captures_hold_what_passed_their_port() -> Result<()> {
     let mut b = net.guest(NetOptions::default())?;
     let mut c = net.guest(NetOptions::default())?;
     a.send(&frame(ALL, mac(1), 1, 60))?;
-    (b.receive()?, c.receive()?);
+    b.receive()?;
+    c.receive()?;
     b.send(&frame(mac(1), mac(2), 2, 1514))?;
     a.receive()?;
     c.send(&frame(mac(1), mac(3), 3, 60))?;

@@ -125,8 +125,7 @@ fn a_broken_ring_breaks_nothing_else() -> Result<()> {
         a.send(&frame(ALL, mac(1), number, 60))?;
         assert_eq!(b.receive()?.frame, frame(ALL, mac(1), number, 60));
     }
-    let mut again = NetOptions::default();
-    again.size = 64;
+    let again = NetOptions { size: 64, ..NetOptions::default() };
     drop(bad);
     let mut fresh = loop {
         match net.guest(again.clone()) {

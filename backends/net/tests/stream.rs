@@ -114,7 +114,7 @@ fn frames_wait_for_buffers() -> Result<()> {
     let (mut peer, theirs) = UnixStream::pair()?;
     let mut net = Net::listen_with(folder.path(), &[], &[("--stream-fd", theirs.into())])?;
     let mut guest = net.guest(NetOptions { size: 16, ..NetOptions::default() })?;
-    let lens = |number: u32| if number % 10 == 0 { 9000 } else { 200 };
+    let lens = |number: u32| if number.is_multiple_of(10) { 9000 } else { 200 };
     let mut burst = Vec::new();
     for number in 0..100 {
         let frame = frame(ALL, mac(9), number, lens(number));

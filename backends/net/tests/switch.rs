@@ -37,7 +37,8 @@ fn frames_go_where_addresses_were_seen() -> Result<()> {
     assert_eq!(b.receive()?.frame, c.receive()?.frame);
     // Guest 2 appears behind c's port.
     c.send(&frame(ALL, mac(2), 5, 60))?;
-    (a.receive()?, b.receive()?);
+    a.receive()?;
+    b.receive()?;
     a.send(&frame(mac(2), mac(1), 6, 60))?;
     assert_eq!(c.receive()?.frame, frame(mac(2), mac(1), 6, 60));
     quiet(&mut b)?;

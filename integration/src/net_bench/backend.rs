@@ -140,7 +140,10 @@ fn program() -> Result<PathBuf> {
 /// testpmd between two ports, one forwarding core, no huge pages.
 fn testpmd(folder: &Path, sockets: &[PathBuf; 2]) -> Command {
     let mut command = Command::new(TESTPMD);
-    command.args(["--no-huge", "--in-memory", "-m", "256", "--no-pci", "--no-telemetry", "-l", "0,1"]);
+    command.args(["--no-huge", "--no-shconf", "-m", "256", "--no-pci", "--no-telemetry"]);
+    // Two threads, one of which polls, on whichever processors the scheduler chooses, as for the other side.
+    let last = std::thread::available_parallelism().map_or(0, |processors| processors.get() - 1);
+    command.arg(format!("--lcores=0@(0-{last}),1@(0-{last})"));
     command.arg(format!("--file-prefix=atoll{}", std::process::id())).env("RUNTIME_DIRECTORY", folder);
     for (number, socket) in sockets.iter().enumerate() {
         command.arg(format!("--vdev=net_vhost{number},iface={},queues=1", socket.display()));

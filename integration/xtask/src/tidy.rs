@@ -66,6 +66,7 @@ pub fn run() -> Result<()> {
         "backends",
         "backends/kit",
         "backends/blk",
+        "backends/net",
         "backends/uart",
         "integration",
     ] {

@@ -177,10 +177,9 @@ impl Desk {
         if !side.face.filter.accepts(&frame.to()) {
             return;
         }
-        let pair = self.pair(&side.face, frame);
-        let Some(mut buffers) = side.inlets.get(pair).and_then(OnceLock::get).and_then(|inlet| inlet.enter()) else {
-            return;
-        };
+        let wanted = self.pair(&side.face, frame);
+        let entered = [wanted, 0].into_iter().find_map(|pair| Some((pair, side.inlets.get(pair)?.get()?.enter()?)));
+        let Some((pair, mut buffers)) = entered else { return };
         let face = &*side.face;
         if face.admit(frame.len).is_err() {
             // It must not hold up the sender, who may have other receivers.

@@ -326,6 +326,5 @@ impl TapReceiver {
             }
         }
         buffers.finish(chains, len);
-        buffers.figures().read(len - head);
     }
 }
