@@ -77,3 +77,35 @@ pub fn atoll_blk(image: &Path, folder: &Path) -> Result<Peer> {
 pub fn listening(socket: &Path) -> bool {
     UnixStream::connect(socket).is_ok()
 }
+
+/// Where Debian's packages put virtiofsd: `qemu-system-common` of Debian 12, `virtiofsd` of later ones.
+const VIRTIOFSD: [&str; 2] = ["/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd"];
+
+/// virtiofsd sharing `shared`, whichever of the two this machine has.
+pub fn virtiofsd(shared: &Path, folder: &Path) -> Result<Peer> {
+    let socket = folder.join("fs.sock");
+    let found = VIRTIOFSD.iter().find(|path| Path::new(path).exists());
+    let program = found.context("no virtiofsd: run `sudo apt-get install --no-install-recommends qemu-system-x86`")?;
+    let mut command = if rustix::process::geteuid().is_root() {
+        Command::new(program)
+    } else {
+        // It wants to be root where it shares; a user may be that in a namespace of his own.
+        let mut command = Command::new("unshare");
+        command.args(["-r", "--", program]);
+        command
+    };
+    command.arg(format!("--socket-path={}", socket.display()));
+    if program.starts_with("/usr/lib/") {
+        command.arg("-o").arg(format!("source={},sandbox=chroot", shared.display()));
+    } else {
+        command.arg(format!("--shared-dir={}", shared.display())).arg("--sandbox=none");
+    }
+    // Each request of the guest would be a line.
+    Peer::start(command.stderr(Stdio::null()), &socket)
+}
+
+/// `atoll-rng` on its own, for a front end that knows it by its device type only.
+pub fn atoll_rng(folder: &Path) -> Result<Peer> {
+    let socket = folder.join("rng.sock");
+    Peer::start(Command::new(xtask::place::program("atoll-rng")?).arg("--socket").arg(&socket), &socket)
+}

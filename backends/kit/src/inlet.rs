@@ -330,7 +330,6 @@ impl<M: GuestMemory> Inlet<M> {
             let mut chain = open.spare.pop().unwrap_or_default();
             match open.ring.take(&*open.mem, &mut chain) {
                 Ok(Taken::Request) => {
-                    add(&self.pulse.taken, 1);
                     let bytes = chain.writable().bytes();
                     open.hand.push_back(Held { chain, bytes });
                     return true;
@@ -365,6 +364,8 @@ impl<M: GuestMemory> Inlet<M> {
             open.spare.push(held.chain);
         }
         let count = (open.done.len() - before) as u64;
+        // A buffer that waits for something to come is no request that waits for this process: it counts once it is filled.
+        add(&self.pulse.taken, count);
         add(&self.pulse.completed, count);
         add(&self.figures.requests, count);
         if bytes > 0 {

@@ -127,6 +127,8 @@ impl BackChannel {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn request(number: u32, flags: u32, body: &[u8]) -> Vec<u8> {
@@ -168,5 +170,33 @@ mod tests {
             matches!(channel.hear(), Err(ChannelError::Answer(_)))
         });
         assert!(ended, "answers that nobody reads are not kept");
+    }
+
+    proptest! {
+        /// Whatever comes, in whatever pieces: it is heard the same, and no more than one message is kept.
+        #[test]
+        fn pieces_make_no_difference(
+            words in prop::collection::vec(prop_oneof![0_u32..12, Just(1), Just(9), any::<u32>()], 0..60),
+            piece in 1_usize..40,
+        ) {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let outcome = |piece: usize| {
+                let (mut channel, backend) = BackChannel::new().unwrap();
+                let mut heard = Heard::default();
+                for part in bytes.chunks(piece) {
+                    (&backend).write_all(part).unwrap();
+                    match channel.hear() {
+                        Ok(more) => heard.config_changed |= more.config_changed,
+                        Err(error) => return (heard, Some(error.to_string())),
+                    }
+                }
+                assert!(channel.pending.len() < HEADER + BODY_MAX as usize);
+                (heard, None)
+            };
+            prop_assert_eq!(outcome(piece).1, outcome(1).1);
+            if outcome(1).1.is_none() {
+                prop_assert_eq!(outcome(piece).0, outcome(1).0);
+            }
+        }
     }
 }
