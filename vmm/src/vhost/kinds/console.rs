@@ -109,7 +109,10 @@ impl Drop for Line {
 
 /// The line of a VMM's console, opened with the first machine that has one.
 #[derive(Clone, Default)]
-pub(in crate::vhost) struct ConsoleLine(Arc<Mutex<Option<(ConsoleConfig, Arc<Line>)>>>);
+pub(in crate::vhost) struct ConsoleLine(Arc<Mutex<Option<Kept>>>);
+
+/// A line and the configuration that it was opened for.
+type Kept = (ConsoleConfig, Arc<Line>);
 
 impl ConsoleLine {
     /// Where its pseudo-terminal is.

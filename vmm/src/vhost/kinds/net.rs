@@ -149,7 +149,7 @@ impl Net {
     /// Takes a card that was checked ([`crate::config::DeviceConfig::check`]), of the VM `vm` whose device is called `id`.
     pub(in crate::vhost) fn new(config: &NetConfig, vm: &str, id: &str, runtime_dir: &Path) -> Result<Self, NetError> {
         let given = config.num_queues.unwrap_or(2);
-        if given % 2 != 0 || !(1..=PAIRS_MAX).contains(&(given / 2)) {
+        if !given.is_multiple_of(2) || !(1..=PAIRS_MAX).contains(&(given / 2)) {
             return Err(NetError::Queues(given));
         }
         let pairs = given / 2;

@@ -44,9 +44,12 @@ impl Default for Hand {
     }
 }
 
+/// Requests with their bodies, in order.
+type Seen = Vec<(u32, Vec<u8>)>;
+
 /// What the test holds of one incarnation.
 pub(super) struct Held {
-    seen: Arc<Mutex<Vec<(u32, Vec<u8>)>>>,
+    seen: Arc<Mutex<Seen>>,
     /// The channel for its own requests.
     pub(super) requests: Receiver<UnixStream>,
     /// While somebody holds this, GET_VRING_BASE is not answered.
@@ -78,7 +81,7 @@ impl Hand {
     /// Starts one; gives its front end's socket.
     pub(super) fn start(&self) -> (UnixStream, Held) {
         let (front, back) = UnixStream::pair().unwrap();
-        let seen = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::new(Mutex::new(Seen::new()));
         let slow = Arc::new(Mutex::new(()));
         let (channel_found, requests) = channel();
         let held =
@@ -88,13 +91,7 @@ impl Hand {
         (front, held)
     }
 
-    fn serve(
-        &self,
-        socket: &UnixStream,
-        seen: &Mutex<Vec<(u32, Vec<u8>)>>,
-        slow: &Mutex<()>,
-        channel_found: &Sender<UnixStream>,
-    ) {
+    fn serve(&self, socket: &UnixStream, seen: &Mutex<Seen>, slow: &Mutex<()>, channel_found: &Sender<UnixStream>) {
         while let Some((header, fds)) = header(socket) {
             let [request, flags, size] = [0, 4, 8].map(|at| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()));
             let mut body = vec![0; size as usize];
