@@ -55,6 +55,10 @@ impl Operated {
         let console = Console::spawn(command)?;
         let deadline = Instant::now() + SOCKET_LIMIT;
         while UnixStream::connect(&socket).is_err() {
+            if !processes::alive(console.pid()) {
+                let (status, errors) = console.wait(REQUEST_LIMIT)?;
+                bail!("atoll ended with {status} before it listened: {errors}");
+            }
             if Instant::now() >= deadline {
                 bail!("nobody listens at {} within {SOCKET_LIMIT:?}", socket.display());
             }
