@@ -1,14 +1,15 @@
-//! `cargo xtask verify blk`: a load with its judge on `atoll-blk`, without a guest. Prints the verdict as one line of JSON;
-//! exits with 1 when a promise was broken.
+//! `cargo xtask verify`: loads with their judges on `atoll-blk` and `atoll-net`, without a guest. Prints the verdict as one
+//! line of JSON; exits with 1 when a promise was broken.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use atoll_integration::verify::disk_process::DiskProcess;
+use atoll_integration::verify::device_process::DeviceProcess;
 use atoll_integration::verify::player::{Player, Style};
-use atoll_verify::blk::Workload;
+use atoll_integration::verify::talk::talk;
+use atoll_verify::blk::{Verdict, Workload};
 use atoll_verify::blk::workload::Mix;
 use atoll_verify::dice::{Dice, mix};
 use clap::{Parser, Subcommand};
@@ -47,43 +48,86 @@ enum What {
         #[arg(long)]
         history: Option<PathBuf>,
     },
+    /// Two ports of a switch, killed and started again while two streams pass it.
+    Net {
+        /// How long.
+        #[arg(long, default_value_t = 10)]
+        seconds: u64,
+        /// Everything follows from it.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Milliseconds between two kills, on average; 0 for none.
+        #[arg(long, default_value_t = 500)]
+        kill_every_ms: u64,
+    },
+}
+
+/// A load on a disk.
+struct Disk {
+    seconds: u64,
+    seed: u64,
+    kill_every_ms: u64,
+    sectors: u64,
+    folder: Option<PathBuf>,
+    direct: bool,
+    history: Option<PathBuf>,
 }
 
 #[allow(clippy::print_stdout, reason = "the verdict")]
 fn main() -> Result<ExitCode> {
-    let Cli { what: What::Blk { seconds, seed, kill_every_ms, sectors, folder, direct, history } } = Cli::parse();
-    let folder = match folder {
-        Some(parent) => tempfile::tempdir_in(parent)?,
-        None => tempfile::tempdir()?,
-    };
-    let image = folder.path().join("disk.img");
-    std::fs::File::create(&image)?.set_len(sectors * 512)?;
-    let load = Workload { sectors, mix: Mix::FULL, ..Workload::new(seed) };
-    let image = image.to_str().context("a folder with a UTF-8 name")?;
-    let mut arguments = vec!["--path", image, "--num-queues", "2"];
-    if direct {
-        arguments.push("--direct");
-    }
-    let mut disk = DiskProcess::start(&place::program("atoll-blk")?, folder.path(), &arguments)?;
-    let mut player = Player::new(load, Style::default())?;
-    if let Some(path) = history {
-        player.log_to(Box::new(std::io::BufWriter::new(std::fs::File::create(path)?)));
-    }
-    player.connect(disk.connect()?)?;
-    let mut dice = Dice::new(mix(seed, 0x6b69_6c6c));
-    let end = Instant::now() + Duration::from_secs(seconds);
-    while Instant::now() < end && !player.is_stuck() {
-        let pause = if kill_every_ms == 0 { u64::MAX >> 20 } else { dice.below(2_000 * kill_every_ms) };
-        let next = Instant::now() + Duration::from_micros(pause);
-        player.play(|_| Instant::now() >= next.min(end))?;
-        if Instant::now() < end && !player.is_stuck() {
-            disk.kill()?;
-            player.died()?;
-            disk.restart()?;
-            player.connect(disk.connect()?)?;
+    let (ok, json) = match Cli::parse().what {
+        What::Blk { seconds, seed, kill_every_ms, sectors, folder, direct, history } => {
+            let verdict = Disk { seconds, seed, kill_every_ms, sectors, folder, direct, history }.verify()?;
+            (verdict.ok, verdict.json())
         }
+        What::Net { seconds, seed, kill_every_ms } => {
+            let folder = tempfile::tempdir()?;
+            let arguments = ["--switch", "--ports", "2"];
+            let mut switch = DeviceProcess::start(&place::program("atoll-net")?, folder.path(), &arguments)?;
+            let talk = talk(&mut switch, seed, Duration::from_secs(seconds), kill_every_ms)?;
+            (talk.ok, serde_json::to_string(&talk)?)
+        }
+    };
+    println!("{json}");
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Disk {
+    fn verify(self) -> Result<Verdict> {
+        let Self { seconds, seed, kill_every_ms, sectors, folder, direct, history } = self;
+        let folder = match folder {
+            Some(parent) => tempfile::tempdir_in(parent)?,
+            None => tempfile::tempdir()?,
+        };
+        let image = folder.path().join("disk.img");
+        std::fs::File::create(&image)?.set_len(sectors * 512)?;
+        let load = Workload { sectors, mix: Mix::FULL, ..Workload::new(seed) };
+        let image = image.to_str().context("a folder with a UTF-8 name")?;
+        let mut arguments = vec!["--path", image, "--num-queues", "2"];
+        if direct {
+            arguments.push("--direct");
+        }
+        let mut disk = DeviceProcess::start(&place::program("atoll-blk")?, folder.path(), &arguments)?;
+        let mut player = Player::new(load, Style::default())?;
+        if let Some(path) = history {
+            player.log_to(Box::new(std::io::BufWriter::new(std::fs::File::create(path)?)));
+        }
+        player.connect(disk.connect()?)?;
+        let mut dice = Dice::new(mix(seed, 0x6b69_6c6c));
+        let end = Instant::now() + Duration::from_secs(seconds);
+        while Instant::now() < end && !player.is_stuck() {
+            let next = match kill_every_ms {
+                0 => end,
+                every => end.min(Instant::now() + Duration::from_micros(dice.below(2000 * every))),
+            };
+            player.play(|_| Instant::now() >= next)?;
+            if Instant::now() < end && !player.is_stuck() {
+                disk.kill()?;
+                player.died()?;
+                disk.restart()?;
+                player.connect(disk.connect()?)?;
+            }
+        }
+        player.finish()
     }
-    let verdict = player.finish()?;
-    println!("{}", verdict.json());
-    Ok(if verdict.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

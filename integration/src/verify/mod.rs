@@ -1,9 +1,10 @@
 //! The host's side of the verifier: loads played against device processes without a guest.
 //!
-//! `atoll_verify` holds the loads, the histories and the judges; here are a driver for disks that plays guest and VMM on
-//! the kit's `driver` ([`player`]), a disk process to play against ([`disk_process`]), and a disk with planted faults,
-//! which shows that the judge finds them ([`faulty`]).
+//! `atoll_verify` holds the loads, the histories and the judges; here are drivers that play guest and VMM on the kit's
+//! `driver`, for disks ([`player`]) and for two ports of a switch ([`talk`]), the processes to play against
+//! ([`device_process`]), and a disk with planted faults, which shows that the judge finds them ([`faulty`]).
 
-pub mod disk_process;
+pub mod device_process;
 pub mod faulty;
 pub mod player;
+pub mod talk;

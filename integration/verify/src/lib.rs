@@ -7,3 +7,4 @@
 
 pub mod blk;
 pub mod dice;
+pub mod net;

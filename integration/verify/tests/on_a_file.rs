@@ -40,6 +40,7 @@ fn a_load_on_a_file_is_played_and_judged() -> io::Result<()> {
         load,
         epoch: 0,
         length: Duration::from_millis(300),
+        stop: None,
         threads: 3,
         deadline: Duration::from_secs(20),
     };

@@ -78,12 +78,15 @@ impl Console {
     /// Waits until `wanted` appears after what earlier waits consumed; gives the text before it.
     pub fn expect(&mut self, wanted: &str, within: Duration) -> Result<String> {
         let deadline = Instant::now() + within;
+        // What has been searched is not searched again: a guest may say megabytes before the word that is waited for.
+        let mut from = self.consumed;
         loop {
-            if let Some(at) = self.transcript[self.consumed..].find(wanted) {
-                let before = self.transcript[self.consumed..self.consumed + at].to_owned();
-                self.consumed += at + wanted.len();
+            if let Some(at) = self.transcript[from..].find(wanted) {
+                let before = self.transcript[self.consumed..from + at].to_owned();
+                self.consumed = from + at + wanted.len();
                 return Ok(before);
             }
+            from = self.transcript.floor_char_boundary(self.transcript.len().saturating_sub(wanted.len())).max(from);
             match self.output.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok((when, chunk)) => {
                     self.transcript.push_str(&String::from_utf8_lossy(&chunk));

@@ -21,4 +21,5 @@ pub mod soak;
 pub mod suite;
 pub mod tidy;
 pub mod userland;
+pub mod verify;
 pub mod yardstick;

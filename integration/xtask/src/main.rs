@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
-use xtask::{bench, fuzz, soak, suite, tidy};
+use xtask::{bench, fuzz, soak, suite, tidy, verify};
 
 /// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
 #[derive(Parser)]
@@ -53,6 +53,11 @@ enum Task {
     Soak {
         #[command(subcommand)]
         what: Soak,
+    },
+    /// Play a load that describes itself, and judge what came of it; the verdict is one line of JSON.
+    Verify {
+        #[command(subcommand)]
+        what: Verify,
     },
     /// Run fuzz targets (needs clang).
     Fuzz {
@@ -143,6 +148,43 @@ enum Soak {
     },
 }
 
+#[derive(Subcommand)]
+enum Verify {
+    /// A disk.
+    Blk {
+        /// How long.
+        #[arg(long, default_value_t = 10)]
+        seconds: u64,
+        /// Everything follows from it.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Milliseconds between two kills of a device process, on average; 0 for none.
+        #[arg(long, default_value_t = 500)]
+        kill_every_ms: u64,
+        /// In a guest, whose history comes over its serial port; else rings are driven on the host.
+        #[arg(long)]
+        guest: bool,
+        /// Passed on, without --guest.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// A network.
+    Net {
+        /// How long.
+        #[arg(long, default_value_t = 10)]
+        seconds: u64,
+        /// Everything follows from it.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Milliseconds between two kills of the switch, on average; 0 for none.
+        #[arg(long, default_value_t = 500)]
+        kill_every_ms: u64,
+        /// Two guests on the ports of a switch; else the host drives the rings of both ports. No kills.
+        #[arg(long)]
+        guest: bool,
+    },
+}
+
 fn main() -> Result<ExitCode> {
     match Arguments::parse().task {
         Task::Setup => suite::set_up()?,
@@ -183,7 +225,38 @@ fn main() -> Result<ExitCode> {
             Soak::Plugs { arguments } => soak::plugs(&arguments)?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
         },
+        Task::Verify { what } => return verify(what),
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn verify(what: Verify) -> Result<ExitCode> {
+    let numbers = |seconds: u64, seed: u64, kills: u64| {
+        [("--seconds", seconds), ("--seed", seed), ("--kill-every-ms", kills)]
+            .into_iter()
+            .flat_map(|(name, value)| [name.to_owned(), value.to_string()])
+    };
+    let (ok, json) = match what {
+        Verify::Blk { seconds, seed, kill_every_ms, guest: false, arguments } => {
+            let all = std::iter::once("blk".to_owned()).chain(numbers(seconds, seed, kill_every_ms)).chain(arguments);
+            verify::on_host(&all.collect::<Vec<_>>())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Verify::Net { seconds, seed, kill_every_ms, guest: false } => {
+            let all = std::iter::once("net".to_owned()).chain(numbers(seconds, seed, kill_every_ms));
+            verify::on_host(&all.collect::<Vec<_>>())?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Verify::Blk { seconds, seed, kill_every_ms, .. } => {
+            let verdict = verify::in_guest(seed, seconds, kill_every_ms)?;
+            (verdict.ok, verdict.json())
+        }
+        Verify::Net { seconds, seed, .. } => {
+            let verdicts = verify::between_guests(seed, seconds)?;
+            (verdicts.iter().all(|verdict| verdict.ok), serde_json::to_string(&verdicts)?)
+        }
+    };
+    println!("{json}");
+    Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

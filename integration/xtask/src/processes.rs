@@ -13,14 +13,17 @@ pub fn children(parent: u32) -> Vec<u32> {
         .collect()
 }
 
+/// The children of `parent` whose program is named `name`.
+pub fn children_named(parent: u32, name: &str) -> Vec<u32> {
+    let named = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name);
+    children(parent).into_iter().filter(named).collect()
+}
+
 /// The first child of `parent` whose program is named `name`, as soon as there is one.
 pub fn child_named(parent: u32, name: &str, within: Duration) -> Result<u32> {
     let deadline = Instant::now() + within;
     loop {
-        let found = children(parent)
-            .into_iter()
-            .find(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name));
-        match found {
+        match children_named(parent, name).first().copied() {
             Some(pid) => return Ok(pid),
             None if Instant::now() >= deadline => bail!("process {parent} has no child {name} within {within:?}"),
             None => std::thread::sleep(Duration::from_millis(10)),

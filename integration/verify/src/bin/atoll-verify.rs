@@ -1,8 +1,9 @@
 //! The verifier's program in the guest: plays a load and tells its history, for a judge outside.
 //!
-//! `atoll-verify blk device=/dev/vdb seed=1 seconds=10 out=/dev/ttyS0`; numbers are decimal.
+//! `atoll-verify blk device=/dev/vdb seed=1 seconds=10 out=/dev/ttyS0` tells the history of a load on a disk;
+//! `atoll-verify net interface=eth0 seed=1 seconds=10` talks with another end and prints what it heard. Numbers are decimal.
 
-#![allow(clippy::print_stderr, reason = "a program for a shell")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for a shell")]
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,9 +13,12 @@ use std::time::Duration;
 
 use atoll_verify::blk::guest::{Plan, run};
 use atoll_verify::blk::workload::{Mix, Workload};
+use atoll_verify::net::{Promise, packet};
 
 const USAGE: &str = "usage: atoll-verify blk device=PATH [seed=N] [seconds=N] [first=LBA] [sectors=N] [max=SECTORS] \
-                     [writers=N] [mix=plain|full] [epoch=N] [deadline=SECONDS] [out=PATH]";
+                     [writers=N] [mix=plain|full] [epoch=N] [deadline=SECONDS] [stop=FILE] [out=PATH]\n   \
+                     or: atoll-verify net interface=NAME [seed=N] [seconds=N] [me=0|1] [window=N] [deaths=N] \
+                     [grace=SECONDS]";
 
 struct Words(HashMap<String, String>);
 
@@ -59,12 +63,30 @@ fn blk(words: &mut Words) -> Result<(), String> {
         load,
         epoch: words.number("epoch", 0)? as u32,
         length: Duration::from_secs(words.number("seconds", 10)?),
+        stop: words.0.remove("stop").map(Into::into),
         threads: load.writers,
         deadline: Duration::from_secs(words.number("deadline", 30)?),
     };
     let out = words.out()?;
     words.ended()?;
     run(&plan, out).map_err(|e| format!("{}: {e}", plan.device.display()))
+}
+
+fn net(words: &mut Words) -> Result<(), String> {
+    let window = words.number("window", 32)?;
+    let plan = packet::Plan {
+        interface: words.0.remove("interface").ok_or(USAGE)?,
+        seed: words.number("seed", 0x5eed)?,
+        me: words.number("me", 0)? as u8,
+        window,
+        length: Duration::from_secs(words.number("seconds", 10)?),
+        grace: Duration::from_secs(words.number("grace", 20)?),
+        promise: Promise::with_deaths(words.number("deaths", 0)?, window),
+    };
+    words.ended()?;
+    let verdict = packet::run(&plan).map_err(|e| format!("{}: {e}", plan.interface))?;
+    println!("{}", verdict.json());
+    Ok(())
 }
 
 fn main() -> ExitCode {
@@ -74,6 +96,7 @@ fn main() -> ExitCode {
         Words(arguments.filter_map(|word| word.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned()))).collect());
     let outcome = match what.as_str() {
         "blk" => blk(&mut words),
+        "net" => net(&mut words),
         _ => Err(USAGE.to_owned()),
     };
     match outcome {

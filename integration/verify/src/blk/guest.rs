@@ -35,8 +35,10 @@ pub struct Plan {
     pub load: Workload,
     /// Restarts of the guest before this one.
     pub epoch: u32,
-    /// How long.
+    /// How long, at most.
     pub length: Duration,
+    /// The load ends early when this file is there.
+    pub stop: Option<PathBuf>,
     /// Requests at a time.
     pub threads: u16,
     /// How long an operation may take.
@@ -110,7 +112,8 @@ pub fn run(plan: &Plan, out: Box<dyn Write + Send>) -> io::Result<()> {
     let mut given_up = end + plan.deadline;
     while shared.running.load(Ordering::Acquire) > 0 && Instant::now() < given_up {
         std::thread::sleep(Duration::from_millis(20));
-        if shared.watch(plan.deadline) || Instant::now() >= end {
+        let asked = plan.stop.as_ref().is_some_and(|path| path.exists());
+        if shared.watch(plan.deadline) || asked || Instant::now() >= end {
             shared.stop.store(true, Ordering::Release);
             given_up = given_up.min(Instant::now() + plan.deadline);
         }

@@ -89,7 +89,8 @@ impl History {
         let mut history = Self::default();
         let mut expected = 0;
         for line in text.lines() {
-            let Some((_, line)) = line.split_once('~') else { continue };
+            // What stands before the last tilde may be a line that a restart cut short.
+            let Some((_, line)) = line.rsplit_once('~') else { continue };
             let Some((sequence, record)) = parse_line(line.trim_end()) else {
                 history.damaged += 1;
                 continue;

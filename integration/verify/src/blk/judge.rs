@@ -20,6 +20,7 @@ struct Open {
 #[derive(Debug)]
 pub struct Judge {
     now: Moment,
+    repeats: bool,
     begun: Option<u32>,
     ended: bool,
     /// Last operation of each driver that broke off, and when that was.
@@ -59,6 +60,7 @@ impl Judge {
         };
         Self {
             now: 0,
+            repeats: false,
             begun: None,
             ended: false,
             broken_off: HashMap::new(),
@@ -75,9 +77,19 @@ impl Judge {
         }
     }
 
+    /// A judge for a device that dies at moments which the history does not tell: any request may be done twice.
+    pub fn under_deaths() -> Self {
+        Self { repeats: true, ..Self::new() }
+    }
+
     /// A whole history.
     pub fn judge(history: &History) -> Verdict {
-        let mut judge = Self::new();
+        Self::new().verdict_on(history)
+    }
+
+    /// A whole history, and what has been found besides.
+    pub fn verdict_on(self, history: &History) -> Verdict {
+        let mut judge = self;
         history.records.iter().for_each(|record| judge.feed(record));
         if history.damaged > 0 {
             judge.find(Violation::History, format!("{} lines of the history are damaged or missing", history.damaged));
@@ -189,7 +201,13 @@ impl Judge {
             self.find(Violation::History, format!("operation {:#x} was invoked twice", operation.id));
         }
         if let Some(change) = change(operation.kind) {
-            each(&mut self.registers, &operation, |register| register.invoke(operation.id, change, self.now));
+            let (now, repeats) = (self.now, self.repeats);
+            each(&mut self.registers, &operation, |register| {
+                register.invoke(operation.id, change, now);
+                if repeats {
+                    register.repeat(operation.id);
+                }
+            });
         }
     }
 

@@ -1,4 +1,4 @@
-//! `atoll-blk` as a process that is killed and started again under a player.
+//! A device process with a listening socket, killed and started again under load.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,18 +10,18 @@ use anyhow::{Context, Result, bail};
 /// How long it may take to listen: its predecessor's I/O has to end first.
 const LISTEN_MAX: Duration = Duration::from_secs(20);
 
-/// A running disk process; killed when dropped.
-pub struct DiskProcess {
+/// A running device process; killed when dropped.
+pub struct DeviceProcess {
     program: PathBuf,
     arguments: Vec<String>,
     socket: PathBuf,
     child: Child,
 }
 
-impl DiskProcess {
+impl DeviceProcess {
     /// Starts `program` with a socket in `folder` and these arguments besides.
     pub fn start(program: &Path, folder: &Path, arguments: &[&str]) -> Result<Self> {
-        let socket = folder.join("disk.sock");
+        let socket = folder.join("device.sock");
         let arguments: Vec<String> = arguments.iter().map(|word| (*word).to_owned()).collect();
         let child = spawn(program, &socket, &arguments)?;
         Ok(Self { program: program.to_owned(), arguments, socket, child })
@@ -33,11 +33,11 @@ impl DiskProcess {
         loop {
             match UnixStream::connect(&self.socket) {
                 Ok(stream) => return Ok(stream),
-                Err(e) if Instant::now() > deadline => return Err(e).context("the disk process does not listen"),
+                Err(e) if Instant::now() > deadline => return Err(e).context("the device process does not listen"),
                 Err(_) => {}
             }
             if let Some(status) = self.child.try_wait()? {
-                bail!("the disk process ended: {status}");
+                bail!("the device process ended: {status}");
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -68,7 +68,7 @@ fn spawn(program: &Path, socket: &Path, arguments: &[String]) -> Result<Child> {
         .with_context(|| format!("cannot start {}", program.display()))
 }
 
-impl Drop for DiskProcess {
+impl Drop for DeviceProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
