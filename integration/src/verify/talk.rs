@@ -108,7 +108,10 @@ pub fn talk(switch: &mut DeviceProcess, seed: u64, length: Duration, kill_every_
         let (queue, _) = end.guest.queue(1)?;
         in_flight += queue.outstanding();
         let (base, avail) = (end.guest.driver.stop(1)?, end.guest.queue(1)?);
-        ensure!(base == u32::from(avail.0.used_index(avail.1)), "the transmit ring stops at {base} with frames behind it");
+        ensure!(
+            base == u32::from(avail.0.used_index(avail.1)),
+            "the transmit ring stops at {base} with frames behind it"
+        );
     }
     let promise = Promise::with_deaths(deaths, WINDOW);
     let ends = ends.map(|end| end.talker.verdict(&promise));

@@ -15,7 +15,8 @@ pub fn children(parent: u32) -> Vec<u32> {
 
 /// The children of `parent` whose program is named `name`.
 pub fn children_named(parent: u32, name: &str) -> Vec<u32> {
-    let named = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name);
+    let named =
+        |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim_end() == name);
     children(parent).into_iter().filter(named).collect()
 }
 

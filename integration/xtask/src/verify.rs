@@ -43,7 +43,17 @@ const STEP: Duration = Duration::from_secs(60);
 pub fn program() -> Result<PathBuf> {
     place::run(
         Command::new(place::cargo())
-            .args(["build", "--quiet", "--release", "--package", "atoll-verify", "--bin", "atoll-verify", "--target", TARGET])
+            .args([
+                "build",
+                "--quiet",
+                "--release",
+                "--package",
+                "atoll-verify",
+                "--bin",
+                "atoll-verify",
+                "--target",
+                TARGET,
+            ])
             .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .current_dir(place::repository()),
@@ -58,7 +68,12 @@ pub fn install(disk: &Path) -> Result<()> {
     let program = program()?;
     let debugfs = place::on_path("debugfs").context("debugfs is missing: install e2fsprogs")?;
     for request in [format!("write {} {PROGRAM}", program.display()), format!("sif {PROGRAM} mode 0100755")] {
-        let status = Command::new(&debugfs).args(["-w", "-R", &request]).arg(disk).stderr(Stdio::null()).status()?;
+        let status = Command::new(&debugfs)
+            .args(["-w", "-R", &request])
+            .arg(disk)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?;
         if !status.success() {
             bail!("debugfs cannot do `{request}` on {}", disk.display());
         }

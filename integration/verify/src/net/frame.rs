@@ -147,7 +147,8 @@ mod tests {
     #[test]
     fn a_frame_is_what_was_said_or_it_is_corrupted() {
         for number in 0..50 {
-            let said = Said { run: 5, speaker: 1, part: if number == 7 { Part::Last } else { Part::Word }, number, heard: 3 };
+            let said =
+                Said { run: 5, speaker: 1, part: if number == 7 { Part::Last } else { Part::Word }, number, heard: 3 };
             let good = frame(&said, address(1), address(0));
             assert!((FRAME_MIN..=FRAME_MAX).contains(&good.len()));
             assert_eq!(decode(&good), Came::Whole(said));

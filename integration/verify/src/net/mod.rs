@@ -11,4 +11,4 @@ pub mod stream;
 pub mod talker;
 
 pub use stream::{Heard, Promise};
-pub use talker::{Talker, TalkVerdict};
+pub use talker::{TalkVerdict, Talker};

@@ -157,6 +157,13 @@ impl Talker {
     /// The judgement.
     pub fn verdict(mut self, promise: &Promise) -> TalkVerdict {
         let ok = self.heard.close(promise);
-        TalkVerdict { verify: "net".to_owned(), ok, seed: self.seed, listener: self.me, sent: self.sent, heard: self.heard }
+        TalkVerdict {
+            verify: "net".to_owned(),
+            ok,
+            seed: self.seed,
+            listener: self.me,
+            sent: self.sent,
+            heard: self.heard,
+        }
     }
 }
