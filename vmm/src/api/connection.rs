@@ -90,8 +90,9 @@ impl Connection<'_> {
             self.hang_up("descriptors came with bytes of two requests: send one request at a time".into())?;
             return Ok(false);
         }
-        let asked = Asked { body, descriptors };
-        let called = catch_unwind(AssertUnwindSafe(|| routes::serve(&self.shared.api, head.method, &head.path, asked)));
+        let mut asked = Asked { body, descriptors };
+        let called =
+            catch_unwind(AssertUnwindSafe(|| routes::serve(&self.shared.api, head.method, &head.path, &mut asked)));
         let answer = called.unwrap_or_else(|_| {
             let why = "this request met a mistake in Atoll; its log has the details".into();
             Answer::Reply(Reply::refused(Status::Failed, &[why]))

@@ -98,7 +98,7 @@ pub(super) fn refuse(why: &str) -> Served {
     Err(VmError::new(ErrorKind::Unsupported, why).into())
 }
 
-fn ping(_: &Api, _: &str, _: Asked<'_>) -> Served {
+fn ping(_: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     let ping = Ping {
         build_version: concat!("atoll ", env!("CARGO_PKG_VERSION")).into(),
         version: super::SPOKEN_VERSION.into(),
@@ -108,7 +108,7 @@ fn ping(_: &Api, _: &str, _: Asked<'_>) -> Served {
     Ok(Reply::json(&ping).into())
 }
 
-fn shutdown_vmm(_: &Api, _: &str, _: Asked<'_>) -> Served {
+fn shutdown_vmm(_: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     // The answer must be on its way before the process is.
     Ok(Answer::Last(Reply::done(), |api| {
         if let Err(error) = api.control.shutdown_vmm() {
@@ -117,7 +117,7 @@ fn shutdown_vmm(_: &Api, _: &str, _: Asked<'_>) -> Served {
     }))
 }
 
-fn create(api: &Api, _: &str, asked: Asked<'_>) -> Served {
+fn create(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
     let mut config: VmConfig = body::decode(asked.body)?;
     for (index, net) in config.net.iter_mut().flatten().enumerate() {
         if net.fds.take().is_some_and(|fds| !fds.is_empty()) {
@@ -130,11 +130,11 @@ fn create(api: &Api, _: &str, asked: Asked<'_>) -> Served {
     done(api.control.create(config))
 }
 
-fn nmi(api: &Api, _: &str, _: Asked<'_>) -> Served {
+fn nmi(api: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     done(api.control.nmi())
 }
 
-fn resize(api: &Api, _: &str, asked: Asked<'_>) -> Served {
+fn resize(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
     let Resize { desired_vcpus, desired_ram, desired_balloon } = body::decode(asked.body)?;
     let config = api.control.info()?.config;
     if desired_vcpus.is_some_and(|wanted| wanted != config.cpus.boot_vcpus) {

@@ -30,23 +30,23 @@ pub(super) fn routes() -> Vec<Route> {
     ]
 }
 
-fn devices(api: &Api, _: &str, _: Asked<'_>) -> Served {
+fn devices(api: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     said(api.control.devices())
 }
 
-fn inspect(api: &Api, path: &str, _: Asked<'_>) -> Served {
+fn inspect(api: &Api, path: &str, _: &mut Asked<'_>) -> Served {
     said(api.control.inspect(path.trim_matches('/')))
 }
 
-fn events(api: &Api, _: &str, _: Asked<'_>) -> Served {
+fn events(api: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     Ok(Answer::Events(api.story.subscribe()))
 }
 
-fn metrics(api: &Api, _: &str, _: Asked<'_>) -> Served {
+fn metrics(api: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     Ok(Reply::metrics((api.metrics)()).into())
 }
 
-fn description(_: &Api, _: &str, _: Asked<'_>) -> Served {
+fn description(_: &Api, _: &str, _: &mut Asked<'_>) -> Served {
     static DOCUMENT: LazyLock<Value> = LazyLock::new(openapi::document);
     Ok(Reply::json(&*DOCUMENT).into())
 }

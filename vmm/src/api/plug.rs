@@ -19,7 +19,7 @@ pub(super) fn routes() -> Vec<Route> {
     let place = Perhaps(of::<Plugged>);
     vec![
         put("/api/v1/vm.add-disk", "Plugs a disk in.", place, |api, _, asked| {
-            add::<DiskConfig>(api, &asked, DeviceConfig::Disk)
+            add::<DiskConfig>(api, asked, DeviceConfig::Disk)
         })
         .takes::<DiskConfig>()
         .refuses(MISTAKES),
@@ -27,17 +27,17 @@ pub(super) fn routes() -> Vec<Route> {
             .takes::<NetConfig>()
             .refuses(MISTAKES),
         put("/api/v1/vm.add-fs", "Plugs a shared folder in.", place, |api, _, asked| {
-            add::<FsConfig>(api, &asked, DeviceConfig::Fs)
+            add::<FsConfig>(api, asked, DeviceConfig::Fs)
         })
         .takes::<FsConfig>()
         .refuses(MISTAKES),
         put("/api/v1/vm.add-vsock", "Plugs sockets between guest and host in.", place, |api, _, asked| {
-            add::<VsockConfig>(api, &asked, DeviceConfig::Vsock)
+            add::<VsockConfig>(api, asked, DeviceConfig::Vsock)
         })
         .takes::<VsockConfig>()
         .refuses(MISTAKES),
         put("/api/v1/vm.add-generic-vhost-user", "Plugs any vhost-user device in.", place, |api, _, asked| {
-            add::<GenericVhostUserConfig>(api, &asked, DeviceConfig::Generic)
+            add::<GenericVhostUserConfig>(api, asked, DeviceConfig::Generic)
         })
         .takes::<GenericVhostUserConfig>()
         .refuses(MISTAKES),
@@ -72,7 +72,7 @@ fn add<T: DeserializeOwned>(api: &Api, asked: &Asked<'_>, kind: fn(T) -> DeviceC
     plug(api, kind(body::decode(asked.body)?))
 }
 
-fn add_net(api: &Api, _: &str, asked: Asked<'_>) -> Served {
+fn add_net(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
     let mut net: NetConfig = body::decode(asked.body)?;
     // The client's numbers mean nothing here, but it expects to read them back.
     let numbers = net.fds.take().filter(|fds| !fds.is_empty());
@@ -83,7 +83,7 @@ fn add_net(api: &Api, _: &str, asked: Asked<'_>) -> Served {
     if !asked.descriptors.is_empty() {
         let count = asked.descriptors.len();
         net.fds = Some(numbers.filter(|fds| fds.len() == count).unwrap_or_else(|| vec![-1; count]));
-        net.descriptors = Descriptors(asked.descriptors.into_iter().map(Arc::new).collect());
+        net.descriptors = Descriptors(std::mem::take(&mut asked.descriptors).into_iter().map(Arc::new).collect());
     }
     plug(api, DeviceConfig::Net(net))
 }

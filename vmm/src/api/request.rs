@@ -318,11 +318,8 @@ mod tests {
     fn feed(text: &[u8], sizes: &[usize]) -> Result<Vec<(Head, Vec<u8>)>, Malformed> {
         let (mut assembler, mut rest, mut found) = (Assembler::default(), text, Vec::new());
         for size in sizes.iter().cycle() {
-            loop {
-                match assembler.step()? {
-                    Step::Whole(head, body) => found.push((head, body)),
-                    Step::More | Step::Invite => break,
-                }
+            while let Step::Whole(head, body) = assembler.step()? {
+                found.push((head, body));
             }
             if rest.is_empty() {
                 break;

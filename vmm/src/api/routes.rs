@@ -41,7 +41,7 @@ impl From<Reply> for Answer {
 
 pub(super) type Served = Result<Answer, Reply>;
 /// Carries a request out; the text is what the path has beyond the route's.
-type Serve = fn(&Api, &str, Asked<'_>) -> Served;
+type Serve = fn(&Api, &str, &mut Asked<'_>) -> Served;
 type SchemaOf = fn(&mut SchemaGenerator) -> Schema;
 
 /// What a resource answers when all is well.
@@ -136,7 +136,7 @@ impl Route {
 }
 
 /// Finds the resource and has the request carried out.
-pub(super) fn serve(api: &Api, method: Method, path: &str, asked: Asked<'_>) -> Answer {
+pub(super) fn serve(api: &Api, method: Method, path: &str, asked: &mut Asked<'_>) -> Answer {
     let mut other = None;
     for route in routes() {
         let Some(rest) = route.matches(path) else { continue };
