@@ -4,6 +4,7 @@
 use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
@@ -11,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, set_parent_process_death_signal};
 
 use super::event::SpawnError;
-use super::spec::BackendSpec;
+use super::spec::{BackendSpec, PassedFd};
 
 /// A child that has been started.
 #[derive(Debug)]
@@ -24,23 +25,39 @@ pub(super) struct Launched {
     pub(super) output: PipeReader,
 }
 
-/// Starts a child of the calling thread: it dies when that thread ends, so the thread must be one that stays.
+/// A child of any kind that has been started.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) process: std::process::Child,
+    pub(super) pidfd: OwnedFd,
+    /// Its standard output and error.
+    pub(super) output: PipeReader,
+}
+
+/// Starts a device process as a child of the calling thread: it dies when that thread ends, so the thread must be one
+/// that stays.
 ///
 /// When this returns, the VMM's copies of everything that was passed are closed.
 pub(super) fn launch(spec: BackendSpec) -> Result<Launched, SpawnError> {
-    let name = spec.name;
-    let plumbing = |source: io::Error| SpawnError::Plumbing { name: name.clone(), source };
     let (sidecar, childs_sidecar) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-        .map_err(|errno| plumbing(errno.into()))?;
+        .map_err(|errno| SpawnError::Plumbing { name: spec.name.clone(), source: errno.into() })?;
+    let mut fds = spec.fds;
+    fds.push(PassedFd { flag: "--sidecar-fd".to_owned(), fd: childs_sidecar });
+    let mut command = Command::new(&spec.exe);
+    command.args(&spec.args).env_clear().envs(spec.env);
+    let Started { process, pidfd, output } = start(&spec.name, command, fds)?;
+    Ok(Launched { process, pidfd, sidecar, output })
+}
+
+/// Starts `command` with the descriptors that it is to inherit, in a process group of its own.
+pub(super) fn start(name: &str, mut command: Command, fds: Vec<PassedFd>) -> Result<Started, SpawnError> {
+    let plumbing = |source: io::Error| SpawnError::Plumbing { name: name.to_owned(), source };
+    let exe = PathBuf::from(command.get_program());
     let (output, childs_output) = io::pipe().map_err(plumbing)?;
     rustix::io::ioctl_fionbio(&output, true).map_err(|errno| plumbing(errno.into()))?;
     let childs_errors = childs_output.try_clone().map_err(plumbing)?;
-
-    let mut command = Command::new(&spec.exe);
-    command.args(&spec.args).env_clear().envs(spec.env);
-    let mut kept = Vec::with_capacity(spec.fds.len() + 1);
-    let sidecar_flag = ("--sidecar-fd".to_owned(), childs_sidecar);
-    for (flag, fd) in spec.fds.into_iter().map(|passed| (passed.flag, passed.fd)).chain([sidecar_flag]) {
+    let mut kept = Vec::with_capacity(fds.len());
+    for PassedFd { flag, fd } in fds {
         // Numbers below 3 are the child's standard streams.
         let fd =
             if fd.as_raw_fd() < 3 { fcntl_dupfd_cloexec(&fd, 3).map_err(|errno| plumbing(errno.into()))? } else { fd };
@@ -58,18 +75,18 @@ pub(super) fn launch(spec: BackendSpec) -> Result<Launched, SpawnError> {
         command.pre_exec(move || prepare(&numbers, parent));
     }
     let spawned = command.spawn();
-    // Also drops the hook and the child's ends of pipe and sidecar.
+    // Also drops the hook and the child's ends of the pipe.
     drop(command);
     drop(kept);
     let mut process = spawned.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => SpawnError::Missing { name: name.clone(), exe: spec.exe.clone() },
-        _ => SpawnError::Exec { name: name.clone(), exe: spec.exe.clone(), source },
+        io::ErrorKind::NotFound => SpawnError::Missing { name: name.to_owned(), exe: exe.clone() },
+        _ => SpawnError::Exec { name: name.to_owned(), exe: exe.clone(), source },
     })?;
     // Not reaped yet, so the number is still this child's.
     let pid = i32::try_from(process.id()).ok().and_then(Pid::from_raw);
     let pidfd = pid.ok_or(rustix::io::Errno::SRCH).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
     match pidfd {
-        Ok(pidfd) => Ok(Launched { process, pidfd, sidecar, output }),
+        Ok(pidfd) => Ok(Started { process, pidfd, output }),
         Err(errno) => {
             // Without a pidfd it could not be watched.
             let _ = process.kill();

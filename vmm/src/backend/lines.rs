@@ -1,6 +1,9 @@
 //! The last lines that a process wrote, of whatever it writes.
 
 use std::collections::VecDeque;
+use std::io::{ErrorKind, PipeReader, Read};
+
+use crate::actor::RateLimit;
 
 /// A ring of lines, bounded in number and length; what is not text is replaced.
 #[derive(Debug, Default)]
@@ -9,6 +12,26 @@ pub(super) struct LastLines {
     partial: Vec<u8>,
     /// The rest of a line that was too long is skipped.
     skipping: bool,
+}
+
+/// Reads what `name` has written, into the log and `lines`. At most what a pipe holds, so that a child that writes
+/// without end does not keep the thread.
+pub(super) fn read_lines(output: &mut Option<PipeReader>, lines: &mut LastLines, limit: &mut RateLimit, name: &str) {
+    let mut chunk = [0; 4096];
+    for _ in 0..16 {
+        let Some(pipe) = output else { return };
+        match pipe.read(&mut chunk) {
+            Ok(0) => *output = None,
+            Ok(read) => lines.take(chunk.get(..read).unwrap_or_default(), |line| {
+                if let Some(suppressed) = limit.admit() {
+                    tracing::info!(name, suppressed, "output: {line}");
+                }
+            }),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+            Err(_) => *output = None,
+        }
+    }
 }
 
 const LINES_MAX: usize = 32;

@@ -9,6 +9,7 @@
 //!   [`Household`] is what all devices in processes share.
 //! - [`ImageHandle`] keeps hold of a disk image over all incarnations of its backend, without being able to lock it.
 
+mod companion;
 mod event;
 mod household;
 mod image;
@@ -22,6 +23,7 @@ mod supervisor;
 mod uart;
 mod watch;
 
+pub use companion::{COMPANION_END, Companion, CompanionSpec};
 pub use event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
 pub use household::Household;
 pub use image::{ImageAccess, ImageError, ImageHandle};

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{PipeReader, Read};
+use std::io::PipeReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -21,9 +21,10 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 
+use super::companion::{Companion, CompanionSpec, Escort};
 use super::event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
 use super::launch::{Launched, launch};
-use super::lines::LastLines;
+use super::lines::{LastLines, read_lines};
 use super::spec::BackendSpec;
 use super::watch::{Watch, WatchAction};
 use crate::actor::{Clock, Moment, RateLimit};
@@ -93,6 +94,7 @@ impl Child {
 
 enum Command {
     Spawn { spec: Box<BackendSpec>, sink: Box<dyn EventSink>, reply: SyncSender<Result<Born, SpawnError>> },
+    Escort { spec: Box<CompanionSpec>, reply: SyncSender<Result<Companion, SpawnError>> },
     Stop { device: DeviceId, generation: Generation, grace: Duration },
     Shutdown { grace: Duration },
 }
@@ -127,7 +129,14 @@ impl Spawner {
     pub fn new(clock: Arc<dyn Clock>) -> std::io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (commands, orders) = sync_channel(64);
-        let nursery = Nursery { clock, wake: Arc::clone(&wake), commands: orders, children: Vec::new(), ending: None };
+        let nursery = Nursery {
+            clock,
+            wake: Arc::clone(&wake),
+            commands: orders,
+            children: Vec::new(),
+            escorts: Vec::new(),
+            ending: None,
+        };
         let thread = std::thread::Builder::new().name("spawner".into()).spawn(move || nursery.run())?;
         Ok(Self(Arc::new(Inner { commands, wake, thread: Mutex::new(Some(thread)) })))
     }
@@ -146,6 +155,19 @@ impl Spawner {
         // The thread answers each command, and dropping one is an answer too.
         let Born { pid, pidfd, orders } = born.recv().map_err(|_| ending(()))??;
         Ok(Child { pid, device, generation, pidfd, orders, spawner: Arc::downgrade(&self.0) })
+    }
+
+    /// Starts a program of somebody else's. Waits for fork and exec.
+    ///
+    /// # Errors
+    /// All of [`SpawnError`]; then there is no process.
+    pub fn companion(&self, spec: CompanionSpec) -> Result<Companion, SpawnError> {
+        let name = spec.name.clone();
+        let (reply, born) = sync_channel(1);
+        let ending = |()| SpawnError::Ending { name };
+        self.0.command(Command::Escort { spec: Box::new(spec), reply }).map_err(ending.clone())?;
+        // The thread answers each command, and dropping one is an answer too.
+        born.recv().map_err(|_| ending(()))?
     }
 
     /// Asks all children to end, kills those that have not within `grace`, and waits until all are reaped. Later spawns
@@ -215,6 +237,7 @@ struct Nursery {
     wake: Arc<OwnedFd>,
     commands: Receiver<Command>,
     children: Vec<Ward>,
+    escorts: Vec<Escort>,
     /// All must be gone by then.
     ending: Option<Moment>,
 }
@@ -243,9 +266,11 @@ impl Nursery {
             for child in &mut self.children {
                 child.attend(now);
             }
+            self.escorts.iter_mut().for_each(Escort::attend);
+            self.escorts.retain(|escort| !escort.is_gone());
             self.children.retain(|child| !(child.gone && child.outbox.is_empty()));
             // Nobody may listen any more while the VMM ends.
-            if self.ending.is_some() && self.children.iter().all(|child| child.gone) {
+            if self.ending.is_some() && self.children.iter().all(|child| child.gone) && self.escorts.is_empty() {
                 return;
             }
             expected = self.wait();
@@ -263,6 +288,19 @@ impl Nursery {
                 // Whoever asked waits, or has given up; then the child is reported to the sink all the same.
                 let _ = reply.try_send(born);
             }
+            Command::Escort { spec, reply } => {
+                let born = if self.ending.is_some() {
+                    Err(SpawnError::Ending { name: spec.name })
+                } else {
+                    let limit = RateLimit::new(Arc::clone(&self.clock), 100, Duration::from_millis(100));
+                    Escort::bear(*spec, limit).map(|(escort, companion)| {
+                        self.escorts.push(escort);
+                        companion
+                    })
+                };
+                // One that nobody takes is killed by being dropped.
+                let _ = reply.try_send(born);
+            }
             Command::Stop { device, generation, grace } => {
                 let wanted = |child: &&mut Ward| child.device == device && child.generation == generation;
                 for child in self.children.iter_mut().filter(wanted) {
@@ -271,6 +309,7 @@ impl Nursery {
             }
             Command::Shutdown { grace } => {
                 self.ending = Some(now.after(grace));
+                self.escorts.iter().for_each(Escort::kill);
                 for child in &mut self.children {
                     child.ask_to_end(now.after(grace));
                 }
@@ -323,6 +362,8 @@ impl Nursery {
             fds.extend(child.sidecar.as_ref().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
             fds.extend(child.output.as_ref().map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)));
         }
+        let wakes = self.escorts.iter().flat_map(Escort::wakes);
+        fds.extend(wakes.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let nap = until.map(|until| self.clock.nap(until));
         let expected = nap.and_then(|nap| Instant::now().checked_add(nap));
         let timeout = nap.map(|nap| Timespec::try_from(nap).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
@@ -345,7 +386,7 @@ impl Ward {
         if !self.gone {
             // Asked first, so that what a dead child had said before is heard below.
             let ended = self.process.try_wait().ok().flatten();
-            self.read_output();
+            read_lines(&mut self.output, &mut self.lines, &mut self.log_limit, &self.name);
             self.listen(now, if ended.is_some() { usize::MAX } else { 64 });
             if let Some(status) = ended {
                 self.bury(status);
@@ -387,28 +428,6 @@ impl Ward {
                     self.end_because(ExitCause::Wrong(error.to_string()));
                     return;
                 }
-            }
-        }
-    }
-
-    fn read_output(&mut self) {
-        let mut chunk = [0; 4096];
-        // At most what a pipe holds, so that a child that writes without end does not keep the thread.
-        for _ in 0..16 {
-            let Some(output) = &mut self.output else { return };
-            match output.read(&mut chunk) {
-                Ok(0) => self.output = None,
-                Ok(read) => {
-                    let (name, limit) = (&self.name, &mut self.log_limit);
-                    self.lines.take(chunk.get(..read).unwrap_or_default(), |line| {
-                        if let Some(suppressed) = limit.admit() {
-                            tracing::info!(name, suppressed, "output: {line}");
-                        }
-                    });
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return,
-                Err(_) => self.output = None,
             }
         }
     }

@@ -84,8 +84,7 @@ impl FactoryError {
         match self {
             Self::Unsupported { .. } | Self::Config(ConfigError::Unsupported(_)) => true,
             Self::Console(error) => matches!(error, ConsoleError::Unsupported(_)),
-            Self::Net { source, .. } => matches!(source, NetError::User),
-            Self::Config(_) | Self::DeviceType { .. } => false,
+            Self::Net { .. } | Self::Config(_) | Self::DeviceType { .. } => false,
         }
     }
 }

@@ -39,7 +39,7 @@ pub use device::{
 pub use error::{ConversationError, Step};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use features::{feature_names, offerable, protocol_feature_names};
-pub use kinds::{ConsoleError, DiskError, NetError, switch_socket};
+pub use kinds::{ConsoleError, DiskError, NetError, UserError, switch_socket};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;
 pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};

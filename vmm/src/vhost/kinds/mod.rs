@@ -8,6 +8,7 @@ mod generic;
 mod limits;
 mod net;
 mod rng;
+mod user;
 mod vsock;
 
 use std::error::Error as StdError;
@@ -26,6 +27,7 @@ pub(super) use disk::Disk;
 pub(super) use fs::Fs;
 pub(super) use generic::Generic;
 pub use net::{NetError, switch_socket};
+pub use user::UserError;
 
 pub(super) use net::Net;
 pub(super) use rng::Rng;

@@ -14,6 +14,7 @@ use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 use thiserror::Error;
 
 use super::limits::rate_arguments;
+use super::user::UserMode;
 use super::{Host, Kind, KindError, queue_size};
 use crate::backend::PassedFd;
 use crate::config::NetConfig;
@@ -72,9 +73,6 @@ pub enum NetError {
         /// How many are needed.
         pairs: u16,
     },
-    /// User mode.
-    #[error("user=on is not supported yet: use tap, switch or vhost_user")]
-    User,
 }
 
 /// Address of a card.
@@ -126,6 +124,8 @@ enum Way {
     Tap(String),
     /// An interface of the host, open already.
     Descriptors(Vec<Arc<OwnedFd>>),
+    /// Nothing that needs rights: passt.
+    User(UserMode),
     /// A port of a switch of ours that listens there.
     Switch(PathBuf),
     /// Somebody else's backend.
@@ -160,7 +160,8 @@ impl Net {
         let way = if let Some(socket) = &config.vhost_socket {
             Way::Foreign(socket.clone())
         } else if config.user {
-            return Err(NetError::User);
+            let through_net = config.pcap.is_some() || config.rate_limiter_config.is_some() || pairs > 1;
+            Way::User(UserMode { forward: config.forward.clone(), mtu: config.mtu, through_net })
         } else if let Some(name) = &config.switch {
             Way::Switch(switch_socket(runtime_dir, name))
         } else if config.fds.is_some() || !config.descriptors.0.is_empty() {
@@ -199,6 +200,7 @@ impl Kind for Net {
             Way::Tap(name) => format!("--net tap={name}"),
             Way::Descriptors(_) => "--net fds".into(),
             Way::Switch(socket) => format!("--net switch={}", socket.display()),
+            Way::User(_) => "--net user=on".into(),
             Way::Foreign(socket) => format!("--net socket={}", socket.display()),
         }
     }
@@ -209,14 +211,19 @@ impl Kind for Net {
             mtu: self.config.mtu,
             size: queue_size(self.config.queue_size, QUEUE_SIZE),
             foreign: matches!(self.way, Way::Foreign(_)),
-            told_mac: matches!(self.way, Way::Tap(_) | Way::Descriptors(_)),
+            told_mac: matches!(self.way, Way::Tap(_) | Way::Descriptors(_) | Way::User(_)),
         })
     }
     fn sidecar(&self) -> SidecarClass {
         SidecarClass::Net
     }
     fn own_queues(&self) -> Option<u16> {
-        matches!(self.way, Way::Tap(_) | Way::Descriptors(_)).then_some(2 * self.pairs + 1)
+        let ours = match &self.way {
+            Way::Tap(_) | Way::Descriptors(_) => true,
+            Way::User(wish) => wish.through_net,
+            Way::Switch(_) | Way::Foreign(_) => false,
+        };
+        ours.then_some(2 * self.pairs + 1)
     }
     fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
         let mut args = self.arguments();
@@ -234,6 +241,10 @@ impl Kind for Net {
                 Vec::new()
             }
             Way::Descriptors(descriptors) => descriptors.clone(),
+            Way::User(wish) => {
+                let net = |descriptors| host.process("atoll-net", self.sidecar(), args, descriptors);
+                return super::user::source(wish, host, net);
+            }
         };
         let pass = move || {
             let copies = descriptors.iter().map(|fd| Ok(PassedFd { flag: "--fd".into(), fd: fd.try_clone()? }));
