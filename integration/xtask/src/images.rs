@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 pub const PROMPT: &str = "atoll# ";
 
 /// Changes when the contents of the images change, so that cached ones are made anew.
-const EDITION: u32 = 3;
+const EDITION: u32 = 4;
 
 /// One kernel with its initramfs, in every form that a boot test wants.
 #[derive(Clone, Debug)]
@@ -204,7 +204,7 @@ bound | renew)
     ;;
 esac
 "#;
-const LEASE_SCRIPT_AT: &str = "usr/share/udhcpc/default.script";
+const LEASE_SCRIPT_AT: &str = "etc/udhcpc/default.script";
 
 /// The guest of a kernel series, "6.1" or "6.12"; made on first use.
 pub fn guest(series: &str) -> Result<Guest> {
@@ -300,7 +300,7 @@ fn write_initramfs(path: &Path, busybox: &Path, modules: &Path, names: &[&str]) 
         writer.finish()?;
         Ok(())
     };
-    let folders = ["bin", "dev", "etc", "mnt", "proc", "root", "sys", "tmp", "usr", "usr/share", "usr/share/udhcpc"];
+    let folders = ["bin", "dev", "etc", "mnt", "proc", "root", "sys", "tmp", "etc/udhcpc"];
     for folder in folders {
         add(folder, DIRECTORY, b"")?;
     }

@@ -20,6 +20,7 @@ pub mod processes;
 pub mod soak;
 pub mod suite;
 pub mod tidy;
+pub mod tour;
 pub mod userland;
 pub mod verify;
 pub mod yardstick;

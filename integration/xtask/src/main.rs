@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
-use xtask::{bench, fuzz, soak, suite, tidy, verify};
+use xtask::{bench, fuzz, soak, suite, tidy, tour, verify};
 
 /// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
 #[derive(Parser)]
@@ -23,6 +23,9 @@ enum Task {
     Setup,
     /// Boot Debian's kernel with its root disk in another process, and hand over the shell.
     Demo {
+        /// Unattended: two machines with networks, a switch between them and a folder of the host; JSON on the last line.
+        #[arg(long, conflicts_with = "check")]
+        tour: bool,
         /// Unattended: boot, write, sync, drop caches, read back, compare, power off; JSON on the last line.
         #[arg(long)]
         check: bool,
@@ -188,7 +191,10 @@ enum Verify {
 fn main() -> Result<ExitCode> {
     match Arguments::parse().task {
         Task::Setup => suite::set_up()?,
-        Task::Demo { check, kernel, form, cpu } => {
+        Task::Demo { tour: true, kernel, .. } => {
+            println!("{}", serde_json::to_string(&tour::run(&kernel)?)?);
+        }
+        Task::Demo { check, kernel, form, cpu, .. } => {
             let demo = Demo { series: kernel, form, cpu };
             if !check {
                 demo.interactive()?;

@@ -212,7 +212,8 @@ pub fn sha256(path: &Path) -> Result<String> {
 }
 
 /// Programs that some tests and benchmarks set beside Atoll, with the Debian package that holds each.
-pub const PEERS: [(&str, &str); 5] = [
+pub const PEERS: [(&str, &str); 6] = [
+    ("passt", "passt"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-storage-daemon", "qemu-utils"),
     ("qemu-x86_64", "qemu-user"),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// Changes when the contents of the disk change.
-const EDITION: u32 = 1;
+const EDITION: u32 = 2;
 /// Folders at the top that are links into `/usr`.
 const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
 
