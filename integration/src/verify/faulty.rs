@@ -208,6 +208,10 @@ impl Disk {
             }
             let at = self.dice.below(self.pending.len() as u64) as usize;
             let request = self.pending.swap_remove(at);
+            if self.fault == Fault::ForgetsAtDeath {
+                // Slow enough that there is always something to forget.
+                std::thread::sleep(Duration::from_micros(200));
+            }
             self.carry_out(&request)?;
             if self.later.len() > 8 {
                 self.catch_up();

@@ -88,10 +88,21 @@ pub struct Jail {
     pub accepts: bool,
 }
 
+/// Tells the allocator never to give memory of a thread's heap back: before glibc does that for the first time it opens
+/// /proc/sys/vm/overcommit_memory, which ends a locked process. A burst of bounce buffers, freed, was enough.
+fn keep_heap() {
+    #[allow(unsafe_code, reason = "the allocator's settings have no safe wrapper")]
+    // SAFETY: a setting by value; no other thread exists.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+    }
+}
+
 impl Jail {
     /// Second step: no thread may exist yet, because these rights belong to each thread.
     pub fn confine(&self) -> Result<(), JailError> {
         let parent = rustix::process::getppid();
+        keep_heap();
         files::leave_namespaces();
         files::drop_capabilities().map_err(step("drop capabilities"))?;
         files::landlock(self.socket.as_deref())?;
@@ -102,7 +113,7 @@ impl Jail {
         Ok(())
     }
 
-    /// Third step: all threads exist.
+    /// Third step: all threads exist and [`Jail::confine`] has been called.
     pub fn lock(&self) -> Result<(), JailError> {
         syscalls::restrict(self.socket.is_some(), self.accepts, self.ioctls)
     }
