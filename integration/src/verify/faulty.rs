@@ -96,10 +96,13 @@ struct Request {
     status: u64,
 }
 
+/// Requests that were taken and not completed: ring and head.
+pub type Unfinished = Vec<(usize, u16)>;
+
 /// A running disk; stops when dropped.
 pub struct FaultyDisk {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Result<Vec<(usize, u16)>>>>,
+    thread: Option<JoinHandle<Result<Unfinished>>>,
 }
 
 impl FaultyDisk {
@@ -110,7 +113,7 @@ impl FaultyDisk {
         medium: &Shared,
         fault: Fault,
         seed: u64,
-        again: Vec<(usize, u16)>,
+        again: Unfinished,
     ) -> Result<Self> {
         let mut rings = Vec::new();
         for index in 0..queues {
@@ -156,11 +159,11 @@ impl FaultyDisk {
     }
 
     /// Dies, with whatever it has not done; gives what its successor must do again.
-    pub fn die(mut self) -> Result<Vec<(usize, u16)>> {
+    pub fn die(mut self) -> Result<Unfinished> {
         self.end()
     }
 
-    fn end(&mut self) -> Result<Vec<(usize, u16)>> {
+    fn end(&mut self) -> Result<Unfinished> {
         self.stop.store(true, Ordering::Release);
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(rest)) => rest,
@@ -199,7 +202,7 @@ struct Disk {
 }
 
 impl Disk {
-    fn serve(mut self, stop: &AtomicBool) -> Result<Vec<(usize, u16)>> {
+    fn serve(mut self, stop: &AtomicBool) -> Result<Unfinished> {
         while !stop.load(Ordering::Acquire) {
             self.take()?;
             if self.pending.is_empty() {

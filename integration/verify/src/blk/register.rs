@@ -297,7 +297,7 @@ impl Register {
             match (made, replaced) {
                 (None, _) => faults.push(Fault::Invented { read: reading.op, value: Value::Zero }),
                 (Some((_, end)), Some((_, by))) if *end < by.last_start => {
-                    faults.push(by.fault(reading.op, Value::Zero))
+                    faults.push(by.fault(reading.op, Value::Zero));
                 }
                 _ => {}
             }

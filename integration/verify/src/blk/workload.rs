@@ -82,7 +82,7 @@ impl Workload {
 
     /// Names the run in its sectors.
     pub fn run(&self) -> u64 {
-        mix(self.seed, 0x72_756e)
+        mix(self.seed, 0x0072_756e)
     }
 
     /// Operation `id`.

@@ -65,7 +65,7 @@ impl Talker {
     pub fn new(seed: u64, me: u8, source: [u8; 6], window: u64) -> Self {
         Self {
             seed,
-            run: mix(seed, 0x6e65_74),
+            run: mix(seed, 0x006e_6574),
             me,
             source,
             window,
