@@ -23,12 +23,13 @@ enum Task {
     Setup,
     /// Boot Debian's kernel with its root disk in another process, and hand over the shell.
     Demo {
-        /// Unattended: two machines with networks, a switch between them and a folder of the host; JSON on the last line.
-        #[arg(long, conflicts_with = "check")]
-        tour: bool,
-        /// Unattended: boot, write, sync, drop caches, read back, compare, power off; JSON on the last line.
+        /// Unattended: boot, write, sync, drop caches, read back, compare, power off; then the tour of networks, folders and
+        /// hotplug; JSON on the last line.
         #[arg(long)]
         check: bool,
+        /// With --check: how often a disk and a card are plugged in and out under I/O.
+        #[arg(long, default_value_t = 100)]
+        plugs: u32,
         /// Kernel series: 6.1 or 6.12.
         #[arg(long, default_value = "6.1")]
         kernel: String,
@@ -91,6 +92,12 @@ enum Bench {
     },
     /// Memory of a running VM besides its RAM, as PSS.
     Memory,
+    /// TCP and round trips between a guest and the host over a TAP, beside QEMU TCG (needs root).
+    Wire {
+        /// Pairs of guests.
+        #[arg(long, default_value = "3")]
+        rounds: NonZeroUsize,
+    },
     /// An exit to a device and back: answered now, later (an actor) and elsewhere (a process).
     Bus {
         /// Passed on.
@@ -191,10 +198,7 @@ enum Verify {
 fn main() -> Result<ExitCode> {
     match Arguments::parse().task {
         Task::Setup => suite::set_up()?,
-        Task::Demo { tour: true, kernel, .. } => {
-            println!("{}", serde_json::to_string(&tour::run(&kernel)?)?);
-        }
-        Task::Demo { check, kernel, form, cpu, .. } => {
+        Task::Demo { check, kernel, form, cpu, plugs } => {
             let demo = Demo { series: kernel, form, cpu };
             if !check {
                 demo.interactive()?;
@@ -202,7 +206,10 @@ fn main() -> Result<ExitCode> {
             }
             let outcome = demo.check()?;
             println!("{}", serde_json::to_string(&outcome)?);
-            if !outcome.ok {
+            let tour = tour::run(&demo.series, plugs)?;
+            let ok = outcome.ok && tour.ok;
+            println!("{}", serde_json::json!({ "ok": ok, "boot": outcome, "tour": tour }));
+            if !ok {
                 return Ok(ExitCode::FAILURE);
             }
         }
@@ -216,6 +223,11 @@ fn main() -> Result<ExitCode> {
             }
             Bench::Memory => {
                 if !bench::memory::run()? {
+                    return Ok(ExitCode::FAILURE);
+                }
+            }
+            Bench::Wire { rounds } => {
+                if !bench::wire::run(rounds.get())? {
                     return Ok(ExitCode::FAILURE);
                 }
             }

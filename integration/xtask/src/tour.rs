@@ -20,7 +20,7 @@ const FILE_BYTES: usize = 4 << 20;
 /// Debian's virtiofsd, of QEMU or of its own package.
 const FOLDER_SERVERS: [&str; 3] = ["/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/bin/virtiofsd"];
 
-/// Last line of `cargo xtask demo --tour`.
+/// Part of the last line of `cargo xtask demo --check`.
 #[derive(Debug, Default, Serialize)]
 pub struct Tour {
     /// Everything below is as it must be.
@@ -37,6 +37,8 @@ pub struct Tour {
     pub folder: bool,
     /// What bash and perl of the guest's user land answer.
     pub userland: bool,
+    /// What `plug-soak` says of disks and cards that came and went under I/O.
+    pub plugs: serde_json::Value,
     /// Exit statuses of both machines.
     pub exits: Vec<i32>,
 }
@@ -168,11 +170,21 @@ fn number_after(text: &str, key: &str) -> Option<f64> {
     digits.parse().ok()
 }
 
+/// Disks and cards that come and go, by the soak's own program.
+fn plug(count: u32) -> Result<serde_json::Value> {
+    let mut command = Command::new(place::program("plug-soak")?);
+    let output = command.args(["--count", &count.to_string()]).stderr(Stdio::inherit()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let last = text.lines().last().context("plug-soak says nothing")?;
+    ensure!(output.status.success(), "plug-soak ended with {}: {last}", output.status);
+    Ok(serde_json::from_str(last)?)
+}
+
 /// Takes the tour.
 ///
 /// # Errors
 /// When a step fails; the error names it.
-pub fn run(series: &str) -> Result<Tour> {
+pub fn run(series: &str, plugs: u32) -> Result<Tour> {
     let guest = prepare(series)?;
     packages::ensure_peers(&["passt"])?;
     let folder = tempfile::tempdir()?;
@@ -182,7 +194,7 @@ pub fn run(series: &str) -> Result<Tour> {
     let stage = Stage { guest: &guest, folder: folder.path(), runtime };
     let mut tour = Tour::default();
 
-    eprintln!("[1/5] a switch, a folder server, two machines");
+    eprintln!("[1/6] a switch, a folder server, two machines");
     let shared = folder.path().join("shared");
     std::fs::create_dir(&shared)?;
     std::fs::write(shared.join("from-host"), "hello guest\n")?;
@@ -197,7 +209,7 @@ pub fn run(series: &str) -> Result<Tour> {
     let answer = a.run("perl -e 'print 6*7' && bash -c 'echo ${BASH_VERSION%%.*}' && ls --version | head -1", STEP)?;
     tour.userland = answer.starts_with("425") && answer.contains("coreutils");
 
-    eprintln!("[2/5] an address by DHCP, a file from the host's loopback");
+    eprintln!("[2/6] an address by DHCP, a file from the host's loopback");
     a.run("ip link set eth0 up && udhcpc -i eth0 -n -q -t 10 2>&1", STEP)?;
     let addresses = a.run("ip -4 -o addr show dev eth0", STEP)?;
     tour.address = addresses.split_whitespace().nth(3).unwrap_or_default().to_owned();
@@ -209,7 +221,7 @@ pub fn run(series: &str) -> Result<Tour> {
     let got = a.run(&format!("wget -q -O - http://{gateway}:{port}/file | md5sum"), STEP)?;
     tour.fetched = got.starts_with(&expected);
 
-    eprintln!("[3/5] ping and iperf3 between the two");
+    eprintln!("[3/6] ping and iperf3 between the two");
     a.run("ip addr add 10.9.0.1/24 dev eth1 && ip link set eth1 up", STEP)?;
     b.run("ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && ip link set lo up", STEP)?;
     let ping = a.run("ping -c 5 -i 0.2 10.9.0.2", STEP)?;
@@ -218,13 +230,13 @@ pub fn run(series: &str) -> Result<Tour> {
     let iperf = a.run("iperf3 -c 10.9.0.2 -t 3 -f m | grep receiver", STEP)?;
     tour.iperf_mbits = number_after(&iperf, "Bytes").context("iperf3 tells no rate")?;
 
-    eprintln!("[4/5] a folder of the host");
+    eprintln!("[4/6] a folder of the host");
     a.run("mkdir -p /mnt/host && mount -t virtiofs host /mnt/host", STEP)?;
     let read = a.run("cat /mnt/host/from-host", STEP)?;
     a.run("echo hello host > /mnt/host/from-guest && sync", STEP)?;
     tour.folder = read == "hello guest" && std::fs::read_to_string(shared.join("from-guest"))? == "hello host\n";
 
-    eprintln!("[5/5] powering off");
+    eprintln!("[5/6] powering off");
     for mut console in [a, b] {
         console.run("mount -o remount,ro / || true", STEP)?;
         console.send("poweroff -f\n")?;
@@ -234,6 +246,8 @@ pub fn run(series: &str) -> Result<Tour> {
         }
         tour.exits.push(status.code().unwrap_or(-1));
     }
+    eprintln!("[6/6] a disk and a card in and out {plugs} times under I/O");
+    tour.plugs = plug(plugs)?;
     let sound = tour.userland && tour.fetched && tour.folder && tour.address.contains('/');
     tour.ok = sound && tour.iperf_mbits > 0.0 && tour.exits.iter().all(|status| *status == 0);
     if !tour.ok {

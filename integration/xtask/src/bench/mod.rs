@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod memory;
 pub mod spread;
+pub mod wire;
 
 use crate::{packages, place};
 use anyhow::Result;

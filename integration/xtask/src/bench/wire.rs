@@ -1,0 +1,139 @@
+//! `cargo xtask bench wire`: TCP and round trips between a guest and the host over a TAP: `atoll-net` with the software CPU
+//! beside QEMU's in-process virtio-net with TCG, the same guest, kernel and host's end, in turn.
+//!
+//! An emulated CPU is the limit here, not the device: the guest's TCP stack is cold code, on which the two CPUs are about
+//! equally fast (`bench cpu`, "wide"). So the ratio is held against 1.
+
+use super::spread::Spread;
+use crate::console::Console;
+use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
+use crate::{images, packages, place, userland, yardstick};
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Least share of QEMU's throughput, and most of its round trip.
+const RATIO: f64 = 1.0;
+const TAP: &str = "atollwire0";
+const HOST: &str = "10.77.0.1";
+const CMDLINE: &str = "console=ttyS0 quiet atoll.load=net";
+const STEP: Duration = Duration::from_secs(60);
+
+#[derive(Serialize)]
+struct Line {
+    bench: &'static str,
+    rounds: usize,
+    atoll_mbits: Spread,
+    qemu_mbits: Spread,
+    throughput: Spread,
+    atoll_round_trip_ms: Spread,
+    qemu_round_trip_ms: Spread,
+    round_trip: Spread,
+    ok: bool,
+}
+
+/// The host's end, gone with its owner.
+struct Tap;
+
+impl Tap {
+    fn new() -> Result<Self> {
+        if !rustix::process::geteuid().is_root() {
+            bail!("a TAP interface with an address needs root: run `sudo cargo xtask bench wire`");
+        }
+        let ip = |line: &str| place::run(Command::new("ip").args(line.split(' ')));
+        // One that a run left behind which was killed.
+        let _ = Command::new("ip").args(["link", "del", TAP]).stderr(Stdio::null()).status();
+        ip(&format!("tuntap add dev {TAP} mode tap vnet_hdr"))?;
+        let tap = Self;
+        ip(&format!("addr add {HOST}/24 dev {TAP}"))?;
+        ip(&format!("link set {TAP} up"))?;
+        Ok(tap)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "del", TAP]).status();
+    }
+}
+
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn field(text: &str, number: usize) -> Result<f64> {
+    let field = text.split_whitespace().nth(number).with_context(|| format!("{text} has no field {number}"))?;
+    field.parse().with_context(|| format!("{field} in {text} is no number"))
+}
+
+/// Mbit/s from guest to host, and the mean round trip in milliseconds.
+fn measure(command: &mut Command) -> Result<(f64, f64)> {
+    let mut console = Console::spawn(command)?;
+    console.prompt(BOOT_LIMIT)?;
+    console.run("ip addr add 10.77.0.2/24 dev eth0; ip link set eth0 up; sleep 1", STEP)?;
+    let ping = console.run(&format!("ping -q -c 200 -i 0.01 {HOST} | tail -1"), STEP)?;
+    let average = ping.split('/').nth(4).with_context(|| format!("{ping} tells no mean"))?;
+    let iperf = console.run(&format!("iperf3 -c {HOST} -t 4 -f m | grep receiver"), STEP)?;
+    let rate = iperf.split("Bytes").nth(1).with_context(|| format!("{iperf} tells no rate"))?;
+    console.send("poweroff -f\n")?;
+    console.wait(STEP)?;
+    Ok((field(rate, 0)?, average.parse()?))
+}
+
+/// Runs `rounds` pairs; `false` if a figure is missed.
+pub fn run(rounds: usize) -> Result<bool> {
+    packages::ensure_peers(&["qemu-system-x86_64", "mkfs.ext4"])?;
+    packages::ensure_installed("iperf3", &["iperf3"])?;
+    let guest = images::guest("6.1")?;
+    let pristine = userland::disk()?;
+    place::build_programs()?;
+    let folder = tempfile::tempdir()?;
+    let disk = folder.path().join("disk.ext4");
+    let _tap = Tap::new()?;
+    let server = Command::new("iperf3").args(["-s", "-B", HOST]).stdin(Stdio::null()).stdout(Stdio::null()).spawn()?;
+    let _server = Server(server);
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 1..=rounds {
+        let fresh = || place::run(Command::new("cp").arg("--sparse=always").arg(&pristine).arg(&disk));
+        fresh()?;
+        let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
+        let mut atoll = demo.command(&guest)?;
+        atoll.args(["--cmdline", CMDLINE, "--net", &format!("tap={TAP}")]);
+        atoll.arg("--disk").arg(format!("path={}", disk.display()));
+        let atoll = measure(&mut atoll)?;
+        fresh()?;
+        let mut qemu = yardstick::qemu(&guest.vmlinux, &guest, CMDLINE);
+        qemu.args(["-drive", &format!("file={},if=none,id=d,format=raw", disk.display())])
+            .args(["-device", "virtio-blk-pci,drive=d"])
+            .args(["-netdev", &format!("tap,id=n,ifname={TAP},script=no,downscript=no")])
+            .args(["-device", "virtio-net-pci,netdev=n"]);
+        let qemu = measure(&mut qemu)?;
+        eprintln!("round {round}/{rounds}: atoll {atoll:?}, QEMU {qemu:?} (Mbit/s, ms)");
+        ours.push(atoll);
+        theirs.push(qemu);
+    }
+    let ratio = |of: fn(&(f64, f64)) -> f64| {
+        Spread::of(ours.iter().zip(&theirs).map(|(ours, theirs)| of(ours) / of(theirs)).collect())
+    };
+    let (throughput, round_trip) = (ratio(|pair| pair.0), ratio(|pair| pair.1));
+    let all = |of: fn(&(f64, f64)) -> f64, pairs: &[(f64, f64)]| Spread::of(pairs.iter().map(of).collect());
+    let line = Line {
+        bench: "wire",
+        rounds,
+        atoll_mbits: all(|pair| pair.0, &ours),
+        qemu_mbits: all(|pair| pair.0, &theirs),
+        throughput,
+        atoll_round_trip_ms: all(|pair| pair.1, &ours),
+        qemu_round_trip_ms: all(|pair| pair.1, &theirs),
+        round_trip,
+        ok: throughput.median >= RATIO && round_trip.median <= RATIO,
+    };
+    println!("{}", serde_json::to_string(&line)?);
+    Ok(line.ok)
+}
