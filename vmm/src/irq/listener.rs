@@ -14,7 +14,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{EventRoute, IrqError};
-use crate::actor::Laps;
+use crate::actor::{Lap, Laps};
 
 /// What a signal leads to.
 pub trait Signalled: Send + Sync {
@@ -114,8 +114,11 @@ impl Drop for EventListener {
 impl Shared {
     fn listen(&self) {
         let mut events = [EpollEvent::default(); BATCH];
+        // A lap that was asked for, and how many more batches may be before it is done.
+        let mut asked: Option<(Lap, usize)> = None;
         loop {
-            let ready = match self.epoll.wait(-1, &mut events) {
+            let limit = if asked.is_some() { 0 } else { -1 };
+            let ready = match self.epoll.wait(limit, &mut events) {
                 Ok(ready) => ready,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -123,13 +126,15 @@ impl Shared {
                     return;
                 }
             };
-            let mut lap = None;
             for event in events.iter().take(ready) {
                 match event.data() {
                     END => return,
                     LAP => {
                         let _ = self.lap.read();
-                        lap = Some(self.laps.begin());
+                        // The kernel may tell of the lap before what was signalled earlier: it keeps what it has told once
+                        // in its list for another look. All that is ready by now is in the batches that follow.
+                        let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).by_cookie.len();
+                        asked = Some((self.laps.begin(), watched / BATCH + 2));
                         continue;
                     }
                     _ => {}
@@ -142,9 +147,14 @@ impl Shared {
                     self.deliver(&watched);
                 }
             }
-            if let Some(lap) = lap {
-                self.laps.finish(lap);
-            }
+            asked = match asked {
+                Some((lap, left)) if ready < BATCH || left == 0 => {
+                    self.laps.finish(lap);
+                    None
+                }
+                Some((lap, left)) => Some((lap, left - 1)),
+                None => None,
+            };
         }
     }
 

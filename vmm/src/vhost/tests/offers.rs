@@ -154,11 +154,7 @@ fn impossible_devices_are_refused() {
         let text = error.to_string();
         assert!(text.contains(expected) && !text.contains('\n') && !error.is_unsupported(), "{config:?}: {text}");
     }
-    for (config, expected) in [
-        (vsock(3), "vhost_user=true"),
-        (console(ConsoleMode::Tty), "--serial"),
-        (net(|words| words.user = true), "user=on"),
-    ] {
+    for (config, expected) in [(vsock(3), "vhost_user=true"), (console(ConsoleMode::Tty), "--serial")] {
         let Err(error) = factory.builder(&config) else { panic!("{config:?} was accepted") };
         assert!(error.is_unsupported() && error.to_string().contains(expected), "{error}");
     }
