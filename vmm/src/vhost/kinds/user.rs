@@ -33,6 +33,17 @@ pub enum UserError {
     /// Not installed.
     #[error("user=on needs passt, which is not on PATH: install the package passt, or use tap= or switch=")]
     Missing,
+    /// Somebody else has a port that is to be forwarded.
+    #[error("forward={rule}: port {port} of this host cannot be had ({source}); choose another one")]
+    Port {
+        /// As the user gave it.
+        rule: String,
+        /// The host's port.
+        port: u16,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// It does not run.
     #[error("{} does not run: {reason}", .exe.display())]
     Probe {
@@ -52,6 +63,26 @@ pub(super) struct UserMode {
     pub(super) mtu: Option<u16>,
     /// `atoll-net` is wanted between passt and the guest.
     pub(super) through_net: bool,
+}
+
+/// A rule without its protocol, and whether that is UDP.
+fn ports(rule: &str) -> (bool, &str) {
+    match rule.strip_prefix("udp:") {
+        Some(ports) => (true, ports),
+        None => (false, rule.strip_prefix("tcp:").unwrap_or(rule)),
+    }
+}
+
+/// Finds a port that is taken before passt does, which could say so only in its log.
+fn try_port(rule: &str) -> Result<(), UserError> {
+    let (udp, ports) = ports(rule);
+    let Some(port) = ports.split(':').next().and_then(|port| port.parse::<u16>().ok()) else { return Ok(()) };
+    let bound = if udp {
+        std::net::UdpSocket::bind(("127.0.0.1", port)).map(drop)
+    } else {
+        std::net::TcpListener::bind(("127.0.0.1", port)).map(drop)
+    };
+    bound.map_err(|source| UserError::Port { rule: rule.to_owned(), port, source })
 }
 
 /// Where passt is installed.
@@ -122,10 +153,8 @@ fn arguments(wish: &UserMode, routed: bool) -> Vec<OsString> {
     }
     for rule in &wish.forward {
         // On the loopback address: what is forwarded is for this host.
-        let (flag, ports) = match rule.strip_prefix("udp:") {
-            Some(ports) => ("--udp-ports", ports),
-            None => ("--tcp-ports", rule.strip_prefix("tcp:").unwrap_or(rule)),
-        };
+        let (udp, ports) = ports(rule);
+        let flag = if udp { "--udp-ports" } else { "--tcp-ports" };
         args.extend([flag.into(), format!("127.0.0.1/{ports}").into()]);
     }
     args
@@ -155,6 +184,7 @@ pub(super) fn source(
     net: impl FnOnce(MakeDescriptors) -> Result<Box<dyn BackendSource>, KindError>,
 ) -> Result<Box<dyn BackendSource>, KindError> {
     let exe = find()?;
+    wish.forward.iter().try_for_each(|rule| try_port(rule))?;
     let direct = !wish.through_net && speaks_vhost_user(&exe)?;
     let args = arguments(wish, has_route());
     let passt = Passt { exe, args, name: host.name.clone(), spawner: host.spawner.clone() };
@@ -227,5 +257,15 @@ mod tests {
         let expected = "--foreground --quiet --mtu 1400 --tcp-ports 127.0.0.1/2222:22 --udp-ports 127.0.0.1/5353:53";
         assert_eq!(text(&wish, true), expected);
         assert!(text(&UserMode::default(), false).contains("-a 10.0.2.15"));
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_named() {
+        let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = holder.local_addr().unwrap().port();
+        let error = try_port(&format!("{port}:22")).unwrap_err().to_string();
+        assert!(error.contains(&port.to_string()) && error.contains("choose another"), "{error}");
+        drop(holder);
+        try_port(&format!("tcp:{port}:22")).unwrap();
     }
 }
