@@ -37,14 +37,14 @@ fn folder_entropy_and_console() -> Result<()> {
     let mut vm = Console::spawn(&mut command)?;
     vm.prompt(BOOT_LIMIT)?;
 
-    vm.run("mkdir /mnt/work && mount -t virtiofs work /mnt/work", STEP)?;
-    ensure!(vm.run("cat /mnt/work/from-host", STEP)? == "good morning");
-    vm.run("dd if=/dev/urandom of=/mnt/work/from-guest bs=64k count=32 2>/dev/null && sync", STEP)?;
-    let sum = vm.run("md5sum /mnt/work/from-guest", STEP)?;
+    vm.run("mkdir /mnt/host && mount -t virtiofs work /mnt/host", STEP)?;
+    ensure!(vm.run("cat /mnt/host/from-host", STEP)? == "good morning");
+    vm.run("dd if=/dev/urandom of=/mnt/host/from-guest bs=64k count=32 2>/dev/null && sync", STEP)?;
+    let sum = vm.run("md5sum /mnt/host/from-guest", STEP)?;
     let outside = std::process::Command::new("md5sum").arg(shared.join("from-guest")).output()?;
     let outside = String::from_utf8(outside.stdout)?;
     ensure!(sum.get(..32).is_some() && sum.get(..32) == outside.get(..32), "{sum} inside, {outside} outside");
-    vm.run("umount /mnt/work", STEP)?;
+    vm.run("umount /mnt/host", STEP)?;
 
     // The serial line has eighty columns, and what is longer is edited on more than one.
     vm.run("R=/sys/class/misc/hw_random", STEP)?;
