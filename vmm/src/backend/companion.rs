@@ -1,7 +1,6 @@
 //! Programs of others that a device leans on (user-mode networking): children of the spawner like device processes, but
 //! they know no sidecar, so all that is seen of them is their output and their end.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::PipeReader;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -135,8 +134,7 @@ impl Escort {
         self.gone = true;
         self.output = None;
         let name = &self.name;
-        let last: VecDeque<String> = self.lines.finish(|_| {}).into();
-        let words = match last.back() {
+        let words = match self.lines.finish(|_| {}).last() {
             Some(line) => format!("{status}; it said last: {line}"),
             None => status.to_string(),
         };
