@@ -81,7 +81,13 @@ pub struct History {
     pub records: Vec<Record>,
     /// Lines that were damaged or are missing.
     pub damaged: u64,
+    /// The first of the damaged ones, as they came.
+    pub quoted: Vec<String>,
 }
+
+/// Damaged lines that are kept, and how much of each.
+const QUOTED_MAX: usize = 4;
+const QUOTED_CHARS: usize = 160;
 
 impl History {
     /// Finds the records in what came from a console.
@@ -93,6 +99,9 @@ impl History {
             let Some((_, line)) = line.rsplit_once('~') else { continue };
             let Some((sequence, record)) = parse_line(line.trim_end()) else {
                 history.damaged += 1;
+                if history.quoted.len() < QUOTED_MAX {
+                    history.quoted.push(line.chars().take(QUOTED_CHARS).collect());
+                }
                 continue;
             };
             // A driver that begins counts anew.

@@ -92,7 +92,10 @@ impl Judge {
         let mut judge = self;
         history.records.iter().for_each(|record| judge.feed(record));
         if history.damaged > 0 {
-            judge.find(Violation::History, format!("{} lines of the history are damaged or missing", history.damaged));
+            judge.find(
+                Violation::History,
+                format!("{} lines of the history are damaged or missing: {:?}", history.damaged, history.quoted),
+            );
         }
         judge.verdict()
     }
