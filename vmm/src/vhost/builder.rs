@@ -13,9 +13,10 @@ use super::device::{Connected, DeviceParts, DeviceState, Limits, Recovery, Vhost
 use super::kinds::{Host, Kind};
 use crate::config::DeviceKind;
 use crate::cpu::Space;
-use crate::doorbell::{Doorbell, DoorbellTable};
+use crate::doorbell::{Doorbell, DoorbellTable, Relay};
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Story};
 use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
+use crate::memory::GuestMemory;
 use crate::metrics::Registry;
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
@@ -34,7 +35,16 @@ impl DeviceBuilder for VhostBuilder {
         self.host.name.clone()
     }
 
-    fn build(mut self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let (shown, kind) = (self.device.shown(), self.kind);
+        let connected = self.connect(board.memory().clone(), Arc::clone(board.relay()))?;
+        place(connected, kind, board).map_err(|source| BuildError::new(shown, source))
+    }
+}
+
+impl VhostBuilder {
+    /// Reaches the first backend.
+    pub(super) fn connect(mut self, memory: GuestMemory, relay: Arc<Relay>) -> Result<Connected, BuildError> {
         let shown = self.device.shown();
         let failed = |source: Cause| BuildError::new(shown.clone(), source);
         let (class, queues) = (self.device.sidecar(), self.device.own_queues());
@@ -42,17 +52,16 @@ impl DeviceBuilder for VhostBuilder {
         let meter = meter.map_err(|error| failed(error.into()))?;
         self.host.meter = queues.map(|_| Arc::clone(&meter));
         let parts = DeviceParts {
-            name: self.name(),
+            name: self.host.name.clone(),
             class: self.device.class(),
             source: self.device.source(&self.host).map_err(failed)?,
-            memory: board.memory().clone(),
-            relay: Arc::clone(board.relay()),
+            memory,
+            relay,
             limits: Limits::default(),
             story: self.story,
             meter: Some(meter),
         };
-        let connected = VhostDevice::connect(parts).map_err(|error| failed(error.into()))?;
-        place(connected, self.kind, board).map_err(failed)
+        VhostDevice::connect(parts).map_err(|error| failed(error.into()))
     }
 }
 

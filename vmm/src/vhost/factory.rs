@@ -9,11 +9,14 @@ use atoll_protocol::DeviceId;
 use thiserror::Error;
 
 use super::builder::VhostBuilder;
+use super::device::Connected;
 use super::kinds::{Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, Vsock};
 use crate::backend::Household;
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
+use crate::doorbell::Relay;
 use crate::lifecycle::Story;
 use crate::machine::DeviceBuilder;
+use crate::memory::GuestMemory;
 
 /// Numbers below are those of devices that the board always has.
 const FIRST_NUMBER: u32 = 0x1_0000;
@@ -111,6 +114,24 @@ impl DeviceFactory {
     /// # Errors
     /// When the configuration is wrong in itself, or asks for what is not there.
     pub fn builder(&self, config: &DeviceConfig) -> Result<Box<dyn DeviceBuilder>, FactoryError> {
+        Ok(Box::new(self.vhost_builder(config)?))
+    }
+
+    /// A device with its first backend and without a board: for who drives its queues without a guest, as campaigns of
+    /// faults do. Everything else is as on a board.
+    ///
+    /// # Errors
+    /// When the configuration is wrong in itself or asks for what is not there, or there is no backend.
+    pub fn connect(
+        &self,
+        config: &DeviceConfig,
+        memory: GuestMemory,
+        relay: Arc<Relay>,
+    ) -> Result<Connected, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.vhost_builder(config)?.connect(memory, relay)?)
+    }
+
+    fn vhost_builder(&self, config: &DeviceConfig) -> Result<VhostBuilder, FactoryError> {
         config.check()?;
         let id = self.name(config);
         let kind = config.kind();
@@ -147,7 +168,7 @@ impl DeviceFactory {
             meter: None,
         };
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
-        Ok(Box::new(VhostBuilder { kind, device, host, story, registry }))
+        Ok(VhostBuilder { kind, device, host, story, registry })
     }
 
     /// The pseudo-terminal of the console, once a machine with one was built.

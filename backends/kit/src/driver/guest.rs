@@ -25,6 +25,12 @@ impl Guest {
         Ok(Self { map, file })
     }
 
+    /// Somebody else's memory, whose file holds `bytes` of it from address 0 on.
+    pub fn over(file: File, bytes: usize) -> Result<Self> {
+        let map = MmapRegion::from_file(FileOffset::new(file.try_clone()?, 0), bytes).context("map guest memory")?;
+        Ok(Self { map, file })
+    }
+
     /// The same memory once more, for who plays a device in another thread.
     pub fn again(&self) -> Result<Self> {
         let (file, bytes) = (self.file.try_clone()?, self.map.size());

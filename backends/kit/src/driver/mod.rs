@@ -68,6 +68,19 @@ impl Driver {
         Ok(Self { options, guest, queues, front: None, inflight: None, features: 0 })
     }
 
+    /// The queues of a guest whose front end is somebody else's: rings that this one lays out, with `event_idx` as that
+    /// front end has negotiated it. What is in the rings' memory is forgotten.
+    pub fn over(guest: Guest, options: Options, event_idx: bool) -> Result<Self> {
+        let zeroes = vec![0; queue::QUEUE_BYTES as usize];
+        for index in 0..u64::from(options.queues) {
+            guest.write(index * queue::QUEUE_BYTES, &zeroes);
+        }
+        let mut queues =
+            (0..options.queues).map(|index| Queue::new(&guest, index, options.size)).collect::<Result<Vec<_>>>()?;
+        queues.iter_mut().for_each(|queue| queue.event_idx = event_idx);
+        Ok(Self { options, guest, queues, front: None, inflight: None, features: 0 })
+    }
+
     /// A guest that is served by the device on `stream`.
     pub fn connected(options: Options, stream: UnixStream) -> Result<Self> {
         let mut driver = Self::new(options)?;
