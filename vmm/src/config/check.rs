@@ -6,7 +6,7 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use super::{ConsoleMode, DeviceConfig, DiskConfig, NetConfig, VmConfig};
+use super::{ConsoleMode, DeviceConfig, DiskConfig, NetConfig, Track, VmConfig};
 use crate::unix_socket::PATH_BYTES_MAX;
 
 /// Most request queues of a disk, and pairs of a network card times two.
@@ -142,6 +142,20 @@ impl DeviceConfig {
     }
 
     fn check_kind(&self) -> Wrong {
+        let foreign = match self {
+            Self::Disk(disk) => disk.vhost_user,
+            Self::Net(net) => net.vhost_user,
+            Self::Vsock(vsock) => vsock.vhost_user,
+            Self::Fs(_) | Self::Generic(_) => true,
+            Self::Rng(_) | Self::Console(_) => false,
+        };
+        if !foreign && self.track() == Track::Shadow {
+            return Err(
+                "track=shadow is for backends behind a socket: a device process of Atoll's keeps that record by \
+                        itself"
+                    .into(),
+            );
+        }
         match self {
             Self::Disk(disk) => disk.check_kind(),
             Self::Net(net) => net.check_kind(),

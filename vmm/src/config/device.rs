@@ -29,6 +29,45 @@ pub struct RateLimiterConfig {
     pub ops: Option<TokenBucketConfig>,
 }
 
+/// What becomes of a device when its backend cannot be had again: it is quarantined, until the guest resets it, the
+/// machine is reset or an operator revives it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// A stand-in answers for it: a disk's requests fail, what a card or a console sends is dropped. The device says that
+    /// it needs a reset.
+    #[default]
+    Error,
+    /// It stands still. Requests pile up until it is revived.
+    Wait,
+    /// As `error`, and the guest is asked to let it go; a guest that does not has it taken away.
+    Unplug,
+}
+
+impl OnFailure {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Who keeps account of the requests that a backend has taken and not completed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Track {
+    /// The backend, where it can; else nobody does.
+    #[default]
+    Auto,
+    /// The VMM, which hands the backend rings of its own and copies between them and the guest's: any backend's death is
+    /// survived in full, at the price of two signals more for each batch of requests.
+    Shadow,
+}
+
+impl Track {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 fn is_false(value: &bool) -> bool {
     !value
 }
@@ -67,6 +106,12 @@ pub struct DiskConfig {
     /// Limits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// What becomes of it when its backend cannot be had again.
+    #[serde(skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
+    /// Who keeps account of requests in flight, where somebody else's backend does not.
+    #[serde(skip_serializing_if = "Track::is_default")]
+    pub track: Track,
 }
 
 /// A network card. Exactly one of `tap` (or descriptors), `user`, `switch` and `vhost_user` says what it is plugged into;
@@ -122,6 +167,12 @@ pub struct NetConfig {
     /// Limits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// What becomes of it when its backend cannot be had again.
+    #[serde(skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
+    /// Who keeps account of requests in flight, where somebody else's backend does not.
+    #[serde(skip_serializing_if = "Track::is_default")]
+    pub track: Track,
     /// Open TAP descriptors, as the client numbers them; those that came beside the request are meant, in this order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fds: Option<Vec<i32>>,
@@ -159,6 +210,12 @@ pub struct FsConfig {
     /// Descriptors of each queue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_size: Option<u16>,
+    /// What becomes of it when its backend cannot be had again.
+    #[serde(default, skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
+    /// Who keeps account of requests in flight, where somebody else's backend does not.
+    #[serde(default, skip_serializing_if = "Track::is_default")]
+    pub track: Track,
 }
 
 /// Sockets between guest and host.
@@ -174,6 +231,12 @@ pub struct VsockConfig {
     /// `socket` is that of a vhost-user backend that somebody else runs.
     #[serde(default, skip_serializing_if = "is_false")]
     pub vhost_user: bool,
+    /// What becomes of it when its backend cannot be had again.
+    #[serde(default, skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
+    /// Who keeps account of requests in flight, where somebody else's backend does not.
+    #[serde(default, skip_serializing_if = "Track::is_default")]
+    pub track: Track,
 }
 
 /// Any vhost-user device, by its virtio device type.
@@ -190,6 +253,12 @@ pub struct GenericVhostUserConfig {
     /// Descriptors of each queue; its length is the number of queues.
     #[serde(alias = "queue_size")]
     pub queue_sizes: Vec<u16>,
+    /// What becomes of it when its backend cannot be had again.
+    #[serde(default, skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
+    /// Who keeps account of requests in flight, where somebody else's backend does not.
+    #[serde(default, skip_serializing_if = "Track::is_default")]
+    pub track: Track,
 }
 
 /// Entropy, served by a process of ours.
@@ -200,6 +269,9 @@ pub struct RngConfig {
     /// Its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// What becomes of it when its backend cannot be had again.
+    #[serde(default, skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
 }
 
 /// Where a port leads.
@@ -317,6 +389,31 @@ impl DeviceConfig {
             Self::Rng(rng) => rng.id.as_deref(),
             Self::Console(_) => Some("_console"),
             Self::Generic(device) => device.id.as_deref(),
+        }
+    }
+
+    /// What becomes of it when its backend cannot be had again.
+    pub fn on_failure(&self) -> OnFailure {
+        match self {
+            Self::Disk(disk) => disk.on_failure,
+            Self::Net(net) => net.on_failure,
+            Self::Fs(fs) => fs.on_failure,
+            Self::Vsock(vsock) => vsock.on_failure,
+            Self::Rng(rng) => rng.on_failure,
+            Self::Generic(device) => device.on_failure,
+            Self::Console(_) => OnFailure::default(),
+        }
+    }
+
+    /// Who keeps account of its requests.
+    pub fn track(&self) -> Track {
+        match self {
+            Self::Disk(disk) => disk.track,
+            Self::Net(net) => net.track,
+            Self::Fs(fs) => fs.track,
+            Self::Vsock(vsock) => vsock.track,
+            Self::Generic(device) => device.track,
+            Self::Rng(_) | Self::Console(_) => Track::default(),
         }
     }
 

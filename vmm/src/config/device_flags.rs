@@ -2,10 +2,10 @@
 //! says in [`Tolerated`] which values ask for nothing.
 
 use super::flags::named;
-use super::keyvalue::{Bytes, FlagError, KeyError, Options, Tolerated};
+use super::keyvalue::{Bytes, FlagError, KeyError, OptionValue, Options, Tolerated};
 use super::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig, RngConfig,
-    TokenBucketConfig, VsockConfig,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, OnFailure, RateLimiterConfig, RngConfig,
+    TokenBucketConfig, Track, VsockConfig,
 };
 
 const IOMMU: Tolerated =
@@ -65,6 +65,37 @@ fn limits(options: &Options) -> Result<Option<RateLimiterConfig>, KeyError> {
     Ok((bandwidth.is_some() || ops.is_some()).then_some(RateLimiterConfig { bandwidth, ops }))
 }
 
+impl OptionValue for OnFailure {
+    const EXPECTED: &'static str = "error, wait or unplug";
+    fn read(text: &str) -> Option<Self> {
+        match text {
+            "error" => Some(Self::Error),
+            "wait" => Some(Self::Wait),
+            "unplug" => Some(Self::Unplug),
+            _ => None,
+        }
+    }
+}
+
+impl OptionValue for Track {
+    const EXPECTED: &'static str = "auto or shadow";
+    fn read(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Self::Auto),
+            "shadow" => Some(Self::Shadow),
+            _ => None,
+        }
+    }
+}
+
+fn on_failure(options: &Options) -> Result<OnFailure, KeyError> {
+    options.get("on_failure").map(Option::unwrap_or_default)
+}
+
+fn track(options: &Options) -> Result<Track, KeyError> {
+    options.get("track").map(Option::unwrap_or_default)
+}
+
 /// Reads a device and checks it.
 fn device<T: Clone>(
     option: &'static str,
@@ -85,7 +116,19 @@ impl DiskConfig {
     /// # Errors
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
-        let keys = ["path", "readonly", "direct", "num_queues", "queue_size", "serial", "vhost_user", "socket", "id"];
+        let keys = [
+            "path",
+            "readonly",
+            "direct",
+            "num_queues",
+            "queue_size",
+            "serial",
+            "vhost_user",
+            "socket",
+            "on_failure",
+            "track",
+            "id",
+        ];
         let read = || {
             let options = Options::parse(text, &limited(&keys), &DISK_TOLERATED)?;
             Ok(Self {
@@ -99,6 +142,8 @@ impl DiskConfig {
                 vhost_user: options.on("vhost_user")?,
                 vhost_socket: options.get("socket")?,
                 rate_limiter_config: limits(&options)?,
+                on_failure: on_failure(&options)?,
+                track: track(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Disk)
@@ -127,6 +172,8 @@ impl NetConfig {
             "socket",
             "pcap",
             "fd",
+            "on_failure",
+            "track",
             "id",
         ];
         let read = || {
@@ -149,6 +196,8 @@ impl NetConfig {
                 vhost_socket: options.get("socket")?,
                 pcap: options.get("pcap")?,
                 rate_limiter_config: limits(&options)?,
+                on_failure: on_failure(&options)?,
+                track: track(&options)?,
                 fds: options.get("fd")?,
                 descriptors: super::Descriptors::default(),
             })
@@ -164,13 +213,16 @@ impl FsConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let options = Options::parse(text, &["tag", "socket", "num_queues", "queue_size", "id"], &PLACE)?;
+            let keys = ["tag", "socket", "num_queues", "queue_size", "on_failure", "track", "id"];
+            let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
                 tag: options.need("tag")?,
                 socket: options.need("socket")?,
                 num_queues: options.get("num_queues")?,
                 queue_size: options.get("queue_size")?,
+                on_failure: on_failure(&options)?,
+                track: track(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Fs)
@@ -184,12 +236,15 @@ impl VsockConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let options = Options::parse(text, &["cid", "socket", "vhost_user", "id"], &PLACE)?;
+            let keys = ["cid", "socket", "vhost_user", "on_failure", "track", "id"];
+            let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
                 cid: options.need("cid")?,
                 socket: options.need("socket")?,
                 vhost_user: options.on("vhost_user")?,
+                on_failure: on_failure(&options)?,
+                track: track(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Vsock)
@@ -230,13 +285,15 @@ impl GenericVhostUserConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["device_type", "virtio_id", "socket", "queue_sizes", "id"];
+            let keys = ["device_type", "virtio_id", "socket", "queue_sizes", "on_failure", "track", "id"];
             let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
                 device_type: device_type(&options)?,
                 socket: options.need("socket")?,
                 queue_sizes: options.need("queue_sizes")?,
+                on_failure: on_failure(&options)?,
+                track: track(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Generic)
@@ -253,8 +310,8 @@ impl RngConfig {
             return Ok(None);
         }
         let read = || {
-            let options = Options::parse(text, &["src", "id"], &PLACE)?;
-            Ok(Self { src: options.need("src")?, id: options.get("id")? })
+            let options = Options::parse(text, &["src", "on_failure", "id"], &PLACE)?;
+            Ok(Self { src: options.need("src")?, id: options.get("id")?, on_failure: on_failure(&options)? })
         };
         device(option, text, read, DeviceConfig::Rng).map(Some)
     }
@@ -336,6 +393,8 @@ mod tests {
             ("path=a,image_type=qcow2", "qemu-img"),
             ("path=a,bw_size=1M", "bw_refill_time= is needed"),
             ("path=a,id=a/b", "letters"),
+            ("path=a,on_failure=panic", "error, wait or unplug"),
+            ("path=a,track=shadow", "keeps that record by itself"),
         ];
         for (text, expected) in cases {
             let error = DiskConfig::from_flag("--disk", text).unwrap_err().to_string();

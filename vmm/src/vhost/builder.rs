@@ -11,7 +11,7 @@ use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 use super::call::Transport;
 use super::device::{Connected, DeviceParts, DeviceState, Limits, Recovery, VhostDevice};
 use super::kinds::{Host, Kind};
-use crate::config::DeviceKind;
+use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable, Relay};
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Story};
@@ -28,6 +28,8 @@ pub(super) struct VhostBuilder {
     pub(super) host: Host,
     pub(super) story: Story,
     pub(super) registry: Registry,
+    pub(super) on_failure: OnFailure,
+    pub(super) track: Track,
 }
 
 impl DeviceBuilder for VhostBuilder {
@@ -60,6 +62,8 @@ impl VhostBuilder {
             limits: Limits::default(),
             story: self.story,
             meter: Some(meter),
+            on_failure: self.on_failure,
+            track: self.track,
         };
         VhostDevice::connect(parts).map_err(|error| failed(error.into()))
     }

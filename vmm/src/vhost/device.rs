@@ -28,6 +28,7 @@ use super::rings::RingPosition;
 use super::session;
 use super::source::{BackendSource, Incarnation, SourceError};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
+use crate::config::{OnFailure, Track};
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
 use crate::lifecycle::{QueueReport, Story};
@@ -310,6 +311,10 @@ pub struct DeviceParts {
     pub story: Story,
     /// Where its figures are.
     pub meter: Option<Arc<DeviceMeter>>,
+    /// What becomes of it when its backend cannot be had again.
+    pub on_failure: OnFailure,
+    /// Who keeps account of its requests.
+    pub track: Track,
 }
 
 /// A device with a backend and no transport yet: a new one, or one whose last board is gone.

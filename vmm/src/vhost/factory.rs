@@ -168,7 +168,8 @@ impl DeviceFactory {
             meter: None,
         };
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
-        Ok(VhostBuilder { kind, device, host, story, registry })
+        let (on_failure, track) = (config.on_failure(), config.track());
+        Ok(VhostBuilder { kind, device, host, story, registry, on_failure, track })
     }
 
     /// The pseudo-terminal of the console, once a machine with one was built.

@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::config::{OnFailure, Track};
 use crate::doorbell::{PassThrough, Path, Relay};
 use crate::irq::{EventRoute, InterruptFabric, IrqError, VectorTable};
 use crate::lifecycle::Story;
@@ -112,6 +113,8 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
         limits: limits(),
         story: Story::default(),
         meter: None,
+        on_failure: OnFailure::default(),
+        track: Track::default(),
     };
     (parts, lives)
 }

@@ -8,8 +8,8 @@ use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use crate::actor::RealClock;
 use crate::backend::Household;
 use crate::config::{
-    ConsoleConfig, ConsoleMode, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RngConfig,
-    VsockConfig,
+    ConsoleConfig, ConsoleMode, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, OnFailure,
+    RngConfig, VsockConfig,
 };
 use crate::lifecycle::Story;
 use crate::vhost::kinds::{Console, ConsoleLine, Disk, Fs, Generic, Kind, Net, Vsock};
@@ -136,7 +136,12 @@ fn impossible_devices_are_refused() {
     let generic = |device_type, queue_sizes: &[u16]| {
         let queue_sizes = queue_sizes.to_vec();
         let socket = "/s".into();
-        DeviceConfig::Generic(GenericVhostUserConfig { device_type, queue_sizes, socket, id: None })
+        DeviceConfig::Generic(GenericVhostUserConfig {
+            device_type,
+            queue_sizes,
+            socket,
+            ..GenericVhostUserConfig::default()
+        })
     };
     let vsock = |cid| DeviceConfig::Vsock(VsockConfig { cid, socket: "/s".into(), ..VsockConfig::default() });
     let console = |mode| DeviceConfig::Console(ConsoleConfig { mode, ..ConsoleConfig::default() });
@@ -158,7 +163,7 @@ fn impossible_devices_are_refused() {
         let Err(error) = factory.builder(&config) else { panic!("{config:?} was accepted") };
         assert!(error.is_unsupported() && error.to_string().contains(expected), "{error}");
     }
-    let rng = DeviceConfig::Rng(RngConfig { src: "/dev/urandom".into(), id: None });
+    let rng = DeviceConfig::Rng(RngConfig { src: "/dev/urandom".into(), id: None, on_failure: OnFailure::Error });
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng0");
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng1");
     household.shutdown(std::time::Duration::from_secs(1));

@@ -66,6 +66,8 @@ impl Card {
             limits: limits(),
             story: story.clone(),
             meter: None,
+            on_failure: crate::config::OnFailure::default(),
+            track: crate::config::Track::default(),
         };
         let (device, frontend, told) = attach(VhostDevice::connect(parts).unwrap());
         Self { device, frontend, told, backends, story }
