@@ -1,5 +1,10 @@
 //! Disks and network cards that come and go under a running Debian guest, over the API, with I/O on each of them and on the
-//! disk that stays; then a look at what is left: names, descriptors, threads, processes, memory.
+//! disk that stays, all of it judged by the verifier; then a look at what is left: names, descriptors, threads, processes,
+//! memory.
+//!
+//! The history of the disk that stays goes out over a virtio console into a file. Of the one that comes and goes it comes
+//! over the serial port, a piece in each cycle, and is judged as one: what a cycle has left behind the next one must find,
+//! also when the disk's process was killed in between.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -10,12 +15,14 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use atoll_verify::blk::Verdict;
 use atoll_vmm::api::{Client, Events, Method};
 use rustix::process::Signal;
 use serde::Serialize;
 use serde_json::{Value, json};
 use xtask::console::Console;
 use xtask::demo::BOOT_LIMIT;
+use xtask::verify::{self, Load};
 use xtask::{images, place, processes};
 
 use crate::peers::Peer;
@@ -24,8 +31,14 @@ use crate::peers::Peer;
 const STEP: Duration = Duration::from_secs(60);
 /// Cycles before the first look at what is there: caches and pools are warm then.
 const WARM_UP: u32 = 5;
-/// The plugged disk.
-const DISK_BYTES: usize = 8 << 20;
+/// What of the plugged disk has a pattern of the host's.
+const DISK_BYTES: usize = 2 << 20;
+/// Sectors behind it for the verifier.
+const JUDGED_SECTORS: u64 = 256;
+/// Sectors of the disk that stays.
+const STAYING_SECTORS: u64 = 2048;
+/// Longer than any run: the load is told when to end.
+const SECONDS: u64 = 24 * 60 * 60;
 const BLOCK: usize = 4096;
 /// What the VMM may have grown by over all cycles, in KiB. A leak of one page a cycle is more over a hundred of them.
 const GROWTH_KIB_MAX: u64 = 384;
@@ -42,6 +55,8 @@ pub struct Plan {
     pub series: String,
     /// How often a disk and a card go in and out.
     pub count: u32,
+    /// What the loads do follows from it.
+    pub seed: u64,
 }
 
 /// What a VMM holds.
@@ -83,8 +98,10 @@ pub struct Outcome {
     pub plug: Times,
     /// From the request to the event that the device is gone.
     pub unplug: Times,
-    /// Rounds of writing and reading back on the disk that stayed.
-    pub copies: u64,
+    /// What the verifier says of the disk that stayed.
+    pub stayed: Verdict,
+    /// And of the one that came and went.
+    pub plugged: Verdict,
     /// After the warm-up.
     pub before: Holdings,
     /// After the last cycle.
@@ -110,6 +127,11 @@ struct Lab {
     api: Client,
     events: Events,
     image: PathBuf,
+    history: PathBuf,
+    stayed: Load,
+    plugged: Load,
+    /// What was told of the disk that comes and goes.
+    told: String,
     switch: Peer,
     plugs: Vec<Duration>,
     unplugs: Vec<Duration>,
@@ -119,11 +141,16 @@ impl Lab {
     fn start(plan: &Plan, folder: &Path) -> Result<Self> {
         let guest = images::guest(&plan.series)?;
         let root = images::copy_of_disk(&guest, folder)?;
+        verify::install(&root)?;
+        let stays = folder.join("stays.raw");
+        File::create(&stays)?.set_len(STAYING_SECTORS * 512)?;
+        let history = folder.join("history");
         let image = folder.join("plugged.raw");
         let mut file = File::create(&image)?;
         for block in 0..DISK_BYTES / BLOCK {
             file.write_all(&pattern(block as u64, 0))?;
         }
+        file.set_len(DISK_BYTES as u64 + JUDGED_SECTORS * 512)?;
         let switch_socket = folder.join("switch.sock");
         let switch = Peer::start(
             Command::new(place::program("atoll-net")?).arg("--socket").arg(&switch_socket).arg("--switch"),
@@ -133,7 +160,7 @@ impl Lab {
         let mut command = Command::new(place::program("atoll")?);
         command
             .args(["run", "--cpu", "soft", "--memory", "size=256M", "--serial", "tty"])
-            .args(["--cmdline", "console=ttyS0 loglevel=1 cryptomgr.notests atoll.load=net"])
+            .args(["--cmdline", "console=ttyS0 loglevel=1 cryptomgr.notests atoll.load=net,console"])
             .arg("--kernel")
             .arg(&guest.vmlinux)
             .arg("--initramfs")
@@ -142,13 +169,26 @@ impl Lab {
             .arg(&socket)
             .arg("--disk")
             .arg(format!("path={}", root.display()))
+            .arg("--disk")
+            .arg(format!("path={}", stays.display()))
+            .arg("--console")
+            .arg(format!("file={}", history.display()))
             .arg("--net")
             .arg(format!("vhost_user=true,socket={}", switch_socket.display()));
         let mut console = Console::spawn(&mut command)?;
         console.prompt(BOOT_LIMIT)?;
         let api = Client::connect(&socket)?;
         let events = Client::connect(&socket)?.events()?;
-        Ok(Self { console, api, events, image, switch, plugs: Vec::new(), unplugs: Vec::new() })
+        let load = |seed, device: &str, sectors, out: &str| Load {
+            device: device.to_owned(),
+            sectors,
+            out: out.to_owned(),
+            ..Load::new(seed, 0)
+        };
+        let stayed = Load { seconds: SECONDS, ..load(plan.seed, "/dev/vdb", STAYING_SECTORS, "/dev/hvc0") };
+        let plugged = load(plan.seed ^ 1, "/dev/vdc", JUDGED_SECTORS, "/dev/ttyS0");
+        let (plugs, unplugs, told) = (Vec::new(), Vec::new(), String::new());
+        Ok(Self { console, api, events, image, history, stayed, plugged, told, switch, plugs, unplugs })
     }
 
     fn run(&mut self, command: &str) -> Result<String> {
@@ -237,17 +277,22 @@ impl Lab {
         // The guest reads what the host has written, and writes what the host finds afterwards.
         let at = u64::from(number) % (DISK_BYTES / BLOCK) as u64;
         let sum = self.run(
-            "for try in $(seq 100); do [ -b /dev/vdb ] && [ -d /sys/class/net/eth1 ] && break; usleep 20000; done; \
-             md5sum < /dev/vdb",
+            "for try in $(seq 100); do [ -b /dev/vdc ] && [ -d /sys/class/net/eth1 ] && break; usleep 20000; done; \
+             md5sum < /dev/vdc",
         )?;
         ensure!(sum.starts_with(&md5(&image)?), "the guest reads something else from the plugged disk: {sum}");
         self.run(&format!(
-            "printf 'cycle %08d' {number} | dd of=/dev/vdb bs={BLOCK} seek={at} conv=notrunc,fsync 2>/dev/null"
+            "printf 'cycle %08d' {number} | dd of=/dev/vdc bs={BLOCK} seek={at} conv=notrunc,fsync 2>/dev/null"
         ))?;
         let mut block = [0; 14];
         File::open(&image)?.read_exact_at(&mut block, at * BLOCK as u64)?;
         let wanted = format!("cycle {number:08}");
         ensure!(block == wanted.as_bytes(), "a flushed write of cycle {number} is not in the image");
+        let first = DISK_BYTES / 512;
+        let words = self.plugged.command(number);
+        let told = self.run(&format!("{words} first={first}"))?;
+        self.told += &told;
+        self.told.push('\n');
         // What one card sends, the other one receives, by way of the switch.
         let heard = self.run(
             "read before < /sys/class/net/eth0/statistics/rx_packets; ip link set eth1 up; \
@@ -257,14 +302,14 @@ impl Lab {
         )?;
         ensure!(heard.trim().parse::<i64>().is_ok_and(|heard| heard > 0), "eth0 hears nothing of eth1: {heard}");
         // Out, while the disk is read as fast as it goes.
-        self.run("(while dd if=/dev/vdb of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done) & busy=$!")?;
+        self.run("(while dd if=/dev/vdc of=/dev/null bs=64k iflag=direct 2>/dev/null; do :; done) & busy=$!")?;
         if number % KILLED_EVERY == KILLED_EVERY - 1 {
             processes::signal(self.process_of(&disk)?, Signal::KILL)?;
             *killed += 1;
         }
         let asked = [self.ask_to_leave(&net)?, self.ask_to_leave(&disk)?];
         self.gone([net, disk].into_iter().zip(asked).collect())?;
-        self.run("wait $busy; [ ! -e /dev/vdb ] && [ ! -e /sys/class/net/eth1 ]")?;
+        self.run("wait $busy; [ ! -e /dev/vdc ] && [ ! -e /sys/class/net/eth1 ]")?;
         Ok(())
     }
 }
@@ -281,11 +326,6 @@ fn md5(path: &Path) -> Result<String> {
     text.split_whitespace().next().map(str::to_owned).context("md5sum says nothing")
 }
 
-/// A second guest program that copies and compares on the disk that stays, until a file tells it to end.
-const COPIES: &str = "(n=0; dd if=/dev/urandom of=/from bs=64k count=8 2>/dev/null; while [ ! -e /end ]; do \
-    dd if=/from of=/to bs=64k conv=fsync 2>/dev/null && cmp -s /from /to && n=$((n+1)) || echo torn >> /torn; \
-    done; echo $n > /copies) & true";
-
 /// Does it all.
 ///
 /// # Errors
@@ -295,7 +335,8 @@ pub fn run(plan: &Plan, progress: impl Fn(u32)) -> Result<Outcome> {
     let mut lab = Lab::start(plan, folder.path())?;
     let kernel = lab.run("uname -r")?;
     lab.run("ip link set eth0 up")?;
-    lab.run(COPIES)?;
+    let load = lab.stayed.command(0);
+    lab.run(&format!("({load} stop=/end >/said 2>&1; echo $? >/over) & true"))?;
     let mut killed = 0;
     let warm_up = WARM_UP.min(plan.count / 2);
     let mut before = None;
@@ -308,15 +349,12 @@ pub fn run(plan: &Plan, progress: impl Fn(u32)) -> Result<Outcome> {
     }
     let after = lab.holdings()?;
     let before = before.unwrap_or_else(|| after.clone());
-    let copies =
-        lab.run("touch /end; for try in $(seq 500); do [ -e /copies ] && break; usleep 20000; done; cat /copies")?;
+    let ended =
+        lab.run("touch /end; for try in $(seq 1500); do [ -e /over ] && break; usleep 20000; done; cat /said /over")?;
+    let log = lab.run("dmesg")?;
     let mut complaints = Vec::new();
-    if lab.run("[ ! -e /torn ]").is_err() {
-        complaints.push("the disk that stayed gave back something else than was written".to_owned());
-    }
-    let log = lab.run("dmesg | grep -E 'BUG|Oops|WARNING|Call Trace|soft lockup|I/O error, dev vda' || true")?;
-    if !log.is_empty() {
-        complaints.push(format!("the guest's log: {log}"));
+    if ended.trim() != "0" {
+        complaints.push(format!("the load on the disk that stayed ended with {ended}"));
     }
     if after.devices != before.devices {
         complaints.push(format!("devices: {:?} before, {:?} after", before.devices, after.devices));
@@ -337,10 +375,19 @@ pub fn run(plan: &Plan, progress: impl Fn(u32)) -> Result<Outcome> {
     }
     lab.run("mount -o remount,ro /")?;
     lab.console.send("poweroff -f\n")?;
-    let Lab { console, plugs, unplugs, .. } = lab;
+    let Lab { console, plugs, unplugs, history, stayed, plugged, told, .. } = lab;
     let (status, errors) = console.wait(STEP)?;
     if !status.success() {
         complaints.push(format!("atoll ended with {status}: {errors}"));
+    }
+    // A disk that is pulled out while it is read has failed the reader.
+    let log: String = log.lines().filter(|line| !line.contains("dev vdc")).map(|line| format!("{line}\n")).collect();
+    let stayed = stayed.judge(&String::from_utf8_lossy(&std::fs::read(&history)?), &log, 0);
+    let plugged = plugged.judge(&told, "", killed.into());
+    for (which, verdict) in [("stayed", &stayed), ("came and went", &plugged)] {
+        if !verdict.ok {
+            complaints.push(format!("the disk that {which}: {:?}", verdict.findings));
+        }
     }
     Ok(Outcome {
         ok: complaints.is_empty(),
@@ -349,7 +396,8 @@ pub fn run(plan: &Plan, progress: impl Fn(u32)) -> Result<Outcome> {
         killed,
         plug: times(plugs),
         unplug: times(unplugs),
-        copies: copies.trim().parse().unwrap_or(0),
+        stayed,
+        plugged,
         before,
         after,
         complaints,

@@ -4,9 +4,10 @@ use anyhow::Result;
 use atoll_integration::plugs::{Plan, run};
 
 fn comes_and_goes(series: &str) -> Result<()> {
-    let outcome = run(&Plan { series: series.to_owned(), count: 6 }, |_| ())?;
+    let outcome = run(&Plan { series: series.to_owned(), count: 6, seed: 0x5eed }, |_| ())?;
     assert!(outcome.ok, "{outcome:#?}");
-    assert!(outcome.copies > 0, "{outcome:#?}");
+    let (stayed, plugged) = (outcome.stayed.counts, outcome.plugged.counts);
+    assert!(stayed.reads > 50 && plugged.reads > 50 && plugged.resets == 5, "{outcome:#?}");
     Ok(())
 }
 

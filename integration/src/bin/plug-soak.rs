@@ -16,12 +16,15 @@ struct Cli {
     /// Kernel series: 6.1 or 6.12
     #[arg(long, default_value = "6.1")]
     kernel: String,
+    /// What the loads do follows from it
+    #[arg(long, default_value_t = 0x5eed)]
+    seed: u64,
 }
 
 #[allow(clippy::print_stdout, clippy::print_stderr, reason = "progress for people and a line for programs")]
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
-    let plan = Plan { series: cli.kernel, count: cli.count.max(1) };
+    let plan = Plan { series: cli.kernel, count: cli.count.max(1), seed: cli.seed };
     let outcome = run(&plan, |done| {
         if done.is_multiple_of(10) {
             eprintln!("{done} of {}", plan.count);

@@ -144,7 +144,7 @@ impl Model {
 
 fn told(events: Vec<Event>) -> History {
     let records = events.into_iter().zip(0..).map(|(event, at_us)| Record { at_us, event }).collect();
-    History { records, damaged: 0 }
+    History { records, ..History::default() }
 }
 
 fn mixes() -> impl Strategy<Value = Mix> {

@@ -5,6 +5,7 @@
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
 use xtask::{bench, fuzz, soak, suite, tidy, tour, verify};
@@ -137,18 +138,36 @@ enum Soak {
         /// Says when.
         #[arg(long, default_value_t = 0x5eed)]
         seed: u64,
+        /// Where to keep what is done, so that a run that was broken off goes on; in the cache by default.
+        #[arg(long)]
+        state: Option<PathBuf>,
     },
     /// A guest under load is started again, by itself and from outside in turn.
     Reboots {
         /// How many times.
         #[arg(long, default_value = "100")]
         count: NonZeroU32,
+        /// Says when.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Where to keep what is done, so that a run that was broken off goes on; in the cache by default.
+        #[arg(long)]
+        state: Option<PathBuf>,
     },
     /// A disk and a network card in and out of a running guest, under I/O: what is left of them?
     Plugs {
-        /// Passed on: `--count`, `--kernel`.
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<String>,
+        /// How often.
+        #[arg(long, default_value = "100")]
+        count: NonZeroU32,
+        /// What the loads do follows from it.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Kernel series: 6.1 or 6.12.
+        #[arg(long, default_value = "6.1")]
+        kernel: String,
+        /// Where to keep what is done, so that a run that was broken off goes on; in the cache by default.
+        #[arg(long)]
+        state: Option<PathBuf>,
     },
     /// Differential cases of the software CPU.
     Cpu {
@@ -238,9 +257,9 @@ fn main() -> Result<ExitCode> {
         },
         Task::Soak { what } => match what {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,
-            Soak::Pauses { count, seed } => soak::pauses(count.get(), seed)?,
-            Soak::Reboots { count } => soak::reboots(count.get())?,
-            Soak::Plugs { arguments } => soak::plugs(&arguments)?,
+            Soak::Pauses { count, seed, state } => soak::pauses(count.get(), seed, state.as_deref())?,
+            Soak::Reboots { count, seed, state } => soak::reboots(count.get(), seed, state.as_deref())?,
+            Soak::Plugs { count, seed, kernel, state } => soak::plugs(count.get(), seed, &kernel, state.as_deref())?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
         },
         Task::Verify { what } => return verify(what),

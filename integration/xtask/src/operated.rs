@@ -17,7 +17,7 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 const SOCKET_LIMIT: Duration = Duration::from_secs(20);
 
 /// What a process has open and running.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Belongings {
     /// Open descriptors.
     pub descriptors: usize,

@@ -18,7 +18,7 @@ use atoll_verify::net::{Promise, packet};
 const USAGE: &str = "usage: atoll-verify blk device=PATH [seed=N] [seconds=N] [first=LBA] [sectors=N] [max=SECTORS] \
                      [writers=N] [mix=plain|full] [epoch=N] [deadline=SECONDS] [stop=FILE] [out=PATH]\n   \
                      or: atoll-verify net interface=NAME [seed=N] [seconds=N] [me=0|1] [window=N] [deaths=N] \
-                     [grace=SECONDS]";
+                     [grace=SECONDS] [stop=FILE]";
 
 struct Words(HashMap<String, String>);
 
@@ -80,6 +80,7 @@ fn net(words: &mut Words) -> Result<(), String> {
         me: words.number("me", 0)? as u8,
         window,
         length: Duration::from_secs(words.number("seconds", 10)?),
+        stop: words.0.remove("stop").map(Into::into),
         grace: Duration::from_secs(words.number("grace", 20)?),
         promise: Promise::with_deaths(words.number("deaths", 0)?, window),
     };

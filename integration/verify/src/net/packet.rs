@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,6 +24,8 @@ pub struct Plan {
     pub window: u64,
     /// How long.
     pub length: Duration,
+    /// It ends early when this file is there.
+    pub stop: Option<PathBuf>,
     /// How long to wait for the other end to begin, and to end.
     pub grace: Duration,
     /// What to hold the network to.
@@ -39,6 +42,9 @@ pub fn run(plan: &Plan) -> io::Result<TalkVerdict> {
     while !talker.is_done() && Instant::now() < close + plan.grace {
         if talker.heard().frames > 0 {
             close = close.min(Instant::now() + plan.length);
+        }
+        if plan.stop.as_ref().is_some_and(|path| path.exists()) {
+            close = close.min(Instant::now());
         }
         if Instant::now() >= close {
             talker.close();

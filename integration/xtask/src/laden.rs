@@ -1,0 +1,195 @@
+//! A guest under a load that is judged: a disk in memory, so that nothing but Atoll is slow, and two network cards on one
+//! switch, with the verifier on all of them. The disk's history goes out over a virtio console into a file of the host's;
+//! the network's two ends, both in the guest, say what they have heard.
+
+use crate::console::Console;
+use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
+use crate::images;
+use crate::operated::Operated;
+use crate::place;
+use crate::verify::{self, Load, PROGRAM};
+use anyhow::{Context, Result, ensure};
+use atoll_verify::blk::{Verdict, Violation};
+use atoll_verify::net::TalkVerdict;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// One step in the guest's shell.
+pub const STEP: Duration = Duration::from_secs(60);
+/// Bytes of the disk under load.
+const DISK_BYTES: u64 = 64 << 20;
+/// Longer than any part of a run: the load is told when to end.
+const SECONDS: u64 = 24 * 60 * 60;
+/// Complaints of the guest's log besides those of the verifier: of a clock that is not believed.
+const CLOCK_COMPLAINTS: [&str; 3] = ["Clocksource", "clocksource: timekeeping watchdog", "hung_task"];
+
+/// What the verifier says of a load.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Judged {
+    /// Of the disk, and of the guest's log.
+    pub blk: Verdict,
+    /// Of the network, in both directions.
+    pub net: Vec<TalkVerdict>,
+}
+
+impl Judged {
+    /// Nothing was found.
+    pub fn ok(&self) -> bool {
+        self.blk.ok && self.net.len() == 2 && self.net.iter().all(|end| end.ok)
+    }
+    /// Frames that came, both ways.
+    pub fn frames(&self) -> u64 {
+        self.net.iter().map(|end| end.heard.frames).sum()
+    }
+}
+
+/// A process that ends with its owner.
+pub struct Ending(pub Child);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A folder in memory, where there is one.
+pub fn fast_folder() -> Result<tempfile::TempDir> {
+    let memory = Path::new("/dev/shm");
+    Ok(if memory.is_dir() { tempfile::tempdir_in(memory)? } else { tempfile::tempdir()? })
+}
+
+/// A switch with two ports.
+pub fn switch(socket: &Path) -> Result<Ending> {
+    let mut command = Command::new(place::program("atoll-net")?);
+    command.arg("--socket").arg(socket).args(["--switch", "--ports", "2"]).stdin(Stdio::null());
+    let switch = Ending(command.spawn()?);
+    let deadline = Instant::now() + STEP;
+    while !socket.exists() {
+        ensure!(Instant::now() < deadline, "the switch does not listen at {}", socket.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(switch)
+}
+
+/// The guest.
+pub struct Laden {
+    /// Its console and its operator's socket.
+    pub vm: Operated,
+    load: Load,
+    history: PathBuf,
+    /// How often the guest has started again.
+    epoch: u32,
+    /// Complaints of logs of lives that are over.
+    complaints: Vec<String>,
+    _switch: Ending,
+    _folder: tempfile::TempDir,
+}
+
+impl Laden {
+    /// Boots the guest; no load yet.
+    pub fn boot(seed: u64) -> Result<Self> {
+        let guest = images::guest("6.1")?;
+        let folder = fast_folder()?;
+        let root = images::copy_of_disk(&guest, folder.path())?;
+        verify::install(&root)?;
+        let disk = folder.path().join("load.img");
+        std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
+        let socket = folder.path().join("switch.sock");
+        let switch = switch(&socket)?;
+        let history = folder.path().join("history");
+        let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
+        let mut command = demo.command(&guest)?;
+        for disk in [root, disk] {
+            command.arg("--disk").arg(format!("path={}", disk.display()));
+        }
+        for card in 1..=2 {
+            command.arg("--net").arg(format!("switch={},mac=52:54:00:00:00:0{card}", socket.display()));
+        }
+        command.arg("--console").arg(format!("file={}", history.display()));
+        command.args(["--cmdline", "console=ttyS0 atoll.load=net,console"]);
+        let vm = Operated::spawn(&mut command, folder.path())?;
+        let mut load = Load::new(seed, SECONDS);
+        load.out = "/dev/hvc0".to_owned();
+        let mut laden = Self { vm, load, history, epoch: 0, complaints: Vec::new(), _switch: switch, _folder: folder };
+        laden.console().prompt(BOOT_LIMIT)?;
+        Ok(laden)
+    }
+
+    /// The guest's serial port.
+    pub fn console(&mut self) -> &mut Console {
+        &mut self.vm.console
+    }
+
+    fn run(&mut self, command: &str) -> Result<String> {
+        self.vm.console.run(command, STEP)
+    }
+
+    /// Starts the load in this life of the guest, and waits until it is under way.
+    pub fn begin(&mut self) -> Result<()> {
+        self.run("mkdir -p /run; mount -t tmpfs none /run; cd /run; ip link set eth0 up; ip link set eth1 up")?;
+        let seed = self.load.seed;
+        let words = self.load.command(self.epoch);
+        self.run(&format!("({words} stop=stop >blk 2>&1; echo $? >blk.over) & true"))?;
+        for end in 0..2 {
+            let words = format!("{PROGRAM} net interface=eth{end} seed={seed} seconds={SECONDS} me={end} stop=stop");
+            self.run(&format!("({words} >net{end} 2>&1; echo $? >net{end}.over) & true"))?;
+        }
+        let before = self.history_bytes();
+        let deadline = Instant::now() + STEP;
+        while self.history_bytes() == before {
+            ensure!(Instant::now() < deadline, "the load tells nothing: {}", self.run("cat blk; dmesg | tail -n 5")?);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// How much has been told of the disk.
+    pub fn history_bytes(&self) -> u64 {
+        std::fs::metadata(&self.history).map_or(0, |file| file.len())
+    }
+
+    /// Takes down what the guest's log has to complain of: before it is gone.
+    pub fn listen(&mut self) -> Result<()> {
+        let log = self.run("dmesg")?;
+        let clock = log.lines().filter(|line| CLOCK_COMPLAINTS.iter().any(|word| line.contains(word)));
+        let found: Vec<String> = verify::complaints(&log).chain(clock).map(str::to_owned).collect();
+        self.complaints.extend(found);
+        Ok(())
+    }
+
+    /// The guest starts again: waits for its prompt.
+    pub fn reborn(&mut self) -> Result<()> {
+        self.vm.console.expect("Linux version", BOOT_LIMIT)?;
+        self.vm.console.prompt(BOOT_LIMIT)?;
+        self.epoch += 1;
+        Ok(())
+    }
+
+    /// Ends the load and the machine, and judges all that was told.
+    pub fn finish(mut self) -> Result<Judged> {
+        self.run("touch stop; for end in blk net0 net1; do while [ ! -e $end.over ]; do usleep 20000; done; done")?;
+        let mut net = Vec::new();
+        for end in 0..2 {
+            let said = self.run(&format!("cat net{end}"))?;
+            let line = said.lines().find(|line| line.starts_with('{'));
+            net.push(serde_json::from_str(line.with_context(|| format!("end {end} gave no verdict: {said}"))?)?);
+        }
+        let said = self.run("cat blk blk.over")?;
+        ensure!(said.trim() == "0", "the load on the disk ended with {said}");
+        self.listen()?;
+        self.run("mount -o remount,ro /")?;
+        self.vm.console.send("poweroff -f\n")?;
+        let Self { vm, load, history, complaints, .. } = self;
+        let (status, errors) = vm.console.wait(STEP)?;
+        ensure!(status.success(), "atoll ended with {status}: {errors}");
+        let history = std::fs::read(&history)?;
+        let mut blk = load.judge(&String::from_utf8_lossy(&history), "", 0);
+        for complaint in complaints {
+            blk.find(Violation::GuestLog, format!("the guest's log: {complaint}"));
+        }
+        Ok(Judged { blk, net })
+    }
+}
