@@ -14,6 +14,7 @@ mod table;
 
 pub use bell::{Doorbell, DoorbellError, Path};
 pub use relay::{Interposer, PassThrough, Relay, RelayError, RelayedEvent, Verdict};
+pub(crate) use relay::{borrowed, signal, take};
 pub use table::DoorbellTable;
 
 #[cfg(test)]

@@ -284,7 +284,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn borrowed(event: &EventFd) -> BorrowedFd<'_> {
+/// The descriptor of an eventfd, to wait for it.
+pub(crate) fn borrowed(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as `event` is, which the lifetime says.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

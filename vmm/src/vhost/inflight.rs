@@ -2,17 +2,19 @@
 //!
 //! A backend writes down in it which requests it has taken and not completed; its successor resubmits those. The front
 //! end owns it: it asks a backend only how large the region must be, makes a memfd of that size that nobody can resize,
-//! gives the same one to every incarnation, and clears it whenever the driver resets the device. It never reads it: what
-//! a dead process wrote is input for its successor, hostile like any other.
+//! gives the same one to every incarnation, and clears it whenever the driver resets the device. What a dead process wrote
+//! is input for its successor, hostile like any other; the front end itself reads it only when a stand-in takes over.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use vhost::vhost_user::message::VhostUserInflight;
 
 use super::error::{ConversationError, Step};
+use super::standin;
 
 /// Bytes before a queue's descriptors' states, and of each of these (split virtqueues).
 const HEADER: u64 = 16;
@@ -73,6 +75,35 @@ impl InflightRegion {
     pub(super) fn clear(&self) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(&self.file, flags, 0, self.shape.size)?)
+    }
+    /// Reads the part of queue `index`, a ring of `size` entries whose used index is `used`: the heads that a dead backend
+    /// has taken and not completed, in the order in which it took them.
+    ///
+    /// # Errors
+    /// When the record cannot be right, or not be read.
+    pub(super) fn unfinished(&self, index: u16, size: u16, used: u16) -> io::Result<Vec<u16>> {
+        let (bytes, _) = self.part(index)?;
+        standin::unfinished(&bytes, size, used).map_err(io::Error::other)
+    }
+    /// Writes down that nothing is in flight in queue `index`, whose used index is `used`. No backend may be using it.
+    ///
+    /// # Errors
+    /// If the kernel cannot.
+    pub(super) fn settle(&self, index: u16, used: u16) -> io::Result<()> {
+        let (mut bytes, at) = self.part(index)?;
+        standin::settle_record(&mut bytes, used);
+        self.file.write_all_at(&bytes, at)
+    }
+    /// One queue's part, and where it begins: all parts are equally long.
+    fn part(&self, index: u16) -> io::Result<(Vec<u8>, u64)> {
+        let queues = u64::from(self.shape.queues);
+        let len = self.shape.size.checked_div(queues).filter(|len| len * queues == self.shape.size);
+        let len = len.filter(|_| index < self.shape.queues);
+        let len = len.ok_or_else(|| io::Error::other("the record of requests in flight has no part for the queue"))?;
+        let at = len * u64::from(index);
+        let mut bytes = vec![0; usize::try_from(len).map_err(io::Error::other)?];
+        self.file.read_exact_at(&mut bytes, at)?;
+        Ok((bytes, at))
     }
     pub(super) fn message(&self) -> (VhostUserInflight, RawFd) {
         let Shape { size, queues, queue_size } = self.shape;

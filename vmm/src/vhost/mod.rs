@@ -18,6 +18,7 @@ mod error;
 mod factory;
 mod features;
 mod gate;
+mod guest_ring;
 mod inflight;
 mod kinds;
 mod patience;
@@ -25,6 +26,7 @@ mod rings;
 mod session;
 mod source;
 mod spawned;
+mod standin;
 mod worker;
 
 #[cfg(test)]
@@ -44,4 +46,5 @@ pub use patience::{Ending, Patience};
 pub use session::Capabilities;
 pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};
 pub use spawned::{MakeDescriptors, SpawnedBackend};
+pub use standin::{RecordError, unfinished};
 pub use worker::ResizeError;

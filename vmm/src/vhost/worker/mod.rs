@@ -19,6 +19,7 @@ mod link;
 mod recovery;
 mod resize;
 mod rings;
+mod standin;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -40,6 +41,7 @@ use super::error::{ConversationError, Step};
 use super::inflight::InflightRegion;
 use super::rings::in_ram;
 use super::session;
+use super::standin::StandIn;
 use crate::doorbell::{Interposer, RelayedEvent};
 use crate::irq::VectorTable;
 use rings::Driver;
@@ -91,6 +93,8 @@ pub(super) struct Worker {
     listen_at: Instant,
     /// The backend says that its configuration space has changed.
     config_is_stale: bool,
+    /// Answers the driver while no backend does.
+    stand_in: Option<StandIn>,
     /// Somebody waits for this device to leave its board, and until when at most.
     leaving: Option<(Instant, SyncSender<(DeviceParts, Past)>)>,
 }
@@ -116,6 +120,7 @@ impl Worker {
             resets: Vec::new(),
             listen_at: Instant::now(),
             config_is_stale: false,
+            stand_in: None,
             leaving: None,
         }
     }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use atoll_devices::virtio::{DeviceOffer, device_class};
 
 use super::{Link, Session, Worker};
+use crate::config::OnFailure;
 use crate::vhost::class::{changeable, too_few_queues};
 use crate::vhost::device::{DeviceState, greet};
 use crate::vhost::error::ConversationError;
@@ -137,6 +138,22 @@ impl Worker {
         });
         self.tell("quarantined", Some(why.to_owned()));
         self.activation = None;
+        if self.parts.on_failure == OnFailure::Wait {
+            return;
+        }
         self.transport.needs_reset();
+        self.stand_in();
+    }
+
+    /// Lets a stand-in have the rings, if anybody may.
+    pub(super) fn stand_in(&mut self) {
+        let wanted = self.parts.on_failure != OnFailure::Wait && self.driver.is_some();
+        if !wanted || !self.shared.gate.take_out() {
+            return;
+        }
+        if let Err(error) = self.employ_stand_in() {
+            tracing::error!(device = self.shared.name, error, "nobody answers for the device");
+            self.shared.gate.bring_back();
+        }
     }
 }

@@ -11,31 +11,37 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{Link, Session, Worker};
 use crate::doorbell::{Interposer, Verdict};
 use crate::vhost::call::CallPath;
-use crate::vhost::device::{DeviceState, Limits, PauseError, Recovery, lock};
+use crate::vhost::device::{DeviceState, Limits, PauseError, lock};
 use crate::vhost::error::{ConversationError, Step};
-use crate::vhost::features::protocol_feature_names;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan};
+use crate::vhost::standin::Stock;
 
 /// What the driver has set up.
 pub(super) struct Driver {
-    features: u64,
+    pub(super) features: u64,
     pub(super) queues: Vec<QueueConfig>,
     pub(super) calls: Vec<CallPath>,
     /// Some backend has had the rings: what they hold may have been taken already.
-    ran: bool,
+    pub(super) ran: bool,
     /// Used indices of the queues that a backend has, when it got them.
     used_at_start: Vec<(QueueConfig, u16)>,
     /// The first queue in which the last backend that had the rings left requests unfinished, and how many.
-    unfinished: Option<(u16, u16)>,
-    /// Where the backend that is there wants to go on in each ring: what it said when it gave them back.
-    bases: Vec<(u16, u16)>,
+    pub(super) unfinished: Option<(u16, u16)>,
+    /// Where whoever had the rings last wants the next one to go on, in those that were given back with nothing in flight.
+    pub(super) bases: Vec<(u16, u16)>,
+    /// What the last backend had taken, where the VMM has kept account of it; or why that account is worth nothing.
+    pub(super) stocks: Vec<(u16, Result<Stock, String>)>,
 }
 
 impl Driver {
     pub(super) fn new(features: u64, queues: Vec<QueueConfig>, calls: Vec<CallPath>) -> Self {
-        let (used_at_start, bases) = (Vec::new(), Vec::new());
-        Self { features, queues, calls, ran: false, used_at_start, unfinished: None, bases }
+        let (used_at_start, bases, stocks) = (Vec::new(), Vec::new(), Vec::new());
+        Self { features, queues, calls, ran: false, used_at_start, unfinished: None, bases, stocks }
+    }
+    /// Whether the last backend had the ring of queue `index`.
+    pub(super) fn had(&self, index: u16) -> bool {
+        self.used_at_start.iter().any(|(queue, _)| queue.index == index)
     }
     /// Looks at the rings after a backend's death. What the driver adds later, no backend has seen.
     pub(super) fn take_stock(&mut self, memory: &GuestMemoryMmap) {
@@ -71,6 +77,12 @@ impl Worker {
         if !self.shared.gate.is_closed() {
             return;
         }
+        if self.dismiss_stand_in() {
+            if !self.shared.gate.bring_back() {
+                self.hand_over();
+            }
+            return;
+        }
         let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return };
         if !session.has_rings {
             return;
@@ -103,10 +115,16 @@ impl Worker {
     pub(super) fn hand_over(&mut self) {
         match (&self.past.link, &self.driver) {
             (Link::Up(session), Some(_)) if !session.has_rings => {}
+            (Link::Quarantined, Some(_)) if self.stand_in.is_none() => return self.stand_in(),
             _ => return,
         }
         if !self.shared.gate.take_out() {
             return;
+        }
+        if self.is_unsettled()
+            && let Err(why) = self.settle()
+        {
+            return self.quarantine(&why);
         }
         match self.start_rings() {
             Ok(()) => {
@@ -124,11 +142,6 @@ impl Worker {
         let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return Ok(()) };
         let local = |step| move |source| ConversationError::Local { step, source };
         let continued = driver.ran;
-        if let (true, Recovery::IdleOnly, Some((queue, count))) = (continued, session.recovery(), driver.unfinished) {
-            let record = protocol_feature_names(Protocol::INFLIGHT_SHMFD.bits());
-            let what = format!("{record} (it died with {count} unfinished requests in queue {queue})");
-            return Err(ConversationError::Lacks { what });
-        }
         if !continued && let Some(region) = &self.past.inflight {
             region.clear().map_err(local(Step::SetInflightFd))?;
         }
@@ -182,6 +195,7 @@ impl Worker {
         let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, rings };
         driver.ran = true;
         driver.bases.clear();
+        driver.stocks.clear();
         session.has_rings = true;
         let region = session.conversation.perform(move |wire| session::start(wire, plan))?;
         if self.past.inflight.is_none() {
@@ -209,6 +223,9 @@ impl Worker {
     /// Stops the backend's use of the rings and forgets the driver; the backend may take as long as any drain.
     pub(super) fn take_rings_back(&mut self) {
         lock(&self.shared.queues).clear();
+        if self.dismiss_stand_in() {
+            self.shared.gate.bring_back();
+        }
         let Some(mut driver) = self.driver.take() else { return };
         if let Link::Up(session) = &mut self.past.link
             && session.has_rings
