@@ -73,6 +73,28 @@ pub fn atoll_blk(image: &Path, folder: &Path) -> Result<Peer> {
     )
 }
 
+/// passt on its stream socket, with addresses that do not depend on the host's network. Started by root it
+/// becomes nobody, who makes the socket: so that gets a folder of its own.
+pub fn passt(folder: &Path) -> Result<Peer> {
+    let open = folder.join("passt");
+    std::fs::create_dir(&open)?;
+    std::fs::set_permissions(&open, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
+    std::fs::set_permissions(folder, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let socket = open.join("stream.sock");
+    let mut command = Command::new("passt");
+    command.args(["--foreground", "--quiet", "-4", "-i", "lo", "-a", "10.0.2.15", "-g", "10.0.2.2"]);
+    // The loopback interface has no hardware address that passt could take over.
+    command.args(["-M", "52:55:0a:00:02:02", "-s"]);
+    Peer::start(command.arg(&socket).stderr(Stdio::null()), &socket)
+}
+
+/// `atoll-net` on its own, with passt behind it, for a foreign front end.
+pub fn atoll_net(passt: &Peer, folder: &Path) -> Result<Peer> {
+    let socket = folder.join("net.sock");
+    let mut command = Command::new(xtask::place::program("atoll-net")?);
+    Peer::start(command.arg("--socket").arg(&socket).arg("--stream").arg(&passt.socket), &socket)
+}
+
 /// Whether anything listens on a socket.
 pub fn listening(socket: &Path) -> bool {
     UnixStream::connect(socket).is_ok()

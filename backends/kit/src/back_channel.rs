@@ -48,15 +48,15 @@ fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Waits for the next message; true when it brings a back channel. It stays in the socket.
-pub(crate) fn is_next(stream: &UnixStream) -> bool {
+/// Waits for the next message, which stays in the socket; which request it is.
+pub(crate) fn next_request(stream: &UnixStream) -> Option<FrontendReq> {
     let mut code = [0; 4];
     // A hang-up, an error or a message in pieces is for the crate to judge.
     loop {
         match recv(stream, &mut code, RecvFlags::PEEK) {
-            Ok((4, _)) => return u32::from_le_bytes(code) == u32::from(FrontendReq::SET_BACKEND_REQ_FD),
+            Ok((4, _)) => return FrontendReq::try_from(u32::from_le_bytes(code)).ok(),
             Err(rustix::io::Errno::INTR) => {}
-            _ => return false,
+            _ => return None,
         }
     }
 }
@@ -111,6 +111,10 @@ mod tests {
     use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
 
     use super::*;
+
+    fn is_next(stream: &UnixStream) -> bool {
+        matches!(next_request(stream), Some(FrontendReq::SET_BACKEND_REQ_FD))
+    }
 
     fn offer(front: &UnixStream, header: &[u32], descriptors: &[std::os::fd::BorrowedFd<'_>]) {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];

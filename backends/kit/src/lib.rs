@@ -26,6 +26,7 @@ pub mod device;
 pub mod dirty;
 #[cfg(feature = "driver")]
 pub mod driver;
+mod early_enable;
 pub mod fence;
 pub mod inflight;
 pub mod inlet;

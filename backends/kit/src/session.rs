@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use thiserror::Error;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
@@ -32,6 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::back_channel::{self, BackChannel};
 use crate::device::Device;
 use crate::dirty::DirtyLog;
+use crate::early_enable;
 use crate::inflight::{self, Region};
 use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
 use crate::ring::{RingConfig, RingError};
@@ -195,6 +196,20 @@ impl<D: Device> Conversation<D> {
         Some(taken.map(|socket| self.back_channel.set(Some(socket))))
     }
 
+    fn take_early_enable(&mut self, stream: &UnixStream) -> Option<io::Result<()>> {
+        if self.features & PROTOCOL != 0 {
+            return None;
+        }
+        let acknowledge = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        Some(early_enable::take(stream).and_then(|enable| {
+            let done = self.set_vring_enable(enable.index, enable.on);
+            if acknowledge {
+                enable.answer(stream, done.is_ok())?;
+            }
+            done.map_err(io::Error::other)
+        }))
+    }
+
     /// Stops all rings (draining them) and forgets the front end.
     pub fn reset(&mut self) {
         if let Err(e) = self.stop_all() {
@@ -294,9 +309,12 @@ pub fn serve<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, stream: Unix
     };
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(conversation));
     loop {
-        if back_channel::is_next(&peeked)
-            && let Some(taken) = lock(conversation).take_back_channel(&peeked)
-        {
+        let taken = match back_channel::next_request(&peeked) {
+            Some(FrontendReq::SET_BACKEND_REQ_FD) => lock(conversation).take_back_channel(&peeked),
+            Some(FrontendReq::SET_VRING_ENABLE) => lock(conversation).take_early_enable(&peeked),
+            _ => None,
+        };
+        if let Some(taken) = taken {
             match taken {
                 Ok(()) => continue,
                 Err(e) => return EndOfTalk::Failed(VhostError::ReqHandlerError(e)),

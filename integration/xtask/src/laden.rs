@@ -22,6 +22,8 @@ pub const STEP: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 64 << 20;
 /// Longer than any part of a run: the load is told when to end.
 const SECONDS: u64 = 24 * 60 * 60;
+/// What of the console is told of a guest that does not start again.
+const QUOTED_BYTES: usize = 8 << 10;
 /// Complaints of the guest's log besides those of the verifier: of a clock that is not believed.
 const CLOCK_COMPLAINTS: [&str; 3] = ["Clocksource", "clocksource: timekeeping watchdog", "hung_task"];
 
@@ -155,15 +157,19 @@ impl Laden {
     pub fn listen(&mut self) -> Result<()> {
         let log = self.run("dmesg")?;
         let clock = log.lines().filter(|line| CLOCK_COMPLAINTS.iter().any(|word| line.contains(word)));
-        let found: Vec<String> = verify::complaints(&log).chain(clock).map(str::to_owned).collect();
-        self.complaints.extend(found);
+        self.complaints.extend(clock.map(str::to_owned));
+        self.complaints.extend(verify::quoted_complaints(&log));
         Ok(())
     }
 
     /// The guest starts again: waits for its prompt.
     pub fn reborn(&mut self) -> Result<()> {
-        self.vm.console.expect("Linux version", BOOT_LIMIT)?;
-        self.vm.console.prompt(BOOT_LIMIT)?;
+        let heard = self.vm.console.expect("Linux version", BOOT_LIMIT).map(drop);
+        heard.and_then(|()| self.vm.console.prompt(BOOT_LIMIT)).map_err(|error| {
+            let said = &self.vm.console.transcript;
+            let from = said.floor_char_boundary(said.len().saturating_sub(QUOTED_BYTES));
+            error.context(format!("the guest does not start again; its console: {}", &said[from..]))
+        })?;
         self.epoch += 1;
         Ok(())
     }

@@ -16,6 +16,7 @@ pub mod laden;
 pub mod lives;
 pub mod operated;
 pub mod packages;
+pub mod passt;
 pub mod payload;
 pub mod place;
 pub mod processes;

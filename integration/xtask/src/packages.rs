@@ -56,6 +56,79 @@ impl Package {
     }
 }
 
+/// A package of a later Debian than the machine's: apt's lists do not have it, so it comes from the pool of the archive
+/// that the machine uses.
+#[derive(Clone, Copy, Debug)]
+pub struct Pooled {
+    /// The package, by its pinned hash alone.
+    pub package: Package,
+    /// Where it lies in the archive.
+    pub path: &'static str,
+}
+
+/// A passt that speaks vhost-user: Debian 13's.
+pub const PASST: Pooled = Pooled {
+    package: Package {
+        name: "passt",
+        version: "0.0~git20250503.587980c-2+deb13u1",
+        sha256: "dfbca023b20c84a3345e36bbbe182c18bf262583d31386fc7e3050a708850f0d",
+        successor: "passt",
+    },
+    path: "pool/main/p/passt/passt_0.0~git20250503.587980c-2+deb13u1_amd64.deb",
+};
+
+/// The C library that it was linked with.
+pub const LIBC_13: Pooled = Pooled {
+    package: Package {
+        name: "libc6",
+        version: "2.41-12+deb13u4",
+        sha256: "967aa62605721081c3eb2a17650611a792aa802d76a6511d1840242623d204c9",
+        successor: "libc6",
+    },
+    path: "pool/main/g/glibc/libc6_2.41-12+deb13u4_amd64.deb",
+};
+
+/// Fetches (once) and unpacks a package of a later Debian; gives the folder with its files.
+pub fn unpacked_from_pool(pooled: &Pooled) -> Result<PathBuf> {
+    const HELPER: &str = "/usr/lib/apt/apt-helper";
+    let Pooled { package, path } = pooled;
+    let packages = place::cache()?.join("packages");
+    let folder = package.folder(&packages);
+    if folder.join(".complete").is_file() {
+        return Ok(folder);
+    }
+    std::fs::create_dir_all(&packages)?;
+    eprintln!("fetching {} {}", package.name, package.version);
+    let archive = packages.join(format!("{}-{}.deb", package.name, &package.sha256[..16]));
+    // The archives that this machine is set up for, mirrors and all.
+    let output = Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]).output();
+    let listed = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let mut sites: Vec<&str> = listed.lines().map(|site| site.trim_end_matches('/')).collect();
+    sites.push("http://deb.debian.org/debian");
+    sites.dedup();
+    let fetched = sites.iter().any(|site| {
+        let status = Command::new(HELPER)
+            .args(["-qq", "download-file", &format!("{site}/{path}")])
+            .arg(&archive)
+            .arg(format!("SHA256:{}", package.sha256))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|status| status.success()) && archive.is_file()
+    });
+    if !fetched {
+        bail!("no archive of {sites:?} has {path}: is this a Debian machine with a network?");
+    }
+    let found = sha256(&archive)?;
+    if found != package.sha256 {
+        let _ = std::fs::remove_file(&archive);
+        bail!("{path} has SHA-256 {found}, not the pinned {}: refusing it", package.sha256);
+    }
+    unpack(package, &packages, &archive)?;
+    let _ = std::fs::remove_file(archive);
+    Ok(folder)
+}
+
 /// Packages, in order: those that are missing are fetched by one call of apt where their pins are still in the archive.
 pub fn all_unpacked(all: &[Package]) -> Result<Vec<PathBuf>> {
     let packages = place::cache()?.join("packages");

@@ -10,6 +10,7 @@ pub fn set_up() -> Result<()> {
     let wanted: Vec<&str> = packages::PEERS.iter().map(|(program, _)| *program).collect();
     packages::ensure_peers(&wanted)?;
     eprintln!("user land: {}", crate::userland::disk()?.display());
+    eprintln!("passt with vhost-user: {}", crate::passt::with_vhost_user()?.display());
     for guest in images::all()? {
         eprintln!("guest {}: {}", guest.series, guest.bzimage.display());
     }

@@ -118,7 +118,7 @@ impl Load {
     /// processes were killed meanwhile.
     pub fn judge(&self, said: &str, log: &str, deaths: u64) -> Verdict {
         let mut judge = if deaths > 0 { Judge::under_deaths() } else { Judge::new() };
-        for complaint in complaints(log) {
+        for complaint in quoted_complaints(log) {
             judge.find(Violation::GuestLog, format!("the guest's log: {complaint}"));
         }
         let mut verdict = judge.verdict_on(&History::parse(said));
@@ -130,6 +130,16 @@ impl Load {
 /// Lines of a guest's kernel log that ought not to be there.
 pub fn complaints(log: &str) -> impl Iterator<Item = &str> {
     log.lines().filter(|line| COMPLAINTS.iter().any(|word| line.contains(word)))
+}
+
+/// Each of them with what stands around it.
+pub fn quoted_complaints(log: &str) -> Vec<String> {
+    const BEFORE: usize = 6;
+    const AFTER: usize = 14;
+    let lines: Vec<&str> = log.lines().map(str::trim_end).collect();
+    let found = lines.iter().enumerate().filter(|(_, line)| COMPLAINTS.iter().any(|word| line.contains(word)));
+    let around = |at: usize| lines.get(at.saturating_sub(BEFORE)..lines.len().min(at + AFTER)).unwrap_or_default();
+    found.map(|(at, _)| around(at).join(" | ")).collect()
 }
 
 /// `cargo xtask verify blk --guest`: a guest with a disk of its own under load, its device processes killed meanwhile.
