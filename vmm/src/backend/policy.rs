@@ -2,8 +2,10 @@
 //!
 //! The first crash restarts at once; further ones without progress back off, up to a cap. Progress forgives everything.
 //! More than `intensity` crashes within `period` and without progress lead to quarantine, from which a reset of the guest
-//! or an operator leads back. A crash before the process was ready is judged apart: it is counted on its own, and a
-//! first incarnation that never gets ready is the operator's business, not that of a restart.
+//! or an operator leads back. A crash while no work waits costs the guest nothing: it is never counted towards
+//! quarantine, and backs off only as far as to keep a broken program from eating a processor. A crash before the process
+//! was ready is judged apart: it is counted on its own, and a first incarnation that never gets ready is the operator's
+//! business, not that of a restart.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -25,18 +27,46 @@ pub struct PolicyConfig {
     pub intensity: u32,
     /// See `intensity`.
     pub period: Duration,
-    /// Crashes in a row before ready that are forgiven.
-    pub start_failures_max: u32,
+    /// The longest delay after crashes of a device that has nothing to do.
+    pub idle_backoff_max: Duration,
+    /// Crashes in a row before ready that are forgiven; `None`: all (somebody else's backend comes when it comes).
+    pub start_failures_max: Option<u32>,
 }
 
 impl Default for PolicyConfig {
     fn default() -> Self {
         Self {
-            backoff_first: Duration::from_millis(100),
+            backoff_first: Duration::from_millis(10),
             backoff_max: Duration::from_secs(10),
-            intensity: 10,
+            intensity: 12,
             period: Duration::from_mins(2),
-            start_failures_max: 5,
+            idle_backoff_max: Duration::from_millis(100),
+            // With these delays an outage of almost two minutes.
+            start_failures_max: Some(20),
+        }
+    }
+}
+
+/// How an incarnation that was ready ended, as far as a restart cares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It was told to.
+    Asked,
+    /// It said that its configuration cannot work.
+    Config(String),
+    /// Anything else.
+    Crash {
+        /// No work waited for it.
+        idle: bool,
+    },
+}
+
+impl From<&BackendExit> for Ending {
+    fn from(exit: &BackendExit) -> Self {
+        match &exit.cause {
+            ExitCause::Asked | ExitCause::Goodbye(GoodbyeReason::Asked) => Self::Asked,
+            ExitCause::Goodbye(GoodbyeReason::Config(reason)) => Self::Config(reason.clone()),
+            _ => Self::Crash { idle: false },
         }
     }
 }
@@ -80,13 +110,15 @@ enum Phase {
 }
 
 /// The state of one device's process, as a restart sees it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct RestartPolicy {
     config: PolicyConfig,
     generation: Generation,
     phase: Phase,
     /// Crashes without progress, oldest first.
     crashes: VecDeque<Moment>,
+    /// Crashes of the same kind without work, since when the last one was.
+    idle_crashes: VecDeque<Moment>,
     start_failures: u32,
     ever_ready: bool,
 }
@@ -100,6 +132,7 @@ impl RestartPolicy {
             generation: first,
             phase: Phase::Starting,
             crashes: VecDeque::new(),
+            idle_crashes: VecDeque::new(),
             start_failures: 0,
             ever_ready: false,
         }
@@ -136,26 +169,26 @@ impl RestartPolicy {
     pub fn progress(&mut self, generation: Generation) {
         if generation == self.generation && self.phase == Phase::Running {
             self.crashes.clear();
+            self.idle_crashes.clear();
         }
     }
 
     /// An incarnation is gone.
-    pub fn exited(&mut self, generation: Generation, exit: &BackendExit, now: Moment) -> Decision {
+    pub fn exited(&mut self, generation: Generation, ending: &Ending, now: Moment) -> Decision {
         let present = matches!(self.phase, Phase::Starting | Phase::Running);
         if generation != self.generation || !present {
             return Decision::Nothing;
         }
-        match &exit.cause {
-            ExitCause::Asked | ExitCause::Goodbye(GoodbyeReason::Asked) => {
+        match ending {
+            Ending::Asked => {
                 self.phase = Phase::Ended;
-                return Decision::Nothing;
+                Decision::Nothing
             }
-            ExitCause::Goodbye(GoodbyeReason::Config(reason)) if self.ever_ready => {
-                return self.quarantine(QuarantineReason::Config(reason.clone()));
-            }
-            _ => {}
+            Ending::Config(reason) if self.ever_ready => self.quarantine(QuarantineReason::Config(reason.clone())),
+            _ if self.phase == Phase::Starting => self.failed_to_start(now),
+            Ending::Crash { idle: true } => self.crashed_idle(now),
+            Ending::Crash { idle: false } | Ending::Config(_) => self.crashed(now),
         }
-        if self.phase == Phase::Starting { self.failed_to_start(now) } else { self.crashed(now) }
     }
 
     /// An incarnation could not even be started.
@@ -172,7 +205,7 @@ impl RestartPolicy {
             return Decision::GiveUp;
         }
         self.start_failures = self.start_failures.saturating_add(1);
-        if self.start_failures > self.config.start_failures_max {
+        if self.config.start_failures_max.is_some_and(|most| self.start_failures > most) {
             return self.quarantine(QuarantineReason::StartFailures(self.start_failures));
         }
         // Never at once: what failed a moment ago fails again.
@@ -180,16 +213,18 @@ impl RestartPolicy {
     }
 
     fn crashed(&mut self, now: Moment) -> Decision {
-        self.crashes.push_back(now);
-        while self.crashes.front().is_some_and(|crash| now.since(*crash) >= self.config.period) {
-            self.crashes.pop_front();
-        }
-        let crashes = u32::try_from(self.crashes.len()).unwrap_or(u32::MAX);
+        let crashes = note(&mut self.crashes, now, self.config.period);
         if crashes > self.config.intensity {
             return self.quarantine(QuarantineReason::CrashLoop(crashes));
         }
         let delay = if crashes <= 1 { Duration::ZERO } else { self.backoff(crashes - 1) };
         self.recover(now, delay)
+    }
+
+    fn crashed_idle(&mut self, now: Moment) -> Decision {
+        let crashes = note(&mut self.idle_crashes, now, self.config.period);
+        let delay = if crashes <= 1 { Duration::ZERO } else { self.backoff(crashes - 1) };
+        self.recover(now, delay.min(self.config.idle_backoff_max))
     }
 
     /// The delay before the `nth` restart that has one.
@@ -230,15 +265,37 @@ impl RestartPolicy {
             Phase::Starting | Phase::Running | Phase::Ended => return Decision::Nothing,
         }
         self.crashes.clear();
+        self.idle_crashes.clear();
         self.start_failures = 0;
         self.phase = Phase::Starting;
         Decision::Start(self.generation)
     }
+
+    /// Whoever judges this incarnation found that no restart can help.
+    pub fn give_up(&mut self) {
+        self.phase = Phase::Quarantined;
+    }
+
+    /// The same, but the device is to wait for a better one: the next attempt comes after the longest delay.
+    pub fn hold(&mut self, now: Moment) -> Decision {
+        self.recover(now, self.config.backoff_max)
+    }
+}
+
+/// Crashes that are remembered at most.
+const CRASHES_MAX: usize = 64;
+
+/// Notes a crash and says how many there were within `period`.
+fn note(crashes: &mut VecDeque<Moment>, now: Moment, period: Duration) -> u32 {
+    crashes.push_back(now);
+    while crashes.len() > CRASHES_MAX || crashes.front().is_some_and(|crash| now.since(*crash) >= period) {
+        crashes.pop_front();
+    }
+    u32::try_from(crashes.len()).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::event::ExitStatus;
     use super::*;
     use crate::actor::{Clock, ManualClock};
 
@@ -248,22 +305,13 @@ mod tests {
             backoff_max: Duration::from_millis(300),
             intensity: 5,
             period: Duration::from_secs(60),
-            start_failures_max: 2,
+            idle_backoff_max: Duration::from_millis(200),
+            start_failures_max: Some(2),
         }
     }
 
-    fn exit(cause: ExitCause) -> BackendExit {
-        BackendExit {
-            name: "disk0".into(),
-            cause,
-            status: ExitStatus::Signal(9),
-            was_ready: true,
-            last_stderr: Vec::new(),
-        }
-    }
-
-    fn crash() -> BackendExit {
-        exit(ExitCause::Unknown)
+    fn crash() -> Ending {
+        Ending::Crash { idle: false }
     }
 
     struct Story {
@@ -280,9 +328,13 @@ mod tests {
 
         /// Crashes the present incarnation; the delay after which its successor was started and became ready.
         fn crash(&mut self) -> Result<Duration, Decision> {
+            self.end(&crash())
+        }
+
+        fn end(&mut self, ending: &Ending) -> Result<Duration, Decision> {
             let now = self.clock.now();
             let generation = self.policy.generation();
-            let delay = match self.policy.exited(generation, &crash(), now) {
+            let delay = match self.policy.exited(generation, ending, now) {
                 Decision::Start(_) => Duration::ZERO,
                 Decision::Wait(at) => {
                     self.clock.advance(at.since(now) - Duration::from_nanos(1));
@@ -336,6 +388,17 @@ mod tests {
         }
     }
 
+    /// A device that nobody uses is killed ten thousand times: that is no reason to give it up, and its successor never
+    /// waits for long. The first request that it cannot survive is judged like any other.
+    #[test]
+    fn idle_crashes_are_not_counted() {
+        let mut story = Story::running();
+        for _ in 0..10_000 {
+            assert!(story.end(&Ending::Crash { idle: true }).expect("restarted") <= config().idle_backoff_max);
+        }
+        assert_eq!(story.crash(), Ok(Duration::ZERO));
+    }
+
     /// A successor that dies before it is ready is never started at once, counts on its own, and does not use up what
     /// crashes may.
     #[test]
@@ -366,13 +429,16 @@ mod tests {
         let mut story = Story::running();
         story.crash().expect("restarted");
         assert_eq!(story.policy.exited(Generation(1), &crash(), now), Decision::Nothing, "an old generation");
-        let config = exit(ExitCause::Goodbye(GoodbyeReason::Config("no such file".into())));
+        let config = Ending::Config("no such file".into());
         let expected = Decision::Quarantine(QuarantineReason::Config("no such file".into()));
         assert_eq!(story.policy.exited(Generation(2), &config, now), expected);
 
         let mut asked = Story::running();
-        assert_eq!(asked.policy.exited(Generation(1), &exit(ExitCause::Asked), now), Decision::Nothing);
+        assert_eq!(asked.policy.exited(Generation(1), &Ending::Asked, now), Decision::Nothing);
         assert_eq!(asked.policy.exited(Generation(1), &crash(), now), Decision::Nothing);
+
+        let mut held = Story::running();
+        assert_eq!(held.policy.hold(now), Decision::Wait(now.after(config().backoff_max)));
 
         let mut never = RestartPolicy::new(PolicyConfig::default(), Generation::FIRST);
         assert_eq!(never.exited(Generation(1), &crash(), now), Decision::GiveUp);

@@ -13,7 +13,7 @@ use atoll_protocol::{DeviceId, Generation, QueueIndex};
 use tokio::sync::broadcast;
 
 use super::event::{BackendEvent, BackendExit, EventKind, EventSink, Offer};
-use super::policy::{Decision, PolicyConfig, QuarantineReason, RestartPolicy};
+use super::policy::{Decision, Ending, PolicyConfig, QuarantineReason, RestartPolicy};
 use crate::actor::{Actor, Address, Clock, Flow, Mail, Moment, Reply, Supervision, TellError, WhenFull};
 
 /// Who carries out what the supervisor decides for one device. Called on the supervisor's task: it hands the decision on
@@ -239,7 +239,7 @@ impl Supervisor {
                     supervised.policy.progress(generation);
                 }
                 self.tell_story(LifecycleEvent::DeviceDied { device, generation });
-                self.judge(device, |supervised| supervised.policy.exited(generation, &exit, now));
+                self.judge(device, |supervised| supervised.policy.exited(generation, &Ending::from(&exit), now));
             }
         }
     }

@@ -460,6 +460,7 @@ impl Keeper {
             recovery: RecoveryClass::None,
             pid: None,
             last_exit: None,
+            last_lines: Vec::new(),
             queues: Vec::new(),
         };
         let listed = config.devices();

@@ -39,6 +39,8 @@ pub enum DeviceState {
     Running,
     /// The backend is gone; another one is on its way.
     Recovering,
+    /// The backend is gone, and none is to be had; it is waited for without limit.
+    Waiting,
     /// No backend serves the driver until it resets the device or an operator acts.
     Quarantined,
     /// The guest was asked to let the device go.
@@ -103,6 +105,9 @@ pub struct DeviceReport {
     /// How the last one ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_exit: Option<String>,
+    /// What it wrote last, the newest line last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub last_lines: Vec<String>,
     /// Its queues, while a driver runs it.
     pub queues: Vec<QueueReport>,
 }

@@ -22,6 +22,8 @@ pub enum Phase {
     Running,
     /// The backend is gone; another one is on its way.
     Recovering,
+    /// The backend is gone, and none is to be had.
+    Waiting,
     /// No backend serves the driver.
     Quarantined,
     /// The machine has stopped it.
@@ -30,7 +32,8 @@ pub enum Phase {
 
 impl Phase {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 5] = [Self::Idle, Self::Running, Self::Recovering, Self::Quarantined, Self::Stopped];
+    pub const ALL: [Self; 6] =
+        [Self::Idle, Self::Running, Self::Recovering, Self::Waiting, Self::Quarantined, Self::Stopped];
 
     /// In lower case.
     pub fn name(self) -> &'static str {
@@ -38,6 +41,7 @@ impl Phase {
             Self::Idle => "idle",
             Self::Running => "running",
             Self::Recovering => "recovering",
+            Self::Waiting => "waiting",
             Self::Quarantined => "quarantined",
             Self::Stopped => "stopped",
         }

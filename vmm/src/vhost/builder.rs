@@ -9,7 +9,7 @@ use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 
 use super::call::Transport;
-use super::device::{Connected, DeviceParts, DeviceState, Limits, Recovery, VhostDevice};
+use super::device::{Care, Connected, DeviceParts, DeviceState, Limits, Recovery, VhostDevice};
 use super::kinds::{Host, Kind};
 use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
@@ -64,6 +64,8 @@ impl VhostBuilder {
             meter: Some(meter),
             on_failure: self.on_failure,
             track: self.track,
+            care: Care::default(),
+            clock: DeviceParts::real_time(),
         };
         VhostDevice::connect(parts).map_err(|error| failed(error.into()))
     }
@@ -205,6 +207,7 @@ impl DeviceLife for VhostLife {
             DeviceState::Idle => (ReportedState::Idle, None),
             DeviceState::Running => (ReportedState::Running, None),
             DeviceState::Recovering { why } => (ReportedState::Recovering, Some(why)),
+            DeviceState::Waiting { why } => (ReportedState::Waiting, Some(why)),
             DeviceState::Quarantined { why } => (ReportedState::Quarantined, Some(why)),
             DeviceState::Stopped => (ReportedState::Stopped, None),
         };
@@ -222,6 +225,7 @@ impl DeviceLife for VhostLife {
             },
             pid: status.pid,
             last_exit: status.last_exit,
+            last_lines: status.last_lines,
             queues: self.device.queues(),
         })
     }

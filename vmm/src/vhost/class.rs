@@ -20,7 +20,7 @@ pub enum ConfigWish {
 }
 
 /// What differs between kinds of devices.
-pub trait DeviceClass: Send {
+pub trait DeviceClass: Send + Sync {
     /// Virtio device type (virtio 1.2, section 5).
     fn device_type(&self) -> u16;
     /// Which configuration space to read from the backend.
@@ -43,6 +43,17 @@ pub trait DeviceClass: Send {
     /// successor can go on from the used index without a record of what was in flight.
     fn in_order(&self) -> bool {
         false
+    }
+}
+
+/// Whether a device of this type answers each request of the queue by itself. Other queues hold buffers for what comes from
+/// outside, or requests that may rightly wait for somebody: that nothing moves there says nothing.
+pub(super) fn answers(device_type: u16, queue: u16) -> bool {
+    match device_type {
+        device_class::BLOCK | device_class::ENTROPY => true,
+        // What the guest sends, and its orders.
+        device_class::NET => !queue.is_multiple_of(2),
+        _ => false,
     }
 }
 

@@ -26,8 +26,11 @@ use super::gate::{Closed, Gate};
 use super::patience::{Ending, Patience};
 use super::rings::RingPosition;
 use super::session;
-use super::source::{BackendSource, Incarnation, SourceError};
+use super::recovery::Rules;
+use super::source::{BackendSource, Fence, Incarnation, SourceError};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
+use crate::actor::{Clock, RealClock};
+use crate::backend::PolicyConfig;
 use crate::config::{OnFailure, Track};
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
@@ -114,6 +117,11 @@ pub enum DeviceState {
         /// What became of it.
         why: String,
     },
+    /// The backend is gone, and none is to be had; it is waited for without limit.
+    Waiting {
+        /// Why there is none.
+        why: String,
+    },
     /// No backend serves the driver until it resets the device.
     Quarantined {
         /// Why.
@@ -138,6 +146,8 @@ pub struct DeviceStatus {
     pub pid: Option<u32>,
     /// How the last one ended.
     pub last_exit: Option<String>,
+    /// What it wrote last, the newest line last.
+    pub last_lines: Vec<String>,
 }
 
 /// A device did not pause or go on.
@@ -153,9 +163,6 @@ pub enum PauseError {
         /// Requests that it has not completed.
         in_flight: u32,
     },
-    /// No backend can go on from where the last one stopped.
-    #[error("{0}")]
-    Quarantined(String),
     /// The device's thread has ended.
     #[error("the device has been stopped")]
     Stopped,
@@ -200,10 +207,12 @@ pub(super) enum Request {
     Resume {
         answer: SyncSender<Result<(), PauseError>>,
     },
+    /// The operator wants a device back that was given up.
+    Revive,
     /// Give everything but the board's part to whoever comes next.
     Leave {
         deadline: Instant,
-        answer: SyncSender<(DeviceParts, Past)>,
+        answer: SyncSender<(Parts, Past)>,
     },
     Stop {
         deadline: Instant,
@@ -213,7 +222,7 @@ pub(super) enum Request {
 impl Request {
     /// Whether it must be heard whatever the guest does.
     fn is_urgent(&self) -> bool {
-        matches!(self, Self::Resize { .. } | Self::Pause | Self::Resume { .. } | Self::Leave { .. } | Self::Stop { .. })
+        matches!(self, Self::Resize { .. } | Self::Pause | Self::Resume { .. } | Self::Revive | Self::Leave { .. } | Self::Stop { .. })
     }
 }
 
@@ -256,9 +265,13 @@ impl Shared {
             inbox.requests.push_back(request);
         }
         drop(inbox);
+        self.wake();
+        taken
+    }
+    /// Has the thread look what is to be done.
+    pub(super) fn wake(&self) {
         // Fails only when the count is full, and then the thread is awake.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        taken
     }
     pub(super) fn next(&self) -> Option<Request> {
         lock(&self.inbox).requests.pop_front()
@@ -271,12 +284,9 @@ impl Shared {
         drop(inbox);
         drop(left);
     }
-    /// Why the device is in the state that it is in.
-    pub(super) fn reason(&self) -> String {
-        match &lock(&self.status).state {
-            DeviceState::Recovering { why } | DeviceState::Quarantined { why } => why.clone(),
-            state => format!("{state:?}"),
-        }
+    /// How the last backend ended.
+    pub(super) fn last_exit(&self) -> Option<String> {
+        lock(&self.status).last_exit.clone()
     }
     pub(super) fn update(&self, change: impl FnOnce(&mut DeviceStatus)) {
         let mut status = lock(&self.status);
@@ -286,6 +296,7 @@ impl Shared {
             DeviceState::Idle => Phase::Idle,
             DeviceState::Running => Phase::Running,
             DeviceState::Recovering { .. } => Phase::Recovering,
+            DeviceState::Waiting { .. } => Phase::Waiting,
             DeviceState::Quarantined { .. } => Phase::Quarantined,
             DeviceState::Stopped => Phase::Stopped,
         };
@@ -315,11 +326,64 @@ pub struct DeviceParts {
     pub on_failure: OnFailure,
     /// Who keeps account of its requests.
     pub track: Track,
+    /// What the user says of deaths and stalls.
+    pub care: Care,
+    /// Time of restarts and deadlines.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// What the user says of a device's deaths and stalls.
+#[derive(Clone, Copy, Debug)]
+pub struct Care {
+    /// How long a queue may stand with work in it before its backend is replaced; `None`: for ever.
+    pub stall: Option<Duration>,
+    /// The backend is being debugged: it is never taken for dead because it stands.
+    pub debugged: bool,
+    /// How patient to be with crashes.
+    pub policy: PolicyConfig,
+}
+
+/// A queue that stands for this long with work in it does not come back by itself.
+const STALL: Duration = Duration::from_secs(30);
+
+impl Default for Care {
+    fn default() -> Self {
+        Self { stall: Some(STALL), debugged: false, policy: PolicyConfig::default() }
+    }
+}
+
+impl DeviceParts {
+    /// The time of the host.
+    pub fn real_time() -> Arc<dyn Clock> {
+        Arc::new(RealClock::new())
+    }
+}
+
+/// What incarnations are made with, shared with the thread that prepares one.
+#[derive(Clone)]
+pub(super) struct Makers {
+    pub(super) name: String,
+    pub(super) class: Arc<dyn DeviceClass>,
+    pub(super) source: Arc<Mutex<Box<dyn BackendSource>>>,
+    pub(super) limits: Limits,
+}
+
+/// [`DeviceParts`] as the device's thread has them.
+pub(super) struct Parts {
+    pub(super) makers: Makers,
+    pub(super) fence: Arc<dyn Fence>,
+    pub(super) memory: GuestMemory,
+    pub(super) relay: Arc<Relay>,
+    pub(super) limits: Limits,
+    pub(super) story: Story,
+    pub(super) meter: Option<Arc<DeviceMeter>>,
+    pub(super) track: Track,
+    pub(super) clock: Arc<dyn Clock>,
 }
 
 /// A device with a backend and no transport yet: a new one, or one whose last board is gone.
 pub struct Connected {
-    parts: DeviceParts,
+    parts: Parts,
     past: Past,
     status: DeviceStatus,
     ending: Ending,
@@ -327,13 +391,13 @@ pub struct Connected {
 
 /// Reaches a backend and greets it.
 pub(super) fn greet(
-    parts: &mut DeviceParts,
+    parts: &Makers,
     generation: u64,
     ending: &Ending,
 ) -> Result<(Box<Session>, DeviceOffer), ConnectError> {
     let mut patience = Patience::new(parts.limits.start, ending);
     let (requests, backends_end) = BackChannel::new()?;
-    let Incarnation { socket, mut process } = parts.source.connect(generation, &mut patience)?;
+    let Incarnation { socket, mut process } = lock(&parts.source).connect(generation, &mut patience)?;
     let mut conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
     let wish = parts.class.config();
     let greeted = conversation
@@ -354,7 +418,7 @@ pub(super) fn greet(
         Err(source) => {
             conversation.hang_up();
             let end = process.as_mut().map(|process| process.kill(Instant::now() + parts.limits.step));
-            let mut backend = parts.source.describe();
+            let mut backend = lock(&parts.source).describe();
             if let Some(end) = end {
                 backend = format!("{backend} ({end})");
             }
@@ -371,7 +435,7 @@ impl Connected {
 
     /// Which device it is, after its board is gone.
     pub fn name(&self) -> &str {
-        &self.parts.name
+        &self.parts.makers.name
     }
 
     /// The board that it comes to has other memory than the one that it came from, and another relay.
@@ -392,7 +456,7 @@ impl Connected {
         let queues = &self.past.shown.queue_sizes;
         let doorbells = queues.iter().map(|_| Doorbell::new(&self.parts.relay)).collect::<Result<Vec<_>, _>>()?;
         let shared = Arc::new(Shared {
-            name: self.parts.name.clone(),
+            name: self.parts.makers.name.clone(),
             inbox: Mutex::default(),
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?,
             doorbells,
@@ -421,13 +485,29 @@ impl VhostDevice {
     ///
     /// # Errors
     /// If there is none, or it cannot serve as this kind of device.
-    pub fn connect(mut parts: DeviceParts) -> Result<Connected, ConnectError> {
+    pub fn connect(parts: DeviceParts) -> Result<Connected, ConnectError> {
+        let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } = parts;
+        let (fence, foreign) = (source.fence(), source.is_foreign());
+        let makers = Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits };
         let ending = Ending::default();
-        let (session, offer) = greet(&mut parts, 1, &ending)?;
+        let (session, offer) = greet(&makers, 1, &ending)?;
         let (recovery, pid) = (session.recovery(), session.pid());
         let state = DeviceState::Idle;
-        let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, last_exit: None };
-        Ok(Connected { parts, past: Past::new(session, offer), status, ending })
+        let (last_exit, last_lines) = (None, Vec::new());
+        let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, last_exit, last_lines };
+        let mut policy = care.policy;
+        if foreign {
+            policy.start_failures_max = None;
+        }
+        let rules = Rules {
+            policy,
+            on_failure,
+            fence: limits.fence,
+            stall: care.stall,
+            debugged: care.debugged,
+        };
+        let parts = Parts { makers, fence, memory, relay, limits, story, meter, track, clock };
+        Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
     }
     /// What it is at.
     pub fn status(&self) -> DeviceStatus {
@@ -529,6 +609,10 @@ impl VhostDevice {
             Err(RecvTimeoutError::Timeout) => Ok(()),
             Err(RecvTimeoutError::Disconnected) => Err(PauseError::Stopped),
         }
+    }
+    /// Gives a device that was given up, or that waits, another chance at once.
+    pub fn revive(&self) {
+        self.shared.send(Request::Revive);
     }
     /// The board goes, the backend stays: takes the rings back and ends the thread. Nothing touches guest memory
     /// afterwards. `None` when the device had been stopped.

@@ -2,12 +2,12 @@
 //!
 //! [`DeviceFactory`] makes the builder of any of them from its configuration. A kind of device is a
 //! [`DeviceClass`] (what the guest is offered on top of a backend) and a source of backends; `kinds` has them all, and
-//! everything else is the same for each. Read `worker` for a device's life, `session` for the order of messages,
+//! everything else is the same for each. Read `worker` for a device's life, `recovery` for how it comes
+//! through the death of a backend, `session` for the order of messages,
 //! `conversation` for how a silent backend is dealt with, `back_channel` for what a backend may say by itself. Data never
 //! comes this way: kicks and calls are eventfds, requests are in guest memory.
 
 mod back_channel;
-mod backoff;
 mod builder;
 mod call;
 mod class;
@@ -22,6 +22,7 @@ mod guest_ring;
 mod inflight;
 mod kinds;
 mod patience;
+mod recovery;
 mod rings;
 mod session;
 mod source;
@@ -35,7 +36,7 @@ mod tests;
 pub use call::Transport;
 pub use class::{ConfigWish, DeviceClass};
 pub use device::{
-    ConnectError, Connected, DeviceParts, DeviceState, DeviceStatus, Limits, PauseError, Recovery, SwitchError,
+    Care, ConnectError, Connected, DeviceParts, DeviceState, DeviceStatus, Limits, PauseError, Recovery, SwitchError,
     VhostDevice, VhostFrontend,
 };
 pub use error::{ConversationError, Step};
@@ -44,7 +45,9 @@ pub use features::{feature_names, offerable, protocol_feature_names};
 pub use kinds::{ConsoleError, DiskError, NetError, UserError, switch_socket};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;
-pub use source::{BackendProcess, BackendSource, ExternalSocket, Incarnation, SourceError};
+pub use source::{
+    BackendProcess, BackendSource, EndIsEnough, ExternalSocket, Fence, Incarnation, SourceError, Unseen,
+};
 pub use spawned::{MakeDescriptors, SpawnedBackend};
 pub use standin::{RecordError, unfinished};
 pub use worker::ResizeError;

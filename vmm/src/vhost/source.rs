@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -11,6 +12,7 @@ use thiserror::Error;
 
 use super::patience::Patience;
 use super::worker::ResizeError;
+use crate::backend::Ending;
 
 /// No backend could be reached. Whether it is worth trying again is for the one who asked to judge: at the machine's
 /// start it is not, in a recovery it is.
@@ -60,6 +62,18 @@ pub trait BackendProcess: Send {
     fn ended(&self) -> BorrowedFd<'_>;
     /// Kills it, if it still lives, and waits for its end by `deadline`. Says how it ended, in words.
     fn kill(&mut self, deadline: Instant) -> String;
+    /// How it ended, as a restart sees it.
+    fn ending(&self) -> Ending {
+        Ending::Crash { idle: false }
+    }
+    /// What it wrote last, once it has ended, the newest line last.
+    fn last_lines(&self) -> Vec<String> {
+        Vec::new()
+    }
+    /// What it says of itself stands, since this was asked last.
+    fn take_stall(&mut self) -> Option<String> {
+        None
+    }
     /// Has it look what size its device has now, in bytes.
     ///
     /// # Errors
@@ -67,6 +81,33 @@ pub trait BackendProcess: Send {
     fn measure(&mut self, patience: &mut Patience) -> Result<u64, String>;
     /// Asks it to end; kills it at `deadline`. Says how it ended, in words.
     fn finish(&mut self, deadline: Instant) -> String;
+}
+
+/// Whether something of a dead backend is still under way: after SIGKILL and reap its I/O can still land in a file and in
+/// guest memory.
+pub trait Fence: Send + Sync {
+    /// Whether nothing is; `None` when it cannot be seen from here.
+    fn is_quiet(&self) -> Option<bool>;
+}
+
+/// For processes whose every write is a copy by the processor: nothing of it outlives them.
+#[derive(Clone, Copy, Debug)]
+pub struct EndIsEnough;
+
+impl Fence for EndIsEnough {
+    fn is_quiet(&self) -> Option<bool> {
+        Some(true)
+    }
+}
+
+/// For backends of others.
+#[derive(Clone, Copy, Debug)]
+pub struct Unseen;
+
+impl Fence for Unseen {
+    fn is_quiet(&self) -> Option<bool> {
+        None
+    }
 }
 
 /// Makes one incarnation after the other.
@@ -78,6 +119,14 @@ pub trait BackendSource: Send {
     fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError>;
     /// How to name it in a log.
     fn describe(&self) -> String;
+    /// How to see that the last writes of one that has ended are done.
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(Unseen)
+    }
+    /// Whether it is somebody else's: it comes when it comes, however long that takes.
+    fn is_foreign(&self) -> bool {
+        false
+    }
     /// Changes the size of what the backends serve; gives the size that it has afterwards.
     ///
     /// # Errors
@@ -139,6 +188,9 @@ impl BackendSource for ExternalSocket {
     }
     fn describe(&self) -> String {
         format!("socket {}", self.path.display())
+    }
+    fn is_foreign(&self) -> bool {
+        true
     }
 }
 

@@ -12,9 +12,9 @@ use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarFeatures, Sidec
 use atoll_protocol::{DeviceId, Generation};
 
 use super::patience::Patience;
-use super::source::{BackendProcess, BackendSource, Incarnation, SourceError};
+use super::source::{BackendProcess, BackendSource, EndIsEnough, Fence, Incarnation, SourceError};
 use crate::backend::{
-    BackendEvent, BackendExit, BackendSpec, Child, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
+    BackendEvent, BackendExit, BackendSpec, Child, Ending, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
     WatchLimits,
 };
 use crate::metrics::DeviceMeter;
@@ -47,6 +47,7 @@ struct Ears {
     name: String,
     events: SyncSender<EventKind>,
     measured: Arc<Measured>,
+    stall: Arc<Mutex<Option<String>>>,
 }
 
 /// The last size that the process has told.
@@ -67,7 +68,12 @@ impl EventSink for Ears {
         match event.kind {
             EventKind::Ready { .. } | EventKind::Exited(_) => {}
             EventKind::Stalled { queue } => {
-                tracing::warn!(device = self.name, ?queue, "the backend makes no progress");
+                let what = match queue {
+                    Some(queue) => format!("its queue {} completes nothing with work in it", queue.0),
+                    None => "it does not answer".into(),
+                };
+                tracing::warn!(device = self.name, what, "the backend makes no progress");
+                *self.stall.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
                 return Offer::Taken;
             }
             EventKind::Measured { bytes } => {
@@ -113,11 +119,16 @@ impl BackendSource for SpawnedBackend {
             limits: WatchLimits::default(),
         };
         let (events, heard) = sync_channel(4);
-        let measured = Arc::<Measured>::default();
-        let ears = Ears { name: self.name.clone(), events, measured: Arc::clone(&measured) };
+        let (measured, stall) = (Arc::<Measured>::default(), Arc::default());
+        let ears = Ears {
+            name: self.name.clone(),
+            events,
+            measured: Arc::clone(&measured),
+            stall: Arc::clone(&stall),
+        };
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
         let mut process =
-            ChildProcess { child, events: heard, end: None, measured, features: SidecarFeatures::default() };
+            ChildProcess { child, events: heard, end: None, measured, stall, features: SidecarFeatures::default() };
         // The spawner has deadlines of its own for hello and ready; ours is for a spawner that does not keep up.
         while let Some(slice) = patience.slice() {
             match process.events.recv_timeout(slice) {
@@ -138,30 +149,52 @@ impl BackendSource for SpawnedBackend {
     fn describe(&self) -> String {
         self.exe.display().to_string()
     }
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(EndIsEnough)
+    }
 }
 
 /// How long a killed process may take to be reaped.
 const KILL_TIME: Duration = Duration::from_secs(2);
 
+/// How a process ended.
+enum End {
+    Seen(BackendExit),
+    /// The spawner has gone with it.
+    Unseen,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Seen(exit) => write!(f, "{exit}"),
+            Self::Unseen => f.write_str("nobody knows how it ended"),
+        }
+    }
+}
+
 struct ChildProcess {
     child: Child,
     events: Receiver<EventKind>,
-    end: Option<String>,
+    end: Option<End>,
     measured: Arc<Measured>,
+    stall: Arc<Mutex<Option<String>>>,
     features: SidecarFeatures,
 }
 
 impl ChildProcess {
     fn await_end(&mut self, deadline: Instant) -> String {
-        while self.end.is_none() {
+        loop {
+            if let Some(end) = &self.end {
+                return end.to_string();
+            }
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(EventKind::Exited(exit)) => self.end = Some(exit.to_string()),
+                Ok(EventKind::Exited(exit)) => self.end = Some(End::Seen(exit)),
                 Ok(_) => {}
-                Err(RecvTimeoutError::Disconnected) => self.end = Some("nobody knows how it ended".into()),
+                Err(RecvTimeoutError::Disconnected) => self.end = Some(End::Unseen),
                 Err(RecvTimeoutError::Timeout) => return format!("process {} has not ended yet", self.child.pid()),
             }
         }
-        self.end.clone().unwrap_or_default()
     }
 }
 
@@ -175,6 +208,23 @@ impl BackendProcess for ChildProcess {
     fn kill(&mut self, deadline: Instant) -> String {
         self.child.kill();
         self.await_end(deadline)
+    }
+    fn ending(&self) -> Ending {
+        match &self.end {
+            Some(End::Seen(BackendExit { cause: ExitCause::Goodbye(GoodbyeReason::Config(why)), .. })) => {
+                Ending::Config(why.clone())
+            }
+            _ => Ending::Crash { idle: false },
+        }
+    }
+    fn last_lines(&self) -> Vec<String> {
+        match &self.end {
+            Some(End::Seen(exit)) => exit.last_stderr.clone(),
+            _ => Vec::new(),
+        }
+    }
+    fn take_stall(&mut self) -> Option<String> {
+        self.stall.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
     fn measure(&mut self, patience: &mut Patience) -> Result<u64, String> {
         if !self.features.contains(SidecarFeatures::MEASURE) {

@@ -301,6 +301,7 @@ mod tests {
             recovery: RecoveryClass::IdleOnly,
             pid: Some(7),
             last_exit: Some("signal 9".into()),
+            last_lines: Vec::new(),
             queues: Vec::new(),
         };
         let text = about(&info, &[device]);

@@ -254,6 +254,7 @@ mod tests {
             recovery: RecoveryClass::Full,
             pid: Some(77),
             last_exit: Some("signal 9".into()),
+            last_lines: Vec::new(),
             queues: vec![QueueReport { index: 0, size: 128, in_flight: 3, kicks: None, calls: None }],
         };
         let vcpu = Vcpu { phase: "guest".into(), instructions };

@@ -19,7 +19,7 @@ use thiserror::Error;
 use super::{Host, KindError};
 use crate::backend::{COMPANION_END, Companion, CompanionSpec, PassedFd, Spawner};
 use crate::vhost::patience::Patience;
-use crate::vhost::source::{BackendProcess, BackendSource, Incarnation, SourceError};
+use crate::vhost::source::{BackendProcess, BackendSource, EndIsEnough, Fence, Incarnation, SourceError};
 use crate::vhost::spawned::MakeDescriptors;
 
 /// How long passt may take to print its options.
@@ -213,6 +213,9 @@ impl BackendSource for PasstBackend {
     }
     fn describe(&self) -> String {
         self.0.exe.display().to_string()
+    }
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(EndIsEnough)
     }
 }
 

@@ -115,6 +115,8 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
         meter: None,
         on_failure: OnFailure::default(),
         track: Track::default(),
+        care: Care::default(),
+        clock: DeviceParts::real_time(),
     };
     (parts, lives)
 }

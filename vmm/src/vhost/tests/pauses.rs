@@ -68,6 +68,8 @@ impl Card {
             meter: None,
             on_failure: crate::config::OnFailure::default(),
             track: crate::config::Track::default(),
+            care: Care::default(),
+            clock: DeviceParts::real_time(),
         };
         let (device, frontend, told) = attach(VhostDevice::connect(parts).unwrap());
         Self { device, frontend, told, backends, story }

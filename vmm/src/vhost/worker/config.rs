@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
-use super::{Link, Worker};
+use super::{Session, Worker};
 use crate::vhost::class::{ConfigWish, changeable};
 use crate::vhost::conversation::Wire;
 use crate::vhost::error::{ConversationError, Step};
@@ -21,7 +21,7 @@ impl Worker {
         let field = start.checked_add(data.len()).and_then(|end| self.config.get_mut(start..end));
         let Some(field) = field else { return };
         field.copy_from_slice(&data);
-        let Link::Up(session) = &mut self.past.link else { return };
+        let Some(session) = &mut self.past.session else { return };
         if !session.protocol().contains(Protocol::CONFIG) {
             return;
         }
@@ -37,9 +37,8 @@ impl Worker {
         }
     }
 
-    /// Repeats what the driver wrote into the configuration space.
-    pub(super) fn replay_config(&mut self) -> Result<(), ConversationError> {
-        let Link::Up(session) = &mut self.past.link else { return Ok(()) };
+    /// Repeats to a successor what the driver wrote into the configuration space.
+    pub(super) fn replay_config(&self, session: &mut Session) -> Result<(), ConversationError> {
         let written: Vec<(u32, u8)> = (0..)
             .zip(self.config.iter().zip(&self.past.shown.config))
             .filter(|(_, (now, shown))| now != shown)
@@ -56,7 +55,7 @@ impl Worker {
     /// Another driver comes, on another board: what the last one wrote is undone.
     pub(super) fn forget_driver_config(&mut self) {
         let written = std::mem::replace(&mut self.config, self.past.shown.config.clone());
-        let Link::Up(session) = &mut self.past.link else { return };
+        let Some(session) = &mut self.past.session else { return };
         let shown = self.past.shown.config.iter().zip(&written);
         let undone: Vec<(u32, u8)> = (0..)
             .zip(shown)
@@ -74,7 +73,7 @@ impl Worker {
     /// Hears what the backend wants.
     pub(super) fn hear_backend(&mut self) {
         let now = Instant::now();
-        let Link::Up(session) = &mut self.past.link else { return };
+        let Some(session) = &mut self.past.session else { return };
         if let Some(requests) = &mut session.requests
             && self.listen_at <= now
             && is_readable(requests.socket())
@@ -101,14 +100,14 @@ impl Worker {
         if !self.config_is_stale || self.shared.gate.is_closed() {
             return;
         }
-        let Link::Up(session) = &mut self.past.link else { return };
+        let Some(session) = &mut self.past.session else { return };
         self.config_is_stale = false;
         let len = u32::try_from(session.capabilities.config.len()).unwrap_or(0);
         let wish = if len == 0 { ConfigWish::Nothing } else { ConfigWish::Needed(len) };
         let read = session.conversation.perform(move |wire| session::read_config(wire, wish));
         let offer = read.and_then(|config| {
             session.capabilities.config = config;
-            self.parts.class.offer(&session.capabilities)
+            self.parts.makers.class.offer(&session.capabilities)
         });
         match offer {
             Ok(offer) => self.adopt_config(&offer.config),

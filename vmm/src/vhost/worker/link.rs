@@ -1,5 +1,7 @@
 //! One incarnation of a backend, as the device's thread holds it.
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
@@ -10,10 +12,16 @@ use crate::vhost::device::Recovery;
 use crate::vhost::session::Capabilities;
 use crate::vhost::source::{BackendProcess, is_readable};
 
+/// The process that listened at the other end.
+fn peer(socket: &UnixStream) -> Option<OwnedFd> {
+    let pid = rustix::net::sockopt::socket_peercred(socket).ok()?.pid;
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}
+
 /// One incarnation of the backend, greeted.
 pub(in crate::vhost) struct Session {
     pub(in crate::vhost) conversation: Conversation,
-    pub(super) process: Option<Box<dyn BackendProcess>>,
+    pub(in crate::vhost) process: Option<Box<dyn BackendProcess>>,
     pub(in crate::vhost) capabilities: Capabilities,
     /// Where its own requests come from, if it can make any.
     pub(super) requests: Option<BackChannel>,
@@ -23,6 +31,8 @@ pub(in crate::vhost) struct Session {
     in_order: bool,
     /// It was handed the driver's rings, or some of them.
     pub(super) has_rings: bool,
+    /// The process at the other end, where it is somebody else's and could be found.
+    peer: Option<OwnedFd>,
 }
 
 /// What a session is made of.
@@ -39,7 +49,8 @@ impl Session {
     pub(in crate::vhost) fn new(parts: SessionParts) -> Self {
         let SessionParts { conversation, process, capabilities, requests, served, in_order } = parts;
         let requests = capabilities.protocol.contains(Protocol::BACKEND_REQ).then_some(requests);
-        Self { conversation, process, capabilities, requests, served, in_order, has_rings: false }
+        let peer = if process.is_none() { peer(conversation.socket()) } else { None };
+        Self { conversation, process, capabilities, requests, served, in_order, has_rings: false, peer }
     }
     pub(super) fn protocol(&self) -> Protocol {
         self.capabilities.protocol
@@ -55,10 +66,18 @@ impl Session {
     pub(in crate::vhost) fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(|process| process.id())
     }
-    /// Ends it by force. Says how the process ended, where it is ours.
-    pub(super) fn give_up(mut self, deadline: Instant) -> Option<String> {
+    /// Ends it by force and waits for that until `deadline`. Says how its process ended, where it is ours.
+    pub(in crate::vhost) fn give_up(&mut self, deadline: Instant) -> Option<String> {
         self.conversation.hang_up();
         self.process.as_mut().map(|process| process.kill(deadline))
+    }
+    /// Whether nothing of it runs any more, as far as can be seen.
+    pub(super) fn is_gone(&self) -> bool {
+        self.process.as_ref().is_none_or(|process| is_readable(process.ended()))
+    }
+    /// Whether somebody else's process is known to have ended.
+    pub(super) fn peer_is_gone(&self) -> bool {
+        self.peer.as_ref().is_some_and(is_readable)
     }
     /// Why it is over, if it is.
     pub(super) fn over(&self) -> Option<&'static str> {
@@ -70,14 +89,4 @@ impl Session {
             None
         }
     }
-}
-
-/// Whether there is a backend.
-pub(in crate::vhost) enum Link {
-    /// This one.
-    Up(Box<Session>),
-    /// None; the next attempt comes then.
-    Down { retry_at: Instant },
-    /// None until the driver resets the device.
-    Quarantined,
 }

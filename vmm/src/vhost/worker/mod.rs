@@ -1,11 +1,9 @@
-//! The device's own thread: it carries out what the driver wants, notices that a backend is gone and brings up the next.
+//! The device's own thread: it carries out what the driver wants and what the recovery machine decides.
 //!
-//! ```text
-//! Up ── hang-up, exit, a step past its deadline ──> Down ── backoff ──> connect, handshake, compare with what the
-//!  ^                                                  ^                  guest was shown, hand over the rings ──> Up
-//!  |                                                  └── gone again ────┘      |
-//!  └────────── the driver resets the device ────────── Quarantined <────────────┘ the backend says no
-//! ```
+//! What happens (a request of the driver, a hang-up, an exit, a step past its deadline, a queue that stands) goes as an event to the
+//! [`Machine`]; what it answers is carried out in `hands`, and what comes of that is the next event. A successor is
+//! prepared on a thread of its own (`next`), so that this one hears everybody meanwhile; everything else that waits here
+//! has a deadline.
 //!
 //! Nothing of a failed conversation is kept: the next one replays all of it on a fresh socket. Kicks pile up in the
 //! doorbells meanwhile. After a death each ring starts from its used index. Requests that the dead process had taken are
@@ -14,9 +12,11 @@
 //! clearer message, but the backends that exist expect the used index, and one adds to it.) Then every ring is kicked
 //! and called once, because the last kick or call before the death may be lost.
 
+mod compare;
 mod config;
+mod hands;
 mod link;
-mod recovery;
+mod next;
 mod resize;
 mod rings;
 mod standin;
@@ -31,19 +31,23 @@ use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
-pub(super) use link::{Link, Session, SessionParts};
+pub(super) use compare::Shown;
+pub(super) use link::{Session, SessionParts};
 pub use resize::ResizeError;
 
-use super::backoff::Backoff;
 use super::call::{CallPath, Transport};
-use super::device::{DeviceParts, DeviceState, Request, Shared, SwitchError, lock};
+use super::device::{DeviceState, Parts, Request, Shared, SwitchError, lock};
 use super::error::{ConversationError, Step};
 use super::inflight::InflightRegion;
+use super::recovery::{Event, Failure, Machine, Rules};
 use super::rings::in_ram;
 use super::session;
 use super::standin::StandIn;
+use crate::actor::Moment;
 use crate::doorbell::{Interposer, RelayedEvent};
 use crate::irq::VectorTable;
+use hands::FenceWatch;
+use next::Preparation;
 use rings::Driver;
 
 /// How long a backend may finish what is in flight when its device stops for good: nobody waits for those requests any
@@ -52,6 +56,8 @@ const STOP_DRAIN: Duration = Duration::from_secs(1);
 /// The same when the driver resets the device, as a guest does before it switches itself off: it has given those requests
 /// up. A backend that is stuck is replaced, and nothing is lost with it that anybody waits for.
 const RESET_DRAIN: Duration = Duration::from_secs(2);
+/// How long the proof is waited for that a dead backend's writes are done when its device stops for good.
+const STOP_FENCE: Duration = Duration::from_secs(1);
 /// How long its process may take to end by itself when its device stops for good.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
@@ -61,56 +67,73 @@ pub(super) struct Past {
     pub(super) shown: DeviceOffer,
     /// Protocol features of the first backend.
     protocol: Protocol,
-    link: Link,
+    /// The backend that is there.
+    session: Option<Box<Session>>,
+    /// One that was killed and has not ended yet.
+    dying: Option<Box<Session>>,
+    machine: Machine,
     inflight: Option<Arc<InflightRegion>>,
-    backoff: Backoff,
-    generation: u64,
     /// Sectors that the operator gave it last, if he did: what a successor shows then is no surprise.
     capacity: Option<u64>,
 }
 
 impl Past {
     /// The past of a new device.
-    pub(super) fn new(session: Box<Session>, shown: DeviceOffer) -> Self {
-        let (protocol, link) = (session.protocol(), Link::Up(session));
-        Self { shown, protocol, link, inflight: None, backoff: Backoff::default(), generation: 1, capacity: None }
+    pub(super) fn new(session: Box<Session>, shown: DeviceOffer, rules: Rules) -> Self {
+        let (protocol, machine) = (session.protocol(), Machine::new(rules, session.recovery()));
+        Self { shown, protocol, session: Some(session), dying: None, machine, inflight: None, capacity: None }
     }
+}
+
+/// Somebody waits for this device to leave its board.
+struct Leaving {
+    deadline: Instant,
+    answer: SyncSender<(Parts, Past)>,
 }
 
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    parts: DeviceParts,
+    parts: Parts,
     past: Past,
     /// The configuration space with the driver's writes.
     config: Vec<u8>,
+    /// What a successor shows.
+    new_config: Option<Vec<u8>>,
     vectors: Arc<VectorTable>,
     transport: Arc<dyn Transport>,
     driver: Option<Driver>,
     ring_errors: Option<RelayedEvent>,
     activation: Option<Completion>,
-    resets: Vec<(Completion, Instant)>,
+    resets: Vec<Completion>,
     /// Requests of the backend's own are heard again from then on.
     listen_at: Instant,
     /// The backend says that its configuration space has changed.
     config_is_stale: bool,
+    /// The successor that is being made.
+    next: Option<Preparation>,
+    /// The dead are being looked after.
+    fence: Option<FenceWatch>,
     /// Answers the driver while no backend does.
     stand_in: Option<StandIn>,
-    /// Somebody waits for this device to leave its board, and until when at most.
-    leaving: Option<(Instant, SyncSender<(DeviceParts, Past)>)>,
+    leaving: Option<Leaving>,
+    /// How long a drain may take that the driver or the end asked for.
+    drain: Duration,
 }
 
 impl Worker {
     pub(super) fn new(
         shared: Arc<Shared>,
-        parts: DeviceParts,
+        parts: Parts,
         past: Past,
         vectors: Arc<VectorTable>,
         transport: Arc<dyn Transport>,
     ) -> Self {
         Self {
             shared,
+            drain: parts.limits.drain,
             parts,
             config: past.shown.config.clone(),
+            new_config: None,
             past,
             vectors,
             transport,
@@ -120,6 +143,8 @@ impl Worker {
             resets: Vec::new(),
             listen_at: Instant::now(),
             config_is_stale: false,
+            next: None,
+            fence: None,
             stand_in: None,
             leaving: None,
         }
@@ -133,6 +158,7 @@ impl Worker {
             }
         }
         let _closing = Closing(Arc::clone(&self.shared));
+        self.feed(Event::Arrive);
         loop {
             self.wait();
             while let Some(request) = self.shared.next() {
@@ -149,8 +175,11 @@ impl Worker {
                     }
                     Request::Pause => self.pause(),
                     Request::Resume { answer } => {
-                        let _ = answer.send(self.resume());
+                        self.feed(Event::Resume);
+                        self.update_config();
+                        let _ = answer.send(Ok(()));
                     }
+                    Request::Revive => self.feed(Event::Revive),
                     Request::Leave { deadline, answer } => self.prepare_to_leave(deadline, answer),
                     Request::Stop { deadline } => return self.stop(deadline),
                 }
@@ -167,35 +196,37 @@ impl Worker {
     /// Sleeps until there is something to do.
     fn wait(&self) {
         let mut fds = vec![PollFd::new(&self.shared.wake, PollFlags::IN)];
-        let mut until = self.resets.iter().map(|(_, deadline)| *deadline).min();
-        let mut no_later_than = |time: Instant| until = Some(until.map_or(time, |until| until.min(time)));
-        match &self.past.link {
-            Link::Up(session) => {
-                fds.push(PollFd::new(session.conversation.socket(), PollFlags::IN | PollFlags::RDHUP));
-                if let Some(process) = &session.process {
-                    fds.push(PollFd::from_borrowed_fd(process.ended(), PollFlags::IN));
-                }
-                if let Some(requests) = &session.requests {
-                    if self.listen_at <= Instant::now() {
-                        fds.push(PollFd::new(requests.socket(), PollFlags::IN));
-                    } else {
-                        no_later_than(self.listen_at);
-                    }
+        let clock = &self.parts.clock;
+        let (now, mut nap) = (Instant::now(), None);
+        let mut no_longer_than = |time: Duration| nap = Some(nap.map_or(time, |nap: Duration| nap.min(time)));
+        if let Some(session) = &self.past.session {
+            fds.push(PollFd::new(session.conversation.socket(), PollFlags::IN | PollFlags::RDHUP));
+            if let Some(process) = &session.process {
+                fds.push(PollFd::from_borrowed_fd(process.ended(), PollFlags::IN));
+            }
+            if let Some(requests) = &session.requests {
+                if self.listen_at <= now {
+                    fds.push(PollFd::new(requests.socket(), PollFlags::IN));
+                } else {
+                    no_longer_than(self.listen_at.saturating_duration_since(now));
                 }
             }
-            Link::Down { retry_at } => no_later_than(*retry_at),
-            Link::Quarantined => {}
         }
-        if let Some((deadline, _)) = &self.leaving {
-            no_later_than(*deadline);
+        if let Some(process) = self.past.dying.as_ref().and_then(|session| session.process.as_ref()) {
+            fds.push(PollFd::from_borrowed_fd(process.ended(), PollFlags::IN));
         }
-        let timeout = until.map(|until| {
+        let moments = [self.past.machine.due_at(), self.past.machine.look_at()];
+        moments.into_iter().flatten().for_each(|moment| no_longer_than(clock.nap(moment)));
+        if let Some(leaving) = &self.leaving {
+            no_longer_than(leaving.deadline.saturating_duration_since(now));
+        }
+        if let Some(fence) = &self.fence {
+            no_longer_than(fence.nap());
+        }
+        let timeout = nap.map(|nap| {
             // Rounded up, so that waking up early does not become a spin.
-            let left = until.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            Timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            }
+            let nap = nap + Duration::from_micros(100);
+            Timespec { tv_sec: i64::try_from(nap.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(nap.subsec_nanos()) }
         });
         // An error (a signal) is a wake-up like any other.
         let _ = poll(&mut fds, timeout.as_ref());
@@ -203,25 +234,29 @@ impl Worker {
         let _ = rustix::io::read(&self.shared.wake, &mut count);
     }
 
-    /// Deals with what has happened by itself: a death, a wait that is over.
+    fn now(&self) -> Moment {
+        self.parts.clock.now()
+    }
+
+    /// Deals with what has happened by itself: a death, a successor that is ready, a wait that is over.
     fn look_after(&mut self) {
-        let now = Instant::now();
-        match &self.past.link {
-            Link::Up(session) => match session.over() {
-                Some(why) => self.lose(&ConversationError::Gone { step: Step::Idle, reason: why.into() }),
-                None => self.hear_backend(),
-            },
-            Link::Down { retry_at } if *retry_at <= now => self.revive(),
-            Link::Down { .. } | Link::Quarantined => {}
+        match self.past.session.as_ref().map(|session| session.over()) {
+            Some(Some(why)) => self.lose(&ConversationError::Gone { step: Step::Idle, reason: why.into() }),
+            Some(None) => self.hear_backend(),
+            None => {}
         }
-        let (due, left) = std::mem::take(&mut self.resets).into_iter().partition(|(_, deadline)| *deadline <= now);
-        self.resets = left;
-        for (completion, _) in Vec::from_iter::<Vec<_>>(due) {
-            tracing::warn!(
-                device = self.shared.name,
-                "no successor shows that the dead backend's last writes are done; the reset goes on without that proof"
-            );
-            completion.complete(0);
+        self.look_at_the_dead();
+        self.look_at_the_next();
+        self.look_at_the_rings();
+        if self.past.machine.due_at().is_some_and(|due| due <= self.now()) {
+            self.feed(Event::Time);
+        }
+    }
+
+    /// The backend is to be taken for dead.
+    pub(super) fn lose(&mut self, error: &ConversationError) {
+        if let Some(generation) = self.past.machine.alive() {
+            self.feed(Event::Lost { generation, why: error.to_string() });
         }
     }
 
@@ -235,7 +270,7 @@ impl Worker {
 
     fn activate(&mut self, features: u64, queues: Vec<QueueConfig>, completion: Completion) {
         if self.driver.is_some() {
-            self.take_rings_back();
+            self.forget_driver(Event::Reset, self.parts.limits.drain);
         }
         if let Some(queue) = queues.iter().find(|queue| !in_ram(self.parts.memory.mapped(), queue)) {
             tracing::warn!(device = self.shared.name, queue = queue.index, "the driver put a ring outside of RAM");
@@ -249,8 +284,9 @@ impl Worker {
         let calls: Vec<CallPath> = match calls {
             Ok(calls) => calls,
             Err(error) => {
-                let source = ConversationError::Local { step: Step::SetVringCall(0), source: error };
-                return self.quarantine(&source.to_string());
+                tracing::error!(device = self.shared.name, %error, "the driver's queues cannot be called");
+                self.transport.needs_reset();
+                return;
             }
         };
         // Only what was shown can have been accepted; the transport has checked that, and a backend believes it.
@@ -258,27 +294,34 @@ impl Worker {
         lock(&self.shared.queues).clone_from(&queues);
         self.driver = Some(Driver::new(features, queues, calls));
         self.activation = Some(completion);
-        self.hand_over();
+        self.feed(Event::Activated);
     }
 
     fn reset(&mut self, completion: Completion) {
         self.activation = None;
-        self.take_rings_back_within(RESET_DRAIN);
-        match &self.past.link {
-            Link::Up(_) => completion.complete(0),
-            Link::Down { .. } => self.resets.push((completion, Instant::now() + self.parts.limits.fence)),
-            Link::Quarantined => {
-                self.past.link = Link::Down { retry_at: Instant::now() };
-                self.shared.update(|status| {
-                    status.state = DeviceState::Recovering { why: "the driver has reset the device".into() };
-                });
-                self.resets.push((completion, Instant::now() + self.parts.limits.fence));
-            }
+        self.resets.push(completion);
+        self.forget_driver(Event::Reset, RESET_DRAIN);
+    }
+
+    /// The driver goes, in the way that the event says; a backend that has its rings may take so long to finish.
+    fn forget_driver(&mut self, event: Event, drain: Duration) {
+        lock(&self.shared.queues).clear();
+        self.drain = self.parts.limits.drain.min(drain);
+        self.feed(event);
+        self.driver = None;
+    }
+
+    /// The gate has been closed: nobody may have the rings until it opens.
+    fn pause(&mut self) {
+        if self.shared.gate.is_closed() {
+            self.drain = self.parts.limits.drain;
+            self.feed(Event::Pause);
         }
     }
 
     fn call_mut(&mut self, index: u16) -> Option<(&mut CallPath, &mut Session)> {
-        let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return None };
+        let session = self.past.session.as_mut().filter(|session| session.has_rings)?;
+        let driver = self.driver.as_mut()?;
         let at = driver.queues.iter().position(|queue| queue.index == index)?;
         driver.calls.get_mut(at).map(|call| (call, &mut **session))
     }
@@ -299,35 +342,41 @@ impl Worker {
     }
 
     /// Gives the rings back to the gate's keeper, whatever becomes of the backend.
-    fn prepare_to_leave(&mut self, deadline: Instant, answer: SyncSender<(DeviceParts, Past)>) {
-        let fence = Instant::now() + self.parts.limits.fence;
+    fn prepare_to_leave(&mut self, deadline: Instant, answer: SyncSender<(Parts, Past)>) {
+        let now = Instant::now();
         self.activation = None;
         self.resets.clear();
-        self.take_rings_back_within(deadline.saturating_duration_since(Instant::now()));
+        self.forget_driver(Event::Leave, deadline.saturating_duration_since(now));
         self.forget_driver_config();
-        if matches!(self.past.link, Link::Quarantined) {
-            self.past.link = Link::Down { retry_at: Instant::now() };
-        }
-        self.leaving = Some((fence.min(deadline), answer));
+        self.leaving = Some(Leaving { deadline: deadline.min(now + self.parts.limits.fence), answer });
     }
 
-    /// Whoever waits for this device, if it can go: its backend is there, or has had its time to come.
-    fn may_leave(&mut self) -> Option<SyncSender<(DeviceParts, Past)>> {
-        let (deadline, _) = self.leaving.as_ref()?;
-        let there = matches!(self.past.link, Link::Up(_));
-        if !there && *deadline > Instant::now() && !self.shared.ending.load(Ordering::Relaxed) {
+    /// Whoever waits for this device, if it can go: nothing of a dead backend can land in its memory, or that was waited for.
+    fn may_leave(&mut self) -> Option<SyncSender<(Parts, Past)>> {
+        let Leaving { deadline, .. } = self.leaving.as_ref()?;
+        let cut = *deadline <= Instant::now() || self.shared.ending.load(Ordering::Relaxed);
+        if !self.past.machine.may_leave() && !cut {
             return None;
         }
-        self.leaving.take().map(|(_, answer)| answer)
+        // The next board's thread makes another one.
+        self.next = None;
+        self.leaving.take().map(|leaving| leaving.answer)
     }
 
     fn stop(mut self, deadline: Instant) {
         // What follows has a deadline of its own.
         self.shared.ending.store(false, Ordering::Relaxed);
         self.activation = None;
+        self.resets.clear();
         let left = deadline.saturating_duration_since(Instant::now());
-        self.take_rings_back_within(STOP_DRAIN.min(left.max(Duration::from_millis(100))));
-        if let Link::Up(mut session) = std::mem::replace(&mut self.past.link, Link::Quarantined) {
+        self.forget_driver(Event::Stop, STOP_DRAIN.min(left.max(Duration::from_millis(100))));
+        self.next = None;
+        let fenced = deadline.min(Instant::now() + STOP_FENCE);
+        while !self.past.machine.may_leave() && Instant::now() < fenced {
+            std::thread::sleep(Duration::from_millis(1));
+            self.look_at_the_dead();
+        }
+        if let Some(mut session) = self.past.session.take() {
             session.conversation.hang_up();
             if let Some(process) = &mut session.process {
                 let end = process.finish(deadline.min(Instant::now() + STOP_GRACE));

@@ -6,8 +6,9 @@
 
 use thiserror::Error;
 
-use super::{Link, Worker};
+use super::Worker;
 use crate::backend::ImageError;
+use crate::vhost::device::lock;
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::patience::Patience;
 use atoll_devices::virtio::device_class;
@@ -82,7 +83,7 @@ impl Worker {
         // From here on the new size is the truth, whoever serves it.
         self.past.capacity = Some(bytes / SECTOR);
         for _ in 0..TRIES {
-            let Link::Up(session) = &mut self.past.link else { return Ok(()) };
+            let Some(session) = &mut self.past.session else { return Ok(()) };
             let Some(process) = &mut session.process else { return Err(ResizeError::NotOurs) };
             let mut patience = Patience::new(self.parts.limits.step, &self.shared.ending);
             match process.measure(&mut patience) {
@@ -103,7 +104,7 @@ impl Worker {
     }
 
     fn change_image(&mut self, bytes: u64) -> Result<(), ResizeError> {
-        let is = self.parts.source.resize(bytes)?;
+        let is = lock(&self.parts.makers.source).resize(bytes)?;
         if is == bytes { Ok(()) } else { Err(ResizeError::Fixed { asked: bytes, is }) }
     }
 }

@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use atoll_devices::virtio::QueueConfig;
-use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{Link, Session, Worker};
+use super::{Session, Worker};
 use crate::doorbell::{Interposer, Verdict};
 use crate::vhost::call::CallPath;
-use crate::vhost::device::{DeviceState, Limits, PauseError, lock};
+use crate::vhost::class::answers;
+use crate::vhost::device::Limits;
 use crate::vhost::error::{ConversationError, Step};
+use crate::vhost::recovery::Sample;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan};
 use crate::vhost::standin::Stock;
@@ -72,79 +73,10 @@ impl Worker {
         })
     }
 
-    /// The gate has been closed: nobody may have the rings until it opens.
-    pub(super) fn pause(&mut self) {
-        if !self.shared.gate.is_closed() {
-            return;
-        }
-        if self.dismiss_stand_in() {
-            if !self.shared.gate.bring_back() {
-                self.hand_over();
-            }
-            return;
-        }
-        let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return };
-        if !session.has_rings {
-            return;
-        }
-        match stop_rings(session, driver, self.parts.limits) {
-            Ok(bases) => {
-                driver.bases = bases;
-                let stays = self.shared.gate.bring_back();
-                if !stays {
-                    tracing::warn!(device = self.shared.name, "the backend gave the rings back too late for the pause");
-                    self.hand_over();
-                }
-            }
-            // It may go on writing: the only way to be rid of it is to end it.
-            Err(error) => self.lose(&error),
-        }
-    }
-
-    /// The gate is open again.
-    pub(super) fn resume(&mut self) -> Result<(), PauseError> {
-        self.hand_over();
-        self.update_config();
-        match &self.past.link {
-            Link::Quarantined => Err(PauseError::Quarantined(self.shared.reason())),
-            Link::Up(_) | Link::Down { .. } => Ok(()),
-        }
-    }
-
-    /// Gives the rings to the backend, if both are there.
-    pub(super) fn hand_over(&mut self) {
-        match (&self.past.link, &self.driver) {
-            (Link::Up(session), Some(_)) if !session.has_rings => {}
-            (Link::Quarantined, Some(_)) if self.stand_in.is_none() => return self.stand_in(),
-            _ => return,
-        }
-        if !self.shared.gate.take_out() {
-            return;
-        }
-        if self.is_unsettled()
-            && let Err(why) = self.settle()
-        {
-            return self.quarantine(&why);
-        }
-        match self.start_rings() {
-            Ok(()) => {
-                self.shared.update(|status| status.state = DeviceState::Running);
-                if let Some(completion) = self.activation.take() {
-                    completion.complete(0);
-                }
-            }
-            Err(error) if error.is_gone() => self.lose(&error),
-            Err(error) => self.quarantine(&error.to_string()),
-        }
-    }
-
-    fn start_rings(&mut self) -> Result<(), ConversationError> {
-        let (Link::Up(session), Some(driver)) = (&mut self.past.link, &mut self.driver) else { return Ok(()) };
+    /// Hands the rings to the backend, each from its beginning or from where it is.
+    pub(super) fn start_rings(&mut self, continued: bool) -> Result<(), ConversationError> {
+        let (Some(session), Some(driver)) = (&mut self.past.session, &mut self.driver) else { return Ok(()) };
         let local = |step| move |source| ConversationError::Local { step, source };
-        let continued = driver.ran;
-        if !continued && let Some(region) = &self.past.inflight {
-            region.clear().map_err(local(Step::SetInflightFd))?;
-        }
         if self.ring_errors.is_none() {
             let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
             let listener = Arc::new(RingErrors(self.shared.name.clone()));
@@ -196,54 +128,45 @@ impl Worker {
         driver.ran = true;
         driver.bases.clear();
         driver.stocks.clear();
+        driver.unfinished = None;
         session.has_rings = true;
         let region = session.conversation.perform(move |wire| session::start(wire, plan))?;
         if self.past.inflight.is_none() {
             self.past.inflight = region;
         }
+        Ok(())
+    }
+
+    /// Kicks every ring once, and calls it where that may have been lost too.
+    pub(super) fn kick(&self, call_too: bool) {
+        let Some(driver) = &self.driver else { return };
         for (queue, call) in driver.queues.iter().zip(&driver.calls) {
             if let Some(bell) = self.shared.doorbells.get(usize::from(queue.index)) {
                 bell.nudge();
             }
-            if continued {
+            if call_too {
                 call.signal();
             }
         }
+    }
+
+    /// Stops the backend's use of the rings, for which it may take as long as `limit`.
+    pub(super) fn stop_rings(&mut self, limit: Duration) -> Result<(), ConversationError> {
+        let (Some(session), Some(driver)) = (&mut self.past.session, &mut self.driver) else { return Ok(()) };
+        driver.bases = stop_rings(session, driver, Limits { drain: limit, ..self.parts.limits })?;
         Ok(())
     }
 
-    /// Stops the backend's use of the rings and forgets the driver; the backend may take as long as `limit`.
-    pub(super) fn take_rings_back_within(&mut self, limit: Duration) {
-        let drain = self.parts.limits.drain;
-        self.parts.limits.drain = drain.min(limit);
-        self.take_rings_back();
-        self.parts.limits.drain = drain;
-    }
-
-    /// Stops the backend's use of the rings and forgets the driver; the backend may take as long as any drain.
-    pub(super) fn take_rings_back(&mut self) {
-        lock(&self.shared.queues).clear();
-        if self.dismiss_stand_in() {
-            self.shared.gate.bring_back();
-        }
-        let Some(mut driver) = self.driver.take() else { return };
-        if let Link::Up(session) = &mut self.past.link
-            && session.has_rings
-        {
-            match stop_rings(session, &mut driver, self.parts.limits) {
-                Ok(_) => {
-                    self.shared.gate.bring_back();
-                    self.shared.update(|status| status.state = DeviceState::Idle);
-                }
-                // It may go on writing: the only way to be rid of it is to end it.
-                Err(error) => self.lose(&error),
-            }
-        }
-        if let Some(region) = &self.past.inflight
-            && let Err(error) = region.clear()
-        {
-            tracing::error!(device = self.shared.name, %error, "the record of requests in flight was not cleared");
-        }
+    /// How far the queues are that a backend answers by itself.
+    pub(super) fn sample(&self) -> Vec<Sample> {
+        let Some(driver) = &self.driver else { return Vec::new() };
+        let device_type = self.past.shown.device_type;
+        let own = driver.used_at_start.iter().filter(|(queue, _)| answers(device_type, queue.index));
+        own.filter_map(|(queue, _)| {
+            let position = RingPosition::read(self.parts.memory.mapped(), queue)?;
+            Some(Sample { queue: queue.index, used: position.used, waiting: !position.is_idle() })
+        })
+        .collect()
     }
 }
 

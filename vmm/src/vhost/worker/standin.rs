@@ -4,8 +4,7 @@
 use vm_memory::GuestMemoryMmap;
 
 use super::rings::Driver;
-use super::{Link, Worker};
-use crate::vhost::device::Recovery;
+use super::Worker;
 use crate::vhost::inflight::InflightRegion;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::standin::{StandIn, StandInParts, StandInRing, Stock, Trade, settle};
@@ -49,7 +48,7 @@ impl Worker {
         let memory = self.parts.memory.mapped();
         let (mut rings, mut unknown) = (Vec::new(), Vec::new());
         for (queue, call) in driver.queues.iter().zip(&driver.calls) {
-            let stock = stock(memory, driver, self.past.inflight.as_deref(), self.parts.class.in_order(), queue);
+            let stock = stock(memory, driver, self.past.inflight.as_deref(), self.parts.makers.class.in_order(), queue);
             let kick = self.shared.doorbells.get(usize::from(queue.index));
             let kick = kick.ok_or_else(|| "the device has no such queue".to_owned());
             let ring = stock.and_then(|stock| {
@@ -118,12 +117,6 @@ impl Worker {
         driver.ran = true;
     }
 
-    /// Whether the last backend left requests unfinished of which the one that is there knows nothing.
-    pub(super) fn is_unsettled(&self) -> bool {
-        let (Link::Up(session), Some(driver)) = (&self.past.link, &self.driver) else { return false };
-        driver.ran && driver.unfinished.is_some() && session.recovery() == Recovery::IdleOnly
-    }
-
     /// Gives up what the last backend had taken and not completed, so that the next one can go on behind it.
     ///
     /// # Errors
@@ -142,4 +135,7 @@ impl Worker {
         self.go_on_from(bases);
         Ok(())
     }
+
+    /// A backend that had the rings has been reaped: the account of what it had taken is closed.
+    pub(super) fn lost_rings(&mut self) {}
 }

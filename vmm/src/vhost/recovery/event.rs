@@ -1,0 +1,157 @@
+//! What the recovery machine hears, and what it wants done.
+
+use crate::backend::Ending;
+use crate::vhost::device::Recovery;
+
+/// Something happened. Generations tell whose news it is; news of an incarnation that is not there any more changes
+/// nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum Event {
+    /// An incarnation that was to be started is there, was greeted, and offers what the guest was shown. Whatever serves
+    /// says so only when nothing of its predecessor is under way any more.
+    Greeted { generation: u64, recovery: Recovery },
+    /// It could not be started, or greeted; nothing of it is left.
+    NotStarted { generation: u64, failure: Failure },
+    /// The rings are with it, each enabled.
+    HandedOver { generation: u64 },
+    /// A step of that failed: it may have some of them.
+    HandOverFailed { generation: u64, failure: Failure },
+    /// Somebody has closed the gate: the rings stayed here.
+    Withheld,
+    /// It has given the rings back and touches them no more.
+    TakenBack { generation: u64 },
+    /// It is to be taken for dead: it ended, hung up, was late or absurd.
+    Lost { generation: u64, why: String },
+    /// It was killed, and is reaped, or nothing more of its end can be seen.
+    Ended { generation: u64, end: End },
+    /// How far the rings are.
+    Sampled(Vec<super::Sample>),
+    /// It says, or somebody saw, that it stands. Spared: it is being debugged.
+    Stalled { generation: u64, what: String, spared: bool },
+    /// Nothing of any dead incarnation is under way any more.
+    FencePassed,
+    /// The stand-in has the rings.
+    Employed,
+    /// There is no stand-in to be had.
+    NotEmployed,
+    /// What was unfinished without a record has been failed, once; or could not be.
+    Settled(Result<(), String>),
+    /// The driver has set up its rings.
+    Activated,
+    /// The driver has reset the device.
+    Reset,
+    /// The rings are to stay here.
+    Pause,
+    /// They may go out again.
+    Resume,
+    /// The board goes; the driver with it.
+    Leave,
+    /// The device ends.
+    Stop,
+    /// Another board has come.
+    Arrive,
+    /// The operator wants it back.
+    Revive,
+    /// Time has passed.
+    Time,
+}
+
+/// Why an incarnation does not serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum Failure {
+    /// It is gone or silent; another one may do better.
+    Passing(String),
+    /// Another one would end the same way: it refuses, or lacks what the guest was shown.
+    Hopeless(String),
+}
+
+/// How an incarnation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::vhost) struct End {
+    /// As a restart sees it.
+    pub(in crate::vhost) ending: Ending,
+    /// It completed something since it got the rings.
+    pub(in crate::vhost) progressed: bool,
+    /// It left requests without an answer.
+    pub(in crate::vhost) unfinished: bool,
+}
+
+/// Why rings are taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum TakeBack {
+    /// The driver has reset the device.
+    Reset,
+    /// The device is paused.
+    Pause,
+    /// The board goes.
+    Leave,
+}
+
+/// What an operator hears of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum Tale {
+    /// It is lost.
+    Crashed { generation: u64 },
+    /// Its successor serves, or could.
+    Restarted { generation: u64 },
+    /// No backend serves it any more.
+    Quarantined { why: String },
+    /// It stands, and is left alone.
+    Stalled { what: String },
+    /// Nobody could show that a dead backend's writes are done.
+    FenceGivenUp,
+}
+
+/// Something is to be done, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum Action {
+    /// Start or reach this incarnation and greet it; tell `Greeted` or `NotStarted`.
+    Spawn { generation: u64 },
+    /// Hang up, kill it, reap it; tell `Ended`, once it has.
+    Kill { generation: u64 },
+    /// Look for the proof that nothing of the dead is under way; tell `FencePassed`.
+    WatchFence,
+    /// The fence is behind us.
+    Settled,
+    /// Hand over the rings, from the start or from where they are; tell `HandedOver`, `HandOverFailed`, `Withheld`.
+    HandOver { generation: u64, continued: bool },
+    /// Kick every ring once, and where `call`, call it too: the last ones before a death may be lost.
+    Kick { call: bool },
+    /// Show the driver what the successor's configuration has that the last one's had not.
+    ShowConfig,
+    /// Take the rings back; tell `TakenBack` or `Lost`.
+    TakeBack { generation: u64, why: TakeBack },
+    /// Let the stand-in take the rings; tell `Employed`, `NotEmployed` or `Withheld`.
+    Employ,
+    /// Take them back from it.
+    Dismiss,
+    /// Fail what is unfinished without a record; tell `Settled`.
+    Settle,
+    /// Forget every request in flight.
+    ClearRecord,
+    /// The driver's activation is done.
+    CompleteActivation,
+    /// The driver's resets are done.
+    CompleteResets,
+    /// Set DEVICE_NEEDS_RESET.
+    NeedsReset,
+    /// Ask the machine to unplug the device.
+    AskUnplug,
+    /// Tell the story.
+    Tell(Tale),
+}
+
+/// What the device is at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum State {
+    /// A backend is there; it has no rings.
+    Idle,
+    /// A backend has the rings.
+    Running,
+    /// Another backend is on its way.
+    Recovering { why: String },
+    /// There is none to be had now; it is waited for without limit.
+    Waiting { why: String },
+    /// Given up until a reset or an operator.
+    Quarantined { why: String },
+}

@@ -1,0 +1,584 @@
+//! The machine itself.
+
+use std::time::Duration;
+
+use atoll_protocol::Generation;
+
+use super::event::{Action, End, Event, Failure, State, TakeBack, Tale};
+use super::stall::{Sample, StallWatch};
+use crate::actor::Moment;
+use crate::backend::{Decision, PolicyConfig, QuarantineReason, RestartPolicy};
+use crate::config::OnFailure;
+use crate::vhost::device::Recovery;
+
+/// What is fixed for a device.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::vhost) struct Rules {
+    /// When to try again, and when no more.
+    pub(in crate::vhost) policy: PolicyConfig,
+    /// See there.
+    pub(in crate::vhost) on_failure: OnFailure,
+    /// How long the proof is waited for that nothing of a dead backend is under way.
+    pub(in crate::vhost) fence: Duration,
+    /// How long a queue may stand with work in it; `None`: for ever.
+    pub(in crate::vhost) stall: Option<Duration>,
+    /// Somebody debugs the backend: one that stands is told of and left alone.
+    pub(in crate::vhost) debugged: bool,
+}
+
+/// A backend that is there.
+#[derive(Clone, Debug)]
+struct Present {
+    generation: u64,
+    recovery: Recovery,
+    dying: Option<Verdict>,
+}
+
+/// What comes after a backend's end.
+#[derive(Clone, Debug)]
+enum Verdict {
+    Restart,
+    GiveUp(String),
+}
+
+/// Who has the driver's rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rings {
+    Home,
+    Out(u64),
+    Substituted,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fence {
+    Clear,
+    /// Something of a dead backend may be under way; that is believed until then.
+    Pending(Moment),
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Driver {
+    /// Some backend has had these rings.
+    ran: bool,
+    /// One that kept no record died with requests in them.
+    unfinished: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Trouble {
+    None,
+    Recovering(String),
+    Waiting(String),
+    Quarantined(String),
+}
+
+/// The state of one device's recovery.
+#[derive(Clone, Debug)]
+pub(in crate::vhost) struct Machine {
+    rules: Rules,
+    policy: RestartPolicy,
+    present: Option<Present>,
+    coming: Option<u64>,
+    again_at: Option<Moment>,
+    rings: Rings,
+    fence: Fence,
+    driver: Option<Driver>,
+    paused: bool,
+    leaving: bool,
+    settling: bool,
+    resets_owed: bool,
+    activation_owed: bool,
+    stall_told: bool,
+    trouble: Trouble,
+    lost: u64,
+    stalls: StallWatch,
+    actions: Vec<Action>,
+}
+
+impl Machine {
+    /// A device whose first backend, generation 1, is there and greeted.
+    pub(in crate::vhost) fn new(rules: Rules, recovery: Recovery) -> Self {
+        let mut policy = RestartPolicy::new(rules.policy, Generation::FIRST);
+        policy.ready(Generation::FIRST);
+        Self {
+            rules,
+            policy,
+            present: Some(Present { generation: Generation::FIRST.0, recovery, dying: None }),
+            coming: None,
+            again_at: None,
+            rings: Rings::Home,
+            fence: Fence::Clear,
+            driver: None,
+            paused: false,
+            leaving: false,
+            settling: false,
+            resets_owed: false,
+            activation_owed: false,
+            stall_told: false,
+            trouble: Trouble::None,
+            lost: 0,
+            stalls: StallWatch::new(rules.stall),
+            actions: Vec::new(),
+        }
+    }
+
+    /// Which incarnation serves it, served it last, or is on its way.
+    pub(in crate::vhost) fn generation(&self) -> u64 {
+        let present = self.present.as_ref().map(|present| present.generation);
+        present.or(self.coming).unwrap_or(self.policy.generation().0)
+    }
+    /// The backend that is there and lives.
+    pub(in crate::vhost) fn alive(&self) -> Option<u64> {
+        self.present.as_ref().filter(|present| present.dying.is_none()).map(|present| present.generation)
+    }
+    /// Backends that were lost.
+    pub(in crate::vhost) fn lost(&self) -> u64 {
+        self.lost
+    }
+    /// What happens when the present one is lost.
+    pub(in crate::vhost) fn recovery(&self) -> Option<Recovery> {
+        self.present.as_ref().map(|present| present.recovery)
+    }
+    /// Whether the board can go: nobody has the rings, and nothing can land in its memory.
+    pub(in crate::vhost) fn may_leave(&self) -> bool {
+        (self.rings == Rings::Home || self.dying().is_some()) && self.fence == Fence::Clear
+    }
+    /// When the rings are to be looked at next.
+    pub(in crate::vhost) fn look_at(&self) -> Option<Moment> {
+        self.stalls.look_at()
+    }
+    /// When [`Event::Time`] has something to say.
+    pub(in crate::vhost) fn due_at(&self) -> Option<Moment> {
+        let fence = match self.fence {
+            Fence::Clear => None,
+            Fence::Pending(until) => Some(until),
+        };
+        let again = self.again_at.filter(|_| !self.leaving);
+        again.into_iter().chain(fence).min()
+    }
+    /// What it is at.
+    pub(in crate::vhost) fn state(&self) -> State {
+        match (&self.trouble, self.alive()) {
+            (Trouble::Quarantined(why), _) => State::Quarantined { why: why.clone() },
+            (_, Some(_)) if matches!(self.rings, Rings::Out(_)) => State::Running,
+            (_, Some(_)) => State::Idle,
+            (Trouble::Waiting(why), None) => State::Waiting { why: why.clone() },
+            (Trouble::Recovering(why), None) => State::Recovering { why: why.clone() },
+            (Trouble::None, None) => State::Recovering { why: String::new() },
+        }
+    }
+
+    /// Takes an event; gives what is to be done, in order.
+    pub(in crate::vhost) fn on(&mut self, event: Event, now: Moment) -> Vec<Action> {
+        match event {
+            Event::Greeted { generation, recovery } => self.greeted(generation, recovery),
+            Event::NotStarted { generation, failure } => self.not_started(generation, failure, now),
+            Event::HandedOver { generation } if self.rings == Rings::Out(generation) => self.handed_over(now),
+            Event::HandOverFailed { generation, failure } if self.rings == Rings::Out(generation) => match failure {
+                Failure::Passing(why) => self.lose(generation, Verdict::Restart, why, now),
+                Failure::Hopeless(why) => self.lose(generation, Verdict::GiveUp(why.clone()), why, now),
+            },
+            Event::Withheld => {
+                self.rings = Rings::Home;
+                self.paused = true;
+                self.clear_up();
+            }
+            Event::TakenBack { generation } if self.rings == Rings::Out(generation) => {
+                self.rings = Rings::Home;
+                self.stalls.end();
+                self.clear_up();
+            }
+            Event::Lost { generation, why } => self.lose(generation, Verdict::Restart, why, now),
+            Event::Ended { generation, end } => self.ended(generation, end, now),
+            Event::Sampled(samples) => self.sampled(&samples, now),
+            Event::Stalled { generation, what, spared } => self.stalled(generation, what, spared, now),
+            Event::FencePassed if self.fence != Fence::Clear && self.dying().is_none() => self.pass_fence(),
+            Event::Employed if self.rings == Rings::Substituted => {
+                if let Some(driver) = &mut self.driver {
+                    driver.ran = true;
+                }
+                self.complete_activation();
+            }
+            Event::NotEmployed => {
+                self.rings = Rings::Home;
+                self.complete_activation();
+            }
+            Event::Settled(outcome) => self.settled(outcome, now),
+            Event::Activated => self.activated(now),
+            Event::Reset => self.reset(now),
+            Event::Pause => {
+                self.paused = true;
+                self.take_back(TakeBack::Pause);
+            }
+            Event::Resume => {
+                self.paused = false;
+                self.serve();
+            }
+            Event::Leave => {
+                self.leaving = true;
+                (self.resets_owed, self.activation_owed) = (false, false);
+                self.forget_driver(TakeBack::Leave);
+                self.revive(now);
+            }
+            Event::Stop => {
+                self.leaving = true;
+                (self.resets_owed, self.activation_owed) = (false, false);
+                self.forget_driver(TakeBack::Leave);
+            }
+            Event::Arrive => {
+                (self.leaving, self.paused) = (false, false);
+                // Whoever prepared it is gone with the last board.
+                if let Some(generation) = self.coming {
+                    self.actions.push(Action::Spawn { generation });
+                }
+            }
+            Event::Revive => self.revive(now),
+            Event::Time => self.time(now),
+            // News of an incarnation that has nothing any more.
+            Event::HandedOver { .. }
+            | Event::HandOverFailed { .. }
+            | Event::TakenBack { .. }
+            | Event::FencePassed
+            | Event::Employed => {}
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    fn act(&mut self, action: Action) {
+        self.actions.push(action);
+    }
+
+    fn dying(&self) -> Option<u64> {
+        self.present.as_ref().filter(|present| present.dying.is_some()).map(|present| present.generation)
+    }
+
+    fn is_quarantined(&self) -> bool {
+        matches!(self.trouble, Trouble::Quarantined(_))
+    }
+
+    /// Gives the rings to whoever is to have them, if they are here and there is a driver.
+    fn serve(&mut self) {
+        let Some(driver) = self.driver else { return };
+        let at_rest = self.rings == Rings::Home && self.fence == Fence::Clear;
+        if self.paused || self.leaving || self.settling || self.resets_owed || !at_rest {
+            return;
+        }
+        match &self.present {
+            Some(Present { generation, recovery, dying: None }) => {
+                let generation = *generation;
+                if driver.ran && driver.unfinished && *recovery == Recovery::IdleOnly {
+                    self.settling = true;
+                    return self.act(Action::Settle);
+                }
+                self.rings = Rings::Out(generation);
+                self.act(Action::HandOver { generation, continued: driver.ran });
+            }
+            None if self.is_quarantined() => {
+                self.rings = Rings::Substituted;
+                self.act(Action::Employ);
+            }
+            _ => {}
+        }
+    }
+
+    /// What waits for the rings to be here and for the fence.
+    fn clear_up(&mut self) {
+        if self.rings != Rings::Home || self.fence != Fence::Clear {
+            return;
+        }
+        if self.driver.is_none() {
+            self.act(Action::ClearRecord);
+        }
+        if std::mem::take(&mut self.resets_owed) {
+            self.act(Action::CompleteResets);
+        }
+        self.serve();
+    }
+
+    fn pass_fence(&mut self) {
+        self.fence = Fence::Clear;
+        self.act(Action::Settled);
+        self.clear_up();
+    }
+
+    fn complete_activation(&mut self) {
+        if std::mem::take(&mut self.activation_owed) {
+            self.act(Action::CompleteActivation);
+        }
+    }
+
+    fn start(&mut self, generation: Generation) {
+        self.again_at = None;
+        self.coming = Some(generation.0);
+        self.act(Action::Spawn { generation: generation.0 });
+    }
+
+    fn follow(&mut self, decision: Decision, now: Moment) {
+        match decision {
+            Decision::Nothing => {}
+            Decision::Start(generation) => self.start(generation),
+            Decision::Wait(at) => self.again_at = Some(at),
+            Decision::Quarantine(reason) => {
+                let why = match reason {
+                    QuarantineReason::CrashLoop(times) => {
+                        format!("its backend crashed {times} times without completing a request in between")
+                    }
+                    QuarantineReason::StartFailures(times) => {
+                        let last = self.reason();
+                        format!("its backend could not be started {times} times in a row; the last time: {last}")
+                    }
+                    QuarantineReason::Config(why) => why,
+                };
+                self.give_up(why, now);
+            }
+            Decision::GiveUp => self.give_up("its backend never got ready".into(), now),
+        }
+    }
+
+    fn reason(&self) -> &str {
+        match &self.trouble {
+            Trouble::None => "",
+            Trouble::Recovering(why) | Trouble::Waiting(why) | Trouble::Quarantined(why) => why,
+        }
+    }
+
+    fn greeted(&mut self, generation: u64, recovery: Recovery) {
+        if self.coming != Some(generation) {
+            return;
+        }
+        self.coming = None;
+        self.policy.ready(Generation(generation));
+        self.present = Some(Present { generation, recovery, dying: None });
+        self.trouble = Trouble::None;
+        self.act(Action::Tell(Tale::Restarted { generation }));
+        self.act(Action::ShowConfig);
+        // It could not be ready before that.
+        self.pass_fence();
+    }
+
+    fn not_started(&mut self, generation: u64, failure: Failure, now: Moment) {
+        if self.coming != Some(generation) {
+            return;
+        }
+        self.coming = None;
+        match failure {
+            Failure::Hopeless(why) => self.give_up(why, now),
+            Failure::Passing(why) => {
+                let unlimited = self.rules.policy.start_failures_max.is_none();
+                self.trouble = if unlimited { Trouble::Waiting(why) } else { Trouble::Recovering(why) };
+                let decision = self.policy.not_started(Generation(generation), now);
+                self.follow(decision, now);
+            }
+        }
+    }
+
+    fn handed_over(&mut self, now: Moment) {
+        let Some(driver) = &mut self.driver else { return };
+        let call = driver.ran;
+        (driver.ran, driver.unfinished) = (true, false);
+        self.stalls.begin(now);
+        self.stall_told = false;
+        self.act(Action::Kick { call });
+        self.complete_activation();
+    }
+
+    /// Gives up a backend.
+    fn lose(&mut self, generation: u64, verdict: Verdict, why: String, now: Moment) {
+        let Some(present) = self.present.as_mut().filter(|present| present.generation == generation) else { return };
+        if present.dying.is_some() {
+            return;
+        }
+        present.dying = Some(verdict);
+        self.lost += 1;
+        self.stalls.end();
+        if !self.is_quarantined() {
+            self.trouble = Trouble::Recovering(why);
+        }
+        if self.rings == Rings::Out(generation) {
+            self.fence = Fence::Pending(now.after(self.rules.fence));
+            if let Some(driver) = &mut self.driver {
+                driver.ran = true;
+            }
+        }
+        self.act(Action::Kill { generation });
+    }
+
+    fn ended(&mut self, generation: u64, end: End, now: Moment) {
+        let Some(Present { generation, dying: Some(verdict), .. }) =
+            self.present.take_if(|present| present.generation == generation && present.dying.is_some())
+        else {
+            return;
+        };
+        if self.rings == Rings::Out(generation) {
+            self.rings = Rings::Home;
+            if let Some(driver) = &mut self.driver {
+                driver.unfinished = end.unfinished;
+            }
+        }
+        self.act(Action::Tell(Tale::Crashed { generation }));
+        if self.fence != Fence::Clear {
+            self.act(Action::WatchFence);
+        } else {
+            self.clear_up();
+        }
+        if end.progressed {
+            self.policy.progress(Generation(generation));
+        }
+        match verdict {
+            Verdict::GiveUp(why) => self.give_up(why, now),
+            Verdict::Restart => {
+                let decision = self.policy.exited(Generation(generation), &end.ending, now);
+                self.follow(decision, now);
+            }
+        }
+        // Nobody keeps a driver waiting for a process that is gone: what it asks for waits in its rings.
+        if !self.is_quarantined() {
+            self.complete_activation();
+        }
+    }
+
+    /// No restart helps.
+    fn give_up(&mut self, why: String, now: Moment) {
+        if self.rules.on_failure == OnFailure::Wait {
+            let decision = self.policy.hold(now);
+            self.trouble = Trouble::Waiting(why);
+            return self.follow(decision, now);
+        }
+        self.policy.give_up();
+        (self.again_at, self.trouble) = (None, Trouble::Quarantined(why.clone()));
+        self.act(Action::Tell(Tale::Quarantined { why }));
+        // A driver that is resetting the device has heard enough.
+        if self.driver.is_some() && !self.resets_owed {
+            self.act(Action::NeedsReset);
+        }
+        if self.rules.on_failure == OnFailure::Unplug {
+            self.act(Action::AskUnplug);
+        }
+        self.serve();
+    }
+
+    fn sampled(&mut self, samples: &[Sample], now: Moment) {
+        let Rings::Out(generation) = self.rings else { return };
+        let (moved, stands) = self.stalls.look(samples, now);
+        if moved {
+            self.stall_told = false;
+            self.policy.progress(Generation(generation));
+        }
+        if let Some((queue, time)) = stands {
+            let what = format!("queue {queue} has completed nothing for {} s with work in it", time.as_secs());
+            self.stalled(generation, what, false, now);
+        }
+    }
+
+    fn stalled(&mut self, generation: u64, what: String, spared: bool, now: Moment) {
+        if self.alive() != Some(generation) {
+            return;
+        }
+        if spared || self.rules.debugged {
+            if !std::mem::replace(&mut self.stall_told, true) {
+                self.act(Action::Tell(Tale::Stalled { what }));
+            }
+            return;
+        }
+        self.lose(generation, Verdict::Restart, what, now);
+    }
+
+    fn settled(&mut self, outcome: Result<(), String>, now: Moment) {
+        if !std::mem::take(&mut self.settling) {
+            return;
+        }
+        match (outcome, self.alive()) {
+            (Ok(()), _) => {
+                if let Some(driver) = &mut self.driver {
+                    driver.unfinished = false;
+                }
+                self.serve();
+            }
+            // It is well, but what the driver waits for it can never do.
+            (Err(why), Some(generation)) => self.lose(generation, Verdict::GiveUp(why.clone()), why, now),
+            (Err(_), None) => {}
+        }
+    }
+
+    fn activated(&mut self, now: Moment) {
+        if self.driver.is_some() {
+            self.reset(now);
+        }
+        self.driver = Some(Driver::default());
+        self.activation_owed = true;
+        self.serve();
+        if self.alive().is_none() && !self.is_quarantined() {
+            self.complete_activation();
+        }
+    }
+
+    fn forget_driver(&mut self, why: TakeBack) {
+        self.driver = None;
+        self.settling = false;
+        self.take_back(why);
+    }
+
+    fn take_back(&mut self, why: TakeBack) {
+        match self.rings {
+            Rings::Home => {}
+            Rings::Out(generation) if self.alive() == Some(generation) => {
+                self.act(Action::TakeBack { generation, why });
+            }
+            // It gives nothing back any more; its end is being waited for.
+            Rings::Out(_) => {}
+            Rings::Substituted => {
+                self.rings = Rings::Home;
+                self.act(Action::Dismiss);
+                // Whatever was asked for has been answered.
+                if let Some(driver) = &mut self.driver {
+                    (driver.ran, driver.unfinished) = (true, false);
+                }
+            }
+        }
+    }
+
+    fn reset(&mut self, now: Moment) {
+        self.activation_owed = false;
+        self.resets_owed = true;
+        self.forget_driver(TakeBack::Reset);
+        if self.is_quarantined() {
+            self.revive(now);
+        }
+        self.clear_up();
+    }
+
+    /// A device that was given up, or waits, starts afresh.
+    fn revive(&mut self, now: Moment) {
+        if self.present.is_some() || self.coming.is_some() {
+            return;
+        }
+        self.take_back(TakeBack::Reset);
+        if self.is_quarantined() {
+            self.trouble = Trouble::Recovering("it was given up, and is tried again".into());
+        }
+        let decision = self.policy.revive();
+        self.follow(decision, now);
+    }
+
+    fn time(&mut self, now: Moment) {
+        if let Fence::Pending(until) = self.fence
+            && until <= now
+        {
+            self.act(Action::Tell(Tale::FenceGivenUp));
+            if self.dying().is_none() {
+                self.pass_fence();
+            } else {
+                // It cannot even be reaped: whoever waits for the memory waits no longer, its successor does.
+                self.fence = Fence::Clear;
+                if std::mem::take(&mut self.resets_owed) {
+                    self.act(Action::CompleteResets);
+                }
+            }
+        }
+        if self.again_at.is_some_and(|at| at <= now) && !self.leaving {
+            self.again_at = None;
+            let decision = self.policy.due(now);
+            self.follow(decision, now);
+        }
+    }
+}

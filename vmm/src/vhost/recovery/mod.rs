@@ -1,0 +1,33 @@
+//! How a device comes through the death of its backends: one state machine without I/O, threads or a clock of its own.
+//!
+//! [`Machine`] takes [`Event`]s, each with the time, and says what is to be done as [`Action`]s; the device's thread
+//! (`worker`) carries those out and feeds back what came of them. Everything that may be done only in some order is
+//! decided here and nowhere else: that rings are handed out once, to an incarnation that lives, after the fence of the one
+//! before; that a reset, a pause or an unplug waits for that fence and for nobody who is gone; that every ring is kicked
+//! and called after a recovery; when to try again and when to give up ([`RestartPolicy`](crate::backend::RestartPolicy)).
+//!
+//! ```text
+//!            lost (exit, hang-up, late step, stall)            ended           greeted
+//! Running ────────────────────────────────────────> dying ───────────> coming ─────────> rings handed over ─> Running
+//!    ^                                                 │ kill, reap       │ again, later      (fence passed)
+//!    │                                                 v                  v
+//!    └──── reset by the driver, or the operator ── Quarantined <── crash loop, or a successor that will not do
+//!                                                   (a stand-in has the rings, once the fence has passed)
+//! ```
+//!
+//! What serves (`present`) and what is being prepared (`coming`) are two things: a successor can be made ready beside a
+//! backend that still runs.
+//!
+//! The machine runs in a simulation of its own ([`simulation`]): fake processes, fake time, seeded schedules.
+
+mod event;
+mod machine;
+#[cfg(test)]
+mod simulation;
+mod stall;
+#[cfg(test)]
+mod tests;
+
+pub(super) use event::{Action, End, Event, Failure, State, TakeBack, Tale};
+pub(super) use machine::{Machine, Rules};
+pub(super) use stall::Sample;

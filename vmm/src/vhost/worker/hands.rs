@@ -1,0 +1,334 @@
+//! What the recovery machine decides is done here, and what becomes of it is told to it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{Event, Failure, Preparation, Session, Shown, Worker};
+use crate::backend::Ending;
+use crate::vhost::device::{ConnectError, DeviceState};
+use crate::vhost::error::ConversationError;
+use crate::vhost::recovery::{Action, End, State, TakeBack, Tale};
+
+/// How long a killed process may take to be reaped before it is waited for beside everything else.
+const REAP: Duration = Duration::from_secs(1);
+/// I/O of a process that has ended was seen to land this long after its end, and never later (when it cannot be seen).
+const AFTER_THE_END: Duration = Duration::from_millis(250);
+
+/// Looks for the proof that nothing of the dead is under way.
+pub(super) struct FenceWatch {
+    since: Instant,
+    look_at: Instant,
+    pause: Duration,
+    /// Its process was seen to end.
+    ended: bool,
+}
+
+impl FenceWatch {
+    const FIRST: Duration = Duration::from_micros(500);
+    const LONGEST: Duration = Duration::from_millis(20);
+
+    fn new(ended: bool) -> Self {
+        let now = Instant::now();
+        Self { since: now, look_at: now, pause: Self::FIRST, ended }
+    }
+    /// How long until the next look.
+    pub(super) fn nap(&self) -> Duration {
+        self.look_at.saturating_duration_since(Instant::now())
+    }
+}
+
+impl Worker {
+    /// Tells the machine what happened, and does what follows from it.
+    pub(super) fn feed(&mut self, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let now = self.now();
+            for action in self.past.machine.on(event, now) {
+                self.carry_out(action, &mut events);
+            }
+        }
+        self.publish();
+    }
+
+    /// Shows what the device is at.
+    fn publish(&self) {
+        let machine = &self.past.machine;
+        let state = match machine.state() {
+            State::Idle => DeviceState::Idle,
+            State::Running => DeviceState::Running,
+            State::Recovering { why } => DeviceState::Recovering { why },
+            State::Waiting { why } => DeviceState::Waiting { why },
+            State::Quarantined { why } => DeviceState::Quarantined { why },
+        };
+        let (generation, lost, recovery) = (machine.generation(), machine.lost(), machine.recovery());
+        let pid = self.past.session.as_ref().and_then(|session| session.pid());
+        self.shared.update(|status| {
+            (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
+            status.recovery = recovery.unwrap_or(status.recovery);
+        });
+    }
+
+    fn carry_out(&mut self, action: Action, events: &mut VecDeque<Event>) {
+        match action {
+            Action::Spawn { generation } => self.spawn(generation, events),
+            Action::Kill { generation } => self.kill(generation, events),
+            Action::WatchFence => {}
+            Action::Settled => {
+                self.fence = None;
+                self.shared.gate.settled();
+            }
+            Action::HandOver { generation, continued } => self.hand_over(generation, continued, events),
+            Action::Kick { call } => self.kick(call),
+            Action::ShowConfig => {
+                if let Some(config) = self.new_config.take() {
+                    // A paused device interrupts nobody.
+                    if self.shared.gate.is_closed() { self.config_is_stale = true } else { self.adopt_config(&config) }
+                }
+            }
+            Action::TakeBack { generation, why } => self.take_back(generation, why, events),
+            Action::Employ => {
+                if !self.shared.gate.take_out() {
+                    return events.push_back(Event::Withheld);
+                }
+                events.push_back(match self.employ_stand_in() {
+                    Ok(()) => Event::Employed,
+                    Err(why) => {
+                        tracing::warn!(device = self.shared.name, why, "no stand-in");
+                        self.shared.gate.bring_back();
+                        Event::NotEmployed
+                    }
+                });
+            }
+            Action::Dismiss => {
+                self.dismiss_stand_in();
+                self.shared.gate.bring_back();
+            }
+            Action::Settle => events.push_back(Event::Settled(self.settle())),
+            Action::ClearRecord => {
+                if let Some(region) = &self.past.inflight
+                    && let Err(error) = region.clear()
+                {
+                    tracing::error!(device = self.shared.name, %error, "the record of requests in flight was not cleared");
+                }
+            }
+            Action::CompleteActivation => {
+                if let Some(completion) = self.activation.take() {
+                    completion.complete(0);
+                }
+            }
+            Action::CompleteResets => {
+                for completion in self.resets.drain(..) {
+                    completion.complete(0);
+                }
+            }
+            Action::NeedsReset => self.transport.needs_reset(),
+            Action::AskUnplug => self.tell("unplug", None, None),
+            Action::Tell(tale) => self.relate(tale),
+        }
+    }
+
+    fn spawn(&mut self, generation: u64, events: &mut VecDeque<Event>) {
+        match Preparation::begin(&self.parts.makers, generation, &self.shared) {
+            Ok(next) => self.next = Some(next),
+            Err(error) => {
+                let failure = Failure::Passing(ConnectError::Resource(error).to_string());
+                events.push_back(Event::NotStarted { generation, failure });
+            }
+        }
+    }
+
+    /// Whether the successor is ready, or will not be.
+    pub(super) fn look_at_the_next(&mut self) {
+        let Some((generation, outcome)) =
+            self.next.as_mut().and_then(|next| Some((next.generation(), next.outcome()?)))
+        else {
+            return;
+        };
+        self.next = None;
+        let device = self.shared.name.clone();
+        let failure = match outcome {
+            Ok((mut session, offer)) => {
+                let shown = Shown {
+                    offer: &self.past.shown,
+                    protocol: self.past.protocol,
+                    config: &self.config,
+                    capacity: self.past.capacity,
+                };
+                let fits = shown.compare(session.protocol(), &offer).and_then(|()| self.replay_config(&mut session));
+                match fits {
+                    Ok(()) => {
+                        let recovery = session.recovery();
+                        self.past.session = Some(session);
+                        self.new_config = Some(offer.config);
+                        return self.feed(Event::Greeted { generation, recovery });
+                    }
+                    Err(error) => {
+                        let end = session.give_up(Instant::now() + REAP);
+                        let hopeless = !error.is_gone();
+                        tracing::warn!(device, generation, %error, end, "a backend that will not do");
+                        failure(hopeless, error.to_string())
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::warn!(device, generation, %error, "no backend yet");
+                failure(error.is_hopeless(), error.to_string())
+            }
+        };
+        self.feed(Event::NotStarted { generation, failure });
+    }
+
+    fn kill(&mut self, generation: u64, events: &mut VecDeque<Event>) {
+        let Some(mut session) = self.past.session.take() else { return };
+        let words = session.give_up(Instant::now() + REAP);
+        self.shared.gate.lost();
+        if session.is_gone() {
+            return self.bury(generation, session, words, events);
+        }
+        tracing::error!(device = self.shared.name, generation, "a killed backend does not end: is its storage stuck?");
+        self.past.dying = Some(session);
+    }
+
+    /// A backend is gone: what it left is looked at.
+    fn bury(&mut self, generation: u64, session: Box<Session>, words: Option<String>, events: &mut VecDeque<Event>) {
+        let progressed = self.has_progressed();
+        let idle = !self.sample().iter().any(|sample| sample.waiting);
+        let mut unfinished = false;
+        if session.has_rings {
+            if let Some(driver) = &mut self.driver {
+                driver.take_stock(self.parts.memory.mapped());
+                unfinished = driver.unfinished.is_some();
+            }
+            self.lost_rings();
+            self.fence = Some(FenceWatch::new(session.process.is_some() || session.peer_is_gone()));
+        }
+        let (mut ending, mut lines) = (Ending::Crash { idle }, Vec::new());
+        if let Some(process) = &session.process {
+            if let Ending::Config(why) = process.ending() {
+                ending = Ending::Config(why);
+            }
+            lines = process.last_lines();
+        }
+        let State::Recovering { why } = self.past.machine.state() else {
+            return events.push_back(Event::Ended { generation, end: End { ending, progressed, unfinished } });
+        };
+        tracing::warn!(device = self.shared.name, generation, why, end = words, "backend lost");
+        let reason = words.unwrap_or(why);
+        self.shared.update(|status| (status.last_exit, status.last_lines) = (Some(reason), lines));
+        events.push_back(Event::Ended { generation, end: End { ending, progressed, unfinished } });
+    }
+
+    /// Whether one that was killed has ended at last, and whether its last writes are done.
+    pub(super) fn look_at_the_dead(&mut self) {
+        if self.past.dying.as_ref().is_some_and(|session| session.is_gone())
+            && let Some(mut session) = self.past.dying.take()
+        {
+            let generation = self.past.machine.generation();
+            let words = session.give_up(Instant::now() + REAP);
+            let mut events = VecDeque::new();
+            self.bury(generation, session, words, &mut events);
+            events.into_iter().for_each(|event| self.feed(event));
+        }
+        let Some(watch) = &mut self.fence else { return };
+        let now = Instant::now();
+        if watch.look_at > now {
+            return;
+        }
+        let quiet = match self.parts.fence.is_quiet() {
+            Some(quiet) => quiet,
+            None => watch.ended && watch.since.elapsed() >= AFTER_THE_END,
+        };
+        if quiet {
+            self.fence = None;
+            return self.feed(Event::FencePassed);
+        }
+        watch.look_at = now + watch.pause;
+        watch.pause = (watch.pause * 2).min(FenceWatch::LONGEST);
+    }
+
+    /// Whether the queues move.
+    pub(super) fn look_at_the_rings(&mut self) {
+        if self.past.machine.look_at().is_none_or(|at| at > self.now()) {
+            return;
+        }
+        self.feed(Event::Sampled(self.sample()));
+        let process = self.past.session.as_mut().and_then(|session| session.process.as_mut());
+        let said = process.and_then(|process| process.take_stall());
+        if let (Some(what), Some(generation)) = (said, self.past.machine.alive()) {
+            // Its own word only: whether it is to be replaced is for the rings to say.
+            self.feed(Event::Stalled { generation, what, spared: true });
+        }
+    }
+
+    fn hand_over(&mut self, generation: u64, continued: bool, events: &mut VecDeque<Event>) {
+        if !self.shared.gate.take_out() {
+            return events.push_back(Event::Withheld);
+        }
+        events.push_back(match self.start_rings(continued) {
+            Ok(()) => Event::HandedOver { generation },
+            Err(error) => {
+                Event::HandOverFailed { generation, failure: failure(!error.is_gone(), error.to_string()) }
+            }
+        });
+    }
+
+    fn take_back(&mut self, generation: u64, why: TakeBack, events: &mut VecDeque<Event>) {
+        match self.stop_rings(self.drain) {
+            Ok(()) => {
+                let stays = self.shared.gate.bring_back();
+                events.push_back(Event::TakenBack { generation });
+                if why == TakeBack::Pause && !stays {
+                    tracing::warn!(device = self.shared.name, "the backend gave the rings back too late for the pause");
+                    events.push_back(Event::Resume);
+                }
+            }
+            // It may go on writing: the only way to be rid of it is to end it.
+            Err(error) => events.push_back(Event::Lost { generation, why: error.to_string() }),
+        }
+    }
+
+    /// Tells the machine's story.
+    fn tell(&self, event: &str, generation: Option<u64>, reason: Option<String>) {
+        let generation = generation.unwrap_or_else(|| self.past.machine.generation());
+        let known = [("id", self.shared.name.clone()), ("generation", generation.to_string())];
+        self.parts.story.tell("device", event, known.into_iter().chain(reason.map(|reason| ("reason", reason))));
+    }
+
+    fn relate(&self, tale: Tale) {
+        let device = &self.shared.name;
+        match tale {
+            Tale::Crashed { generation } => {
+                let reason = self.shared.last_exit();
+                self.tell("crashed", Some(generation), reason);
+            }
+            Tale::Restarted { generation } => {
+                tracing::warn!(device, generation, "backend is back");
+                self.tell("restarted", Some(generation), None);
+            }
+            Tale::Quarantined { why } => {
+                tracing::error!(device, why, "device quarantined until its driver resets it, or the operator revives it");
+                self.tell("quarantined", None, Some(why));
+            }
+            Tale::Stalled { what } => {
+                tracing::warn!(device, what, "the backend stands");
+                self.tell("stalled", None, Some(what));
+            }
+            Tale::FenceGivenUp => {
+                if !self.shared.ending.load(Ordering::Relaxed) {
+                    tracing::warn!(device, "nothing shows that the dead backend's last writes are done; going on without that proof");
+                }
+            }
+        }
+    }
+}
+
+fn failure(hopeless: bool, why: String) -> Failure {
+    if hopeless { Failure::Hopeless(why) } else { Failure::Passing(why) }
+}
+
+impl From<&ConversationError> for Failure {
+    fn from(error: &ConversationError) -> Self {
+        failure(!error.is_gone(), error.to_string())
+    }
+}
