@@ -1,6 +1,7 @@
 //! A disk image as the VMM holds it: by an O_PATH descriptor, which names the file over renames and restarts, and can
 //! hold no lock. Each incarnation of a backend gets a description of its own, so that a lock falls with the incarnation
 //! and with nothing else.
+#![allow(unsafe_code, reason = "open file description locks have no safe wrapper")]
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -135,6 +136,23 @@ impl ImageHandle {
         seek(&file, SeekFrom::End(0)).map_err(failed)
     }
 
+    /// Whether somebody holds a lock on the byte at `offset`, by an open file description; `None` where that cannot be seen.
+    #[must_use]
+    pub fn is_locked_at(&self, offset: i64) -> Option<bool> {
+        let file = self.reopen().ok()?;
+        let mut lock = libc::flock {
+            l_type: libc::F_WRLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: offset,
+            l_len: 1,
+            // Must be zero for open file description locks.
+            l_pid: 0,
+        };
+        // SAFETY: the descriptor is open, and `lock` is a valid structure that the call may write.
+        let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, std::ptr::from_mut(&mut lock)) };
+        (done == 0).then_some(i32::from(lock.l_type) != libc::F_UNLCK)
+    }
+
     /// Its path when it was opened, for errors.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -165,6 +183,22 @@ mod tests {
         two.read_to_string(&mut text).expect("read");
         assert_eq!(text, "firstfirst");
         one.write_all(b"!").expect("it is writable");
+    }
+
+    /// The lock of one incarnation is seen from here, and falls with its description.
+    #[test]
+    fn locks_are_seen() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk");
+        std::fs::write(&path, b"bytes").expect("written");
+        let image = ImageHandle::open(&path, ImageAccess::Write).expect("opened");
+        let other = image.reopen().expect("a description");
+        assert_eq!(image.is_locked_at(1 << 40), Some(false));
+        rustix::fs::fcntl_lock(&other, rustix::fs::FlockOperation::NonBlockingLockExclusive).expect("locked");
+        let by_process = image.is_locked_at(0);
+        assert_eq!(by_process, Some(true), "a process' lock is seen like a description's");
+        drop(other);
+        assert_eq!(image.is_locked_at(0), Some(false));
     }
 
     #[test]

@@ -429,9 +429,9 @@ mod tests {
         let mut story = Story::running();
         story.crash().expect("restarted");
         assert_eq!(story.policy.exited(Generation(1), &crash(), now), Decision::Nothing, "an old generation");
-        let config = Ending::Config("no such file".into());
+        let cannot = Ending::Config("no such file".into());
         let expected = Decision::Quarantine(QuarantineReason::Config("no such file".into()));
-        assert_eq!(story.policy.exited(Generation(2), &config, now), expected);
+        assert_eq!(story.policy.exited(Generation(2), &cannot, now), expected);
 
         let mut asked = Story::running();
         assert_eq!(asked.policy.exited(Generation(1), &Ending::Asked, now), Decision::Nothing);

@@ -377,6 +377,7 @@ pub(super) struct Parts {
     pub(super) limits: Limits,
     pub(super) story: Story,
     pub(super) meter: Option<Arc<DeviceMeter>>,
+    #[allow(dead_code, reason = "read by the shadow")]
     pub(super) track: Track,
     pub(super) clock: Arc<dyn Clock>,
 }

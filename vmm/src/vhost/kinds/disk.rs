@@ -18,7 +18,7 @@ use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::features::BLK_MQ;
 use crate::vhost::patience::Patience;
 use crate::vhost::session::Capabilities;
-use crate::vhost::source::{BackendSource, ExternalSocket, Incarnation, SourceError};
+use crate::vhost::source::{BackendSource, ExternalSocket, Fence, Incarnation, SourceError};
 use crate::vhost::worker::ResizeError;
 
 /// Bytes of a virtio sector (virtio 1.2, 5.2.4).
@@ -87,7 +87,15 @@ impl Disk {
         self.0.num_queues.unwrap_or(1)
     }
 
-    fn arguments(&self) -> Vec<OsString> {
+    /// Tells this device's incarnations from all other users of the image, in this VM and in others.
+    fn lock_byte() -> Option<u32> {
+        let mut number = [0; 4];
+        // Only readers share an image, so a rare collision costs a wait and nothing else.
+        rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty()).ok()?;
+        Some(u32::from_le_bytes(number))
+    }
+
+    fn arguments(&self, lock_byte: Option<u32>) -> Vec<OsString> {
         let mut args: Vec<OsString> = vec!["--num-queues".into(), self.queues().to_string().into()];
         if self.0.readonly {
             args.push("--read-only".into());
@@ -101,11 +109,8 @@ impl Disk {
         if let Some(limits) = &self.0.rate_limiter_config {
             args.extend(rate_arguments(limits));
         }
-        // Tells this device's incarnations from all other users of the image, in this VM and in others.
-        let mut number = [0; 4];
-        if rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty()).is_ok() {
-            // Only readers share an image, so a rare collision costs a wait and nothing else.
-            args.extend(["--lock-byte".into(), u32::from_le_bytes(number).to_string().into()]);
+        if let Some(byte) = lock_byte {
+            args.extend(["--lock-byte".into(), byte.to_string().into()]);
         }
         args
     }
@@ -136,15 +141,32 @@ impl Kind for Disk {
         let opened = Arc::clone(&image);
         // Opened anew for each incarnation, so that a lock falls with it.
         let descriptors = move || Ok(vec![PassedFd { flag: "--fd".into(), fd: opened.reopen()? }]);
-        let backends = host.process("atoll-blk", self.sidecar(), self.arguments(), Box::new(descriptors))?;
-        Ok(Box::new(ImageBackends { image, backends }))
+        let lock_byte = Self::lock_byte();
+        let backends = host.process("atoll-blk", self.sidecar(), self.arguments(lock_byte), Box::new(descriptors))?;
+        Ok(Box::new(ImageBackends { image, lock_byte, backends }))
     }
 }
 
 /// Backends of an image that is ours, so that its size can be changed.
 struct ImageBackends {
     image: Arc<ImageHandle>,
+    lock_byte: Option<u32>,
     backends: Box<dyn BackendSource>,
+}
+
+/// Where the bytes begin by which `atoll-blk` tells its incarnations apart.
+const LOCK_BYTES_AT: i64 = 1 << 40;
+
+/// The byte that each incarnation locks: the kernel frees it with the last I/O of a process that is dead.
+struct ImageFence {
+    image: Arc<ImageHandle>,
+    lock_byte: Option<u32>,
+}
+
+impl Fence for ImageFence {
+    fn is_quiet(&self) -> Option<bool> {
+        self.image.is_locked_at(LOCK_BYTES_AT + i64::from(self.lock_byte?)).map(|locked| !locked)
+    }
 }
 
 impl BackendSource for ImageBackends {
@@ -153,6 +175,9 @@ impl BackendSource for ImageBackends {
     }
     fn describe(&self) -> String {
         self.backends.describe()
+    }
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(ImageFence { image: Arc::clone(&self.image), lock_byte: self.lock_byte })
     }
     fn resize(&mut self, bytes: u64) -> Result<u64, ResizeError> {
         Ok(self.image.resize(bytes)?)

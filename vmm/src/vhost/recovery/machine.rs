@@ -219,6 +219,7 @@ impl Machine {
                 (self.resets_owed, self.activation_owed) = (false, false);
                 self.forget_driver(TakeBack::Leave);
                 self.revive(now);
+                self.clear_up();
             }
             Event::Stop => {
                 self.leaving = true;
@@ -271,13 +272,22 @@ impl Machine {
                     return self.act(Action::Settle);
                 }
                 self.rings = Rings::Out(generation);
+                self.begin(driver);
                 self.act(Action::HandOver { generation, continued: driver.ran });
             }
             None if self.is_quarantined() => {
                 self.rings = Rings::Substituted;
+                self.begin(driver);
                 self.act(Action::Employ);
             }
             _ => {}
+        }
+    }
+
+    /// A driver begins with an empty record, whoever had the last one's rings when it went.
+    fn begin(&mut self, driver: Driver) {
+        if !driver.ran {
+            self.act(Action::ClearRecord);
         }
     }
 

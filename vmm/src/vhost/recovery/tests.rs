@@ -1,0 +1,181 @@
+//! Single decisions of the machine, each with its story; the schedules of `simulation` try all of them together.
+
+use std::time::Duration;
+
+use super::*;
+use crate::actor::Moment;
+use crate::backend::{Ending, PolicyConfig};
+use crate::config::OnFailure;
+use crate::vhost::device::Recovery;
+
+struct Story {
+    machine: Machine,
+    now: Duration,
+}
+
+fn rules() -> Rules {
+    let (fence, stall) = (Duration::from_secs(10), Some(Duration::from_secs(30)));
+    Rules { policy: PolicyConfig::default(), on_failure: OnFailure::Error, fence, stall, debugged: false }
+}
+
+fn end(idle: bool) -> End {
+    End { ending: Ending::Crash { idle }, progressed: false, unfinished: false }
+}
+
+impl Story {
+    fn new(rules: Rules) -> Self {
+        Self { machine: Machine::new(rules, Recovery::Full), now: Duration::ZERO }
+    }
+    /// A driver runs the device.
+    fn running(rules: Rules) -> Self {
+        let mut story = Self::new(rules);
+        assert_eq!(
+            story.on(Event::Activated),
+            [Action::ClearRecord, Action::HandOver { generation: 1, continued: false }]
+        );
+        let done = [Action::Kick { call: false }, Action::CompleteActivation];
+        assert_eq!(story.on(Event::HandedOver { generation: 1 }), done);
+        story
+    }
+    fn on(&mut self, event: Event) -> Vec<Action> {
+        self.machine.on(event, Moment::from_start(self.now))
+    }
+    /// Lets the time pass until the machine has something to do.
+    fn pass(&mut self) -> Vec<Action> {
+        let due = self.machine.due_at().expect("something to wait for");
+        self.now = self.now.max(due.since(Moment::default()));
+        self.on(Event::Time)
+    }
+    fn lose(&mut self, generation: u64, idle: bool) -> Vec<Action> {
+        assert_eq!(self.on(Event::Lost { generation, why: "gone".into() }), [Action::Kill { generation }]);
+        self.on(Event::Ended { generation, end: end(idle) })
+    }
+    fn not_started(&mut self, generation: u64) -> Vec<Action> {
+        self.on(Event::NotStarted { generation, failure: Failure::Passing("not there".into()) })
+    }
+}
+
+/// Other front ends give a backend sixty seconds and then switch the device off for good. Here an outage of a process of
+/// ours may last longer than a minute, one of somebody else's socket as long as it likes; then the device goes on.
+#[test]
+fn an_outage_longer_than_a_minute() {
+    let forever = PolicyConfig { start_failures_max: None, ..PolicyConfig::default() };
+    for (policy, outage) in [(PolicyConfig::default(), 61), (forever, 100_000)] {
+        let mut story = Story::running(Rules { policy, ..rules() });
+        let mut actions = story.lose(1, false);
+        let mut generation = 1;
+        while story.now < Duration::from_secs(outage) {
+            if let Some(Action::Spawn { generation: next }) = actions.last() {
+                generation = *next;
+                actions = story.not_started(generation);
+            } else {
+                actions = story.pass();
+            }
+            assert!(!matches!(story.machine.state(), State::Quarantined { .. }), "after {:?}", story.now);
+        }
+        while !matches!(actions.last(), Some(Action::Spawn { .. })) {
+            actions = story.pass();
+        }
+        generation += 1;
+        let greeted = story.on(Event::Greeted { generation, recovery: Recovery::Full });
+        assert_eq!(greeted.last(), Some(&Action::HandOver { generation, continued: true }));
+        assert_eq!(story.on(Event::HandedOver { generation }), [Action::Kick { call: true }]);
+        assert_eq!(story.machine.state(), State::Running);
+    }
+}
+
+/// A guest that resets a device without a backend, as a reboot or an unplug does, waited eleven seconds for a successor.
+/// Now it waits for the dead one's last writes and for nothing else; and a driver that comes then waits for nobody.
+#[test]
+fn a_reset_waits_for_the_fence_and_for_no_successor() {
+    let mut story = Story::running(rules());
+    assert!(story.lose(1, false).contains(&Action::WatchFence));
+    assert_eq!(story.on(Event::Reset), []);
+    assert_eq!(story.on(Event::FencePassed), [Action::Settled, Action::ClearRecord, Action::CompleteResets]);
+    assert_eq!(story.on(Event::Activated), [Action::CompleteActivation]);
+    assert!(matches!(story.machine.state(), State::Recovering { .. }));
+    // Nobody can see it: then it is believed after its time.
+    let mut blind = Story::running(rules());
+    blind.lose(1, false);
+    blind.not_started(2);
+    assert_eq!(blind.on(Event::Reset), []);
+    while blind.now < rules().fence {
+        match blind.pass().as_slice() {
+            [Action::Spawn { generation }] => drop(blind.not_started(*generation)),
+            actions => assert!(actions.contains(&Action::CompleteResets) && blind.now >= rules().fence, "{actions:?}"),
+        }
+    }
+}
+
+/// A device that is given up while its driver resets it set NEEDS_RESET, and the driver that came after the reset found a
+/// device that was broken before it was touched.
+#[test]
+fn nobody_asks_a_driver_for_a_reset_that_it_is_doing() {
+    let mut story = Story::running(rules());
+    story.lose(1, false);
+    assert_eq!(story.on(Event::Reset), []);
+    let hopeless = Event::NotStarted { generation: 2, failure: Failure::Hopeless("lacks FLUSH".into()) };
+    let told = story.on(hopeless);
+    assert_eq!(told, [Action::Tell(Tale::Quarantined { why: "lacks FLUSH".into() })]);
+    assert_eq!(story.on(Event::FencePassed).last(), Some(&Action::CompleteResets));
+    // With a driver it says so, and the stand-in gets the rings once the fence has passed.
+    let mut driven = Story::running(rules());
+    driven.lose(1, false);
+    let told = driven.on(Event::NotStarted { generation: 2, failure: Failure::Hopeless("lacks FLUSH".into()) });
+    assert_eq!(told.last(), Some(&Action::NeedsReset));
+    assert_eq!(driven.on(Event::FencePassed), [Action::Settled, Action::Employ]);
+    driven.on(Event::Employed);
+    let again = driven.on(Event::Reset);
+    assert_eq!(again, [Action::Dismiss, Action::Spawn { generation: 3 }, Action::ClearRecord, Action::CompleteResets]);
+}
+
+/// A pause during recovery: the successor comes, and gets nothing before the pause is over.
+#[test]
+fn a_pause_during_recovery() {
+    let mut story = Story::running(rules());
+    story.lose(1, false);
+    assert_eq!(story.on(Event::Pause), []);
+    let greeted = story.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
+    assert!(!greeted.iter().any(|action| matches!(action, Action::HandOver { .. })), "{greeted:?}");
+    assert_eq!(story.on(Event::Resume), [Action::HandOver { generation: 2, continued: true }]);
+    // The gate was closed before the thread heard of it.
+    assert_eq!(story.on(Event::Withheld), []);
+    assert_eq!(story.machine.state(), State::Idle);
+    assert_eq!(story.on(Event::Resume), [Action::HandOver { generation: 2, continued: true }]);
+}
+
+/// A queue with work in it stands: its backend is replaced at the deadline, though it answers whatever it is asked. One
+/// that is being debugged is told of, once. A machine that was itself stopped for an hour blames nobody.
+#[test]
+fn a_queue_that_stands() {
+    let stand = |story: &mut Story, seconds: u64| {
+        story.now += Duration::from_secs(seconds);
+        story.on(Event::Sampled(vec![Sample { queue: 0, used: 7, waiting: true }]))
+    };
+    let until = |story: &mut Story| -> Vec<Action> {
+        let looks: Vec<Action> = (0..5).flat_map(|_| stand(story, 8)).collect();
+        looks
+    };
+    assert_eq!(until(&mut Story::running(rules())), [Action::Kill { generation: 1 }]);
+    let told = until(&mut Story::running(Rules { debugged: true, ..rules() }));
+    assert!(matches!(told.as_slice(), [Action::Tell(Tale::Stalled { .. })]), "{told:?}");
+    assert_eq!(until(&mut Story::running(Rules { stall: None, ..rules() })), []);
+    let mut stopped = Story::running(rules());
+    assert_eq!(stand(&mut stopped, 8), []);
+    assert_eq!(stand(&mut stopped, 3600), []);
+    assert_eq!((0..3).flat_map(|_| stand(&mut stopped, 8)).collect::<Vec<_>>(), [Action::Kill { generation: 1 }]);
+}
+
+/// A killed process that does not end (its storage hangs) has no successor before it has, and yet keeps nobody waiting for
+/// longer than was said.
+#[test]
+fn one_that_cannot_be_killed() {
+    let mut story = Story::running(rules());
+    assert_eq!(story.on(Event::Lost { generation: 1, why: "late".into() }), [Action::Kill { generation: 1 }]);
+    assert_eq!(story.on(Event::FencePassed), [], "whatever could be seen, it may still write");
+    assert_eq!(story.on(Event::Reset), []);
+    assert!(story.pass().contains(&Action::CompleteResets));
+    assert_eq!((story.now, story.machine.due_at()), (rules().fence, None));
+    assert_eq!(story.on(Event::Activated), [Action::CompleteActivation]);
+    assert!(story.on(Event::Ended { generation: 1, end: end(false) }).contains(&Action::Spawn { generation: 2 }));
+}

@@ -18,7 +18,7 @@ use crate::machine::layout::ram;
 use crate::memory::GuestMemory;
 use crate::vhost::kinds::{Kind, Net};
 use crate::vhost::tests::fake::Character;
-use crate::vhost::{Connected, DeviceParts, DeviceState, PauseError, VhostDevice, VhostFrontend};
+use crate::vhost::{Care, Connected, DeviceParts, DeviceState, PauseError, VhostDevice, VhostFrontend};
 
 /// A network card behind a backend by hand.
 struct Card {
