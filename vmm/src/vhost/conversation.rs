@@ -184,6 +184,11 @@ impl Conversation {
         }
     }
 
+    /// From now on its waits end when that is raised.
+    pub(super) fn obey(&mut self, ending: &Ending) {
+        self.ending = Arc::clone(ending);
+    }
+
     /// Gives the steps that follow another limit.
     pub(super) fn set_step_limit(&mut self, step_limit: Duration) {
         self.step_limit = step_limit;

@@ -333,8 +333,8 @@ fn absurd_answers_are_named() {
     }
 }
 
-/// Whatever a backend does while the rings are handed over, the driver's DRIVER_OK completes as soon as a better one
-/// has come; the half-done negotiation is repeated from its first message.
+/// Whatever a backend does while the rings are handed over, the driver's DRIVER_OK completes (its requests wait in their
+/// rings until a better one has come); the half-done negotiation is repeated from its first message.
 #[test]
 fn half_done_start_is_repeated_as_a_whole() {
     let all = started(true, [0, 0]);
@@ -344,12 +344,13 @@ fn half_done_start_is_repeated_as_a_whole() {
             assert_eq!(wait(rig.frontend.intent(activate())), Some(0), "{message}, {misdeed:?}");
             let first = rig.lives.recv().unwrap();
             let second = rig.lives.recv().unwrap();
+            second.await_message("SET_VRING_ENABLE 1");
             assert_eq!(first.log().last(), Some(message), "{misdeed:?}");
             // Where the record's size was known already it is not asked again.
             let log = second.log();
             assert!(log == all || log == started(false, [0, 0]), "{message}, {misdeed:?}: {log:?}");
-            let status = rig.device.status();
-            assert_eq!((status.state, status.generation, status.lost), (DeviceState::Running, 2, 1));
+            let status = await_state(&rig.device, |state| *state == DeviceState::Running);
+            assert_eq!((status.generation, status.lost), (2, 1));
         }
     }
 }

@@ -149,6 +149,7 @@ impl Worker {
         let device = self.shared.name.clone();
         let failure = match outcome {
             Ok((mut session, offer)) => {
+                session.conversation.obey(&self.shared.ending);
                 let shown = Shown {
                     offer: &self.past.shown,
                     protocol: self.past.protocol,
