@@ -306,3 +306,24 @@ fn a_disabled_ring_keeps_its_requests_and_a_reset_device_starts_anew() -> Result
     assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
     Ok(())
 }
+
+/// Reported of other backends: a front end that sets features again (it switches the dirty log on) finds its rings disabled, and
+/// one that reads less of the configuration space than there is gets none of it.
+#[test]
+fn features_set_again_disable_no_ring_and_every_prefix_of_the_configuration_is_served() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = image(folder.path(), 1 << 20)?;
+    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut driver = blk.driver(Options::default())?;
+    let features = driver.features();
+    for again in [features, features | LOG_ALL, features] {
+        driver.set_features(again)?;
+        assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0, "{again:#x}");
+    }
+    let whole = driver.config(256)?;
+    for len in 1..=256 {
+        assert_eq!(driver.config(len)?, whole.get(..len as usize).unwrap(), "{len} bytes");
+    }
+    assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
+    Ok(())
+}

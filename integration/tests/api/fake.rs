@@ -144,6 +144,13 @@ impl VmControl for Fake {
             None => Err(error(ErrorKind::NotFound, &format!("there is no device '{id}'"))),
         }
     }
+    fn revive_device(&self, id: &str) -> Result<(), VmError> {
+        let book = self.created("revive_device")?;
+        match book.devices.iter().any(|(other, _)| other == id) {
+            true => Ok(()),
+            false => Err(error(ErrorKind::NotFound, &format!("there is no device '{id}'"))),
+        }
+    }
     fn info(&self) -> Result<VmInfo, VmError> {
         let book = self.created("info")?;
         let config = book.config.clone().unwrap_or_default();

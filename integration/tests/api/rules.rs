@@ -151,6 +151,7 @@ fn a_life(tour: &mut Tour) {
     }
     tour.put("vm.resize", &json!({ "desired_vcpus": 2 }), 204);
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 << 20 }), 204);
+    tour.put("vm.revive-device", &json!({ "id": "d" }), 204);
     tour.put("vm.remove-device", &json!({ "id": "g" }), 204);
     for name in READS {
         tour.get(&format!("{V1}/{name}"), 200).json();
@@ -218,7 +219,7 @@ fn faults(tour: &mut Tour) {
         let addition = additions().into_iter().find(|(other, _)| *other == name).map(|(_, body)| body);
         let body = match name {
             "vm.create" => Some(config()),
-            "vm.remove-device" => Some(json!({ "id": "d" })),
+            "vm.remove-device" | "vm.revive-device" => Some(json!({ "id": "d" })),
             "vm.resize-disk" => Some(json!({ "id": "d", "desired_size": 1 })),
             "vm.resize" => Some(json!({})),
             _ => addition,

@@ -43,6 +43,13 @@ pub(super) struct Resize {
     pub(super) desired_balloon: Option<u64>,
 }
 
+/// A device that is to have another chance.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+pub(super) struct ReviveDevice {
+    /// Its name.
+    pub(super) id: String,
+}
+
 /// How big a disk shall be.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 pub(super) struct ResizeDisk {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 
-use super::body::{self, RemoveDevice, ResizeDisk};
+use super::body::{self, RemoveDevice, ResizeDisk, ReviveDevice};
 use super::machine::{done, refuse};
 use super::reply::{Reply, Status};
 use super::routes::{Asked, Good, Route, Served, of, put};
@@ -52,6 +52,12 @@ pub(super) fn routes() -> Vec<Route> {
             done(api.control.resize_disk(&id, desired_size))
         })
         .takes::<ResizeDisk>()
+        .refuses(&[Status::BadRequest, Status::NotFound]),
+        put("/api/v1/vm.revive-device", "Gives a device whose backend was given up another chance.", Nothing, |api, _, asked| {
+            let ReviveDevice { id } = body::decode(asked.body)?;
+            done(api.control.revive_device(&id))
+        })
+        .takes::<ReviveDevice>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
         put("/api/v1/vm.add-device", "Not supported.", Never, |_, _, _| {
             refuse("passthrough of host devices is not supported")

@@ -1,6 +1,7 @@
 //! Devices that are processes, ours or somebody else's.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -68,6 +69,9 @@ impl Track {
     }
 }
 
+/// A queue that stands for this long with work in it does not come back by itself.
+const STALL_TIMEOUT_SECONDS: u32 = 30;
+
 fn is_false(value: &bool) -> bool {
     !value
 }
@@ -109,6 +113,9 @@ pub struct DiskConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -170,6 +177,9 @@ pub struct NetConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -256,6 +266,9 @@ pub struct GenericVhostUserConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(default, skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -403,6 +416,18 @@ impl DeviceConfig {
             Self::Generic(device) => device.on_failure,
             Self::Console(_) => OnFailure::default(),
         }
+    }
+
+    /// How long a queue of it may stand with work in it; `None`: for ever.
+    pub fn stall_timeout(&self) -> Option<Duration> {
+        let seconds = match self {
+            Self::Disk(disk) => disk.stall_timeout,
+            Self::Net(net) => net.stall_timeout,
+            Self::Generic(device) => device.stall_timeout,
+            Self::Fs(_) | Self::Vsock(_) | Self::Rng(_) | Self::Console(_) => None,
+        };
+        let seconds = seconds.unwrap_or(STALL_TIMEOUT_SECONDS);
+        (seconds != 0).then_some(Duration::from_secs(seconds.into()))
     }
 
     /// Who keeps account of its requests.

@@ -125,6 +125,7 @@ impl DiskConfig {
             "serial",
             "vhost_user",
             "socket",
+            "stall_timeout",
             "on_failure",
             "track",
             "id",
@@ -142,6 +143,7 @@ impl DiskConfig {
                 vhost_user: options.on("vhost_user")?,
                 vhost_socket: options.get("socket")?,
                 rate_limiter_config: limits(&options)?,
+                stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
             })
@@ -172,6 +174,7 @@ impl NetConfig {
             "socket",
             "pcap",
             "fd",
+            "stall_timeout",
             "on_failure",
             "track",
             "id",
@@ -196,6 +199,7 @@ impl NetConfig {
                 vhost_socket: options.get("socket")?,
                 pcap: options.get("pcap")?,
                 rate_limiter_config: limits(&options)?,
+                stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
                 fds: options.get("fd")?,
@@ -285,13 +289,15 @@ impl GenericVhostUserConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["device_type", "virtio_id", "socket", "queue_sizes", "on_failure", "track", "id"];
+            let keys =
+                ["device_type", "virtio_id", "socket", "queue_sizes", "stall_timeout", "on_failure", "track", "id"];
             let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
                 device_type: device_type(&options)?,
                 socket: options.need("socket")?,
                 queue_sizes: options.need("queue_sizes")?,
+                stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
             })
@@ -394,6 +400,7 @@ mod tests {
             ("path=a,bw_size=1M", "bw_refill_time= is needed"),
             ("path=a,id=a/b", "letters"),
             ("path=a,on_failure=panic", "error, wait or unplug"),
+            ("path=a,stall_timeout=soon", "stall_timeout"),
             ("path=a,track=shadow", "keeps that record by itself"),
         ];
         for (text, expected) in cases {

@@ -131,6 +131,9 @@ pub struct PlatformConfig {
     /// Where the device processes' executables are; beside the VMM's by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend_dir: Option<PathBuf>,
+    /// Devices whose processes somebody debugs: one that stands is told of, and left alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub debug_devices: Vec<String>,
 }
 
 impl PlatformConfig {

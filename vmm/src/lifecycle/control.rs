@@ -48,6 +48,9 @@ pub trait VmControl: Send + Sync {
     fn remove_device(&self, id: &str) -> Result<(), VmError>;
     /// Changes the size of a disk; the guest is told.
     fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError>;
+    /// Gives a device that was quarantined, or that waits for its backend, another chance at once. Nothing happens to one that
+    /// is well.
+    fn revive_device(&self, id: &str) -> Result<(), VmError>;
     /// The configuration as it is now, and the state.
     fn info(&self) -> Result<VmInfo, VmError>;
     /// Every device with the state of its process.

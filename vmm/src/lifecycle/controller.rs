@@ -164,6 +164,10 @@ impl VmControl for Controller {
         let id = id.to_owned();
         self.mailbox.ask("vm.resize-disk", DEVICES, move |keeper| keeper.resize_disk(&id, bytes))
     }
+    fn revive_device(&self, id: &str) -> Result<(), VmError> {
+        let id = id.to_owned();
+        self.mailbox.ask("vm.revive-device", DEVICES, move |keeper| keeper.revive_device(&id))
+    }
     fn info(&self) -> Result<VmInfo, VmError> {
         self.view.info().ok_or_else(no_machine)
     }

@@ -441,6 +441,16 @@ impl Keeper {
         }
     }
 
+    pub(super) fn revive_device(&mut self, id: &str) -> Result<(), VmError> {
+        match &mut self.state {
+            State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
+                Some(life) => life.revive().map_err(failed),
+                None => Err(no_device(id)),
+            },
+            other => Err(other.not_running()),
+        }
+    }
+
     pub(super) fn devices(&mut self) -> Result<Vec<DeviceReport>, VmError> {
         let Some(config) = self.state.config() else { return Err(no_machine()) };
         let reports = self.state.live().map(|live| live.machine.reports()).unwrap_or_default();

@@ -118,7 +118,8 @@ impl Plan {
                 runtime_dir: home.runtime_dir.clone(),
                 vm: home.name.clone(),
                 story: story.clone(),
-            }),
+            })
+            .debugging(config.platform.debug_devices.clone()),
         })
     }
 

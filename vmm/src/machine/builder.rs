@@ -88,6 +88,14 @@ pub trait DeviceLife: Send {
         let source = "the device has no size that could be changed".into();
         Err(LifeError { device: "device".into(), step: "resize", source })
     }
+    /// Gives a device whose process was given up another chance.
+    ///
+    /// # Errors
+    /// When there is no process behind it.
+    fn revive(&mut self) -> Result<(), LifeError> {
+        let source = "the device has no process that could be started again".into();
+        Err(LifeError { device: "device".into(), step: "revive", source })
+    }
     /// What an operator is told about it; `None` for devices without a process.
     fn report(&self) -> Option<DeviceReport> {
         None

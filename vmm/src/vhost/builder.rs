@@ -9,8 +9,9 @@ use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 
 use super::call::Transport;
-use super::device::{Care, Connected, DeviceParts, DeviceState, Limits, Recovery, VhostDevice};
+use super::device::{Connected, DeviceState, Recovery, VhostDevice};
 use super::kinds::{Host, Kind};
+use super::parts::{Care, DeviceParts, Limits};
 use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable, Relay};
@@ -30,6 +31,7 @@ pub(super) struct VhostBuilder {
     pub(super) registry: Registry,
     pub(super) on_failure: OnFailure,
     pub(super) track: Track,
+    pub(super) care: Care,
 }
 
 impl DeviceBuilder for VhostBuilder {
@@ -64,7 +66,7 @@ impl VhostBuilder {
             meter: Some(meter),
             on_failure: self.on_failure,
             track: self.track,
-            care: Care::default(),
+            care: self.care,
             clock: DeviceParts::real_time(),
         };
         VhostDevice::connect(parts).map_err(|error| failed(error.into()))
@@ -201,6 +203,11 @@ impl DeviceLife for VhostLife {
     fn resize(&mut self, bytes: u64) -> Result<(), LifeError> {
         self.device.resize(bytes).map_err(|error| self.failed("resize", error))
     }
+    fn revive(&mut self) -> Result<(), LifeError> {
+        self.device.revive();
+        Ok(())
+    }
+
     fn report(&self) -> Option<DeviceReport> {
         let status = self.device.status();
         let (state, reason) = match status.state {

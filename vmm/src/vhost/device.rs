@@ -19,48 +19,21 @@ use thiserror::Error;
 
 use super::back_channel::BackChannel;
 use super::call::Transport;
-use super::class::DeviceClass;
 use super::conversation::Conversation;
 use super::error::ConversationError;
 use super::gate::{Closed, Gate};
+use super::parts::{DeviceParts, Makers, Parts};
 use super::patience::{Ending, Patience};
+use super::recovery::Rules;
 use super::rings::RingPosition;
 use super::session;
-use super::recovery::Rules;
-use super::source::{BackendSource, Fence, Incarnation, SourceError};
+use super::source::{Incarnation, SourceError};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
-use crate::actor::{Clock, RealClock};
-use crate::backend::PolicyConfig;
-use crate::config::{OnFailure, Track};
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
-use crate::lifecycle::{QueueReport, Story};
+use crate::lifecycle::QueueReport;
 use crate::memory::GuestMemory;
 use crate::metrics::{DeviceMeter, Phase};
-
-/// How long things may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// From asking for a backend to its being connected.
-    pub start: Duration,
-    /// One step of a conversation.
-    pub step: Duration,
-    /// GET_VRING_BASE, for which a backend finishes what is in flight.
-    pub drain: Duration,
-    /// A guest's reset waits so long for a successor to have passed the fence of a dead backend.
-    pub fence: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            start: Duration::from_secs(10),
-            step: Duration::from_secs(5),
-            drain: Duration::from_secs(10),
-            fence: Duration::from_secs(10),
-        }
-    }
-}
 
 /// The device could not be made.
 #[derive(Debug, Error)]
@@ -222,7 +195,15 @@ pub(super) enum Request {
 impl Request {
     /// Whether it must be heard whatever the guest does.
     fn is_urgent(&self) -> bool {
-        matches!(self, Self::Resize { .. } | Self::Pause | Self::Resume { .. } | Self::Revive | Self::Leave { .. } | Self::Stop { .. })
+        matches!(
+            self,
+            Self::Resize { .. }
+                | Self::Pause
+                | Self::Resume { .. }
+                | Self::Revive
+                | Self::Leave { .. }
+                | Self::Stop { .. }
+        )
     }
 }
 
@@ -302,84 +283,6 @@ impl Shared {
         };
         meter.tell(phase, status.generation, status.lost);
     }
-}
-
-/// What is needed to reach a device's first backend.
-pub struct DeviceParts {
-    /// As the user named it; also names its threads.
-    pub name: String,
-    /// What kind of device it is.
-    pub class: Box<dyn DeviceClass>,
-    /// Where backends come from.
-    pub source: Box<dyn BackendSource>,
-    /// What backends are shown of the guest.
-    pub memory: GuestMemory,
-    /// For interposed doorbells and calls.
-    pub relay: Arc<Relay>,
-    /// How long things may take.
-    pub limits: Limits,
-    /// Where deaths and returns of backends are told.
-    pub story: Story,
-    /// Where its figures are.
-    pub meter: Option<Arc<DeviceMeter>>,
-    /// What becomes of it when its backend cannot be had again.
-    pub on_failure: OnFailure,
-    /// Who keeps account of its requests.
-    pub track: Track,
-    /// What the user says of deaths and stalls.
-    pub care: Care,
-    /// Time of restarts and deadlines.
-    pub clock: Arc<dyn Clock>,
-}
-
-/// What the user says of a device's deaths and stalls.
-#[derive(Clone, Copy, Debug)]
-pub struct Care {
-    /// How long a queue may stand with work in it before its backend is replaced; `None`: for ever.
-    pub stall: Option<Duration>,
-    /// The backend is being debugged: it is never taken for dead because it stands.
-    pub debugged: bool,
-    /// How patient to be with crashes.
-    pub policy: PolicyConfig,
-}
-
-/// A queue that stands for this long with work in it does not come back by itself.
-const STALL: Duration = Duration::from_secs(30);
-
-impl Default for Care {
-    fn default() -> Self {
-        Self { stall: Some(STALL), debugged: false, policy: PolicyConfig::default() }
-    }
-}
-
-impl DeviceParts {
-    /// The time of the host.
-    pub fn real_time() -> Arc<dyn Clock> {
-        Arc::new(RealClock::new())
-    }
-}
-
-/// What incarnations are made with, shared with the thread that prepares one.
-#[derive(Clone)]
-pub(super) struct Makers {
-    pub(super) name: String,
-    pub(super) class: Arc<dyn DeviceClass>,
-    pub(super) source: Arc<Mutex<Box<dyn BackendSource>>>,
-    pub(super) limits: Limits,
-}
-
-/// [`DeviceParts`] as the device's thread has them.
-pub(super) struct Parts {
-    pub(super) makers: Makers,
-    pub(super) fence: Arc<dyn Fence>,
-    pub(super) memory: GuestMemory,
-    pub(super) relay: Arc<Relay>,
-    pub(super) limits: Limits,
-    pub(super) story: Story,
-    pub(super) meter: Option<Arc<DeviceMeter>>,
-    #[allow(dead_code, reason = "read by the shadow")]
-    pub(super) track: Track,
-    pub(super) clock: Arc<dyn Clock>,
 }
 
 /// A device with a backend and no transport yet: a new one, or one whose last board is gone.
@@ -487,7 +390,8 @@ impl VhostDevice {
     /// # Errors
     /// If there is none, or it cannot serve as this kind of device.
     pub fn connect(parts: DeviceParts) -> Result<Connected, ConnectError> {
-        let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } = parts;
+        let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } =
+            parts;
         let (fence, foreign) = (source.fence(), source.is_foreign());
         let makers = Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits };
         let ending = Ending::default();
@@ -500,13 +404,7 @@ impl VhostDevice {
         if foreign {
             policy.start_failures_max = None;
         }
-        let rules = Rules {
-            policy,
-            on_failure,
-            fence: limits.fence,
-            stall: care.stall,
-            debugged: care.debugged,
-        };
+        let rules = Rules { policy, on_failure, fence: limits.fence, stall: care.stall, debugged: care.debugged };
         let parts = Parts { makers, fence, memory, relay, limits, story, meter, track, clock };
         Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
     }

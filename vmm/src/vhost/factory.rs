@@ -11,6 +11,7 @@ use thiserror::Error;
 use super::builder::VhostBuilder;
 use super::device::Connected;
 use super::kinds::{Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, Vsock};
+use super::parts::Care;
 use crate::backend::Household;
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
 use crate::doorbell::Relay;
@@ -41,6 +42,7 @@ pub struct DeviceFactory {
     /// How many devices of each kind were given a name here.
     named: Mutex<BTreeMap<DeviceKind, u32>>,
     console: ConsoleLine,
+    debugged: Vec<String>,
 }
 
 /// A device that cannot be made from its configuration alone.
@@ -95,7 +97,15 @@ impl FactoryError {
 impl DeviceFactory {
     /// A factory for one virtual machine.
     pub fn new(parts: FactoryParts) -> Self {
-        Self { parts, numbers: AtomicU32::new(FIRST_NUMBER), named: Mutex::default(), console: ConsoleLine::default() }
+        let (named, console, debugged) = (Mutex::default(), ConsoleLine::default(), Vec::new());
+        Self { parts, numbers: AtomicU32::new(FIRST_NUMBER), named, console, debugged }
+    }
+
+    /// Somebody debugs the processes of the devices of these names.
+    #[must_use]
+    pub fn debugging(mut self, names: Vec<String>) -> Self {
+        self.debugged = names;
+        self
     }
 
     /// The name that a device has, or gets: `_disk0` for the first disk without one.
@@ -169,7 +179,9 @@ impl DeviceFactory {
         };
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
         let (on_failure, track) = (config.on_failure(), config.track());
-        Ok(VhostBuilder { kind, device, host, story, registry, on_failure, track })
+        let debugged = self.debugged.contains(&host.name);
+        let care = Care { stall: config.stall_timeout(), debugged, ..Care::default() };
+        Ok(VhostBuilder { kind, device, host, story, registry, on_failure, track, care })
     }
 
     /// The pseudo-terminal of the console, once a machine with one was built.

@@ -21,6 +21,7 @@ mod gate;
 mod guest_ring;
 mod inflight;
 mod kinds;
+mod parts;
 mod patience;
 mod recovery;
 mod rings;
@@ -36,18 +37,16 @@ mod tests;
 pub use call::Transport;
 pub use class::{ConfigWish, DeviceClass};
 pub use device::{
-    Care, ConnectError, Connected, DeviceParts, DeviceState, DeviceStatus, Limits, PauseError, Recovery, SwitchError,
-    VhostDevice, VhostFrontend,
+    ConnectError, Connected, DeviceState, DeviceStatus, PauseError, Recovery, SwitchError, VhostDevice, VhostFrontend,
 };
 pub use error::{ConversationError, Step};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use features::{feature_names, offerable, protocol_feature_names};
 pub use kinds::{ConsoleError, DiskError, NetError, UserError, switch_socket};
+pub use parts::{Care, DeviceParts, Limits};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;
-pub use source::{
-    BackendProcess, BackendSource, EndIsEnough, ExternalSocket, Fence, Incarnation, SourceError, Unseen,
-};
+pub use source::{BackendProcess, BackendSource, EndIsEnough, ExternalSocket, Fence, Incarnation, SourceError, Unseen};
 pub use spawned::{MakeDescriptors, SpawnedBackend};
 pub use standin::{RecordError, unfinished};
 pub use worker::ResizeError;

@@ -120,12 +120,7 @@ impl BackendSource for SpawnedBackend {
         };
         let (events, heard) = sync_channel(4);
         let (measured, stall) = (Arc::<Measured>::default(), Arc::default());
-        let ears = Ears {
-            name: self.name.clone(),
-            events,
-            measured: Arc::clone(&measured),
-            stall: Arc::clone(&stall),
-        };
+        let ears = Ears { name: self.name.clone(), events, measured: Arc::clone(&measured), stall: Arc::clone(&stall) };
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
         let mut process =
             ChildProcess { child, events: heard, end: None, measured, stall, features: SidecarFeatures::default() };

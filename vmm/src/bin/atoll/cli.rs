@@ -118,6 +118,15 @@ pub(crate) enum Command {
         #[arg(value_name = "SIZE")]
         size: String,
     },
+    /// Gives a device whose backend was given up, or is waited for, another chance at once.
+    #[command(after_help = "Example:\n  atoll revive web _disk0")]
+    Revive {
+        #[command(flatten)]
+        vm: Target,
+        /// The device, as `atoll info` names it.
+        #[arg(value_name = "ID")]
+        id: String,
+    },
     /// Prints what happens to a machine, a JSON object a line, until it ends.
     #[command(after_help = "Example:\n  atoll events web | jq -r 'select(.source == \"device\") | .event'")]
     Events(Target),
@@ -294,6 +303,9 @@ pub(crate) struct RunArgs {
     /// Software CPU only: guest time comes from retired instructions, so that two runs are identical.
     #[arg(long)]
     pub(crate) deterministic: bool,
+    /// Leaves the process of this device alone when it stands, as in a debugger: that is told of, and nothing else is done.
+    #[arg(long, value_name = "ID")]
+    pub(crate) debug_device: Vec<String>,
     /// Serves the API here too: PATH, path=PATH, or fd=N, an inherited listening socket.
     #[arg(long, value_name = "WHERE")]
     pub(crate) api_socket: Option<String>,

@@ -171,6 +171,7 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
     };
     platform.cpu_model = args.cpu_model.clone().or(platform.cpu_model.take());
     platform.deterministic |= args.deterministic;
+    platform.debug_devices.extend(args.debug_device.iter().cloned());
     platform.backend_dir = args.backend_dir.clone().or(platform.backend_dir.take());
     Ok(())
 }

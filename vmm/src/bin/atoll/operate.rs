@@ -255,6 +255,12 @@ pub(crate) fn resize_disk(name: &str, id: &str, size: &str) -> Result<(), RunErr
     Ok(())
 }
 
+/// `revive`.
+pub(crate) fn revive(name: &str, id: &str) -> anyhow::Result<()> {
+    Machine::find(name)?.put("vm.revive-device", Some(&json!({ "id": id })))?;
+    Ok(())
+}
+
 /// `events`.
 pub(crate) fn events(name: &str) -> anyhow::Result<()> {
     let mut events = Machine::find(name)?.into_client().events()?;

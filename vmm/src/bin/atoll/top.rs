@@ -100,8 +100,20 @@ fn vcpu_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
 }
 
 fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
-    let heading =
-        ["DEVICE", "STATE", "REQ/S", "READ/S", "WRITE/S", "P50", "P99", "IN FLIGHT", "PID", "GENERATION", "RESTARTS"];
+    let heading = [
+        "DEVICE",
+        "STATE",
+        "RECOVERY",
+        "REQ/S",
+        "READ/S",
+        "WRITE/S",
+        "P50",
+        "P99",
+        "IN FLIGHT",
+        "PID",
+        "GENERATION",
+        "RESTARTS",
+    ];
     let mut rows = vec![cells(heading)];
     for device in &now.devices {
         let id = device.id.as_str();
@@ -112,10 +124,13 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
         };
         let latency = |share| or_dash(now.figures.latency_us(&then.figures, id, share).map(time_us));
         let in_flight: u64 = device.queues.iter().map(|queue| u64::from(queue.in_flight)).sum();
-        let state = serde_json::to_value(device.state).ok();
+        let word = |value: serde_json::Result<serde_json::Value>| {
+            value.ok().as_ref().and_then(|value| value.as_str()).unwrap_or("?").to_owned()
+        };
         rows.push(vec![
             device.id.clone(),
-            state.as_ref().and_then(|state| state.as_str()).unwrap_or("?").into(),
+            word(serde_json::to_value(device.state)),
+            word(serde_json::to_value(device.recovery)),
             or_dash(requests.map(rate)),
             moved("read"),
             moved("write"),
@@ -147,7 +162,7 @@ fn frame(name: &str, now: &Reading, then: &Reading) -> String {
         let _ = write!(text, "\n{}", table(&vcpu_rows(now, then), &[2, 3, 4, 5]));
     }
     if !now.devices.is_empty() {
-        let _ = write!(text, "\n{}", table(&device_rows(now, then), &[2, 3, 4, 5, 6, 7, 8, 9, 10]));
+        let _ = write!(text, "\n{}", table(&device_rows(now, then), &[3, 4, 5, 6, 7, 8, 9, 10, 11]));
     }
     let reasons = now.devices.iter().filter_map(|device| {
         let reason = device.reason.clone().or_else(|| device.last_exit.clone())?;
@@ -279,7 +294,7 @@ mod tests {
         };
         assert_eq!(line("web"), ["web:", "running,", "cpu", "soft,", "memory", "512M"]);
         assert_eq!(line("vcpu0"), ["vcpu0", "guest", "2.0k", "-", "-", "648"]);
-        let disk = ["_disk0", "running", "2.0k", "7.8MB", "0B", "32", "us", "63", "us", "3", "77", "2", "1"];
+        let disk = ["_disk0", "running", "full", "2.0k", "7.8MB", "0B", "32", "us", "63", "us", "3", "77", "2", "1"];
         assert_eq!(line("_disk0 "), disk);
         assert!(text.ends_with("_disk0: signal 9\n"), "{text}");
         assert!(on_screen(&text, 10, 24).lines().all(|line| line.chars().filter(|c| !c.is_control()).count() < 20));

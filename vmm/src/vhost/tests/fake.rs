@@ -297,6 +297,11 @@ impl Life {
 /// Starts a fake and gives its front end's socket.
 pub(super) fn start(character: Character) -> (UnixStream, Life) {
     let (front, back) = UnixStream::pair().unwrap();
+    (front, serve(back, character))
+}
+
+/// Starts a fake at the backend's end of a socket.
+pub(super) fn serve(back: UnixStream, character: Character) -> Life {
     let socket = back.try_clone().unwrap();
     let seen = Arc::new(Mutex::new(Seen::default()));
     let (silence, stay_silent) = channel();
@@ -307,7 +312,7 @@ pub(super) fn start(character: Character) -> (UnixStream, Life) {
         while handler.handle_request().is_ok() {}
         let _ = ended.shutdown(Shutdown::Both);
     });
-    (front, Life { seen, socket, _silence: silence })
+    Life { seen, socket, _silence: silence }
 }
 
 /// Gives a device one fake after the other; the last character stays.

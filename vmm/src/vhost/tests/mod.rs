@@ -3,6 +3,7 @@
 mod by_hand;
 mod fake;
 mod offers;
+mod outages;
 mod pauses;
 
 use std::future::Future;
@@ -178,12 +179,16 @@ fn await_state(device: &VhostDevice, wanted: impl Fn(&DeviceState) -> bool) -> D
     }
 }
 
+fn set_indices(memory: &GuestMemory, index: u16, available: u16, used: u16) {
+    let queue = queue(index);
+    let memory = memory.mapped();
+    memory.write_obj(available, GuestAddress(queue.available_ring + 2)).unwrap();
+    memory.write_obj(used, GuestAddress(queue.used_ring + 2)).unwrap();
+}
+
 impl Rig {
     fn set_indices(&self, index: u16, available: u16, used: u16) {
-        let queue = queue(index);
-        let memory = self.memory.mapped();
-        memory.write_obj(available, GuestAddress(queue.available_ring + 2)).unwrap();
-        memory.write_obj(used, GuestAddress(queue.used_ring + 2)).unwrap();
+        set_indices(&self.memory, index, available, used);
     }
 }
 

@@ -73,7 +73,12 @@ impl Worker {
         match action {
             Action::Spawn { generation } => self.spawn(generation, events),
             Action::Kill { generation } => self.kill(generation, events),
-            Action::WatchFence => {}
+            Action::WatchFence => {
+                // It never had any of the rings.
+                if self.fence.is_none() {
+                    events.push_back(Event::FencePassed);
+                }
+            }
             Action::Settled => {
                 self.fence = None;
                 self.shared.gate.settled();
@@ -268,9 +273,7 @@ impl Worker {
         }
         events.push_back(match self.start_rings(continued) {
             Ok(()) => Event::HandedOver { generation },
-            Err(error) => {
-                Event::HandOverFailed { generation, failure: failure(!error.is_gone(), error.to_string()) }
-            }
+            Err(error) => Event::HandOverFailed { generation, failure: failure(!error.is_gone(), error.to_string()) },
         });
     }
 
@@ -308,7 +311,11 @@ impl Worker {
                 self.tell("restarted", Some(generation), None);
             }
             Tale::Quarantined { why } => {
-                tracing::error!(device, why, "device quarantined until its driver resets it, or the operator revives it");
+                tracing::error!(
+                    device,
+                    why,
+                    "device quarantined until its driver resets it, or the operator revives it"
+                );
                 self.tell("quarantined", None, Some(why));
             }
             Tale::Stalled { what } => {
@@ -317,7 +324,10 @@ impl Worker {
             }
             Tale::FenceGivenUp => {
                 if !self.shared.ending.load(Ordering::Relaxed) {
-                    tracing::warn!(device, "nothing shows that the dead backend's last writes are done; going on without that proof");
+                    tracing::warn!(
+                        device,
+                        "nothing shows that the dead backend's last writes are done; going on without that proof"
+                    );
                 }
             }
         }

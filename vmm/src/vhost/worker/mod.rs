@@ -36,9 +36,10 @@ pub(super) use link::{Session, SessionParts};
 pub use resize::ResizeError;
 
 use super::call::{CallPath, Transport};
-use super::device::{DeviceState, Parts, Request, Shared, SwitchError, lock};
+use super::device::{DeviceState, Request, Shared, SwitchError, lock};
 use super::error::{ConversationError, Step};
 use super::inflight::InflightRegion;
+use super::parts::Parts;
 use super::recovery::{Event, Failure, Machine, Rules};
 use super::rings::in_ram;
 use super::session;
@@ -226,7 +227,10 @@ impl Worker {
         let timeout = nap.map(|nap| {
             // Rounded up, so that waking up early does not become a spin.
             let nap = nap + Duration::from_micros(100);
-            Timespec { tv_sec: i64::try_from(nap.as_secs()).unwrap_or(i64::MAX), tv_nsec: i64::from(nap.subsec_nanos()) }
+            Timespec {
+                tv_sec: i64::try_from(nap.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(nap.subsec_nanos()),
+            }
         });
         // An error (a signal) is a wake-up like any other.
         let _ = poll(&mut fds, timeout.as_ref());

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use atoll_devices::virtio::DeviceOffer;
 
 use super::Session;
-use crate::vhost::device::{ConnectError, Makers, Shared, greet};
+use crate::vhost::device::{ConnectError, Shared, greet};
+use crate::vhost::parts::Makers;
 use crate::vhost::patience::Ending;
 
 /// How long one that came too late may take to end.
@@ -53,7 +54,9 @@ impl Preparation {
             Ok(outcome) => Some(outcome),
             Err(TryRecvError::Empty) => None,
             // Its thread has panicked, which its hook has reported.
-            Err(TryRecvError::Disconnected) => Some(Err(ConnectError::Resource(io::Error::other("its thread is gone")))),
+            Err(TryRecvError::Disconnected) => {
+                Some(Err(ConnectError::Resource(io::Error::other("its thread is gone"))))
+            }
         }
     }
 }

@@ -3,8 +3,8 @@
 
 use vm_memory::GuestMemoryMmap;
 
-use super::rings::Driver;
 use super::Worker;
+use super::rings::Driver;
 use crate::vhost::inflight::InflightRegion;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::standin::{StandIn, StandInParts, StandInRing, Stock, Trade, settle};

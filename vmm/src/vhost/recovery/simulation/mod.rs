@@ -62,7 +62,9 @@ fn every_schedule_is_safe_and_comes_to_an_end() {
 fn the_simulation_can_fail() {
     for mistake in Mistake::ALL {
         let caught = (0..MISTAKE_SHOWS_WITHIN).find_map(|seed| Some((seed, run(seed, Some(mistake)).complaint?)));
-        let Some((seed, complaint)) = caught else { panic!("{mistake:?} shows in none of {MISTAKE_SHOWS_WITHIN} schedules") };
+        let Some((seed, complaint)) = caught else {
+            panic!("{mistake:?} shows in none of {MISTAKE_SHOWS_WITHIN} schedules")
+        };
         println!("{mistake:?}: schedule {seed}: {complaint}");
     }
 }

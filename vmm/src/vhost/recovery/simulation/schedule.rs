@@ -225,9 +225,11 @@ impl Schedule {
     }
 
     fn living(&self) -> Vec<u64> {
-        let living = self.world.processes.iter().filter(|process| {
-            matches!(process.life, Life::Starting | Life::Greeted) && !process.ended
-        });
+        let living = self
+            .world
+            .processes
+            .iter()
+            .filter(|process| matches!(process.life, Life::Starting | Life::Greeted) && !process.ended);
         living.map(|process| process.generation).collect()
     }
 
@@ -304,7 +306,8 @@ impl Schedule {
         }
         if self.machine.look_at().is_some_and(|look| look <= self.moment()) && !self.is(Mistake::SkipLooks) {
             let samples = self.world.rings.iter().zip(0_u16..);
-            let samples = samples.map(|(ring, queue)| Sample { queue, used: ring.used.len() as u16, waiting: ring.waiting() });
+            let samples =
+                samples.map(|(ring, queue)| Sample { queue, used: ring.used.len() as u16, waiting: ring.waiting() });
             let samples = samples.collect();
             self.feed(Event::Sampled(samples));
         }
@@ -463,7 +466,8 @@ impl Schedule {
                 self.world.bear(generation, Life::Starting, vices);
             }
             Action::Kill { generation } => {
-                let lingers = self.world.process(generation).is_some_and(|process| process.vices.lingers && !process.ended);
+                let lingers =
+                    self.world.process(generation).is_some_and(|process| process.vices.lingers && !process.ended);
                 if lingers {
                     if let Some(process) = self.world.process(generation) {
                         process.life = Life::Lingering;
