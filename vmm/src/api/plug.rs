@@ -53,10 +53,15 @@ pub(super) fn routes() -> Vec<Route> {
         })
         .takes::<ResizeDisk>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
-        put("/api/v1/vm.revive-device", "Gives a device whose backend was given up another chance.", Nothing, |api, _, asked| {
-            let ReviveDevice { id } = body::decode(asked.body)?;
-            done(api.control.revive_device(&id))
-        })
+        put(
+            "/api/v1/vm.revive-device",
+            "Gives a device whose backend was given up another chance.",
+            Nothing,
+            |api, _, asked| {
+                let ReviveDevice { id } = body::decode(asked.body)?;
+                done(api.control.revive_device(&id))
+            },
+        )
         .takes::<ReviveDevice>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
         put("/api/v1/vm.add-device", "Not supported.", Never, |_, _, _| {
