@@ -8,6 +8,7 @@ pub mod cpu_bench;
 pub mod cpu_clock;
 pub mod cpu_emulator;
 pub mod guests;
+pub mod hostile;
 pub mod net_bench;
 pub mod peers;
 pub mod plugs;

@@ -2,14 +2,16 @@
 //! own wire (vhost-user, the bus) has no word for.
 //!
 //! Order of a start: the backend says [`SidecarReport::Hello`]; the VMM, which by then has closed its copies of the
-//! descriptors that it passed, says [`SidecarOrder::Start`]; only now does the backend lock its image and prepare its
-//! device, and says [`SidecarReport::Ready`]. A hang-up of either end means that the other side is gone: a backend ends
+//! descriptors that it passed, says [`SidecarOrder::Start`]; the backend says how its jail came out
+//! ([`SidecarReport::Jailed`]); only after the start does it lock its image and prepare its device, and says
+//! [`SidecarReport::Ready`]. A hang-up of either end means that the other side is gone: a backend ends
 //! then. A backend that runs alone, without a sidecar, skips all of it.
 
 use serde::{Deserialize, Serialize};
 
 use crate::bounded;
 use crate::id::{Generation, ProcessId, QueueIndex};
+use crate::jail::{JailedLayer, LAYERS_MAX};
 use crate::message::{message_of_words, words};
 
 /// The most queues that one progress report tells about; more queues need more reports.
@@ -160,6 +162,13 @@ words! {
         Measured {
             /// Bytes.
             bytes: u64,
+        } => Idempotent,
+        /// The jail is closed, or as much of it as this host allows. Comes once, before [`SidecarReport::Ready`]. A layer
+        /// that does not concern the device is left out.
+        Jailed {
+            /// What became of each layer; each is named at most once.
+            #[serde(deserialize_with = "bounded::list::<_, _, LAYERS_MAX>")]
+            layers: Vec<JailedLayer>,
         } => Idempotent,
     }
 }

@@ -10,6 +10,7 @@ use std::path::Path;
 use atoll_protocol::access::ExitRecord;
 use atoll_protocol::bus::{BusAnswer, BusCall, BusEvent, BusRequest, Refusal, Region};
 use atoll_protocol::frame::{self, HEADER_LEN};
+use atoll_protocol::jail::{JailLayer, JailOutcome, JailedLayer};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::operator::{DeviceInfo, DeviceState, OperatorReply, OperatorRequest, Route, Signal, VmState};
 use atoll_protocol::saved::{Saved, SavedType, save};
@@ -74,6 +75,7 @@ fn sidecar_reports() -> Vec<SidecarReport> {
         GoodbyeReason::Peer(text.clone()),
     ];
     let levels = [LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace];
+    let outcomes = [JailOutcome::Applied, JailOutcome::KernelLacks, JailOutcome::NotPermitted, JailOutcome::Off];
     let hello = SidecarReport::Hello {
         version: PROTOCOL_VERSION,
         class: DeviceClass::Block,
@@ -86,6 +88,10 @@ fn sidecar_reports() -> Vec<SidecarReport> {
         .chain([SidecarReport::Pong { nonce: u64::MAX }, SidecarReport::Quiesced])
         .chain(reasons.map(|reason| SidecarReport::Goodbye { reason }))
         .chain([SidecarReport::Measured { bytes: 5 << 30 }])
+        .chain(outcomes.map(|outcome| {
+            let layers = JailLayer::ALL.into_iter().map(|layer| JailedLayer { layer, outcome }).collect();
+            SidecarReport::Jailed { layers }
+        }))
         .collect()
 }
 

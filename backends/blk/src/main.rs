@@ -8,8 +8,9 @@ use anyhow::{Result, bail};
 use atoll_blk::disk::Disk;
 use atoll_blk::storage::{Source, Storage};
 use atoll_kit::fence::{Fence, FileFence, NoFence};
-use atoll_kit::jail::{self, Jail};
+use atoll_kit::jail::{self, Jail, Profile};
 use atoll_kit::limit::{BucketConfig, Limiter};
+use atoll_kit::program::JailArgs;
 use atoll_kit::serve::{self, Listening, Service, Transport};
 use atoll_kit::sidecar::Sidecar;
 use atoll_kit::{logging, signals};
@@ -67,9 +68,8 @@ struct Cli {
     /// A number of this device's own among all that share the image: it tells a predecessor's lock from others
     #[arg(long, value_name = "N")]
     lock_byte: Option<u32>,
-    /// Serve without a jail (for debuggers and tracers)
-    #[arg(long)]
-    no_jail: bool,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -145,7 +145,8 @@ fn start(cli: &Cli) -> Result<()> {
         reports.goodbye(GoodbyeReason::Config(e.to_string()));
     }
     let (disk, transport, fence) = prepared?;
-    let jail = (!cli.no_jail).then(|| Jail { socket: cli.socket.clone(), supervised, ..Jail::default() });
+    let writes_files = !cli.read_only && cli.null.is_none();
+    let jail = Jail { mode: cli.jail.mode(), profile: &Profile::BLK, supervised, writes_files };
     let stats = cli.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
     serve::run(disk, Service { transport, sidecar, fence, jail, stats })?;
     Ok(())

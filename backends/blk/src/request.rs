@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
+use atoll_kit::jail::Profile;
 use atoll_kit::limit::Cost;
 use atoll_kit::memory::{Direction, Segment, Segments, Transfer};
 use atoll_kit::stats::Figures;
@@ -159,14 +160,7 @@ struct Header {
 
 impl QueueHandler for BlkQueue {
     fn opcodes(&self) -> &'static [u8] {
-        &[
-            opcode::Read::CODE,
-            opcode::Write::CODE,
-            opcode::Readv::CODE,
-            opcode::Writev::CODE,
-            opcode::Fsync::CODE,
-            opcode::Fallocate::CODE,
-        ]
+        Profile::BLK.opcodes
     }
 
     fn started(&mut self, size: u16) {

@@ -230,6 +230,7 @@ fn the_sidecar_speaks_its_part_and_its_hang_up_ends_the_process() -> Result<()> 
     let (mut blk, front, mut sidecar) = supervised(&path, &[])?;
     let hello: SidecarReport = sidecar.reader.receive_message(SOON)?;
     assert!(matches!(hello, SidecarReport::Hello { class: DeviceClass::Block, pid, .. } if pid.0 == blk.child.id()));
+    atoll_kit::driver::is_jailed(&mut sidecar)?;
     let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 20 };
     assert_eq!(
         sidecar.ask::<_, SidecarReport>(&start, Duration::from_secs(20))?,
@@ -260,6 +261,7 @@ fn a_supervised_process_ends_with_its_front_end_and_says_goodbye() -> Result<()>
     let path = image(folder.path(), 1 << 20)?;
     let (mut blk, front, mut sidecar) = supervised(&path, &[])?;
     let _hello: SidecarReport = sidecar.reader.receive_message(SOON)?;
+    atoll_kit::driver::is_jailed(&mut sidecar)?;
     let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 0 };
     sidecar.ask::<_, SidecarReport>(&start, Duration::from_secs(20))?;
     drop(front);
@@ -276,10 +278,12 @@ fn a_successor_is_ready_when_the_fence_has_fallen() -> Result<()> {
     let path = image(folder.path(), 1 << 20)?;
     let (mut old, _front, mut old_side) = supervised(&path, &["--lock-byte", "77"])?;
     let _hello: SidecarReport = old_side.reader.receive_message(SOON)?;
+    atoll_kit::driver::is_jailed(&mut old_side)?;
     let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 0 };
     old_side.ask::<_, SidecarReport>(&start, Duration::from_secs(20))?;
     let (_new, _front, mut new_side) = supervised(&path, &["--lock-byte", "77"])?;
     let _hello: SidecarReport = new_side.reader.receive_message(SOON)?;
+    atoll_kit::driver::is_jailed(&mut new_side)?;
     let start = SidecarOrder::Start { generation: Generation(2), progress_ms: 0 };
     new_side.writer.send(&start, &[], Duration::from_secs(20))?;
     let early = new_side.reader.receive_message::<SidecarReport>(Some(Duration::from_millis(200)));
@@ -298,6 +302,7 @@ fn the_process_dies_with_the_thread_that_started_it() -> Result<()> {
     let started = std::thread::spawn(move || -> Result<_> {
         let (blk, front, mut sidecar) = supervised(&path, &[])?;
         let _hello: SidecarReport = sidecar.reader.receive_message(SOON)?;
+    atoll_kit::driver::is_jailed(&mut sidecar)?;
         let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 0 };
         sidecar.ask::<_, SidecarReport>(&start, Duration::from_secs(20))?;
         Ok((blk, front, sidecar))

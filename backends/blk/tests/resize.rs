@@ -70,6 +70,7 @@ fn the_supervisor_is_told_what_was_measured() -> Result<()> {
     let mut sidecar = FrameSocket::new(ours.into());
     let hello: SidecarReport = sidecar.reader.receive_message(Some(PATIENCE))?;
     let SidecarReport::Hello { class: DeviceClass::Block, features, .. } = hello else { panic!("{hello:?}") };
+    atoll_kit::driver::is_jailed(&mut sidecar)?;
     assert!(features.contains(SidecarFeatures::MEASURE));
     let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 0 };
     sidecar.writer.send(&start, &[], PATIENCE)?;

@@ -8,6 +8,7 @@ use std::os::fd::RawFd;
 use std::process::ExitCode;
 
 use atoll_kit::fence::{Fence, NoFence};
+use atoll_kit::jail::Profile;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
 use atoll_kit::serve;
 use atoll_protocol::sidecar::DeviceClass;
@@ -51,8 +52,8 @@ impl Program for Cli {
     fn descriptors(&self) -> Vec<RawFd> {
         self.port_fd.into_iter().chain(self.listen_fd).collect()
     }
-    fn accepts(&self) -> bool {
-        true
+    fn profile(&self) -> &'static Profile {
+        &Profile::CONSOLE
     }
     fn open(&self) -> Result<(Console, Box<dyn Fence>), StartError> {
         let mut ports = Vec::new();

@@ -13,7 +13,7 @@ use clap::{Args, Parser};
 
 use crate::device::Device;
 use crate::fence::Fence;
-use crate::jail::{self, Jail};
+use crate::jail::{self, Jail, Mode, Profile};
 use crate::serve::{self, Listening, Service, Transport};
 use crate::sidecar::Sidecar;
 use crate::{logging, signals};
@@ -37,9 +37,27 @@ pub struct ServeArgs {
     /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
     #[arg(long, value_name = "N")]
     pub stats_fd: Option<RawFd>,
-    /// Serve without a jail (for debuggers and tracers)
-    #[arg(long)]
-    pub no_jail: bool,
+    /// The jail.
+    #[command(flatten)]
+    pub jail: JailArgs,
+}
+
+/// The options of the jail.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct JailArgs {
+    /// Serve in every layer of the jail or not at all (strict), in those that this host has (default), or in none (off)
+    #[arg(long, value_name = "HOW", default_value = "default")]
+    jail: Mode,
+    /// As --jail=off (for debuggers and tracers)
+    #[arg(long, conflicts_with = "jail")]
+    no_jail: bool,
+}
+
+impl JailArgs {
+    /// How the jail is meant.
+    pub fn mode(self) -> Mode {
+        if self.no_jail { Mode::Off } else { self.jail }
+    }
 }
 
 /// A device that is a process.
@@ -55,9 +73,13 @@ pub trait Program: Parser {
     fn serve_args(&self) -> &ServeArgs;
     /// The descriptors that its own options name.
     fn descriptors(&self) -> Vec<RawFd>;
-    /// It takes connections on a socket of its own.
-    fn accepts(&self) -> bool {
-        false
+    /// What its jail leaves open.
+    fn profile(&self) -> &'static Profile {
+        &Profile::GENERIC
+    }
+    /// It writes files of the host, of any length.
+    fn writes_files(&self) -> bool {
+        true
     }
     /// Opens what it serves, and says how to know that a predecessor's I/O on it is over.
     ///
@@ -117,8 +139,8 @@ fn start<P: Program>(program: &P) -> Result<(), StartError> {
         reports.goodbye(GoodbyeReason::Config(error.to_string()));
     }
     let ((device, fence), transport) = prepared?;
-    let jail = Jail { socket: args.socket.clone(), supervised, accepts: program.accepts(), ..Jail::default() };
-    let jail = (!args.no_jail).then_some(jail);
+    let (mode, profile) = (args.jail.mode(), program.profile());
+    let jail = Jail { mode, profile, supervised, writes_files: program.writes_files() };
     let stats = args.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
     Ok(serve::run(device, Service { transport, sidecar, fence, jail, stats })?)
 }

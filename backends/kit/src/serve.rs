@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use atoll_protocol::jail::{JailOutcome, JailedLayer};
 use atoll_protocol::sidecar::{GoodbyeReason, SidecarReport};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
@@ -23,6 +24,7 @@ use thiserror::Error;
 
 use crate::device::Device;
 use crate::fence::{Fence, FenceError};
+use crate::jail::{Jail, SocketFile};
 use crate::session::{self, Conversation, EndOfTalk};
 use crate::sidecar::{Orders, Reports, Sidecar, SidecarError, Started};
 use crate::stats::{StatsError, StatsPage};
@@ -108,6 +110,7 @@ pub enum Transport {
 pub struct Listening {
     listener: UnixListener,
     path: PathBuf,
+    file: Arc<SocketFile>,
 }
 
 impl Listening {
@@ -125,13 +128,14 @@ impl Listening {
             std::fs::remove_file(path).map_err(listen)?;
         }
         let listener = UnixListener::bind(path).map_err(listen)?;
-        Ok(Self { listener, path: path.to_owned() })
+        let file = Arc::new(SocketFile::at(path).map_err(listen)?);
+        Ok(Self { listener, path: path.to_owned(), file })
     }
 }
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        self.file.remove();
     }
 }
 
@@ -157,8 +161,8 @@ pub struct Service {
     pub sidecar: Option<Sidecar>,
     /// Tells when a predecessor's I/O is over.
     pub fence: Box<dyn Fence>,
-    /// What the jail leaves open, none to stay outside (for a debugger).
-    pub jail: Option<crate::jail::Jail>,
+    /// What the jail leaves open.
+    pub jail: Jail,
     /// The supervisor's page of figures (`--stats-fd`); without one nobody reads them.
     pub stats: Option<OwnedFd>,
 }
@@ -167,14 +171,14 @@ type Talk<D> = Arc<Mutex<Conversation<D>>>;
 
 struct Keeper<D: Device> {
     conversations: Vec<Talk<D>>,
-    socket: Option<PathBuf>,
+    socket: Option<Arc<SocketFile>>,
 }
 
 impl<D: Device> Keeper<D> {
     fn end(&self, reports: Option<&Reports>, status: i32) -> ! {
         self.conversations.iter().for_each(|c| session::lock(c).reset());
-        if let Some(path) = &self.socket {
-            let _ = std::fs::remove_file(path);
+        if let Some(socket) = &self.socket {
+            socket.remove();
         }
         if let Some(reports) = reports {
             reports.goodbye(GoodbyeReason::Asked);
@@ -197,8 +201,8 @@ impl<D: Device> Orders for Keeper<D> {
     }
 
     fn orphaned(&self) -> ! {
-        if let Some(path) = &self.socket {
-            let _ = std::fs::remove_file(path);
+        if let Some(socket) = &self.socket {
+            socket.remove();
         }
         std::process::exit(crate::EXIT_ORPHANED)
     }
@@ -222,9 +226,11 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
         Some(fd) => StatsPage::adopt(fd, parts)?,
         None => StatsPage::private(parts)?,
     };
-    if let Some(jail) = &jail {
-        jail.confine()?;
-    }
+    let socket = match &transport {
+        Transport::Listen(listening) => Some(Arc::clone(&listening.file)),
+        Transport::Connected(_) => None,
+    };
+    let jail = jail.confine(socket.as_ref())?;
     let gate = Arc::new(Gate::default());
     let mut conversations = Vec::new();
     for (device, first) in devices.into_iter().zip((0..).step_by(usize::from(queues.max(1)))) {
@@ -232,10 +238,7 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
     }
     let keeper = || Keeper {
         conversations: conversations.clone(),
-        socket: match &transport {
-            Transport::Listen(listening) => Some(listening.path.clone()),
-            Transport::Connected(_) => None,
-        },
+        socket: socket.clone(),
     };
     let reports = sidecar.as_ref().map(|s| s.reports().clone());
     let serving = sidecar.as_ref().map(Sidecar::serving);
@@ -256,9 +259,8 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
     crate::signals::attend(move || ender.end(last_reports.as_ref(), 0), Some(look))
         .map_err(|source| ServeError::Thread { what: "signal", source })?;
     let ports = Ports::start(&conversations)?;
-    if let Some(jail) = jail {
-        jail.lock()?;
-    }
+    let layers = jail.lock(parts.into())?;
+    tell_jail(layers, reports.as_ref())?;
     let outcome = raise(&gate, started, reports.as_ref(), &*fence).and_then(|()| {
         if let Some(serving) = &serving {
             serving.store(true, Ordering::Release);
@@ -274,6 +276,19 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
         });
     }
     outcome
+}
+
+/// Says how the jail came out: to the supervisor, who decides what that means, or to whoever reads the log.
+pub fn tell_jail(layers: Vec<JailedLayer>, reports: Option<&Reports>) -> Result<(), SidecarError> {
+    match reports {
+        Some(reports) => reports.send(&SidecarReport::Jailed { layers }),
+        None => {
+            for missing in layers.iter().filter(|layer| !layer.stands() && layer.outcome != JailOutcome::Off) {
+                tracing::warn!("the jail lacks {missing}: {}", missing.remedy());
+            }
+            Ok(())
+        }
+    }
 }
 
 /// A thread that panics takes the process with it: a successor serves better than what is left.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use atoll_kit::fence::NoFence;
-use atoll_kit::jail::{self, Jail};
+use atoll_kit::jail::{self, Jail, Profile};
 use atoll_kit::serve::{self, Listening, Service, Transport};
 use atoll_kit::sidecar::{Reports, Sidecar};
 use atoll_kit::{logging, signals};
@@ -87,9 +87,8 @@ fn start(options: &Options) -> Result<()> {
         reports.goodbye(GoodbyeReason::Config(e.to_string()));
     }
     let (cards, transport) = prepared?;
-    let ioctls: &[u64] = if matches!(cards, Cards::Tap(_)) { tap_device::IOCTLS } else { &[] };
-    let jail =
-        (!options.no_jail).then(|| Jail { socket: options.socket.clone(), supervised, ioctls, ..Jail::default() });
+    let profile = if matches!(cards, Cards::Tap(_)) { &Profile::NET_TAP } else { &Profile::NET };
+    let jail = Jail { mode: options.jail.mode(), profile, supervised, writes_files: !options.pcap.is_empty() };
     // Frames that are under way die with the process that holds them: there is nothing to wait for.
     let stats = options.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
     let service = Service { transport, sidecar, fence: Box::new(NoFence), jail, stats };

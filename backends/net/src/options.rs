@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_kit::limit::{BucketConfig, Limiter};
+use atoll_kit::program::JailArgs;
 use clap::{ArgGroup, Parser};
 
 use crate::card::PAIRS_MAX;
@@ -93,9 +94,9 @@ pub struct Options {
     /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
     #[arg(long, value_name = "N")]
     pub stats_fd: Option<RawFd>,
-    /// Serve without a jail (for debuggers and tracers)
-    #[arg(long)]
-    pub no_jail: bool,
+    /// The jail.
+    #[command(flatten)]
+    pub jail: JailArgs,
 }
 
 /// A capture: of one port, or of all.

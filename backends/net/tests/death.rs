@@ -123,5 +123,6 @@ fn a_card_introduces_itself_to_its_supervisor() -> Result<()> {
     let mut sidecar = atoll_protocol::FrameSocket::new(ours.into());
     let hello: SidecarReport = sidecar.reader.receive_message(Some(Duration::from_secs(20)))?;
     assert!(matches!(hello, SidecarReport::Hello { class: DeviceClass::Net, pid, .. } if pid.0 == net.child.id()));
+    atoll_kit::driver::is_jailed(&mut sidecar)?;
     Ok(())
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
 use atoll_kit::fence::{Fence, NoFence};
+use atoll_kit::jail::Profile;
 use atoll_kit::limit::{BucketConfig, Limiter};
 use atoll_kit::memory::Segment;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
@@ -55,6 +56,12 @@ impl Program for Cli {
     }
     fn descriptors(&self) -> Vec<RawFd> {
         self.fd.into_iter().collect()
+    }
+    fn profile(&self) -> &'static Profile {
+        &Profile::RNG
+    }
+    fn writes_files(&self) -> bool {
+        false
     }
     fn open(&self) -> Result<(Rng, Box<dyn Fence>), StartError> {
         let (source, name) = match self.fd {
@@ -111,7 +118,7 @@ struct Requests {
 
 impl QueueHandler for Requests {
     fn opcodes(&self) -> &'static [u8] {
-        &[opcode::Read::CODE]
+        Profile::RNG.opcodes
     }
     fn started(&mut self, _size: u16) {}
     fn stopped(&mut self) {}

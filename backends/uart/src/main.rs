@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use atoll_kit::jail::{self, Jail};
-use atoll_kit::serve::inherited;
+use atoll_kit::jail::{self, Jail, Profile};
+use atoll_kit::program::JailArgs;
+use atoll_kit::serve::{inherited, tell_jail};
 use atoll_kit::sidecar::{Orders, Reports, Sidecar};
 use atoll_kit::{logging, signals};
 use atoll_protocol::FrameSocket;
@@ -32,9 +33,8 @@ struct Options {
     /// The supervisor's socket; without it, the process serves unsupervised.
     #[arg(long, value_name = "N")]
     sidecar_fd: Option<RawFd>,
-    /// Serve without a jail (for debuggers and tracers).
-    #[arg(long)]
-    no_jail: bool,
+    #[command(flatten)]
+    jail: JailArgs,
 }
 
 #[derive(Args)]
@@ -100,17 +100,13 @@ fn start(options: &Options) -> anyhow::Result<()> {
 fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>) -> anyhow::Result<()> {
     let bus = FrameSocket::new(inherited("--bus-fd", options.bus_fd)?);
     let line = line(&options.output, reports)?;
-    let jail = (!options.no_jail).then(|| Jail { socket: None, supervised: sidecar.is_some(), ..Jail::default() });
-    if let Some(jail) = &jail {
-        jail.confine()?;
-    }
+    let (mode, supervised, writes_files) = (options.jail.mode(), sidecar.is_some(), !options.output.pty);
+    let jail = Jail { mode, profile: &Profile::UART, supervised, writes_files }.confine(None)?;
     signals::end_on_signal(|| std::process::exit(0)).context("no thread for signals")?;
     // The supervisor must be heard while we wait for anything else, so its thread comes first.
     let started = sidecar.map(|sidecar| sidecar.attend(Vec::new(), AtOnce)).transpose().context("no thread")?;
     // Before a word of the guest's comes in.
-    if let Some(jail) = &jail {
-        jail.lock()?;
-    }
+    tell_jail(jail.lock(0)?, reports)?;
     let started = started.map(|started| started.recv().context("the supervisor never said start")).transpose()?;
     if let (Some(started), Some(reports)) = (started, reports) {
         reports.send(&SidecarReport::Ready { generation: started.generation })?;

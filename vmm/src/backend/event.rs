@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use atoll_protocol::jail::JailedLayer;
 use atoll_protocol::sidecar::{GoodbyeReason, QueueProgress, SidecarFeatures};
 use atoll_protocol::{DeviceId, Generation, QueueIndex};
 use thiserror::Error;
@@ -27,6 +28,8 @@ pub enum EventKind {
     Ready {
         /// What its process can do.
         features: SidecarFeatures,
+        /// How its jail came out; empty for one that did not say.
+        jail: Vec<JailedLayer>,
     },
     /// How far its queues are. A newer report replaces one that nobody has taken yet.
     Progress {
@@ -67,6 +70,8 @@ impl fmt::Display for ExitStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exit status {code}"),
+            // Seccomp ends a process so.
+            Self::Signal(libc::SIGSYS) => write!(f, "signal 31, for a system call that its jail forbids"),
             Self::Signal(signal) => write!(f, "signal {signal}"),
         }
     }
@@ -89,6 +94,8 @@ pub enum ExitCause {
     Wrong(String),
     /// It closed its sidecar and went on, and was killed.
     HungUp,
+    /// Its jail was to be strict and lacks these layers (all of them, if none is named), and it was killed.
+    Unjailed(Vec<JailedLayer>),
 }
 
 /// The end of an incarnation.
@@ -126,6 +133,16 @@ impl fmt::Display for BackendExit {
             }
             ExitCause::Wrong(what) => write!(f, "was killed{when} because {what}")?,
             ExitCause::HungUp => write!(f, "closed its sidecar{when} and was killed")?,
+            ExitCause::Unjailed(missing) => {
+                write!(f, "was refused, because with --jail=strict its jail must be whole and ")?;
+                return match missing.as_slice() {
+                    [] => write!(f, "it did not say that it has one"),
+                    [first, ..] => {
+                        let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+                        write!(f, "this host lacks {}: {}; or take --jail=default", names.join(", "), first.remedy())
+                    }
+                };
+            }
         }
         match self.last_stderr.as_slice() {
             [] if self.cause == ExitCause::Unknown && !self.was_ready => {

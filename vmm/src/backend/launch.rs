@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, getpid, getppid, pidfd_open, set_parent_process_death_signal};
 
 use super::event::SpawnError;
-use super::spec::{BackendSpec, PassedFd};
+use super::spec::{BackendSpec, JailPolicy, PassedFd};
 
 /// A child that has been started.
 #[derive(Debug)]
@@ -38,13 +38,16 @@ pub(super) struct Started {
 /// that stays.
 ///
 /// When this returns, the VMM's copies of everything that was passed are closed.
-pub(super) fn launch(spec: BackendSpec) -> Result<Launched, SpawnError> {
+pub(super) fn launch(spec: BackendSpec, jail: JailPolicy) -> Result<Launched, SpawnError> {
     let (sidecar, childs_sidecar) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
         .map_err(|errno| SpawnError::Plumbing { name: spec.name.clone(), source: errno.into() })?;
     let mut fds = spec.fds;
     fds.push(PassedFd { flag: "--sidecar-fd".to_owned(), fd: childs_sidecar });
     let mut command = Command::new(&spec.exe);
     command.args(&spec.args).env_clear().envs(spec.env);
+    if jail == JailPolicy::Off {
+        command.arg("--jail=off");
+    }
     let Started { process, pidfd, output } = start(&spec.name, command, fds)?;
     Ok(Launched { process, pidfd, sidecar, output })
 }

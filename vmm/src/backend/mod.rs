@@ -30,7 +30,7 @@ pub use image::{ImageAccess, ImageError, ImageHandle};
 pub use policy::{Decision, Ending, PolicyConfig, QuarantineReason, RestartPolicy};
 pub use registers::{RegisterBackend, RegisterError, RegisterProcess};
 pub use spawner::{Child, Spawner};
-pub use spec::{BackendSpec, PassedFd, WatchLimits, beside_this_binary};
+pub use spec::{BackendSpec, JailPolicy, PassedFd, WatchLimits, beside_this_binary};
 pub use supervisor::{Recovery, Supervisor, SupervisorMail};
 pub use uart::{UartBuilder, UartError, UartLine, UartOutput};
 pub use watch::Watch;

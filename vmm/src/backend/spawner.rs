@@ -5,7 +5,7 @@
 //! outputs in one poll. What it sees goes to the listener of each child ([`EventSink`]); a listener that has no room is
 //! offered the event again, in order, and only progress reports are merged meanwhile.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::io::PipeReader;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use atoll_protocol::jail::{JailLayer, JailOutcome, JailedLayer};
 use atoll_protocol::sidecar::{LogLevel, SidecarOrder};
 use atoll_protocol::{DeviceId, FrameReader, FrameSocket, FrameWriter, Generation, SocketError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -25,7 +26,7 @@ use super::companion::{Companion, CompanionSpec, Escort};
 use super::event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
 use super::launch::{Launched, launch};
 use super::lines::{LastLines, read_lines};
-use super::spec::BackendSpec;
+use super::spec::{BackendSpec, JailPolicy};
 use super::watch::{Watch, WatchAction};
 use crate::actor::{Clock, Moment, RateLimit};
 
@@ -107,6 +108,7 @@ struct Born {
 
 struct Inner {
     commands: SyncSender<Command>,
+    jail: Arc<Mutex<JailPolicy>>,
     wake: Arc<OwnedFd>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -129,8 +131,11 @@ impl Spawner {
     pub fn new(clock: Arc<dyn Clock>) -> std::io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (commands, orders) = sync_channel(64);
+        let jail = Arc::<Mutex<JailPolicy>>::default();
         let nursery = Nursery {
             clock,
+            jail: Arc::clone(&jail),
+            warned: Arc::default(),
             wake: Arc::clone(&wake),
             commands: orders,
             children: Vec::new(),
@@ -138,7 +143,12 @@ impl Spawner {
             ending: None,
         };
         let thread = std::thread::Builder::new().name("spawner".into()).spawn(move || nursery.run())?;
-        Ok(Self(Arc::new(Inner { commands, wake, thread: Mutex::new(Some(thread)) })))
+        Ok(Self(Arc::new(Inner { commands, jail, wake, thread: Mutex::new(Some(thread)) })))
+    }
+
+    /// How device processes that are started from now on are jailed.
+    pub fn jail(&self, policy: JailPolicy) {
+        *self.0.jail.lock().unwrap_or_else(PoisonError::into_inner) = policy;
     }
 
     /// Starts a process; its events go to `sink`, from `Ready` to `Exited`, which always comes. Waits for fork and exec:
@@ -223,6 +233,8 @@ struct Ward {
     lines: LastLines,
     log_limit: RateLimit,
     watch: Watch,
+    /// Missing layers of jails that were told of, of any child.
+    warned: Arc<Mutex<BTreeSet<JailLayer>>>,
     /// Why it is being ended, if it is.
     cause: Option<ExitCause>,
     kill_at: Option<Moment>,
@@ -234,6 +246,8 @@ struct Ward {
 /// The thread's state.
 struct Nursery {
     clock: Arc<dyn Clock>,
+    jail: Arc<Mutex<JailPolicy>>,
+    warned: Arc<Mutex<BTreeSet<JailLayer>>>,
     wake: Arc<OwnedFd>,
     commands: Receiver<Command>,
     children: Vec<Ward>,
@@ -319,8 +333,9 @@ impl Nursery {
 
     fn bear(&mut self, spec: BackendSpec, sink: Box<dyn EventSink>, now: Moment) -> Result<Born, SpawnError> {
         let (name, device, generation) = (spec.name.clone(), spec.device, spec.generation);
-        let watch = Watch::new(spec.class, generation, spec.limits, now);
-        let Launched { process, pidfd, sidecar, output } = launch(spec)?;
+        let policy = *self.jail.lock().unwrap_or_else(PoisonError::into_inner);
+        let watch = Watch::new(spec.class, generation, spec.limits, now).jailed(policy);
+        let Launched { process, pidfd, sidecar, output } = launch(spec, policy)?;
         let pid = process.id();
         tracing::info!(name, %device, generation = generation.0, pid, "device process started");
         let (reader, writer) = FrameSocket::new(sidecar).split();
@@ -337,6 +352,7 @@ impl Nursery {
             lines: LastLines::default(),
             log_limit: RateLimit::new(Arc::clone(&self.clock), 100, Duration::from_millis(100)),
             watch,
+            warned: Arc::clone(&self.warned),
             cause: None,
             kill_at: None,
             sink,
@@ -434,7 +450,12 @@ impl Ward {
 
     fn act(&mut self, action: WatchAction) {
         match action {
-            WatchAction::Event(event) => self.post(event),
+            WatchAction::Event(event) => {
+                if let EventKind::Ready { jail, .. } = &event {
+                    self.warn_of(jail);
+                }
+                self.post(event);
+            }
             WatchAction::Order(order) => self.order(&order),
             WatchAction::Kill(cause) => self.end_because(cause),
             WatchAction::Log(level, text) => {
@@ -448,6 +469,20 @@ impl Ward {
                     LogLevel::Trace => tracing::trace!(name, suppressed, "{text}"),
                 }
             }
+        }
+    }
+
+    /// Says what the jails on this host lack, each layer once: it is the same for all device processes.
+    fn warn_of(&self, jail: &[JailedLayer]) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        for missing in jail.iter().filter(|layer| !layer.stands()) {
+            if warned.insert(missing.layer) && missing.outcome != JailOutcome::Off {
+                tracing::warn!("device processes are jailed without {missing}: {}", missing.remedy());
+            }
+        }
+        let off = !jail.is_empty() && jail.iter().all(|layer| layer.outcome == JailOutcome::Off);
+        if off && warned.insert(JailLayer::NoNewPrivileges) {
+            tracing::warn!("device processes are not jailed: {}", JailLayer::Calls.remedy(JailOutcome::Off));
         }
     }
 

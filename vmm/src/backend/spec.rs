@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use atoll_protocol::sidecar::DeviceClass;
 use atoll_protocol::{DeviceId, Generation};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// A descriptor for the child, and the flag that tells the child its number: `--fd 7`.
 #[derive(Debug)]
@@ -15,6 +17,19 @@ pub struct PassedFd {
     pub flag: String,
     /// The VMM's copy, which is closed as soon as the child has its own.
     pub fd: OwnedFd,
+}
+
+/// How a device process is jailed (`--jail`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum JailPolicy {
+    /// In every layer, or there is no device.
+    Strict,
+    /// In every layer that this host has; what is missing is told.
+    #[default]
+    Default,
+    /// Not at all, for debuggers and tracers.
+    Off,
 }
 
 /// How long a child may take.

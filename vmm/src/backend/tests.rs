@@ -143,7 +143,7 @@ fn life_of_a_backend() {
     let spawner = spawner();
     let (sink, mut events) = mpsc::channel(64);
     let child = spawner.spawn(spec("serves", 1), sink).expect("started");
-    assert_eq!(next(&mut events), EventKind::Ready { features: SidecarFeatures::PROGRESS });
+    assert_eq!(next(&mut events), EventKind::Ready { features: SidecarFeatures::PROGRESS, jail: Vec::new() });
     child.order(&SidecarOrder::Ping { nonce: 7 }).expect("sent");
     child.order(&SidecarOrder::Quiesce).expect("sent");
     let mut heard = Vec::new();
@@ -250,7 +250,7 @@ fn only_named_descriptors_are_inherited() {
     let child = spawner.spawn(spec, sink).expect("started");
     let features = SidecarFeatures::PROGRESS;
     std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(next(&mut events), EventKind::Ready { features });
+    assert_eq!(next(&mut events), EventKind::Ready { features, jail: Vec::new() });
     child.stop(PATIENCE);
     let said = std::io::read_to_string(reader).expect("it ends with the child");
     assert_eq!(said, "6 1", "3 streams, sidecar, file, the listing itself; one variable");

@@ -1,14 +1,15 @@
 //! What the spawner knows of one child: a state machine over the words of its sidecar and the clock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use atoll_protocol::jail::JailedLayer;
 use atoll_protocol::sidecar::{
     DeviceClass, GoodbyeReason, LogLevel, QueueProgress, SidecarFeatures, SidecarOrder, SidecarReport, TEXT_MAX,
 };
 use atoll_protocol::{Generation, PROTOCOL_VERSION, QueueIndex};
 
 use super::event::{EventKind, ExitCause};
-use super::spec::WatchLimits;
+use super::spec::{JailPolicy, WatchLimits};
 use crate::actor::Moment;
 
 /// What the spawner is to do after a word or a deadline.
@@ -61,6 +62,9 @@ pub struct Watch {
     queues: BTreeMap<QueueIndex, QueueWatch>,
     goodbye: Option<GoodbyeReason>,
     was_ready: bool,
+    policy: JailPolicy,
+    /// How its jail came out, once it has said so.
+    jail: Option<Vec<JailedLayer>>,
 }
 
 /// Of the pings that the watch sends itself; their answers are nobody else's business.
@@ -84,7 +88,15 @@ impl Watch {
             queues: BTreeMap::new(),
             goodbye: None,
             was_ready: false,
+            policy: JailPolicy::default(),
+            jail: None,
         }
+    }
+
+    /// How the child is to be jailed.
+    #[must_use]
+    pub fn jailed(self, policy: JailPolicy) -> Self {
+        Self { policy, ..self }
     }
 
     /// Whether it has ever been ready.
@@ -136,11 +148,16 @@ impl Watch {
                 self.phase = Phase::Leaving;
                 Vec::new()
             }
+            (Phase::Preparing, SidecarReport::Jailed { layers }) if self.jail.is_none() => self.jail(layers),
             (Phase::Preparing, SidecarReport::Ready { generation }) if generation == self.generation => {
+                if self.policy == JailPolicy::Strict && self.jail.is_none() {
+                    return vec![WatchAction::Kill(ExitCause::Unjailed(Vec::new()))];
+                }
                 self.phase = Phase::Ready;
                 self.was_ready = true;
                 self.since = now;
-                vec![WatchAction::Event(EventKind::Ready { features: self.features })]
+                let jail = self.jail.clone().unwrap_or_default();
+                vec![WatchAction::Event(EventKind::Ready { features: self.features, jail })]
             }
             (Phase::Ready, SidecarReport::Progress { queues }) => self.progress(queues, now),
             (Phase::Ready, SidecarReport::Quiesced) => vec![WatchAction::Event(EventKind::Quiesced)],
@@ -153,6 +170,9 @@ impl Watch {
             }
             (_, SidecarReport::Ready { .. }) => wrong("it said ready at the wrong time or for another generation"),
             (_, SidecarReport::Hello { .. }) => wrong("it said hello twice"),
+            (Phase::Preparing | Phase::Ready, SidecarReport::Jailed { .. }) => {
+                wrong("it told of its jail twice, or too late")
+            }
             (Phase::Silent, _) => wrong("its first word was not hello"),
             (Phase::Preparing, _) => wrong("it reported before it was ready"),
         }
@@ -172,6 +192,20 @@ impl Watch {
         self.since = now;
         let progress_ms = u32::try_from(self.limits.progress.as_millis()).unwrap_or(u32::MAX);
         vec![WatchAction::Order(SidecarOrder::Start { generation: self.generation, progress_ms })]
+    }
+
+    /// The last moment at which a process that is not jailed as it should be has not seen anything of the guest's.
+    fn jail(&mut self, layers: Vec<JailedLayer>) -> Vec<WatchAction> {
+        let mut named = BTreeSet::new();
+        if !layers.iter().all(|layer| named.insert(layer.layer)) {
+            return wrong("it named a layer of its jail twice");
+        }
+        let missing: Vec<JailedLayer> = layers.iter().copied().filter(|layer| !layer.stands()).collect();
+        if self.policy == JailPolicy::Strict && (layers.is_empty() || !missing.is_empty()) {
+            return vec![WatchAction::Kill(ExitCause::Unjailed(missing))];
+        }
+        self.jail = Some(layers);
+        Vec::new()
     }
 
     fn progress(&mut self, queues: Vec<QueueProgress>, now: Moment) -> Vec<WatchAction> {
@@ -264,6 +298,7 @@ mod tests {
     use std::time::Duration;
 
     use atoll_protocol::ProcessId;
+    use atoll_protocol::jail::{JailLayer, JailOutcome};
 
     use super::*;
 
@@ -303,7 +338,7 @@ mod tests {
         assert_eq!(watch.hear(hello(), at(90)), [WatchAction::Order(order)]);
         assert_eq!(watch.check(at(189)), [], "the deadline of ready counts from hello");
         let features = SidecarFeatures::PROGRESS;
-        assert_eq!(watch.hear(ready(), at(189)), [WatchAction::Event(EventKind::Ready { features })]);
+        assert_eq!(watch.hear(ready(), at(189)), [WatchAction::Event(EventKind::Ready { features, jail: Vec::new() })]);
         watch
     }
 
@@ -355,6 +390,32 @@ mod tests {
         assert_eq!(watch.check(at(60_250)).len(), 2, "the queue is told, the process asked");
     }
 
+    /// A strict jail: what it lacks ends the process before it has seen anything, and silence about it does, too.
+    #[test]
+    fn a_strict_jail_is_whole_or_refused() {
+        let stands = JailedLayer { layer: JailLayer::Calls, outcome: JailOutcome::Applied };
+        let lacks = JailedLayer { layer: JailLayer::Scopes, outcome: JailOutcome::KernelLacks };
+        let strict = || {
+            let mut watch = watch().jailed(JailPolicy::Strict);
+            watch.hear(hello(), at(1));
+            watch
+        };
+        let jailed = |layers: &[JailedLayer]| SidecarReport::Jailed { layers: layers.to_vec() };
+        let refused = |missing: &[JailedLayer]| [WatchAction::Kill(ExitCause::Unjailed(missing.to_vec()))];
+        assert_eq!(strict().hear(jailed(&[stands, lacks]), at(2)), refused(&[lacks]));
+        assert_eq!(strict().hear(jailed(&[]), at(2)), refused(&[]));
+        assert_eq!(strict().hear(ready(), at(2)), refused(&[]));
+        let mut whole = strict();
+        assert_eq!(whole.hear(jailed(&[stands]), at(2)), []);
+        let (features, jail) = (SidecarFeatures::PROGRESS, vec![stands]);
+        assert_eq!(whole.hear(ready(), at(2)), [WatchAction::Event(EventKind::Ready { features, jail })]);
+        let mut content = watch();
+        content.hear(hello(), at(1));
+        assert_eq!(content.hear(jailed(&[stands, lacks]), at(2)), []);
+        let (features, jail) = (SidecarFeatures::PROGRESS, vec![stands, lacks]);
+        assert_eq!(content.hear(ready(), at(2)), [WatchAction::Event(EventKind::Ready { features, jail })]);
+    }
+
     /// Words that cannot be right, each in the state in which they cannot.
     #[test]
     fn wrong_words_kill() {
@@ -372,7 +433,13 @@ mod tests {
             features: SidecarFeatures::default(),
         };
         let long = SidecarReport::Log { level: LogLevel::Info, text: "x".repeat(TEXT_MAX + 1) };
-        let cases: [(&str, Vec<SidecarReport>); 9] = [
+        let stands = JailedLayer { layer: JailLayer::Calls, outcome: JailOutcome::Applied };
+        let jailed = |layers: &[JailedLayer]| SidecarReport::Jailed { layers: layers.to_vec() };
+        let cases: [(&str, Vec<SidecarReport>); 13] = [
+            ("jailed before hello", vec![jailed(&[stands])]),
+            ("jailed twice", vec![hello(), jailed(&[stands]), jailed(&[stands])]),
+            ("jailed when it is ready", vec![hello(), ready(), jailed(&[stands])]),
+            ("a layer twice", vec![hello(), jailed(&[stands, stands])]),
             ("another version", vec![version]),
             ("another class", vec![class]),
             ("ready before hello", vec![ready()]),

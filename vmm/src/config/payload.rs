@@ -7,6 +7,8 @@ use schemars::JsonSchema;
 use serde::de::{Deserializer, Error, Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::backend::JailPolicy;
+
 use super::keyvalue::{Bytes, OptionValue};
 
 /// A number of bytes, or a text like `512M`.
@@ -134,6 +136,13 @@ pub struct PlatformConfig {
     /// Devices whose processes somebody debugs: one that stands is told of, and left alone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub debug_devices: Vec<String>,
+    /// How device processes are jailed.
+    #[serde(skip_serializing_if = "is_usual")]
+    pub jail: JailPolicy,
+}
+
+fn is_usual(jail: &JailPolicy) -> bool {
+    *jail == JailPolicy::default()
 }
 
 impl PlatformConfig {

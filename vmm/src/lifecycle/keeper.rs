@@ -469,6 +469,7 @@ impl Keeper {
             restarts: 0,
             recovery: RecoveryClass::None,
             pid: None,
+            jail: BTreeMap::new(),
             last_exit: None,
             last_lines: Vec::new(),
             queues: Vec::new(),

@@ -105,6 +105,7 @@ impl Plan {
             deterministic: config.platform.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
             com1: serial.is_some(),
         };
+        household.spawner().jail(config.platform.jail);
         Ok(Self {
             config: machine,
             choice,

@@ -1,5 +1,7 @@
 //! What an operator is told about a machine and its devices.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -102,6 +104,10 @@ pub struct DeviceReport {
     /// Process id of the backend, where it is ours.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+    /// What became of each layer of the backend's jail: applied, kernel-lacks-it, not-permitted or off. Left out where
+    /// nobody knows: somebody else's program, or none.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub jail: BTreeMap<String, String>,
     /// How the last one ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_exit: Option<String>,

@@ -231,6 +231,7 @@ impl DeviceLife for VhostLife {
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,
             },
             pid: status.pid,
+            jail: status.jail.iter().map(|layer| (layer.layer.to_string(), layer.outcome.to_string())).collect(),
             last_exit: status.last_exit,
             last_lines: status.last_lines,
             queues: self.device.queues(),

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
+use atoll_protocol::jail::JailedLayer;
 use atoll_devices::{Answer, Completion, access};
 use rustix::event::EventfdFlags;
 use thiserror::Error;
@@ -117,6 +118,8 @@ pub struct DeviceStatus {
     pub recovery: Recovery,
     /// Process id of the backend, where it is ours and there is one.
     pub pid: Option<u32>,
+    /// How the backend's jail came out; empty where nobody knows.
+    pub jail: Vec<JailedLayer>,
     /// How the last one ended.
     pub last_exit: Option<String>,
     /// What it wrote last, the newest line last.
@@ -293,6 +296,17 @@ pub struct Connected {
     ending: Ending,
 }
 
+/// Tells the machine's story how the jail of an incarnation came out.
+pub(super) fn tell_jail(story: &Story, name: &str, generation: u64, jail: &[JailedLayer]) {
+    if jail.is_empty() {
+        return;
+    }
+    let missing: Vec<String> = jail.iter().filter(|layer| !layer.stands()).map(ToString::to_string).collect();
+    let known = [("id", name.to_owned()), ("generation", generation.to_string())];
+    let missing = (!missing.is_empty()).then(|| ("missing", missing.join(", ")));
+    story.tell("device", "jailed", known.into_iter().chain(missing));
+}
+
 /// Reaches a backend and greets it.
 pub(super) fn greet(
     parts: &Makers,
@@ -396,10 +410,11 @@ impl VhostDevice {
         let makers = Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits };
         let ending = Ending::default();
         let (session, offer) = greet(&makers, 1, &ending)?;
-        let (recovery, pid) = (session.recovery(), session.pid());
+        let (recovery, pid, jail) = (session.recovery(), session.pid(), session.jail());
+        tell_jail(&story, &makers.name, 1, &jail);
         let state = DeviceState::Idle;
         let (last_exit, last_lines) = (None, Vec::new());
-        let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, last_exit, last_lines };
+        let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, jail, last_exit, last_lines };
         let mut policy = care.policy;
         if foreign {
             policy.start_failures_max = None;

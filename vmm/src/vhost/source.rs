@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use atoll_protocol::jail::JailedLayer;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
@@ -58,6 +59,10 @@ pub struct Incarnation {
 pub trait BackendProcess: Send {
     /// Its process id.
     fn id(&self) -> u32;
+    /// How its jail came out; empty for a program of somebody else's.
+    fn jail(&self) -> &[JailedLayer] {
+        &[]
+    }
     /// Readable once the process has ended.
     fn ended(&self) -> BorrowedFd<'_>;
     /// Kills it, if it still lives, and waits for its end by `deadline`. Says how it ended, in words.

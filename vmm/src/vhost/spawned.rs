@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use atoll_protocol::jail::JailedLayer;
 use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarFeatures, SidecarOrder};
 use atoll_protocol::{DeviceId, Generation};
 
@@ -93,7 +94,7 @@ impl EventSink for Ears {
 
 /// Whether another incarnation would end the same way.
 fn is_hopeless(exit: &BackendExit) -> bool {
-    matches!(exit.cause, ExitCause::Goodbye(GoodbyeReason::Config(_)))
+    matches!(exit.cause, ExitCause::Goodbye(GoodbyeReason::Config(_)) | ExitCause::Unjailed(_))
 }
 
 impl BackendSource for SpawnedBackend {
@@ -123,14 +124,14 @@ impl BackendSource for SpawnedBackend {
         let ears = Ears { name: self.name.clone(), events, measured: Arc::clone(&measured), stall: Arc::clone(&stall) };
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
         let mut process =
-            ChildProcess { child, events: heard, end: None, measured, stall, features: SidecarFeatures::default() };
+            ChildProcess { child, events: heard, end: None, measured, stall, features: SidecarFeatures::default(), jail: Vec::new() };
         // The spawner has deadlines of its own for hello and ready; ours is for a spawner that does not keep up.
         while let Some(slice) = patience.slice() {
             match process.events.recv_timeout(slice) {
                 Ok(EventKind::Exited(exit)) => return Err(failed(is_hopeless(&exit), Box::new(exit))),
                 Ok(event) => {
-                    if let EventKind::Ready { features } = event {
-                        process.features = features;
+                    if let EventKind::Ready { features, jail } = event {
+                        (process.features, process.jail) = (features, jail);
                     }
                     return Ok(Incarnation { socket, process: Some(Box::new(process)) });
                 }
@@ -175,6 +176,7 @@ struct ChildProcess {
     measured: Arc<Measured>,
     stall: Arc<Mutex<Option<String>>>,
     features: SidecarFeatures,
+    jail: Vec<JailedLayer>,
 }
 
 impl ChildProcess {
@@ -196,6 +198,9 @@ impl ChildProcess {
 impl BackendProcess for ChildProcess {
     fn id(&self) -> u32 {
         self.child.pid()
+    }
+    fn jail(&self) -> &[JailedLayer] {
+        &self.jail
     }
     fn ended(&self) -> BorrowedFd<'_> {
         self.child.pidfd().as_fd()

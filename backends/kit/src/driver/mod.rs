@@ -12,8 +12,12 @@ pub mod queue;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use atoll_protocol::FrameSocket;
+use atoll_protocol::jail::JailLayer;
+use atoll_protocol::sidecar::SidecarReport;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -25,6 +29,21 @@ pub use queue::Queue;
 
 /// What is added to a guest address to make the front end's address of it.
 pub const USER_OFFSET: u64 = 1 << 52;
+
+/// Takes what a process says of its jail, which comes between its hello and its ready; the layers that every host has
+/// must stand.
+///
+/// # Errors
+/// It says something else.
+pub fn is_jailed(sidecar: &mut FrameSocket) -> Result<()> {
+    let report: SidecarReport = sidecar.reader.receive_message(Some(Duration::from_secs(20)))?;
+    let SidecarReport::Jailed { layers } = report else { bail!("not a word about its jail: {report:?}") };
+    for layer in [JailLayer::NoNewPrivileges, JailLayer::Capabilities, JailLayer::Rings, JailLayer::Calls] {
+        let stands = layers.iter().any(|jailed| jailed.layer == layer && jailed.stands());
+        ensure!(stands, "{layer} is missing: {layers:?}");
+    }
+    Ok(())
+}
 
 /// What to ask of a device.
 #[derive(Debug, Clone)]

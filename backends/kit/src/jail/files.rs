@@ -1,14 +1,20 @@
-//! Descriptors, namespaces, capabilities and paths.
+//! Descriptors, capabilities and paths.
 
+use std::ffi::OsString;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
+use atoll_protocol::jail::{JailLayer, JailOutcome};
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, LandlockStatus, PathBeneath, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetError, Scope,
 };
-use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use super::folder_of;
+use super::ledger::Ledger;
 
 /// Closes every descriptor from 3 on that is not in `keep`.
 pub(super) fn close_others(keep: &[RawFd]) -> io::Result<()> {
@@ -35,37 +41,58 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
     }
 }
 
-/// Network, IPC and host name of its own, where permitted: nothing here needs them, and the other walls stand
-/// without.
-pub(super) fn leave_namespaces() {
-    let flags = UnshareFlags::NEWIPC | UnshareFlags::NEWUTS | UnshareFlags::NEWNET;
-    #[allow(unsafe_code, reason = "unshare is unsafe for flags that concern descriptors")]
-    // SAFETY: none of these flags touches the table of descriptors or memory, and there is one thread.
-    let left = unsafe { rustix::thread::unshare_unsafe(flags) };
-    if let Err(e) = left {
-        tracing::debug!(error = %e, "no namespaces of its own");
-    }
-}
-
 /// No capability at all, for this thread and those that it starts.
 pub(super) fn drop_capabilities() -> rustix::io::Result<()> {
     let none = CapabilitySet::empty();
     rustix::thread::set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
 }
 
+/// A bound socket's name, which can be removed from a root that it is not in any more.
+#[derive(Debug)]
+pub struct SocketFile {
+    folder: OwnedFd,
+    name: OsString,
+}
+
+impl SocketFile {
+    /// The socket at `path`.
+    ///
+    /// # Errors
+    /// Its folder cannot be opened.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let folder = rustix::fs::open(folder_of(path), flags, Mode::empty())?;
+        Ok(Self { folder, name: path.file_name().unwrap_or_default().to_owned() })
+    }
+
+    /// Removes it. One that is gone already is no error, and for others it is too late.
+    pub fn remove(&self) {
+        let _ = rustix::fs::unlinkat(&self.folder, &self.name, AtFlags::empty());
+    }
+}
+
+/// The newest rules that are asked for; a kernel that knows fewer applies those.
+const NEWEST: ABI = ABI::V9;
+
 /// No path, no TCP port, no abstract socket and no signal outside; as much of it as the kernel knows.
-pub(super) fn landlock(socket: Option<&Path>) -> Result<(), RulesetError> {
-    let abi = ABI::V6;
+pub(super) fn landlock(socket: Option<&SocketFile>, ledger: &mut Ledger) -> Result<(), RulesetError> {
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(AccessFs::from_all(abi))?
-        .handle_access(AccessNet::from_all(abi))?
-        .scope(Scope::from_all(abi))?
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
         .create()?;
-    if let Some(folder) = socket.map(|path| path.parent().filter(|p| !p.as_os_str().is_empty()))
-        && let Ok(folder) = PathFd::new(folder.unwrap_or(Path::new(".")))
-    {
-        rules = rules.add_rule(PathBeneath::new(folder, AccessFs::RemoveFile))?;
+    if let Some(socket) = socket {
+        rules = rules.add_rule(PathBeneath::new(&socket.folder, AccessFs::RemoveFile))?;
     }
-    rules.restrict_self().map(drop)
+    let known = match rules.restrict_self()?.landlock {
+        LandlockStatus::Available { effective_abi, .. } => effective_abi,
+        LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => ABI::Unsupported,
+    };
+    // Since when all that is meant by the name is there: truncation and ioctls of devices came later than opening.
+    for (layer, since) in [(JailLayer::Files, ABI::V5), (JailLayer::Ports, ABI::V4), (JailLayer::Scopes, ABI::V6)] {
+        let outcome = if known >= since { JailOutcome::Applied } else { JailOutcome::KernelLacks };
+        ledger.note(layer, outcome);
+    }
+    Ok(())
 }

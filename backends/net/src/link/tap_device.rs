@@ -17,9 +17,6 @@ const TUN: &str = "/dev/net/tun";
 /// Longest name of an interface.
 const NAME_MAX: usize = libc::IFNAMSIZ - 1;
 
-/// Requests that a card makes while it serves; the jail lets them through.
-pub const IOCTLS: &[u64] = &[libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::TUNSETQUEUE];
-
 /// Why a TAP cannot be used. Each says what to do about it.
 #[derive(Debug, Error)]
 pub enum TapError {

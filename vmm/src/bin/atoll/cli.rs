@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use atoll_vmm::backend::JailPolicy;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A virtual machine monitor in which every device is a process of its own.
@@ -227,6 +228,27 @@ pub(crate) enum LogForm {
     Json,
 }
 
+/// `--jail`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum JailFlag {
+    /// Every layer, or no device.
+    Strict,
+    /// What this host has.
+    Default,
+    /// None.
+    Off,
+}
+
+impl From<JailFlag> for JailPolicy {
+    fn from(flag: JailFlag) -> Self {
+        match flag {
+            JailFlag::Strict => Self::Strict,
+            JailFlag::Default => Self::Default,
+            JailFlag::Off => Self::Off,
+        }
+    }
+}
+
 /// `--seccomp`: device processes are jailed in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SeccompFlag {
@@ -327,6 +349,10 @@ pub(crate) struct RunArgs {
     /// Where the device processes' executables are; beside this one by default.
     #[arg(long, value_name = "FOLDER", env = "ATOLL_BACKEND_DIR")]
     pub(crate) backend_dir: Option<PathBuf>,
+    /// How device processes are jailed: strict (in every layer, or there is no device), default (in every layer that this
+    /// host has) or off (for debuggers).
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub(crate) jail: Option<JailFlag>,
     /// Accepted for compatibility: device processes are jailed in any case.
     #[arg(long, value_enum)]
     pub(crate) seccomp: Option<SeccompFlag>,

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use atoll_vmm::api::{EventMonitorAt, ListenAt};
+use atoll_vmm::backend::JailPolicy;
 use atoll_vmm::config::{
     ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError,
     FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
@@ -172,6 +173,7 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
     platform.cpu_model = args.cpu_model.clone().or(platform.cpu_model.take());
     platform.deterministic |= args.deterministic;
     platform.debug_devices.extend(args.debug_device.iter().cloned());
+    platform.jail = args.jail.map_or(platform.jail, JailPolicy::from);
     platform.backend_dir = args.backend_dir.clone().or(platform.backend_dir.take());
     Ok(())
 }

@@ -62,9 +62,11 @@ impl Worker {
             State::Quarantined { why } => DeviceState::Quarantined { why },
         };
         let (generation, lost, recovery) = (machine.generation(), machine.lost(), machine.recovery());
-        let pid = self.past.session.as_ref().and_then(|session| session.pid());
+        let session = self.past.session.as_ref();
+        let (pid, jail) = (session.and_then(|session| session.pid()), session.map(|session| session.jail()));
         self.shared.update(|status| {
             (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
+            status.jail = jail.unwrap_or_default();
             status.recovery = recovery.unwrap_or(status.recovery);
         });
     }
@@ -165,6 +167,7 @@ impl Worker {
                 match fits {
                     Ok(()) => {
                         let recovery = session.recovery();
+                        tell_jail(&self.parts.story, &device, generation, &session.jail());
                         self.past.session = Some(session);
                         self.new_config = Some(offer.config);
                         return self.feed(Event::Greeted { generation, recovery });

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use atoll_protocol::jail::JailedLayer;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 use crate::vhost::back_channel::BackChannel;
@@ -65,6 +66,10 @@ impl Session {
     /// Its process id, where it is ours.
     pub(in crate::vhost) fn pid(&self) -> Option<u32> {
         self.process.as_ref().map(|process| process.id())
+    }
+    /// How its jail came out, where it is a process of ours.
+    pub(in crate::vhost) fn jail(&self) -> Vec<JailedLayer> {
+        self.process.as_ref().map(|process| process.jail().to_vec()).unwrap_or_default()
     }
     /// Ends it by force and waits for that until `deadline`. Says how its process ended, where it is ours.
     pub(in crate::vhost) fn give_up(&mut self, deadline: Instant) -> Option<String> {

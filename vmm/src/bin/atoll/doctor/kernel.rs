@@ -1,10 +1,7 @@
-//! What the kernel offers: CPUs, jails, networks.
-#![allow(unsafe_code, reason = "system calls that are tried without the crates that use them")]
+//! What the kernel offers: CPUs and networks.
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
 
 use atoll_vmm::cpu::probe::{Memo, probe};
 use atoll_vmm::cpu::soft::{Pace, SoftConfig, SoftProcessor};
@@ -67,77 +64,6 @@ fn software_cpu() -> Result<(), String> {
     let config =
         SoftConfig { ram: memory.cpu_ram(), model: "atoll-v1".into(), vcpus: 1, pace: Pace::Real, wall_base_ns: 0 };
     SoftProcessor::new(config).map(drop).map_err(|error| error.to_string())
-}
-
-/// The newest version of landlock that the kernel knows; 0 without it.
-fn landlock_version() -> i64 {
-    const VERSION: libc::c_uint = 1;
-    // SAFETY: with this flag the call only answers a number; there is no attribute to read.
-    let version =
-        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<libc::c_void>(), 0_usize, VERSION) };
-    version.max(0)
-}
-
-/// Whether the kernel gives this user a ring.
-fn io_uring() -> io::Result<()> {
-    let mut parameters = [0_u64; 15];
-    // SAFETY: `struct io_uring_params` has 120 bytes, which are there and zero.
-    let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1_u32, parameters.as_mut_ptr()) };
-    match i32::try_from(fd) {
-        Ok(fd) if fd >= 0 => {
-            // SAFETY: the descriptor was just made and nobody else has it.
-            unsafe { libc::close(fd) };
-            Ok(())
-        }
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// What device processes are jailed with.
-pub(super) fn jail() -> Vec<Check> {
-    let landlock = match landlock_version() {
-        0 => Check::warn(
-            "landlock",
-            "the kernel has none: device processes are jailed by seccomp alone",
-            "boot a kernel with CONFIG_SECURITY_LANDLOCK, and landlock in its lsm= list",
-        ),
-        version => Check::ok("landlock", format!("version {version}")),
-    };
-    let seccomp = match read("/proc/sys/kernel/seccomp/actions_avail") {
-        Some(actions) if actions.contains("kill_process") => Check::ok("seccomp", "filters that kill"),
-        _ => Check::fail("seccomp", "the kernel has no filters", "boot a kernel with CONFIG_SECCOMP_FILTER"),
-    };
-    let ring = match io_uring() {
-        Ok(()) => Check::ok("io_uring", "rings can be made"),
-        Err(error) => Check::warn(
-            "io_uring",
-            format!("no ring can be made ({error})"),
-            "sysctl kernel.io_uring_disabled=0, or a container that allows it: disks need it",
-        ),
-    };
-    let namespaces = match user_namespace() {
-        Ok(()) => Check::ok("user namespaces", "this user can make one (passt and virtiofsd want that)"),
-        Err(error) => Check::warn(
-            "user namespaces",
-            format!("this user cannot make one ({error})"),
-            "sysctl user.max_user_namespaces=10000, kernel.unprivileged_userns_clone=1, \
-             kernel.apparmor_restrict_unprivileged_userns=0, whichever the host has",
-        ),
-    };
-    vec![landlock, seccomp, ring, namespaces]
-}
-
-/// A process of no use that begins a user namespace.
-fn user_namespace() -> io::Result<()> {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let enter = || {
-        // SAFETY: it takes no pointer, and the process has one thread here.
-        if unsafe { libc::unshare(libc::CLONE_NEWUSER) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    };
-    // SAFETY: it makes one system call and allocates nothing.
-    unsafe { command.pre_exec(enter) };
-    command.status().map(drop)
 }
 
 /// TAP interfaces.

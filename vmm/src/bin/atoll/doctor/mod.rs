@@ -4,6 +4,7 @@
 //! that runs.
 
 mod host;
+mod jail;
 mod kernel;
 
 use std::io::IsTerminal;
@@ -53,6 +54,9 @@ impl Check {
     fn fail(check: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::new(check, Verdict::Fail, found, Some(remedy.into()))
     }
+    fn is_ok(&self) -> bool {
+        self.verdict == Verdict::Ok
+    }
     fn runs_guests(self) -> Self {
         Self { runs_guests: true, ..self }
     }
@@ -61,7 +65,7 @@ impl Check {
 fn checks() -> Vec<Check> {
     let mut checks = kernel::cpus();
     checks.extend(host::memory());
-    checks.extend(kernel::jail());
+    checks.extend(jail::checks());
     checks.extend(kernel::networks());
     checks.extend(host::limits());
     checks.extend(host::passthrough());
