@@ -15,5 +15,6 @@ pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod rundir;
+pub mod seccomp;
 pub mod unix_socket;
 pub mod vhost;

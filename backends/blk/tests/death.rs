@@ -302,7 +302,7 @@ fn the_process_dies_with_the_thread_that_started_it() -> Result<()> {
     let started = std::thread::spawn(move || -> Result<_> {
         let (blk, front, mut sidecar) = supervised(&path, &[])?;
         let _hello: SidecarReport = sidecar.reader.receive_message(SOON)?;
-    atoll_kit::driver::is_jailed(&mut sidecar)?;
+        atoll_kit::driver::is_jailed(&mut sidecar)?;
         let start = SidecarOrder::Start { generation: Generation(1), progress_ms: 0 };
         sidecar.ask::<_, SidecarReport>(&start, Duration::from_secs(20))?;
         Ok((blk, front, sidecar))

@@ -236,10 +236,7 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
     for (device, first) in devices.into_iter().zip((0..).step_by(usize::from(queues.max(1)))) {
         conversations.push(Arc::new(Mutex::new(Conversation::new(device, &gate, &stats, first)?)));
     }
-    let keeper = || Keeper {
-        conversations: conversations.clone(),
-        socket: socket.clone(),
-    };
+    let keeper = || Keeper { conversations: conversations.clone(), socket: socket.clone() };
     let reports = sidecar.as_ref().map(|s| s.reports().clone());
     let serving = sidecar.as_ref().map(Sidecar::serving);
     let started = sidecar

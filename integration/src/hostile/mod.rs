@@ -32,6 +32,22 @@ pub struct Victim {
     pub event: RawFd,
 }
 
+/// Errors that a jail answers with.
+const NAMES: [(i32, &str); 12] = [
+    (libc::EPERM, "EPERM"),
+    (libc::ENOENT, "ENOENT"),
+    (libc::EBADF, "EBADF"),
+    (libc::EACCES, "EACCES"),
+    (libc::EINVAL, "EINVAL"),
+    (libc::EROFS, "EROFS"),
+    (libc::ENOSYS, "ENOSYS"),
+    (libc::EOPNOTSUPP, "EOPNOTSUPP"),
+    (libc::ENETUNREACH, "ENETUNREACH"),
+    (libc::ECONNREFUSED, "ECONNREFUSED"),
+    (libc::EFAULT, "EFAULT"),
+    (libc::ESRCH, "ESRCH"),
+];
+
 /// What came of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -56,7 +72,10 @@ impl Outcome {
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(errno) => write!(f, "{:?}", rustix::io::Errno::from_raw_os_error(*errno)),
+            Self::Refused(errno) => match NAMES.iter().find(|(number, _)| number == errno) {
+                Some((_, name)) => f.write_str(name),
+                None => write!(f, "errno {errno}"),
+            },
             Self::Killed(libc::SIGSYS) => f.write_str("killed"),
             Self::Killed(signal) => write!(f, "signal {signal}"),
             Self::Done(value) => write!(f, "DONE ({value})"),

@@ -112,6 +112,18 @@ fn played_backend() {
         write!(file, " {environment}").expect("written");
     }
     say(&mut sidecar, &SidecarReport::Ready { generation });
+    if part == "floods" {
+        let queues: Vec<_> =
+            (0..256).map(|queue| QueueProgress { queue: QueueIndex(queue), completed: 1, in_flight: 0 }).collect();
+        let text = "x".repeat(atoll_protocol::sidecar::TEXT_MAX);
+        // Until it is killed; what the VMM does not take waits here.
+        loop {
+            let _ = sidecar.writer.send(&SidecarReport::Progress { queues: queues.clone() }, &[], PATIENCE);
+            let _ =
+                sidecar.writer.send(&SidecarReport::Log { level: LogLevel::Info, text: text.clone() }, &[], PATIENCE);
+            let _ = sidecar.writer.send(&SidecarReport::Pong { nonce: 7 }, &[], PATIENCE);
+        }
+    }
     say(&mut sidecar, &SidecarReport::Log { level: LogLevel::Info, text: "serving".into() });
     let mut completed = 0;
     loop {
@@ -233,6 +245,35 @@ fn wrong_and_stubborn_children_are_killed() {
     child.stop(Duration::from_millis(50));
     let stubborn = exit(&mut events);
     assert_eq!((stubborn.cause, stubborn.status), (ExitCause::Asked, ExitStatus::Signal(9)));
+}
+
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("proc");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line");
+    line.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
+}
+
+/// A child that talks without end to a listener that takes nothing: it fills no memory of the VMM, others are started and
+/// heard meanwhile, and it is killed like any other.
+#[test]
+fn a_flood_is_borne() {
+    let spawner = spawner();
+    let (sink, deaf) = mpsc::channel(1);
+    let noisy = spawner.spawn(spec("floods", 1), sink).expect("started");
+    std::thread::sleep(Duration::from_millis(300));
+    let before = resident_kib();
+    std::thread::sleep(Duration::from_millis(1500));
+    let grown = resident_kib().saturating_sub(before);
+    assert!(grown < 16 << 10, "{grown} KiB more");
+    let (sink, mut events) = mpsc::channel(64);
+    let begun = Instant::now();
+    let quiet = spawner.spawn(spec("", 1), sink).expect("started");
+    assert!(matches!(next(&mut events), EventKind::Ready { .. }));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    noisy.kill();
+    quiet.stop(PATIENCE);
+    assert_eq!(exit(&mut events).cause, ExitCause::Asked);
+    drop(deaf);
 }
 
 /// The child holds what it was passed and nothing else, and the VMM's copy is closed: a pipe whose only writer was

@@ -11,6 +11,7 @@ use rustix::time::{ClockId, clock_gettime};
 use super::gate::{Gate, Next, VcpuPhase, Wish};
 use super::{CpuError, CpuState, Exit, Kick, Processor, Vcpu, VcpuBus, VcpuFigures};
 use crate::actor::StopSignal;
+use crate::seccomp::{self, ThreadClass};
 
 /// How a vCPU ended.
 #[derive(Clone, Debug)]
@@ -92,6 +93,7 @@ impl VcpuThread {
         let stop = bus.stop.clone();
         let (made, ready) = sync_channel(1);
         let kicks = kicks.clone();
+        let class = if processor.name() == "kvm" { ThreadClass::KvmVcpu } else { ThreadClass::SoftVcpu };
         let run = move || {
             let created = processor.create_vcpu(index).and_then(|mut vcpu| {
                 if let Some(state) = &state {
@@ -110,6 +112,8 @@ impl VcpuThread {
             kicks.list().push(reins.clone());
             let gate = Arc::clone(&reins.gate);
             let _ = made.send(Ok(reins));
+            // From here on the guest is at work.
+            seccomp::enter(class);
             let exit = live(vcpu.as_mut(), &gate, &mut bus).map_err(Arc::new);
             let figures = vcpu.figures();
             gate.ended(figures);

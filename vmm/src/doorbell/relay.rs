@@ -18,6 +18,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::actor::Laps;
+use crate::seccomp::{self, ThreadClass};
 
 /// What becomes of the signals that one wake-up of the relay found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +143,10 @@ impl Relay {
         epoll::add(&poll, borrowed(&wake), epoll::EventData::new_u64(WAKE), epoll::EventFlags::IN)?;
         let shared = Arc::new(Shared { poll, wake, laps: Laps::default(), lines: Mutex::default() });
         let served = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("relay".into()).spawn(move || serve(&served))?;
+        let thread = std::thread::Builder::new().name("relay".into()).spawn(move || {
+            seccomp::enter(ThreadClass::Events);
+            serve(&served);
+        })?;
         Ok(Arc::new(Self { shared, thread: Mutex::new(Some(thread)) }))
     }
 

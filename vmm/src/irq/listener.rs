@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{EventRoute, IrqError};
 use crate::actor::{Lap, Laps};
+use crate::seccomp::{self, ThreadClass};
 
 /// What a signal leads to.
 pub trait Signalled: Send + Sync {
@@ -72,7 +73,10 @@ impl EventListener {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name("irq-events".into())
-                .spawn(move || shared.listen())
+                .spawn(move || {
+                    seccomp::enter(ThreadClass::Events);
+                    shared.listen();
+                })
                 .map_err(IrqError::Event)?
         };
         Ok(Self { shared, thread: Some(thread) })

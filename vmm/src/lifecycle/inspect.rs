@@ -11,6 +11,7 @@ use super::story::Story;
 use crate::actor::ActorReport;
 use crate::machine::{Machine, PauseFigures};
 use crate::metrics::{DeviceSnapshot, QueueSnapshot};
+use crate::seccomp;
 
 /// What the tree is made of.
 pub(super) struct Tree<'a> {
@@ -66,6 +67,7 @@ impl Tree<'_> {
             "memory": { "size": self.memory },
             "devices": self.devices,
             "figures": self.machine.map(figures),
+            "seccomp": { "mode": seccomp::mode().name(), "threads": seccomp::filtered() },
             "last_pause": self.last_pause.map(pause),
             "actors": self.actors(),
             "story": { "elapsed_ms": u64::try_from(self.story.elapsed().as_millis()).unwrap_or(u64::MAX) },

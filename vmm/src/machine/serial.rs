@@ -27,6 +27,7 @@ use super::{
     Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent, StopCause,
 };
 use crate::cpu::Space;
+use crate::seccomp::{self, ThreadClass};
 use crate::unix_socket::SocketError;
 
 /// How long the writer gathers output before it writes again.
@@ -196,6 +197,7 @@ impl SerialLife {
         let writer = {
             let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
             std::thread::Builder::new().name("serial-out".into()).spawn(move || {
+                seccomp::enter(ThreadClass::Line);
                 write_output(&port, &link, output.as_mut());
                 drop(done);
             })?
@@ -208,9 +210,12 @@ impl SerialLife {
                 let end = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
                 let seen = end.try_clone()?;
                 let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
-                let thread = std::thread::Builder::new().name("serial-in".into()).spawn(move || match input {
-                    Input::Terminal(input, events) => read_input(&port, &link, input, &seen, &events),
-                    Input::Peer(peer) => read_peer(&port, &link, &peer, &seen),
+                let thread = std::thread::Builder::new().name("serial-in".into()).spawn(move || {
+                    seccomp::enter(ThreadClass::Line);
+                    match input {
+                        Input::Terminal(input, events) => read_input(&port, &link, input, &seen, &events),
+                        Input::Peer(peer) => read_peer(&port, &link, &peer, &seen),
+                    }
                 })?;
                 Some((thread, end))
             }

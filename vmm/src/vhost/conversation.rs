@@ -19,6 +19,8 @@ use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Protocol};
 use super::error::{ConversationError, Step};
 use super::patience::{Ending, Patience};
 
+use crate::seccomp::{self, ThreadClass};
+
 /// Rings that a conversation may name before the backend has said how many it has.
 const RINGS_MAX: u64 = 256;
 
@@ -118,6 +120,7 @@ impl Conversation {
         };
         let (units, work): (_, Receiver<Unit>) = sync_channel(1);
         let thread = std::thread::Builder::new().name(format!("talk-{name}")).spawn(move || {
+            seccomp::enter(ThreadClass::Talk);
             for unit in work {
                 unit(&mut wire);
             }

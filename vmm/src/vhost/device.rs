@@ -13,8 +13,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
-use atoll_protocol::jail::JailedLayer;
 use atoll_devices::{Answer, Completion, access};
+use atoll_protocol::jail::JailedLayer;
 use rustix::event::EventfdFlags;
 use thiserror::Error;
 
@@ -35,6 +35,7 @@ use crate::irq::VectorTable;
 use crate::lifecycle::QueueReport;
 use crate::memory::GuestMemory;
 use crate::metrics::{DeviceMeter, Phase};
+use crate::seccomp::{self, ThreadClass};
 
 /// The device could not be made.
 #[derive(Debug, Error)]
@@ -387,7 +388,10 @@ impl Connected {
         });
         shared.update(|_| {});
         let worker = Worker::new(Arc::clone(&shared), self.parts, self.past, vectors, transport);
-        let thread = std::thread::Builder::new().name(shared.name.clone()).spawn(move || worker.run())?;
+        let thread = std::thread::Builder::new().name(shared.name.clone()).spawn(move || {
+            seccomp::enter(ThreadClass::Device);
+            worker.run();
+        })?;
         Ok((VhostDevice { shared: Arc::clone(&shared), thread: Some(thread) }, VhostFrontend { shared }))
     }
 }

@@ -123,8 +123,15 @@ impl BackendSource for SpawnedBackend {
         let (measured, stall) = (Arc::<Measured>::default(), Arc::default());
         let ears = Ears { name: self.name.clone(), events, measured: Arc::clone(&measured), stall: Arc::clone(&stall) };
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
-        let mut process =
-            ChildProcess { child, events: heard, end: None, measured, stall, features: SidecarFeatures::default(), jail: Vec::new() };
+        let mut process = ChildProcess {
+            child,
+            events: heard,
+            end: None,
+            measured,
+            stall,
+            features: SidecarFeatures::default(),
+            jail: Vec::new(),
+        };
         // The spawner has deadlines of its own for hello and ready; ours is for a spawner that does not keep up.
         while let Some(slice) = patience.slice() {
             match process.events.recv_timeout(slice) {

@@ -121,11 +121,8 @@ impl Profile {
     };
 
     /// A network card on a TAP, which is told what the guest's driver can take.
-    pub const NET_TAP: Self = Self {
-        name: "net-tap",
-        ioctls: &[libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::TUNSETQUEUE],
-        ..Self::NET
-    };
+    pub const NET_TAP: Self =
+        Self { name: "net-tap", ioctls: &[libc::TUNSETOFFLOAD, libc::TUNSETVNETHDRSZ, libc::TUNSETQUEUE], ..Self::NET };
 
     /// Entropy.
     pub const RNG: Self = Self {
@@ -146,8 +143,7 @@ impl Profile {
     };
 
     /// A serial port on the bus: no ring and no guest memory.
-    pub const UART: Self =
-        Self { name: "uart", calls: &[], ioctls: &[], opcodes: &[], heap_bytes_max: 64 * MIB };
+    pub const UART: Self = Self { name: "uart", calls: &[], ioctls: &[], opcodes: &[], heap_bytes_max: 64 * MIB };
 
     /// A device that nobody has a profile for: what a ring and files need.
     pub const GENERIC: Self = Self {

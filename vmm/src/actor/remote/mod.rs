@@ -36,6 +36,8 @@ use super::clock::Moment;
 use super::device::{Surroundings, little_endian};
 use super::rate::RateLimit;
 
+use crate::seccomp::{self, ThreadClass};
+
 /// What a device process must be to serve a device: fixed when the board is built, the same for each incarnation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteShape {
@@ -199,7 +201,10 @@ impl Remote {
         let shared = Arc::new(Shared { device, shape, wires, msi, surroundings, wake, state: Mutex::new(state) });
         let thread = std::thread::Builder::new().name(format!("bus{}", device.0)).spawn({
             let shared = Arc::clone(&shared);
-            move || shared.serve()
+            move || {
+                seccomp::enter(ThreadClass::Talk);
+                shared.serve();
+            }
         })?;
         Ok(Self { shared, thread: Some(thread) })
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use atoll_vmm::backend::JailPolicy;
+use atoll_vmm::seccomp;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A virtual machine monitor in which every device is a process of its own.
@@ -249,15 +250,25 @@ impl From<JailFlag> for JailPolicy {
     }
 }
 
-/// `--seccomp`: device processes are jailed in any case.
+/// `--seccomp`: what becomes of a system call that is not for a thread of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SeccompFlag {
-    /// Accepted.
+    /// It ends the process.
     True,
-    /// Accepted; nothing is switched off.
+    /// Nothing is looked at.
     False,
-    /// Accepted; nothing is logged instead.
+    /// It is done, and told to the kernel's log.
     Log,
+}
+
+impl From<SeccompFlag> for seccomp::Mode {
+    fn from(flag: SeccompFlag) -> Self {
+        match flag {
+            SeccompFlag::True => Self::Enforce,
+            SeccompFlag::False => Self::Off,
+            SeccompFlag::Log => Self::Log,
+        }
+    }
 }
 
 /// Options of `run`.
@@ -353,7 +364,8 @@ pub(crate) struct RunArgs {
     /// host has) or off (for debuggers).
     #[arg(long, value_enum, value_name = "HOW")]
     pub(crate) jail: Option<JailFlag>,
-    /// Accepted for compatibility: device processes are jailed in any case.
-    #[arg(long, value_enum)]
-    pub(crate) seccomp: Option<SeccompFlag>,
+    /// What becomes of a system call that the thread of its kind (vCPU, interrupts, device, …) has no need of: true (it ends
+    /// the process), log (the kernel logs it) or false (nothing). Device processes have their own, see --jail.
+    #[arg(long, value_enum, value_name = "HOW", default_value = "true", env = "ATOLL_SECCOMP")]
+    pub(crate) seccomp: SeccompFlag,
 }

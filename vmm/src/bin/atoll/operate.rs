@@ -306,6 +306,7 @@ mod tests {
             restarts: 1,
             recovery: RecoveryClass::IdleOnly,
             pid: Some(7),
+            jail: std::collections::BTreeMap::new(),
             last_exit: Some("signal 9".into()),
             last_lines: Vec::new(),
             queues: Vec::new(),

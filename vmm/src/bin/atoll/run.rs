@@ -12,6 +12,7 @@ use atoll_vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
 use atoll_vmm::lifecycle::{Controller, Home, Settings, Story, VmControl, VmError, VmmEnd};
 use atoll_vmm::machine::{MachineEnd, MachineEvent, StopCause};
 use atoll_vmm::rundir::{API_SOCKET, RunDir, RunRoot};
+use atoll_vmm::seccomp;
 
 use crate::cli::RunArgs;
 use crate::console;
@@ -109,6 +110,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let folder = folder.map_err(failed)?;
     described.settle(folder.path())?;
     signals::block()?;
+    // Before there is any thread that a guest could drive.
+    if let Err(error) = seccomp::choose(args.seccomp.into()) {
+        tracing::warn!("threads run without filters of system calls: {error}");
+    }
     let household = Arc::new(Household::new(Arc::new(RealClock::new())).map_err(failed)?);
     let ended = watched(args, &described, &root, &folder, &household);
     household.shutdown(BACKEND_GRACE);

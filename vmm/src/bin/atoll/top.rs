@@ -268,6 +268,7 @@ mod tests {
             restarts: 1,
             recovery: RecoveryClass::Full,
             pid: Some(77),
+            jail: std::collections::BTreeMap::new(),
             last_exit: Some("signal 9".into()),
             last_lines: Vec::new(),
             queues: vec![QueueReport { index: 0, size: 128, in_flight: 3, kicks: None, calls: None }],

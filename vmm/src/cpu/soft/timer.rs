@@ -10,6 +10,8 @@ use atoll_devices::GuestClock;
 
 use super::clock::SoftClock;
 
+use crate::seccomp::{self, ThreadClass};
+
 #[derive(Default)]
 struct State {
     /// Guest time of the next deadline.
@@ -47,7 +49,10 @@ impl DeadlineTimer {
         let shared = Arc::<Shared>::default();
         let thread = {
             let shared = Arc::clone(&shared);
-            std::thread::Builder::new().name("guest-timer".into()).spawn(move || wait(&shared, &clock, expire))?
+            std::thread::Builder::new().name("guest-timer".into()).spawn(move || {
+                seccomp::enter(ThreadClass::Events);
+                wait(&shared, &clock, expire);
+            })?
         };
         Ok(Self { shared, thread: Mutex::new(Some(thread)) })
     }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+use super::hostile::Lie;
 use crate::vhost::patience::Patience;
 use crate::vhost::source::{BackendSource, Incarnation, SourceError};
 
@@ -35,12 +36,14 @@ pub(super) struct Hand {
     pub(super) config: Arc<Mutex<Vec<u8>>>,
     /// What it answers to GET_VRING_BASE.
     pub(super) base: u32,
+    /// How it answers this request instead.
+    pub(super) lie: Option<(u32, Lie)>,
 }
 
 impl Default for Hand {
     fn default() -> Self {
         let protocol = MQ | REPLY_ACK | BACKEND_REQ | CONFIG;
-        Self { features: (1 << 32) | (1 << 30), protocol, queues: 2, config: Arc::default(), base: 0 }
+        Self { features: (1 << 32) | (1 << 30), protocol, queues: 2, config: Arc::default(), base: 0, lie: None }
     }
 }
 
@@ -132,6 +135,10 @@ impl Hand {
             if let Some(body) = answer {
                 let words = [request, 5, body.len() as u32];
                 let message: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).chain(body).collect();
+                if let Some((_, lie)) = self.lie.filter(|(at, _)| *at == request) {
+                    lie.tell(socket, message);
+                    continue;
+                }
                 if stream.write_all(&message).is_err() {
                     return;
                 }
@@ -155,22 +162,26 @@ fn header(socket: &UnixStream) -> Option<([u8; 12], Vec<OwnedFd>)> {
     (received.bytes == 12).then_some((header, fds))
 }
 
-/// Gives a device one such backend after the other.
+/// Gives a device one such backend after the other; the last one stays.
 pub(super) struct Hands {
-    hand: Hand,
+    hands: Vec<Hand>,
     born: Sender<Held>,
 }
 
 impl Hands {
     pub(super) fn new(hand: Hand) -> (Self, Receiver<Held>) {
+        Self::of(vec![hand])
+    }
+    pub(super) fn of(hands: Vec<Hand>) -> (Self, Receiver<Held>) {
         let (born, held) = channel();
-        (Self { hand, born }, held)
+        (Self { hands, born }, held)
     }
 }
 
 impl BackendSource for Hands {
     fn connect(&mut self, _generation: u64, _patience: &mut Patience) -> Result<Incarnation, SourceError> {
-        let (socket, held) = self.hand.start();
+        let hand = if self.hands.len() > 1 { self.hands.remove(0) } else { self.hands[0].clone() };
+        let (socket, held) = hand.start();
         let _ = self.born.send(held);
         Ok(Incarnation { socket, process: None })
     }

@@ -2,6 +2,7 @@
 
 mod by_hand;
 mod fake;
+mod hostile;
 mod offers;
 mod outages;
 mod pauses;

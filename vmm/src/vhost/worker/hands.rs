@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Event, Failure, Preparation, Session, Shown, Worker};
 use crate::backend::Ending;
-use crate::vhost::device::{ConnectError, DeviceState};
+use crate::vhost::device::{ConnectError, DeviceState, tell_jail};
 use crate::vhost::error::ConversationError;
 use crate::vhost::recovery::{Action, End, State, TakeBack, Tale};
 

@@ -53,9 +53,7 @@ fn landlock(version: i64) -> Check {
     let missing = LANDLOCK.iter().filter(|(_, since)| version < *since).map(|(layer, _)| *layer);
     let missing: Vec<JailLayer> = missing.collect();
     match (version, missing.as_slice()) {
-        (0, _) => {
-            Check::warn("landlock", "the kernel has none", JailLayer::Files.remedy(JailOutcome::KernelLacks))
-        }
+        (0, _) => Check::warn("landlock", "the kernel has none", JailLayer::Files.remedy(JailOutcome::KernelLacks)),
         (_, []) => Check::ok("landlock", format!("version {version}: files, ports, scopes")),
         (_, [first, ..]) => {
             let names: Vec<_> = missing.iter().map(|layer| layer.name()).collect();
