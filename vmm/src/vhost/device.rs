@@ -32,7 +32,7 @@ use super::source::{Incarnation, SourceError};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
-use crate::lifecycle::QueueReport;
+use crate::lifecycle::{QueueReport, Story};
 use crate::memory::GuestMemory;
 use crate::metrics::{DeviceMeter, Phase};
 use crate::seccomp::{self, ThreadClass};
