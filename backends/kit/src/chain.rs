@@ -7,14 +7,14 @@
 
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
+use crate::areas::{Areas, DESCRIPTOR_BYTES};
 use crate::memory::{Segment, Segments};
 
 /// Longest chain that is accepted, indirect descriptors included.
 pub const CHAIN_MAX: usize = 1024;
 
-const DESCRIPTOR_BYTES: u64 = 16;
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
@@ -50,8 +50,7 @@ pub enum ChainError {
     Bytes,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
-#[repr(C)]
+#[derive(Debug, Clone, Copy)]
 struct Descriptor {
     addr: u64,
     len: u32,
@@ -59,22 +58,12 @@ struct Descriptor {
     next: u16,
 }
 
-mod byte_valued {
-    #![allow(unsafe_code, reason = "ByteValued is an unsafe trait")]
-
-    // SAFETY: four integers without padding; every bit pattern is a value.
-    unsafe impl vm_memory::ByteValued for super::Descriptor {}
-}
-
-/// Where the descriptors of a ring are.
-#[derive(Debug, Clone, Copy)]
-pub struct Table {
-    /// Guest address of the table.
-    pub addr: GuestAddress,
-    /// Entries in it.
-    pub size: u16,
-    /// VIRTIO_RING_F_INDIRECT_DESC was negotiated.
-    pub indirect: bool,
+impl Descriptor {
+    /// A descriptor out of its two words.
+    #[inline]
+    fn of([addr, rest]: [u64; 2]) -> Self {
+        Self { addr, len: rest as u32, flags: (rest >> 32) as u16, next: (rest >> 48) as u16 }
+    }
 }
 
 /// One chain, taken apart. Reused from request to request.
@@ -83,68 +72,133 @@ pub struct Chain {
     head: u16,
     segments: Vec<Segment>,
     readable: usize,
+    bytes: u64,
+    readable_bytes: u64,
 }
 
 impl Chain {
     /// Index of the first descriptor: the name of the request until it is used.
+    #[inline]
     pub fn head(&self) -> u16 {
         self.head
     }
 
     /// What the driver gave to the device.
+    #[inline]
     pub fn readable(&self) -> Segments<'_> {
         Segments(self.segments.get(..self.readable).unwrap_or_default())
     }
 
     /// What the device may write.
+    #[inline]
     pub fn writable(&self) -> Segments<'_> {
         Segments(self.segments.get(self.readable..).unwrap_or_default())
     }
 
-    /// Reads the chain that starts at `head` of `table`.
-    pub fn read<M: GuestMemory>(&mut self, mem: &M, table: Table, head: u16) -> Result<(), ChainError> {
-        self.head = head;
+    /// Bytes of what the driver gave.
+    #[inline]
+    pub fn readable_bytes(&self) -> u64 {
+        self.readable_bytes
+    }
+
+    /// Bytes of what the device may write.
+    #[inline]
+    pub fn writable_bytes(&self) -> u64 {
+        self.bytes - self.readable_bytes
+    }
+
+    #[cfg(test)]
+    pub(crate) fn named(head: u16) -> Self {
+        Self { head, ..Self::default() }
+    }
+
+    fn clear(&mut self) {
         self.segments.clear();
-        self.readable = 0;
-        let mut bytes = 0_u64;
-        let mut table = table;
-        let mut nested = false;
-        let mut index = head;
-        let mut left = table.size;
+        (self.readable, self.bytes, self.readable_bytes) = (0, 0, 0);
+    }
+
+    /// Reads the chain that starts at `head`. One that makes no sense is left empty.
+    #[inline]
+    pub(crate) fn read<M: GuestMemory>(
+        &mut self,
+        areas: &Areas<M>,
+        indirect: bool,
+        head: u16,
+    ) -> Result<(), ChainError> {
+        self.head = head;
+        self.clear();
+        let first = descriptor(areas, head)?;
+        let read =
+            if first.flags & (NEXT | INDIRECT) == 0 { self.add(first) } else { self.follow(areas, indirect, first) };
+        read.inspect_err(|_| self.clear())
+    }
+
+    /// Adds the range of one descriptor.
+    #[inline]
+    fn add(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
+        let len = u64::from(descriptor.len);
+        self.bytes += len;
+        if self.bytes > 1 << 32 {
+            return Err(ChainError::Bytes);
+        }
+        if descriptor.flags & WRITE == 0 {
+            if self.readable != self.segments.len() {
+                return Err(ChainError::Order);
+            }
+            self.readable += 1;
+            self.readable_bytes += len;
+        }
+        self.segments.push(Segment { addr: GuestAddress(descriptor.addr), len: descriptor.len });
+        Ok(())
+    }
+
+    /// Walks a chain of several descriptors.
+    fn follow<M: GuestMemory>(
+        &mut self,
+        areas: &Areas<M>,
+        indirect: bool,
+        mut descriptor: Descriptor,
+    ) -> Result<(), ChainError> {
+        // As many as the table has, the first of which has been read.
+        let mut left = areas.size();
+        while descriptor.flags & INDIRECT == 0 {
+            self.add(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            left -= 1;
+            if left == 0 || self.segments.len() >= CHAIN_MAX {
+                return Err(ChainError::TooLong);
+            }
+            descriptor = self::descriptor(areas, descriptor.next)?;
+        }
+        if !indirect || descriptor.flags & NEXT != 0 {
+            return Err(ChainError::Indirect);
+        }
+        self.follow_indirect(&**areas.memory(), descriptor)
+    }
+
+    /// Walks an indirect table, with which a chain ends.
+    fn follow_indirect<M: GuestMemory>(&mut self, mem: &M, table: Descriptor) -> Result<(), ChainError> {
+        let (len, entry) = (table.len, DESCRIPTOR_BYTES as u32);
+        if len == 0 || !len.is_multiple_of(entry) || len / entry > CHAIN_MAX as u32 {
+            return Err(ChainError::IndirectSize(len));
+        }
+        let (size, addr) = ((len / entry) as u16, table.addr);
+        let (mut index, mut left) = (0, size);
         loop {
-            if index >= table.size {
-                return Err(ChainError::Index { index, size: table.size });
+            if index >= size {
+                return Err(ChainError::Index { index, size });
             }
             if left == 0 || self.segments.len() >= CHAIN_MAX {
                 return Err(ChainError::TooLong);
             }
             left -= 1;
-            let descriptor = read_descriptor(mem, table.addr, index)?;
+            let descriptor = indirect_descriptor(mem, addr, index)?;
             if descriptor.flags & INDIRECT != 0 {
-                if nested || !table.indirect || descriptor.flags & NEXT != 0 {
-                    return Err(ChainError::Indirect);
-                }
-                let (len, entry) = (descriptor.len, DESCRIPTOR_BYTES as u32);
-                if len == 0 || !len.is_multiple_of(entry) || len / entry > CHAIN_MAX as u32 {
-                    return Err(ChainError::IndirectSize(len));
-                }
-                nested = true;
-                table = Table { addr: GuestAddress(descriptor.addr), size: (len / entry) as u16, indirect: true };
-                index = 0;
-                left = table.size;
-                continue;
+                return Err(ChainError::Indirect);
             }
-            bytes += u64::from(descriptor.len);
-            if bytes > 1 << 32 {
-                return Err(ChainError::Bytes);
-            }
-            if descriptor.flags & WRITE == 0 {
-                if self.readable != self.segments.len() {
-                    return Err(ChainError::Order);
-                }
-                self.readable += 1;
-            }
-            self.segments.push(Segment { addr: GuestAddress(descriptor.addr), len: descriptor.len });
+            self.add(descriptor)?;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
             }
@@ -153,25 +207,35 @@ impl Chain {
     }
 }
 
-fn read_descriptor<M: GuestMemory>(mem: &M, table: GuestAddress, index: u16) -> Result<Descriptor, ChainError> {
-    let outside = ChainError::Table(table.0);
-    let addr = table.0.checked_add(u64::from(index) * DESCRIPTOR_BYTES).ok_or(outside)?;
+/// A descriptor of the ring's own table.
+#[inline]
+fn descriptor<M: GuestMemory>(areas: &Areas<M>, index: u16) -> Result<Descriptor, ChainError> {
+    let size = areas.size();
+    if index >= size {
+        return Err(ChainError::Index { index, size });
+    }
+    areas.descriptor(index).map(Descriptor::of).map_err(|_| ChainError::Table(areas.table().0))
+}
+
+/// A descriptor of an indirect table.
+fn indirect_descriptor<M: GuestMemory>(mem: &M, table: u64, index: u16) -> Result<Descriptor, ChainError> {
+    let outside = ChainError::Table(table);
+    let addr = table.checked_add(u64::from(index) * DESCRIPTOR_BYTES).ok_or(outside)?;
     let mut raw = [0_u8; DESCRIPTOR_BYTES as usize];
     mem.read_slice(&mut raw, GuestAddress(addr)).map_err(|_| outside)?;
-    let mut descriptor = Descriptor::default();
-    descriptor.as_mut_slice().copy_from_slice(&raw);
-    Ok(Descriptor {
-        addr: u64::from_le(descriptor.addr),
-        len: u32::from_le(descriptor.len),
-        flags: u16::from_le(descriptor.flags),
-        next: u16::from_le(descriptor.next),
-    })
+    let (addr, rest) = raw.split_at(8);
+    let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+    Ok(Descriptor::of([word(addr), word(rest)]))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
+
     use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+    use crate::areas::Addresses;
 
     type Ram = GuestMemoryMmap<()>;
 
@@ -180,13 +244,16 @@ mod tests {
     }
 
     fn put(mem: &Ram, table: u64, index: u16, addr: u64, len: u32, flags: u16, next: u16) {
-        let descriptor = Descriptor { addr, len, flags, next };
-        mem.write_slice(descriptor.as_slice(), GuestAddress(table + u64::from(index) * 16)).unwrap();
+        let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
+        let bytes = [addr.to_le_bytes(), rest.to_le_bytes()].concat();
+        mem.write_slice(&bytes, GuestAddress(table + u64::from(index) * 16)).unwrap();
     }
 
     fn read(mem: &Ram, head: u16) -> Result<Chain, ChainError> {
+        let (desc, avail, used) = (GuestAddress(0), GuestAddress(0x400), GuestAddress(0x800));
+        let areas = Areas::find(Arc::new(mem.clone()), Addresses { size: 8, desc, avail, used });
         let mut chain = Chain::default();
-        chain.read(mem, Table { addr: GuestAddress(0), size: 8, indirect: true }, head).map(|()| chain)
+        chain.read(&areas, true, head).map(|()| chain)
     }
 
     #[test]
@@ -197,6 +264,7 @@ mod tests {
         put(&mem, 0, 1, 0x3000, 1, WRITE, 0);
         let chain = read(&mem, 2).unwrap();
         assert_eq!(chain.readable().0, [Segment { addr: GuestAddress(0x1000), len: 16 }]);
+        assert_eq!((chain.readable_bytes(), chain.writable_bytes()), (16, 513));
         assert_eq!(chain.writable().bytes(), 513);
     }
 

@@ -14,6 +14,7 @@ use crate::inlet::{Buffers, Inlet};
 use crate::limit::{Cost, Limiter};
 use crate::memory::GuestRam;
 use crate::queue_thread::device_tag;
+use crate::requests::Requests;
 use crate::stats::Figures;
 use crate::uring::{Uring, UringError};
 
@@ -122,12 +123,30 @@ pub trait QueueHandler: Send + 'static {
     /// A request has come. Heads of requests in flight are distinct.
     fn request<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress;
 
+    /// Requests have come: hands each of them to [`QueueHandler::request`]. For a handler that does better with several at
+    /// a time.
+    fn requests<M: GuestMemory>(&mut self, io: &mut Io<'_>, requests: &mut Requests<'_, M>) {
+        while self.blocked().is_none() && requests.advance(|chain| self.cost(chain)) {
+            let (mem, chain) = requests.current();
+            match self.request(io, mem, chain) {
+                Progress::Done { written } => requests.done(written),
+                Progress::Pending => requests.pending(),
+            }
+        }
+    }
+
+    /// Every request is finished before the one behind it. Then those that a predecessor took and did not finish are what
+    /// the avail ring holds from the used index on, and none has to be recorded while it is in flight.
+    fn completes_in_order(&self) -> bool {
+        false
+    }
+
     /// The operation that was pushed for `head` has ended with `result`, a negated errno on failure.
     fn completion<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, head: u16, result: i32) -> Progress;
 
     /// What a request takes from the limits of its queue.
     fn cost(&self, chain: &Chain) -> Cost {
-        Cost { bytes: chain.readable().bytes() + chain.writable().bytes(), operations: 1 }
+        Cost { bytes: chain.readable_bytes() + chain.writable_bytes(), operations: 1 }
     }
 
     /// All requests that were there have been handed over, and those that are finished are in the used ring: time for

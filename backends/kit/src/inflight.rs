@@ -18,6 +18,12 @@
 //!
 //! All accesses are atomic and go to shared memory in program order (release stores on x86-64), so that a
 //! process killed between any two of them leaves a state that [`Tracker::recover`] understands.
+//!
+//! A device that completes in the order of taking needs no marks: what is unfinished is what the avail ring holds from the
+//! used index on. Its record says that nothing is in flight, and a successor begins at the used index
+//! ([`Tracker::recover_in_order`]).
+
+#![allow(unsafe_code, reason = "a mapped region is looked at as the structures that it holds")]
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -26,12 +32,31 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{FileOffset, MmapRegion};
 
-const HEADER_BYTES: usize = 16;
-const ENTRY_BYTES: usize = 16;
+const HEADER_BYTES: usize = size_of::<Head>();
+const ENTRY_BYTES: usize = size_of::<Entry>();
 const PART_ALIGN: usize = 64;
 const VERSION: u16 = 1;
+
+/// The head of one queue's part. All fields are little endian.
+#[repr(C)]
+struct Head {
+    features: AtomicU64,
+    version: AtomicU16,
+    desc_num: AtomicU16,
+    last_batch_head: AtomicU16,
+    used_idx: AtomicU16,
+}
+
+/// What is recorded of one descriptor.
+#[repr(C)]
+struct Entry {
+    inflight: AtomicU8,
+    padding: [AtomicU8; 5],
+    next: AtomicU16,
+    counter: AtomicU64,
+}
 
 /// Why a region was refused.
 #[derive(Debug, Error)]
@@ -149,136 +174,151 @@ pub struct Tracker {
     counter: u64,
 }
 
+#[inline]
+fn load(cell: &AtomicU16) -> u16 {
+    u16::from_le(cell.load(Ordering::Acquire))
+}
+
+#[inline]
+fn store(cell: &AtomicU16, value: u16) {
+    cell.store(value.to_le(), Ordering::Release);
+}
+
+impl Entry {
+    fn in_flight(&self) -> bool {
+        self.inflight.load(Ordering::Acquire) != 0
+    }
+
+    #[inline]
+    fn set_in_flight(&self, value: bool) {
+        self.inflight.store(u8::from(value), Ordering::Release);
+    }
+}
+
 impl Tracker {
-    fn u8_at(&self, offset: usize) -> Option<&AtomicU8> {
-        self.region.map.get_atomic_ref(self.base + offset).ok()
+    #[inline]
+    fn head(&self) -> &Head {
+        // SAFETY: `base` and a whole part from there on lie within the mapping (`Region::map`, `Region::tracker`), which
+        // begins at a page's boundary and stays as long as the region that is held here; `base` is a multiple of 64. The
+        // structure is made of atomics only, for which every bit pattern is a value, so others may write it at any time.
+        unsafe { &*self.region.map.as_ptr().add(self.base).cast::<Head>() }
     }
 
-    fn u16_at(&self, offset: usize) -> Option<&AtomicU16> {
-        self.region.map.get_atomic_ref(self.base + offset).ok()
-    }
-
-    fn u64_at(&self, offset: usize) -> Option<&AtomicU64> {
-        self.region.map.get_atomic_ref(self.base + offset).ok()
-    }
-
-    fn load_u16(&self, offset: usize) -> u16 {
-        self.u16_at(offset).map_or(0, |cell| u16::from_le(cell.load(Ordering::Acquire)))
-    }
-
-    fn store_u16(&self, offset: usize, value: u16) {
-        if let Some(cell) = self.u16_at(offset) {
-            cell.store(value.to_le(), Ordering::Release);
+    /// The entries of the whole part, also those that the ring does not reach.
+    #[inline]
+    fn entries(&self) -> &[Entry] {
+        // SAFETY: as many entries as the region's queues have lie behind the head in each part (`part_bytes`); for the rest
+        // see `head`.
+        unsafe {
+            let first = self.region.map.as_ptr().add(self.base + HEADER_BYTES).cast::<Entry>();
+            std::slice::from_raw_parts(first, usize::from(self.region.queue_size))
         }
     }
 
-    fn entry(head: u16) -> usize {
-        HEADER_BYTES + ENTRY_BYTES * usize::from(head)
-    }
-
-    fn in_flight(&self, head: u16) -> bool {
-        self.u8_at(Self::entry(head)).is_some_and(|cell| cell.load(Ordering::Acquire) != 0)
-    }
-
-    fn set_in_flight(&self, head: u16, value: bool) {
-        if let Some(cell) = self.u8_at(Self::entry(head)) {
-            cell.store(u8::from(value), Ordering::Release);
-        }
+    /// The entry of a descriptor of the ring.
+    #[inline]
+    fn entry(&self, head: u16) -> Option<&Entry> {
+        self.entries().get(usize::from(head)).filter(|_| head < self.ring_size)
     }
 
     /// Reads what a predecessor left, mends the last completion that it may not have finished recording,
     /// and says what must be submitted again. `used` is the index in the used ring.
     pub fn recover(&mut self, used: u16) -> Result<Recovered, InflightError> {
         let damaged = |what| InflightError::Damaged { queue: self.queue, what };
-        let version = self.load_u16(8);
+        let (part, entries) = (self.head(), self.entries());
+        let version = load(&part.version);
         if version == 0 {
-            self.store_u16(10, self.ring_size);
-            self.store_u16(12, 0);
-            self.store_u16(14, used);
+            store(&part.desc_num, self.ring_size);
+            store(&part.last_batch_head, 0);
+            store(&part.used_idx, used);
             // All of it, also what this ring does not reach: a later one may be larger.
-            for head in 0..self.region.queue_size {
-                self.set_in_flight(head, false);
-            }
-            self.store_u16(8, VERSION);
+            entries.iter().for_each(|entry| entry.set_in_flight(false));
+            store(&part.version, VERSION);
             return Ok(Recovered::default());
         }
         if version != VERSION {
             return Err(damaged("its version is unknown"));
         }
-        let unfinished: Vec<u16> = (0..self.region.queue_size).filter(|head| self.in_flight(*head)).collect();
-        let desc_num = self.load_u16(10);
+        let unfinished = || (0..self.region.queue_size).zip(entries).filter(|(_, entry)| entry.in_flight());
+        let desc_num = load(&part.desc_num);
         if desc_num != self.ring_size {
-            if !unfinished.is_empty() {
+            if unfinished().next().is_some() {
                 return Err(InflightError::QueueSize { queue: self.queue, region: desc_num, ring: self.ring_size });
             }
             // The guest has set the ring up anew with another size.
-            self.store_u16(10, self.ring_size);
+            store(&part.desc_num, self.ring_size);
         }
-        if unfinished.iter().any(|head| *head >= self.ring_size) {
+        if unfinished().any(|(head, _)| head >= self.ring_size) {
             return Err(damaged("a request lies outside the ring"));
         }
-        let behind = used.wrapping_sub(self.load_u16(14));
-        if behind != 0 && !unfinished.is_empty() {
+        let behind = used.wrapping_sub(load(&part.used_idx));
+        if behind != 0 && unfinished().next().is_some() {
             // The last batch reached the used ring, but its entries were not cleared.
             if behind > self.ring_size {
                 return Err(damaged("its used index is too far from the ring's"));
             }
-            let mut head = self.load_u16(12);
+            let mut head = load(&part.last_batch_head);
             for _ in 0..behind {
-                if head >= self.ring_size {
-                    return Err(damaged("its last batch leaves the table"));
-                }
-                self.set_in_flight(head, false);
-                head = self.load_u16(Self::entry(head) + 6);
+                let entry = self.entry(head).ok_or(damaged("its last batch leaves the table"))?;
+                entry.set_in_flight(false);
+                head = load(&entry.next);
             }
         }
-        self.store_u16(14, used);
-        let mut resubmit: Vec<(u64, u16)> = unfinished
-            .into_iter()
-            .filter(|head| self.in_flight(*head))
-            .filter_map(|head| {
-                let counter = self.u64_at(Self::entry(head) + 8)?.load(Ordering::Acquire);
-                Some((u64::from_le(counter), head))
-            })
-            .collect();
+        store(&part.used_idx, used);
+        let counter = |entry: &Entry| u64::from_le(entry.counter.load(Ordering::Acquire));
+        let mut resubmit: Vec<(u64, u16)> = unfinished().map(|(head, entry)| (counter(entry), head)).collect();
         resubmit.sort_unstable();
         self.counter = resubmit.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         Ok(Recovered { resubmit: resubmit.into_iter().map(|(_, head)| head).collect(), continued: true })
     }
 
+    /// The same for a device that completes in the order of taking: what a predecessor has recorded as taken is forgotten,
+    /// because the avail ring still holds all of it from the used index on. How many those were.
+    pub fn recover_in_order(&mut self, used: u16) -> Result<Recovered, InflightError> {
+        let recovered = self.recover(used)?;
+        self.entries().iter().for_each(|entry| entry.set_in_flight(false));
+        Ok(recovered)
+    }
+
     /// Records that `head` was taken from the avail ring.
+    #[inline]
     pub fn take(&mut self, head: u16) {
-        if head >= self.ring_size {
-            return;
-        }
-        if let Some(cell) = self.u64_at(Self::entry(head) + 8) {
-            cell.store(self.counter.to_le(), Ordering::Release);
-        }
-        self.counter = self.counter.wrapping_add(1);
-        self.set_in_flight(head, true);
+        let counter = self.counter;
+        let Some(entry) = self.entry(head) else { return };
+        entry.counter.store(counter.to_le(), Ordering::Release);
+        entry.set_in_flight(true);
+        self.counter = counter.wrapping_add(1);
     }
 
     /// Records that `head` is about to enter the used ring, together with those before and after it until
     /// [`Tracker::completed`].
+    #[inline]
     pub fn completing(&mut self, head: u16) {
-        if head < self.ring_size {
-            let last = self.load_u16(12);
-            self.store_u16(Self::entry(head) + 6, last);
-            self.store_u16(12, head);
+        if let Some(entry) = self.entry(head) {
+            let part = self.head();
+            entry.next.store(part.last_batch_head.load(Ordering::Relaxed), Ordering::Release);
+            store(&part.last_batch_head, head);
         }
     }
 
     /// Records that the used ring's index is now `used` and `heads` are in it.
+    #[inline]
     pub fn completed(&mut self, heads: impl Iterator<Item = u16>, used: u16) {
         // The index last: until then a successor clears the whole batch.
-        heads.filter(|head| *head < self.ring_size).for_each(|head| self.set_in_flight(head, false));
-        self.store_u16(14, used);
+        heads.filter_map(|head| self.entry(head)).for_each(|entry| entry.set_in_flight(false));
+        self.settled(used);
+    }
+
+    /// Records that the used ring's index is now `used`, for a device without marks.
+    #[inline]
+    pub fn settled(&mut self, used: u16) {
+        store(&self.head().used_idx, used);
     }
 
     /// Records that `head` was not taken after all.
     pub fn give_back(&mut self, head: u16) {
-        if head < self.ring_size {
-            self.set_in_flight(head, false);
+        if let Some(entry) = self.entry(head) {
+            entry.set_in_flight(false);
         }
     }
 }
@@ -324,10 +364,10 @@ mod tests {
                 used = 11;
             }
             if died_after >= 3 {
-                tracker.set_in_flight(3, false);
+                tracker.entry(3).unwrap().set_in_flight(false);
             }
             if died_after >= 4 {
-                tracker.store_u16(14, used);
+                tracker.settled(used);
             }
             let left = region.tracker(0, 8).unwrap().recover(used).unwrap().resubmit;
             let expected: &[u16] = if died_after >= 2 { &[1] } else { &[3, 1] };
@@ -339,12 +379,12 @@ mod tests {
     fn a_damaged_region_is_refused() {
         type Damage = (&'static str, fn(&Tracker));
         let cases: &[Damage] = &[
-            ("unknown version", |t| t.store_u16(8, 7)),
-            ("other queue size", |t| t.store_u16(10, 4)),
-            ("used index far away", |t| t.store_u16(14, 1000)),
+            ("unknown version", |t| store(&t.head().version, 7)),
+            ("other queue size", |t| store(&t.head().desc_num, 4)),
+            ("used index far away", |t| store(&t.head().used_idx, 1000)),
             ("batch outside the table", |t| {
-                t.store_u16(14, 9);
-                t.store_u16(12, 4000);
+                store(&t.head().used_idx, 9);
+                store(&t.head().last_batch_head, 4000);
             }),
         ];
         for (name, damage) in cases {
@@ -357,13 +397,27 @@ mod tests {
         }
     }
 
+    /// A predecessor kept marks, its successor does without them: what was taken is in the avail ring from the used index on.
+    #[test]
+    fn a_successor_that_completes_in_order_forgets_the_marks() {
+        let region = region();
+        let mut first = region.tracker(0, 8).unwrap();
+        first.recover(5).unwrap();
+        first.take(6);
+        first.take(2);
+        let mut second = region.tracker(0, 8).unwrap();
+        assert_eq!(second.recover_in_order(5).unwrap().resubmit, [6, 2]);
+        second.settled(7);
+        assert_eq!(region.tracker(0, 8).unwrap().recover(7).unwrap(), Recovered { resubmit: vec![], continued: true });
+    }
+
     /// A region came with entries set and no version: they were cleared only as far as the ring went, and a
     /// successor with a larger ring found requests that nobody had made.
     #[test]
     fn a_fresh_region_is_cleared_beyond_a_small_ring() {
         let region = region();
         let small = region.tracker(0, 2);
-        region.tracker(0, 8).unwrap().set_in_flight(5, true);
+        region.tracker(0, 8).unwrap().entry(5).unwrap().set_in_flight(true);
         assert_eq!(small.unwrap().recover(0).unwrap(), Recovered::default());
         assert!(region.tracker(0, 8).unwrap().recover(0).unwrap().resubmit.is_empty());
     }

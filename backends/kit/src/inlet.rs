@@ -11,7 +11,6 @@
 //! takes them again, in the same order. When the ring stops they are given back, and what is completed is always a prefix
 //! of what was taken.
 
-use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,6 +18,7 @@ use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
+use crate::hand::Hand;
 use crate::memory::{OutOfRange, Segment, Segments};
 use crate::ring::{Ring, RingError, Taken};
 use crate::stats::{Figures, Part, add};
@@ -30,7 +30,7 @@ const PUBLISH_AT: usize = 16;
 
 /// A ring that others than its own thread may fill.
 #[derive(Debug)]
-pub struct Inlet<M> {
+pub struct Inlet<M: GuestMemory> {
     index: u16,
     gate: Arc<Gate>,
     pulse: Arc<QueuePulse>,
@@ -41,26 +41,19 @@ pub struct Inlet<M> {
 
 /// A running ring and the buffers in its hand.
 #[derive(Debug)]
-struct Open<M> {
-    mem: Arc<M>,
-    ring: Ring,
+struct Open<M: GuestMemory> {
+    ring: Ring<M>,
     err: Option<OwnedFd>,
     enabled: bool,
     broken: bool,
-    hand: VecDeque<Held>,
-    /// Chains whose memory is used again.
-    spare: Vec<Chain>,
+    hand: Hand,
     /// The writable parts of several chains, one after the other.
     joined: Vec<Segment>,
     /// Buffers that are filled and not yet in the used ring: whole frames.
     done: Vec<(u16, u32)>,
+    /// What was filled since figures were written last: things, and bytes of them.
+    filled: (u64, u64),
     malformed: u64,
-}
-
-#[derive(Debug)]
-struct Held {
-    chain: Chain,
-    bytes: u64,
 }
 
 impl<M: GuestMemory> Inlet<M> {
@@ -103,16 +96,24 @@ impl<M: GuestMemory> Inlet<M> {
 
     /// Puts what was filled into the used ring.
     fn publish(&self, open: &mut Open<M>) {
-        if !open.done.is_empty() {
-            let ended = open.ring.complete_together(&*open.mem, &open.done);
-            open.done.clear();
-            open.check(self.index, ended);
+        let count = open.done.len() as u64;
+        if count == 0 {
+            return;
         }
+        let ended = open.ring.complete_together(&open.done);
+        open.done.clear();
+        open.check(self.index, ended);
+        // A buffer that waits for something to come is no request that waits for this process: it counts once it is filled.
+        add(&self.pulse.taken, count);
+        add(&self.pulse.completed, count);
+        add(&self.figures.requests, count);
+        let (things, bytes) = std::mem::take(&mut open.filled);
+        Figures::new(&self.figures).read_several(things, bytes);
     }
 
     fn tell(&self, open: &mut Open<M>) {
         self.publish(open);
-        match open.ring.notify(&*open.mem) {
+        match open.ring.notify() {
             Ok(false) => {}
             Ok(true) => add(&self.figures.calls, 1),
             Err(e) => open.check(self.index, Err(e)),
@@ -120,23 +121,22 @@ impl<M: GuestMemory> Inlet<M> {
     }
 
     pub(crate) fn start(&self, start: RingStart<M>) -> Result<OwnedFd, RingError> {
-        let mut ring = Ring::start(&*start.mem, start.config)?;
+        let mut ring = Ring::start(start.mem, start.config)?;
         ring.call = start.call;
         if ring.continued() {
             ring.interrupt();
         }
         // Kicks say that there are new buffers, which is of interest only to who waits for some.
-        ring.disarm(&*start.mem)?;
+        ring.disarm()?;
         *self.lock() = Some(Open {
-            mem: start.mem,
             ring,
             err: start.err,
             enabled: start.enabled,
             broken: false,
-            hand: VecDeque::new(),
-            spare: Vec::new(),
+            hand: Hand::default(),
             joined: Vec::new(),
             done: Vec::new(),
+            filled: (0, 0),
             malformed: 0,
         });
         Ok(start.kick)
@@ -146,14 +146,14 @@ impl<M: GuestMemory> Inlet<M> {
     pub(crate) fn stop(&self) -> Option<u16> {
         let mut open = self.lock().take()?;
         self.tell(&mut open);
-        let heads: Vec<u16> = open.hand.iter().map(|held| held.chain.head()).collect();
+        let heads: Vec<u16> = open.hand.iter().map(Chain::head).collect();
         open.ring.give_back(&heads);
         Some(open.ring.next_avail())
     }
 
     pub(crate) fn set_memory(&self, mem: Arc<M>) {
         if let Some(open) = &mut *self.lock() {
-            open.mem = mem;
+            open.ring.set_memory(mem);
         }
     }
 
@@ -204,12 +204,29 @@ pub struct Buffers<'a, M: GuestMemory> {
 impl<M: GuestMemory> Buffers<'_, M> {
     /// Takes buffers until the first `chains_max` of those in the hand have room for `bytes`; false when the guest has
     /// not made enough available. Buffers with less room than `least` are given back unused.
+    #[inline]
     pub fn gather(&mut self, bytes: u64, chains_max: usize, least: u64) -> bool {
         let Some(open) = &mut *self.guard else { return false };
+        if open.hand.is_empty() && !self.inlet.take(open) {
+            return false;
+        }
+        // Nearly always one is enough.
+        let room = open.hand.front().map_or(0, Chain::writable_bytes);
+        room >= bytes.max(least) && chains_max > 0 || self.gather_several(bytes, chains_max, least)
+    }
+
+    fn gather_several(&mut self, bytes: u64, chains_max: usize, least: u64) -> bool {
+        let Some(open) = &mut *self.guard else { return false };
+        // No guest keeps us here by offering ever more that is of no use.
+        let mut useless = open.ring.size();
         let mut room = 0;
         let mut position = 0;
         loop {
-            if open.hand.front().is_some_and(|held| held.bytes < least) {
+            if open.hand.front().is_some_and(|chain| chain.writable_bytes() < least) {
+                if useless == 0 {
+                    return false;
+                }
+                useless -= 1;
                 self.inlet.finish(open, 1, 0);
                 (room, position) = (0, 0);
                 continue;
@@ -223,7 +240,7 @@ impl<M: GuestMemory> Buffers<'_, M> {
             if open.hand.len() == position && !self.inlet.take(open) {
                 return false;
             }
-            room += open.hand.get(position).map_or(0, |held| held.bytes);
+            room += open.hand.get(position).map_or(0, Chain::writable_bytes);
             position += 1;
         }
     }
@@ -236,33 +253,37 @@ impl<M: GuestMemory> Buffers<'_, M> {
             return None;
         }
         let open = self.guard.as_ref()?;
-        Some((&*open.mem, &open.hand.front()?.chain))
+        Some((&**open.ring.memory(), open.hand.front()?))
     }
 
     /// How many of the buffers in the hand `bytes` will take: at least one.
+    #[inline]
     pub fn count(&self, bytes: u64) -> usize {
         let Some(open) = &*self.guard else { return 0 };
-        let mut room = 0;
-        let filled = open.hand.iter().take_while(|held| {
-            let needed = room < bytes;
-            room += held.bytes;
-            needed
-        });
-        filled.count().max(1)
+        let mut room = open.hand.front().map_or(0, Chain::writable_bytes);
+        let mut chains = 1;
+        while room < bytes
+            && let Some(chain) = open.hand.get(chains)
+        {
+            room += chain.writable_bytes();
+            chains += 1;
+        }
+        chains
     }
 
     /// Guest memory and the writable parts of the first `chains` buffers in the hand, one after the other.
+    #[inline]
     pub fn room(&mut self, chains: usize) -> Option<(&M, Segments<'_>)> {
         let open = self.guard.as_mut()?;
         if chains > 1 {
             open.joined.clear();
-            for held in open.hand.iter().take(chains) {
-                open.joined.extend_from_slice(held.chain.writable().0);
+            for chain in open.hand.iter().take(chains) {
+                open.joined.extend_from_slice(chain.writable().0);
             }
         }
         let open = &*open;
-        let room = if chains > 1 { Segments(&open.joined) } else { open.hand.front()?.chain.writable() };
-        Some((&*open.mem, room))
+        let room = if chains > 1 { Segments(&open.joined) } else { open.hand.front()?.writable() };
+        Some((&**open.ring.memory(), room))
     }
 
     /// Completes the first `chains` buffers in the hand, over which `bytes` were written from the first one on.
@@ -291,7 +312,7 @@ impl<M: GuestMemory> Buffers<'_, M> {
     /// Asks the guest for a kick when it makes something available; true when it has done so meanwhile.
     pub(crate) fn arm(&mut self) -> bool {
         let Some(open) = &mut *self.guard else { return false };
-        match open.ring.arm(&*open.mem) {
+        match open.ring.arm() {
             Ok(more) => more,
             Err(e) => {
                 open.check(self.inlet.index, Err(e));
@@ -303,7 +324,7 @@ impl<M: GuestMemory> Buffers<'_, M> {
     /// Tells the guest that kicks are of no use now.
     pub(crate) fn disarm(&mut self) {
         if let Some(open) = &mut *self.guard {
-            let told = open.ring.disarm(&*open.mem);
+            let told = open.ring.disarm();
             open.check(self.inlet.index, told);
         }
     }
@@ -320,57 +341,47 @@ impl<M: GuestMemory> Drop for Buffers<'_, M> {
 }
 
 impl<M: GuestMemory> Inlet<M> {
-    /// Takes one buffer into the hand.
+    /// Takes one buffer into the hand. One that makes no sense has no room, and is given back when its turn comes.
+    #[inline]
     fn take(&self, open: &mut Open<M>) -> bool {
-        // A ring full of malformed chains, and then somebody else's turn.
-        for _ in 0..=open.ring.size() {
-            if open.broken {
-                return false;
+        if open.broken {
+            return false;
+        }
+        let ring = &mut open.ring;
+        let taken = open.hand.add(|chain| {
+            let taken = ring.take(chain);
+            (matches!(taken, Ok(Taken::Request | Taken::Malformed(_))), taken)
+        });
+        match taken {
+            Some(Ok(Taken::Request)) => true,
+            Some(Ok(Taken::Malformed(e))) => {
+                open.malformed += 1;
+                add(&self.figures.malformed, 1);
+                // The guest decides how often this happens: say it at each power of two.
+                if open.malformed.is_power_of_two() {
+                    tracing::warn!(queue = self.index, count = open.malformed, error = %e, "malformed buffer");
+                }
+                true
             }
-            let mut chain = open.spare.pop().unwrap_or_default();
-            match open.ring.take(&*open.mem, &mut chain) {
-                Ok(Taken::Request) => {
-                    let bytes = chain.writable().bytes();
-                    open.hand.push_back(Held { chain, bytes });
-                    return true;
-                }
-                Ok(Taken::Empty) => {
-                    open.spare.push(chain);
-                    return false;
-                }
-                Ok(Taken::Malformed(e)) => {
-                    open.spare.push(chain);
-                    open.malformed += 1;
-                    add(&self.figures.malformed, 1);
-                    // The guest decides how often this happens: say it at each power of two.
-                    if open.malformed.is_power_of_two() {
-                        tracing::warn!(queue = self.index, count = open.malformed, error = %e, "malformed buffer");
-                    }
-                }
-                Err(e) => open.check(self.index, Err(e)),
+            Some(Ok(Taken::Empty)) | None => false,
+            Some(Err(e)) => {
+                open.check(self.index, Err(e));
+                false
             }
         }
-        false
     }
 
+    #[inline]
     fn finish(&self, open: &mut Open<M>, chains: usize, bytes: u64) {
         let mut left = bytes;
-        let before = open.done.len();
         for _ in 0..chains {
-            let Some(held) = open.hand.pop_front() else { break };
-            let written = held.bytes.min(left);
+            let Some((head, room)) = open.hand.remove() else { break };
+            let written = room.min(left);
             left -= written;
-            open.done.push((held.chain.head(), written.try_into().unwrap_or(u32::MAX)));
-            open.spare.push(held.chain);
+            open.done.push((head, written.try_into().unwrap_or(u32::MAX)));
         }
-        let count = (open.done.len() - before) as u64;
-        // A buffer that waits for something to come is no request that waits for this process: it counts once it is filled.
-        add(&self.pulse.taken, count);
-        add(&self.pulse.completed, count);
-        add(&self.figures.requests, count);
-        if bytes > 0 {
-            Figures::new(&self.figures).read(bytes);
-        }
+        open.filled.0 += u64::from(bytes > 0);
+        open.filled.1 += bytes;
         if open.done.len() >= PUBLISH_AT {
             self.publish(open);
         }

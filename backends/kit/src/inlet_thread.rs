@@ -27,7 +27,7 @@ const TAG_SOURCE: u64 = 3;
 const TAG_TIME: u64 = 4;
 const TAG_REMOVED: u64 = 5;
 
-pub(crate) struct InletThread<H, M> {
+pub(crate) struct InletThread<H, M: GuestMemory> {
     index: u16,
     uring: Uring,
     handler: H,

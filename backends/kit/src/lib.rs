@@ -20,6 +20,7 @@
 //! given head index, which is what resubmitting a request in flight needs, and a malformed chain looks to
 //! its reader like one that simply ends.
 
+mod areas;
 pub mod back_channel;
 pub mod chain;
 pub mod device;
@@ -28,6 +29,7 @@ pub mod dirty;
 pub mod driver;
 mod early_enable;
 pub mod fence;
+mod hand;
 pub mod inflight;
 pub mod inlet;
 mod inlet_thread;
@@ -38,7 +40,9 @@ pub mod memory;
 pub mod meter;
 pub mod program;
 mod queue_thread;
+pub mod requests;
 pub mod ring;
+mod segments;
 pub mod serve;
 pub mod session;
 pub mod sidecar;
@@ -57,3 +61,4 @@ pub const EXIT_ORPHANED: i32 = 71;
 
 pub use device::{ConfigError, Device, Progress, QueueHandler, QueueLayout, Wait};
 pub use inlet::{Buffers, Inlet};
+pub use requests::Requests;

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use atoll_protocol::stats::bucket;
 
-use crate::stats::{Figures, Part, add};
+use crate::stats::{Part, add};
 
 /// Requests of one group.
 const GROUP: u32 = 8;
@@ -34,11 +34,6 @@ impl Meter {
     /// Counts in this part of a page.
     pub fn new(stats: Part) -> Self {
         Self { stats, start: Instant::now(), taken: Vec::new(), since: 0, finished: 0, group: GROUP }
-    }
-
-    /// For the device's handler.
-    pub fn figures(&self) -> Figures<'_> {
-        Figures::new(&self.stats)
     }
 
     /// A ring of `size` entries starts.

@@ -14,27 +14,24 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
 use crate::device::{Io, Progress, QueueHandler};
-use crate::limit::Toll;
+use crate::limit::{Cost, Toll};
 use crate::meter::Meter;
-use crate::ring::{Ring, RingError, Taken};
+use crate::requests::{PUBLISH_AT, Requests, Turn, publish};
+use crate::ring::{Ring, RingError};
 use crate::spin::Spin;
-use crate::stats::add;
+use crate::stats::{Figures, Part, add};
 use crate::uring::{Completion, Uring, UringError};
 use crate::worker::{Gate, Mailbox, QueuePulse, RingOwner, RingStart, obey, wake};
 
 /// Operations that are submitted without waiting for the end of the batch.
 const SUBMIT_AT: u32 = 16;
-
-/// Completions that are published together. The guest reads the used index in a loop: each store of it costs a cache line
-/// that travels between two processors, and more than the rest of a short request.
-const PUBLISH_AT: usize = 16;
 
 const TAG_SHIFT: u32 = 56;
 const TAG_DEVICE: u64 = 1;
@@ -55,9 +52,8 @@ pub(crate) fn open<H: QueueHandler, M>(handler: &H, mailbox: &Mailbox<M>) -> Res
     Ok(uring)
 }
 
-struct Running<M> {
-    mem: Arc<M>,
-    ring: Ring,
+struct Running<M: GuestMemory> {
+    ring: Ring<M>,
     kick: OwnedFd,
     err: Option<OwnedFd>,
     enabled: bool,
@@ -66,17 +62,7 @@ struct Running<M> {
     broken: bool,
 }
 
-/// Puts what is done into the used ring, all of it under one index.
-fn publish<M: GuestMemory>(running: &mut Running<M>, done: &mut Vec<(u16, u32)>) -> Result<(), RingError> {
-    if done.is_empty() {
-        return Ok(());
-    }
-    let result = running.ring.complete_together(&*running.mem, done);
-    done.clear();
-    result
-}
-
-pub(crate) struct QueueThread<H, M> {
+pub(crate) struct QueueThread<H, M: GuestMemory> {
     index: u16,
     uring: Uring,
     handler: H,
@@ -97,6 +83,8 @@ pub(crate) struct QueueThread<H, M> {
     malformed: u64,
     /// What the handler is blocked by is being polled.
     sink_watched: bool,
+    /// For the handler; the meter counts in the same part.
+    figures: Part,
     meter: Meter,
     toll: Toll,
 }
@@ -109,7 +97,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         mailbox: Arc<Mailbox<M>>,
         pulse: Arc<QueuePulse>,
         gate: Arc<Gate>,
-        (meter, toll): (Meter, Toll),
+        (figures, toll): (Part, Toll),
     ) -> Self {
         Self {
             index,
@@ -128,7 +116,8 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             waited_for_storage: false,
             malformed: 0,
             sink_watched: false,
-            meter,
+            meter: Meter::new(figures.clone()),
+            figures,
             toll,
         }
     }
@@ -189,7 +178,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         completions.clear();
         self.completions = completions;
         if let Some(running) = &mut self.running {
-            let published = publish(running, &mut self.done);
+            let published = publish(&mut running.ring, &mut self.done);
             self.check(published);
         }
         Ok(worked)
@@ -197,87 +186,47 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
 
     fn device_completion(&mut self, head: u16, result: i32) {
         let Some(running) = &mut self.running else { return };
-        let mut io = Io::new(&mut self.uring, &mut self.outstanding, self.meter.figures());
-        let progress = self.handler.completion(&mut io, &*running.mem, head, result);
+        let mut io = Io::new(&mut self.uring, &mut self.outstanding, Figures::new(&self.figures));
+        let progress = self.handler.completion(&mut io, &**running.ring.memory(), head, result);
         if let Progress::Done { written } = progress {
             add(&self.pulse.completed, 1);
             self.meter.ended(head);
             self.done.push((head, written));
             if self.done.len() >= PUBLISH_AT {
-                let published = publish(running, &mut self.done);
+                let published = publish(&mut running.ring, &mut self.done);
                 self.check(published);
             }
         }
     }
 
-    /// Takes what the guest has made available, at most one ring full at a time.
+    /// Takes what the guest has made available, a turn of it.
     fn take(&mut self) -> Result<bool, UringError> {
         let Some(running) = &mut self.running else { return Ok(false) };
         let serves = running.enabled || running.discards;
         if !serves || running.broken || !self.gate.is_open() || self.toll.is_closed() {
             return Ok(false);
         }
-        let mut count = 0_u16;
-        let mut begun = false;
-        let mut failed = Ok(());
-        while count < running.ring.size() && self.handler.blocked().is_none() {
-            match running.ring.take(&*running.mem, &mut self.chain) {
-                Ok(Taken::Empty) => break,
-                Ok(Taken::Request) => {
-                    if !std::mem::replace(&mut begun, true) {
-                        failed = running.ring.disarm(&*running.mem);
-                        self.meter.batch();
-                    }
-                    if !running.discards {
-                        match self.toll.pay(|| self.handler.cost(&self.chain)) {
-                            Some(Duration::ZERO) => {}
-                            Some(waited) => self.meter.throttled(waited.as_nanos() as u64),
-                            None => {
-                                running.ring.put_back(self.chain.head());
-                                break;
-                            }
-                        }
-                    }
-                    add(&self.pulse.taken, 1);
-                    let mut io = Io::new(&mut self.uring, &mut self.outstanding, self.meter.figures());
-                    let progress = if running.discards {
-                        Progress::Done { written: 0 }
-                    } else {
-                        self.handler.request(&mut io, &*running.mem, &self.chain)
-                    };
-                    match progress {
-                        Progress::Pending => self.meter.pending(self.chain.head()),
-                        Progress::Done { written } => {
-                            add(&self.pulse.completed, 1);
-                            self.done.push((self.chain.head(), written));
-                            self.meter.finished();
-                            if self.done.len() >= PUBLISH_AT {
-                                failed = publish(running, &mut self.done);
-                                if failed.is_err() {
-                                    break;
-                                }
-                            }
-                        }
-                    }
-                }
-                Ok(Taken::Malformed(e)) => {
-                    self.malformed += 1;
-                    self.meter.malformed();
-                    // The guest decides how often this happens: say it at each power of two.
-                    if self.malformed.is_power_of_two() {
-                        tracing::warn!(queue = self.index, count = self.malformed, error = %e, "malformed request");
-                    }
-                }
-                Err(e) => {
-                    failed = Err(e);
-                    break;
-                }
+        let mut requests = Requests::new(Turn {
+            index: self.index,
+            ring: &mut running.ring,
+            chain: &mut self.chain,
+            done: &mut self.done,
+            toll: &mut self.toll,
+            meter: &mut self.meter,
+            pulse: &self.pulse,
+            malformed: &mut self.malformed,
+            discards: running.discards,
+        });
+        if running.discards {
+            while requests.advance(|_| Cost::default()) {
+                requests.done(0);
             }
-            count += 1;
+        } else {
+            let mut io = Io::new(&mut self.uring, &mut self.outstanding, Figures::new(&self.figures));
+            self.handler.requests(&mut io, &mut requests);
         }
-        let published = publish(running, &mut self.done);
-        self.meter.settle();
-        self.check(failed.and(published));
+        let (count, ended) = requests.end();
+        self.check(ended);
         if count > 0 {
             self.handler.batch_ended();
         }
@@ -299,7 +248,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
 
     fn announce(&mut self) {
         if let Some(running) = &mut self.running {
-            match running.ring.notify(&*running.mem) {
+            match running.ring.notify() {
                 Ok(false) => {}
                 Ok(true) => self.meter.called(),
                 Err(e) => self.check(Err(e)),
@@ -331,7 +280,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                 let since = Instant::now();
                 while since.elapsed() < budget {
                     for _ in 0..8 {
-                        if running.ring.waiting(&*running.mem) {
+                        if running.ring.waiting() {
                             self.spin.caught();
                             self.meter.spun();
                             return Ok(());
@@ -343,7 +292,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     }
                 }
             }
-            let armed = running.ring.arm(&*running.mem);
+            let armed = running.ring.arm();
             match armed {
                 Ok(false) => {}
                 Ok(true) => return Ok(()),
@@ -401,7 +350,7 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
 
     fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
         self.stop()?;
-        let mut ring = match Ring::start(&*start.mem, start.config) {
+        let mut ring = match Ring::start(start.mem, start.config) {
             Ok(ring) => ring,
             Err(e) => return Ok(Err(e)),
         };
@@ -412,7 +361,6 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
             ring.interrupt();
         }
         self.running = Some(Running {
-            mem: start.mem,
             ring,
             kick: start.kick,
             err: start.err,
@@ -443,7 +391,7 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
     fn set_memory(&mut self, mem: Arc<M>) -> Result<(), UringError> {
         self.drain()?;
         if let Some(running) = &mut self.running {
-            running.mem = mem;
+            running.ring.set_memory(mem);
         }
         Ok(())
     }

@@ -274,6 +274,7 @@ impl<D: Device> Conversation<D> {
             event_idx: features & EVENT_IDX != 0,
             indirect: features & INDIRECT != 0,
             tracker,
+            in_order: worker.in_order(),
         };
         let call = queue.call.as_ref().map(event_fd).transpose();
         let call = call.map_err(|e| RingError::Broken { index, reason: format!("call descriptor: {e}") })?;

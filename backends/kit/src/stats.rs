@@ -96,8 +96,8 @@ impl StatsPage {
     }
 }
 
-/// One queue's part of a page.
-#[derive(Debug)]
+/// One queue's part of a page. A copy leads to the same figures, and belongs to the same thread.
+#[derive(Debug, Clone)]
 pub struct Part {
     page: Arc<StatsPage>,
     /// Below the page's number of queues.
@@ -139,6 +139,18 @@ impl<'a> Figures<'a> {
     pub fn read(self, bytes: u64) {
         add(&self.0.reads, 1);
         add(&self.0.read_bytes, bytes);
+    }
+
+    /// So many requests have moved `bytes` to the guest.
+    pub fn read_several(self, requests: u64, bytes: u64) {
+        add(&self.0.reads, requests);
+        add(&self.0.read_bytes, bytes);
+    }
+
+    /// So many requests have moved `bytes` from the guest.
+    pub fn written_several(self, requests: u64, bytes: u64) {
+        add(&self.0.writes, requests);
+        add(&self.0.write_bytes, bytes);
     }
 
     /// A request has moved `bytes` from the guest.

@@ -15,7 +15,6 @@ use crate::device::QueueHandler;
 use crate::inlet::Inlet;
 use crate::inlet_thread::{self, InletThread};
 use crate::limit::{Limiter, Toll};
-use crate::meter::Meter;
 use crate::queue_thread::{QueueThread, open};
 use crate::ring::{RingConfig, RingError};
 use crate::stats::Part;
@@ -148,16 +147,17 @@ pub(crate) fn obey<M>(owner: &mut impl RingOwner<M>) -> Result<bool, UringError>
 }
 
 /// What a queue thread does, and where it counts.
-enum Role<M> {
+enum Role<M: GuestMemory> {
     /// It fills buffers with what comes from outside.
     Filled(Arc<Inlet<M>>),
     /// It carries out requests.
-    Asked(Meter, Toll),
+    Asked(Part, Toll),
 }
 
 /// The conversation's handle of one queue thread. Each call returns when the thread has done it.
-pub struct Worker<M> {
+pub struct Worker<M: GuestMemory> {
     index: u16,
+    in_order: bool,
     mailbox: Arc<Mailbox<M>>,
     pulse: Arc<QueuePulse>,
     inlet: Option<Arc<Inlet<M>>>,
@@ -210,12 +210,13 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
             .map_err(|e| failed(e.to_string()))?;
         let pulse = Arc::new(QueuePulse::new(wake.try_clone().map_err(|e| failed(e.to_string()))?));
         let mailbox = Arc::new(Mailbox { commands: Mutex::default(), pending: AtomicBool::new(false), wake });
+        let in_order = handler.completes_in_order();
         let (ready, is_ready) = sync_channel(1);
         let (inbox, counts) = (Arc::clone(&mailbox), Arc::clone(&pulse));
         let role = if handler.is_inlet() {
             Role::Filled(Arc::new(Inlet::new(index, Arc::clone(&gate), Arc::clone(&pulse), figures)))
         } else {
-            Role::Asked(Meter::new(figures), Toll::new(limiter))
+            Role::Asked(figures, Toll::new(limiter))
         };
         let inlet = match &role {
             Role::Filled(inlet) => Some(Arc::clone(inlet)),
@@ -239,8 +240,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
                 let _ = ready.send(Ok(()));
                 let ended = match role {
                     Role::Filled(inlet) => InletThread::new(index, uring, handler, inbox, inlet).run(),
-                    Role::Asked(meter, toll) => {
-                        QueueThread::new(index, uring, handler, inbox, counts, gate, (meter, toll)).run()
+                    Role::Asked(figures, toll) => {
+                        QueueThread::new(index, uring, handler, inbox, counts, gate, (figures, toll)).run()
                     }
                 };
                 if let Err(e) = ended {
@@ -252,7 +253,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
             })
             .map_err(|e| failed(e.to_string()))?;
         match is_ready.recv() {
-            Ok(Ok(())) => Ok(Self { index, mailbox, pulse, inlet, thread: Some(thread) }),
+            Ok(Ok(())) => Ok(Self { index, in_order, mailbox, pulse, inlet, thread: Some(thread) }),
             Ok(Err(source)) => Err(SpawnError::Uring { index, source }),
             Err(_) => Err(failed("it ended at once".to_owned())),
         }
@@ -261,6 +262,11 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
     /// What the queue has done, and whether its thread goes round.
     pub fn pulse(&self) -> &Arc<QueuePulse> {
         &self.pulse
+    }
+
+    /// Its requests are finished in the order in which they are taken.
+    pub fn in_order(&self) -> bool {
+        self.in_order
     }
 
     /// The ring, if it is one that is filled from outside.
@@ -315,7 +321,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
     }
 }
 
-impl<M> Drop for Worker<M> {
+impl<M: GuestMemory> Drop for Worker<M> {
     fn drop(&mut self) {
         self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(Command::Quit);
         self.mailbox.pending.store(true, Ordering::Release);

@@ -1,24 +1,60 @@
 //! Frames: where a guest made one, and how one gets into a guest's buffers.
 
+use atoll_kit::chain::Chain;
 use atoll_kit::inlet::Buffers;
 use atoll_kit::memory::{OutOfRange, Segments, copy};
-use vm_memory::GuestMemory;
+use vm_memory::bitmap::MS;
+use vm_memory::{GuestMemory, VolatileSlice};
 
 use crate::face::Face;
 use crate::filter::Mac;
-use crate::header::{ETHERNET_BYTES, HEADER_BYTES, Header};
+use crate::header::{ETHERNET_BYTES, FRAME_MAX, Features, HEADER_BYTES, Header, Offloads};
 
-/// Longest frame that is copied by way of memory of ours: for less than that, one more look at guest memory costs more.
-pub const SHORT_MAX: usize = 256;
+/// Bytes of a header and of the start of a frame behind it.
+const FIRST_BYTES: usize = HEADER_BYTES + ETHERNET_BYTES;
+
+/// What a driver may send, by what it has agreed to.
+#[derive(Debug, Clone, Copy)]
+pub struct Sends {
+    head: u64,
+    offloads: Offloads,
+}
+
+impl Sends {
+    /// By these features.
+    pub fn by(features: Features) -> Self {
+        Self { head: features.header_bytes(), offloads: Offloads::from_driver(features) }
+    }
+}
+
+/// How a driver gets frames, by what it has agreed to.
+#[derive(Debug, Clone, Copy)]
+pub struct Takes {
+    head: u64,
+    chains_max: usize,
+    /// What it takes besides whole frames.
+    pub offloads: Offloads,
+}
+
+impl Takes {
+    /// As a card's driver has agreed.
+    pub fn of(face: &Face) -> Self {
+        let features = face.features();
+        let chains_max = if features.mergeable() { usize::from(u16::MAX) } else { 1 };
+        Self { head: features.header_bytes(), chains_max, offloads: Offloads::to_driver(features) }
+    }
+}
 
 /// A frame in the memory of the guest that sends it. Its header and its first bytes were read once; what is decided is
 /// decided on those, whatever the guest does meanwhile.
 #[derive(Debug)]
-pub struct Frame<'a, M> {
+pub struct Frame<'a, M: GuestMemory> {
     /// The guest's memory.
     pub mem: &'a M,
     /// What it made available.
     pub chain: Segments<'a>,
+    /// Header and frame, when they lie in one piece.
+    whole: Option<VolatileSlice<'a, MS<'a, M::PhysicalMemory>>>,
     /// Where in the chain the frame begins, behind its header.
     pub at: u64,
     /// Bytes of the frame.
@@ -27,18 +63,46 @@ pub struct Frame<'a, M> {
     pub header: Header,
     /// Addresses and type.
     pub start: [u8; ETHERNET_BYTES],
-    /// All of a short frame, read at once.
-    pub short: Option<&'a [u8]>,
 }
 
-impl<M: GuestMemory> Frame<'_, M> {
+impl<'a, M: GuestMemory> Frame<'a, M> {
+    /// Reads what a driver sends; none when it makes no sense.
+    #[inline]
+    pub fn read(sends: Sends, mem: &'a M, chain: &'a Chain) -> Option<Self> {
+        let at = sends.head;
+        let len = chain.readable_bytes().checked_sub(at)?;
+        if !(ETHERNET_BYTES as u64..=FRAME_MAX as u64).contains(&len) {
+            return None;
+        }
+        let chain = chain.readable();
+        let whole = chain.piece(mem, 0, (at + len) as usize);
+        let (header, start) = if at == HEADER_BYTES as u64
+            && let Some(Ok(first)) = whole.as_ref().map(|whole| whole.subslice(0, FIRST_BYTES))
+        {
+            let mut raw = [0; FIRST_BYTES];
+            first.copy_to(&mut raw);
+            let (header, start) = raw.split_at(HEADER_BYTES);
+            (Header::parse(header), *start.first_chunk()?)
+        } else {
+            let mut raw = [0; FIRST_BYTES];
+            let raw = raw.get_mut(..at as usize + ETHERNET_BYTES)?;
+            chain.read_at(mem, 0, raw).ok()?;
+            let (header, start) = raw.split_at_checked(at as usize)?;
+            (Header::parse(header), *start.first_chunk()?)
+        };
+        let header = header.check(sends.offloads, len).ok()?;
+        Some(Self { mem, chain, whole, at, len, header, start })
+    }
+
     /// Where it goes.
+    #[inline]
     pub fn to(&self) -> Mac {
         let [a, b, c, d, e, f, ..] = self.start;
         [a, b, c, d, e, f]
     }
 
     /// Where it comes from.
+    #[inline]
     pub fn from(&self) -> Mac {
         let [_, _, _, _, _, _, a, b, c, d, e, f, ..] = self.start;
         [a, b, c, d, e, f]
@@ -58,51 +122,62 @@ impl<M: GuestMemory> Frame<'_, M> {
 }
 
 /// Puts a frame of another guest into this guest's buffers, with one copy. False when there are no buffers for it.
-pub fn pass<M: GuestMemory, S: GuestMemory>(buffers: &mut Buffers<'_, M>, face: &Face, frame: &Frame<'_, S>) -> bool {
-    if let Some(bytes) = frame.short {
-        return put(buffers, face, &frame.header, bytes);
-    }
-    let start = frame.start.len() as u64;
-    place(buffers, face, (&frame.header, &frame.start[..]), frame.len, |mem, room, at| {
-        copy((frame.mem, frame.chain, frame.at + start), (mem, room, at), frame.len - start)
-    })
-}
-
-/// Puts bytes into this guest's buffers as a frame. False when there are no buffers for it, or it is none.
-pub fn put<M: GuestMemory>(buffers: &mut Buffers<'_, M>, face: &Face, header: &Header, bytes: &[u8]) -> bool {
-    if bytes.len() <= SHORT_MAX {
-        return place(buffers, face, (header, bytes), bytes.len() as u64, |_, _, _| Ok(()));
-    }
-    let Some((start, rest)) = bytes.split_at_checked(ETHERNET_BYTES) else { return false };
-    place(buffers, face, (header, start), bytes.len() as u64, |mem, room, at| room.write_at(mem, at, rest))
-}
-
-/// Writes header and start of a frame of `len` bytes and lets `fill` write the rest.
-fn place<M: GuestMemory>(
-    buffers: &mut Buffers<'_, M>,
-    face: &Face,
-    (header, start): (&Header, &[u8]),
-    len: u64,
-    fill: impl FnOnce(&M, Segments<'_>, u64) -> Result<(), OutOfRange>,
-) -> bool {
-    let features = face.features();
-    let head = features.header_bytes();
-    let chains_max = if features.mergeable() { usize::from(u16::MAX) } else { 1 };
-    if !buffers.gather(head + len, chains_max, head) {
-        return false;
-    }
-    let chains = buffers.count(head + len);
+#[inline]
+pub fn pass<M: GuestMemory, S: GuestMemory>(buffers: &mut Buffers<'_, M>, takes: Takes, frame: &Frame<'_, S>) -> bool {
+    let head = takes.head;
+    let whole = head + frame.len;
+    let Some(chains) = gather(buffers, takes, whole) else { return false };
     let Some((mem, room)) = buffers.room(chains) else { return false };
-    let mut first = [0; HEADER_BYTES + SHORT_MAX];
-    let both = first.get_mut(..head as usize + start.len()).unwrap_or_default();
-    let raw = header.bytes(chains as u16);
-    if let (Some((to_head, to_start)), Some(raw)) = (both.split_at_mut_checked(head as usize), raw.get(..head as usize))
-    {
-        to_head.copy_from_slice(raw);
-        to_start.copy_from_slice(start);
-    }
-    let written = room.write_at(mem, 0, both).and_then(|()| fill(mem, room, both.len() as u64));
+    // Nearly all frames lie in one piece where they come from and where they go.
+    let direct = || -> Option<()> {
+        let target = (head == HEADER_BYTES as u64).then(|| room.piece(mem, 0, whole as usize))??;
+        let source = frame.whole.as_ref()?.offset(frame.at as usize + ETHERNET_BYTES).ok()?;
+        let (to_first, to_rest) =
+            (target.subslice(0, FIRST_BYTES).ok()?, target.subslice(FIRST_BYTES, source.len()).ok()?);
+        let mut first = [0; FIRST_BYTES];
+        let (to_head, to_start) = first.split_at_mut(HEADER_BYTES);
+        to_head.copy_from_slice(&frame.header.bytes(chains as u16));
+        to_start.copy_from_slice(&frame.start);
+        to_first.copy_from(&first);
+        source.copy_to_volatile_slice(to_rest);
+        Some(())
+    };
+    let written = direct().ok_or(OutOfRange).or_else(|_| {
+        let start = frame.start.len() as u64;
+        begin(mem, room, takes, &frame.header, chains, &frame.start)?;
+        copy((frame.mem, frame.chain, frame.at + start), (mem, room, head + start), frame.len - start)
+    });
     // Buffers outside its memory are the guest's mistake: it gets them back empty.
-    buffers.finish(chains, if written.is_ok() { head + len } else { 0 });
+    buffers.finish(chains, if written.is_ok() { whole } else { 0 });
     true
+}
+
+/// Puts bytes into this guest's buffers as a frame. False when there are no buffers for it.
+pub fn put<M: GuestMemory>(buffers: &mut Buffers<'_, M>, takes: Takes, header: &Header, bytes: &[u8]) -> bool {
+    let whole = takes.head + bytes.len() as u64;
+    let Some(chains) = gather(buffers, takes, whole) else { return false };
+    let Some((mem, room)) = buffers.room(chains) else { return false };
+    let written = begin(mem, room, takes, header, chains, &[]).and_then(|()| room.write_at(mem, takes.head, bytes));
+    buffers.finish(chains, if written.is_ok() { whole } else { 0 });
+    true
+}
+
+/// Takes buffers for a header and a frame; how many.
+#[inline]
+fn gather<M: GuestMemory>(buffers: &mut Buffers<'_, M>, takes: Takes, whole: u64) -> Option<usize> {
+    buffers.gather(whole, takes.chains_max, takes.head).then(|| buffers.count(whole))
+}
+
+/// Writes a header and the start of a frame.
+fn begin<M: GuestMemory>(
+    mem: &M,
+    room: Segments<'_>,
+    takes: Takes,
+    header: &Header,
+    chains: usize,
+    start: &[u8],
+) -> Result<(), OutOfRange> {
+    let raw = header.bytes(chains as u16);
+    room.write_at(mem, 0, raw.get(..takes.head as usize).unwrap_or(&raw))?;
+    room.write_at(mem, takes.head, start)
 }

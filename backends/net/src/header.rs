@@ -135,6 +135,7 @@ pub struct Header {
 
 impl Header {
     /// Takes a header apart; a short one is filled up with zeroes.
+    #[inline]
     pub fn parse(raw: &[u8]) -> Self {
         let byte = |at: usize| raw.get(at).copied().unwrap_or(0);
         let word = |at: usize| u16::from_le_bytes([byte(at), byte(at + 1)]);
@@ -149,6 +150,7 @@ impl Header {
     }
 
     /// The header as it stands in a receive buffer, for a frame in so many of them.
+    #[inline]
     pub fn bytes(&self, buffers: u16) -> [u8; HEADER_BYTES] {
         let ([l0, l1], [s0, s1]) = (self.header_len.to_le_bytes(), self.gso_size.to_le_bytes());
         let ([c0, c1], [o0, o1]) = (self.csum_start.to_le_bytes(), self.csum_offset.to_le_bytes());
@@ -157,7 +159,17 @@ impl Header {
     }
 
     /// Checks what a driver sent with a frame of `len` bytes against what was agreed on, and clears what has no meaning.
+    #[inline]
     pub fn check(self, agreed: Offloads, len: u64) -> Result<Self, HeaderError> {
+        // Nothing is asked for, and nothing else means anything then.
+        if self.flags & NEEDS_CSUM == 0 && self.gso == 0 {
+            Ok(Self::default())
+        } else {
+            self.check_offloads(agreed, len)
+        }
+    }
+
+    fn check_offloads(self, agreed: Offloads, len: u64) -> Result<Self, HeaderError> {
         let mut checked = Self { flags: self.flags & NEEDS_CSUM, ..self };
         if self.flags & NEEDS_CSUM != 0 {
             if !agreed.csum {
@@ -188,7 +200,11 @@ impl Header {
     }
 
     /// What must be done to a frame with this (checked) header before a driver that takes `takes` may have it.
+    #[inline]
     pub fn work_for(&self, takes: Offloads) -> Work {
+        if self.flags | self.gso == 0 {
+            return Work::Nothing;
+        }
         let segments = match self.gso & !GSO_ECN {
             0 => true,
             GSO_TCPV4 => takes.tso4,

@@ -8,14 +8,14 @@ use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
 use atoll_kit::inlet::Buffers;
 use atoll_kit::limit::Cost;
-use atoll_kit::{Progress, QueueHandler, Wait};
+use atoll_kit::{Progress, QueueHandler, Requests, Wait};
 use vm_memory::GuestMemory;
 
 use crate::control::{self, Command};
 use crate::face::{Face, dropped};
-use crate::frame::{Frame, SHORT_MAX};
-use crate::header::{ETHERNET_BYTES, FRAME_MAX, HEADER_BYTES, Header, Offloads};
-use crate::link::{Link, Receiver, Sender, Spreader};
+use crate::frame::{Frame, Sends};
+use crate::header::HEADER_BYTES;
+use crate::link::{Link, Outgoing, Receiver, Sender, Spreader};
 
 /// Place of this counter in `class_counters` for network cards.
 const CONTROL_COMMANDS: usize = 2;
@@ -103,50 +103,40 @@ impl<L: Link> Receive<L> {
     }
 }
 
-impl<L: Link> Transmit<L> {
-    fn send<M: GuestMemory>(&mut self, io: &Io<'_>, mem: &M, chain: &Chain) {
-        let face = &*self.face;
-        if face.saw_pair(self.pair) {
-            (self.spreader)(face.active_pairs());
-        }
-        let mut first = [0; HEADER_BYTES + SHORT_MAX];
-        let Some(frame) = frame(face, mem, chain, &mut first) else {
-            io.figures().failed();
-            return;
-        };
-        if !face.captures.sent.is_empty() && frame.copy_out(&mut self.copy, frame.len).is_ok() {
-            face.captures.sent.iter().for_each(|capture| capture.frame(&self.copy));
-        }
-        let len = frame.len;
-        if self.sender.send(face, &frame) {
-            io.figures().written(len);
-        } else {
-            dropped(io.figures(), len);
-        }
-    }
+/// As frames count for the guest: without headers.
+fn cost(chain: &Chain) -> Cost {
+    Cost { bytes: chain.readable_bytes().saturating_sub(HEADER_BYTES as u64), operations: 1 }
 }
 
-/// Reads what a driver sends; none when it makes no sense.
-fn frame<'a, M: GuestMemory>(
-    face: &Face,
-    mem: &'a M,
-    chain: &'a Chain,
-    first: &'a mut [u8; HEADER_BYTES + SHORT_MAX],
-) -> Option<Frame<'a, M>> {
-    let features = face.features();
-    let head = features.header_bytes();
-    let chain = chain.readable();
-    let len = chain.bytes().checked_sub(head)?;
-    if !(ETHERNET_BYTES as u64..=FRAME_MAX as u64).contains(&len) {
-        return None;
+impl<L: Link> Transmit<L> {
+    fn send<M: GuestMemory>(&mut self, io: &Io<'_>, requests: &mut Requests<'_, M>) {
+        let (face, figures) = (&*self.face, io.figures());
+        let sends = Sends::by(face.features());
+        let mut turn = self.sender.turn();
+        let (mut frames, mut bytes) = (0, 0);
+        while !turn.is_blocked() && requests.advance(cost) {
+            if frames == 0 && face.saw_pair(self.pair) {
+                (self.spreader)(face.active_pairs());
+            }
+            let (mem, chain) = requests.current();
+            match Frame::read(sends, mem, chain) {
+                Some(frame) => {
+                    if !face.captures.sent.is_empty() && frame.copy_out(&mut self.copy, frame.len).is_ok() {
+                        face.captures.sent.iter().for_each(|capture| capture.frame(&self.copy));
+                    }
+                    if turn.send(face, &frame) {
+                        frames += 1;
+                        bytes += frame.len;
+                    } else {
+                        dropped(figures, frame.len);
+                    }
+                }
+                None => figures.failed(),
+            }
+            requests.done(0);
+        }
+        figures.written_several(frames, bytes);
     }
-    let is_short = len <= SHORT_MAX as u64;
-    let first = first.get_mut(..head as usize + if is_short { len as usize } else { ETHERNET_BYTES })?;
-    chain.read_at(mem, 0, first).ok()?;
-    let (header, bytes) = first.split_at_checked(head as usize)?;
-    let start = bytes.first_chunk()?;
-    let header = Header::parse(header).check(Offloads::from_driver(features), len).ok()?;
-    Some(Frame { mem, chain, at: head, len, header, start: *start, short: is_short.then_some(bytes) })
 }
 
 impl<L: Link> QueueHandler for NetQueue<L> {
@@ -162,19 +152,32 @@ impl<L: Link> QueueHandler for NetQueue<L> {
         }
     }
 
+    fn requests<M: GuestMemory>(&mut self, io: &mut Io<'_>, requests: &mut Requests<'_, M>) {
+        if let Self::Transmit(transmit) = self {
+            return transmit.send(io, requests);
+        }
+        while requests.advance(cost) {
+            let (mem, chain) = requests.current();
+            if let Progress::Done { written } = self.request(io, mem, chain) {
+                requests.done(written);
+            }
+        }
+    }
+
     fn request<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, chain: &Chain) -> Progress {
         let written = match self {
-            Self::Receive(_) => 0,
-            Self::Transmit(transmit) => {
-                transmit.send(io, mem, chain);
-                0
-            }
             Self::Control(control) => {
                 io.figures().class(CONTROL_COMMANDS, 1);
                 control.serve(mem, chain)
             }
+            Self::Receive(_) | Self::Transmit(_) => 0,
         };
         Progress::Done { written }
+    }
+
+    /// Frames leave and come in the order of their buffers, and commands wait for each other.
+    fn completes_in_order(&self) -> bool {
+        true
     }
 
     fn completion<M: GuestMemory>(&mut self, _io: &mut Io<'_>, _mem: &M, _head: u16, _result: i32) -> Progress {
@@ -182,14 +185,11 @@ impl<L: Link> QueueHandler for NetQueue<L> {
     }
 
     fn cost(&self, chain: &Chain) -> Cost {
-        // As frames count for the guest: without headers.
-        let bytes = chain.readable().bytes().saturating_sub(HEADER_BYTES as u64);
-        Cost { bytes, operations: 1 }
+        cost(chain)
     }
 
     fn batch_ended(&mut self) {
         if let Self::Transmit(transmit) = self {
-            transmit.sender.flush();
             transmit.face.captures.sent.iter().for_each(|capture| capture.flush());
         }
     }

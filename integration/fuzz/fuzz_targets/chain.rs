@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use atoll_blk::disk::Disk;
 use atoll_blk::storage::{Source, Storage};
@@ -23,14 +24,14 @@ const LOW: usize = 0x8000;
 const HIGH: (u64, usize) = (0xa000, 0x6000);
 
 struct World {
-    mem: GuestMemoryMmap<()>,
+    mem: Arc<GuestMemoryMmap<()>>,
     uring: Uring,
     disk: Disk,
 }
 
 thread_local! {
     static WORLD: RefCell<World> = RefCell::new(World {
-        mem: GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LOW), (GuestAddress(HIGH.0), HIGH.1)]).unwrap(),
+        mem: Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LOW), (GuestAddress(HIGH.0), HIGH.1)]).unwrap()),
         uring: Uring::new(8, &[]).unwrap(),
         disk: Disk::new(Storage::open(&Source::Null(1 << 20), false, false).unwrap(), 1, "fuzz"),
     });
@@ -108,8 +109,9 @@ fuzz_target!(|data: &[u8]| {
             event_idx: flags & 1 != 0,
             indirect: flags & 2 != 0,
             tracker: None,
+            in_order: false,
         };
-        let Ok(mut ring) = Ring::start(&*mem, config) else { return };
+        let Ok(mut ring) = Ring::start(Arc::clone(mem), config) else { return };
         let mut queue = disk.queue(0);
         queue.started(size);
         let mut outstanding = 0;
@@ -117,36 +119,41 @@ fuzz_target!(|data: &[u8]| {
         let mut in_flight = HashSet::new();
         let mut chain = Chain::default();
         for _ in 0..64 {
-            match ring.take(&*mem, &mut chain) {
+            match ring.take(&mut chain) {
                 Ok(Taken::Empty) => {
-                    let _ = ring.arm(&*mem);
+                    let _ = ring.arm();
                     if data.is_empty() {
                         break;
                     }
                     scribble(mem, &mut data);
                     offer(mem, &mut data, size, &mut avail);
                 }
-                Ok(Taken::Malformed(_)) => {}
+                Ok(Taken::Malformed(_)) => {
+                    assert!(chain.readable().0.is_empty() && chain.writable().0.is_empty());
+                    if ring.complete(chain.head(), 0).is_err() {
+                        break;
+                    }
+                }
                 Ok(Taken::Request) => {
                     let (readable, writable) = (chain.readable(), chain.writable());
                     assert!(readable.0.len() + writable.0.len() <= CHAIN_MAX);
                     assert!(readable.bytes() + writable.bytes() <= 1 << 32);
                     assert!(chain.head() < size && in_flight.insert(chain.head()));
                     let mut io = Io::new(uring, &mut outstanding, Figures::new(&figures));
-                    match queue.request(&mut io, &*mem, &chain) {
+                    match queue.request(&mut io, &**mem, &chain) {
                         Progress::Done { written } => {
                             assert!(u64::from(written) <= writable.bytes());
                             // Some are kept in flight, so that the guest can offer them again.
                             if take::<1>(&mut data)[0] & 1 == 0 {
                                 in_flight.remove(&chain.head());
-                                if ring.complete(&*mem, chain.head(), written).is_err() {
+                                if ring.complete(chain.head(), written).is_err() {
                                     break;
                                 }
                             }
                         }
                         Progress::Pending => panic!("an empty disk waits for nothing"),
                     }
-                    let _ = ring.notify(&*mem);
+                    let _ = ring.notify();
                 }
                 Err(_) => break,
             }

@@ -29,7 +29,7 @@ fuzz_target!(|data: &[u8]| {
     for head in &first.resubmit {
         tracker.completing(*head);
         used = used.wrapping_add(1);
-        tracker.completed(*head, used);
+        tracker.completed([*head].into_iter(), used);
     }
     tracker.take(0);
     let last = region.tracker(u16::from(queue % 3), ring_size).unwrap().recover(used).unwrap();

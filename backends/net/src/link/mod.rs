@@ -57,15 +57,28 @@ pub type Spreader = Arc<dyn Fn(u16) + Send + Sync>;
 
 /// The sending half of a link for one queue.
 pub trait Sender: Send + 'static {
-    /// Takes a frame. False when it was dropped.
-    fn send<M: GuestMemory>(&mut self, face: &Face, frame: &Frame<'_, M>) -> bool;
+    /// What it has at hand while frames that came together go out.
+    type Turn<'a>: Outgoing
+    where
+        Self: 'a;
 
-    /// No more frames for the moment.
-    fn flush(&mut self) {}
+    /// Frames are about to come. Dropping the result says that there are no more for the moment.
+    fn turn(&mut self) -> Self::Turn<'_>;
 
     /// A descriptor without whose being writable no frame can be taken now.
     fn blocked(&mut self) -> Option<BorrowedFd<'_>> {
         None
+    }
+}
+
+/// Takes frames that come together.
+pub trait Outgoing {
+    /// Takes a frame. False when it was dropped.
+    fn send<M: GuestMemory>(&mut self, face: &Face, frame: &Frame<'_, M>) -> bool;
+
+    /// No frame can be taken now, see [`Sender::blocked`].
+    fn is_blocked(&mut self) -> bool {
+        false
     }
 }
 

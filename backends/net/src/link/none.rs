@@ -4,7 +4,7 @@ use atoll_kit::Wait;
 use atoll_kit::inlet::Buffers;
 use vm_memory::GuestMemory;
 
-use super::{Link, Receiver, Sender};
+use super::{Link, Outgoing, Receiver, Sender};
 use crate::face::Face;
 use crate::frame::Frame;
 use crate::header::{Features, Offloads};
@@ -33,6 +33,14 @@ impl Link for Nowhere {
 }
 
 impl Sender for Nowhere {
+    type Turn<'a> = Self;
+
+    fn turn(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Outgoing for Nowhere {
     fn send<M: GuestMemory>(&mut self, _face: &Face, _frame: &Frame<'_, M>) -> bool {
         true
     }

@@ -20,9 +20,9 @@ use vm_memory::GuestMemory;
 
 use super::connector::{Answer, Connector};
 use super::iovec::Iovecs;
-use super::{Link, Receiver, Sender};
+use super::{Link, Outgoing, Receiver, Sender};
 use crate::face::{Face, dropped};
-use crate::frame::{Frame, put};
+use crate::frame::{Frame, Takes, put};
 use crate::header::{ETHERNET_BYTES, FRAME_MAX, Features, Header, Offloads};
 
 /// Bytes before each frame.
@@ -143,6 +143,18 @@ impl StreamSender {
 }
 
 impl Sender for StreamSender {
+    type Turn<'a> = &'a mut Self;
+
+    fn turn(&mut self) -> &mut Self {
+        self
+    }
+
+    fn blocked(&mut self) -> Option<BorrowedFd<'_>> {
+        if self.finish() { None } else { self.begun.as_deref().map(AsFd::as_fd) }
+    }
+}
+
+impl Outgoing for &mut StreamSender {
     fn send<M: GuestMemory>(&mut self, _face: &Face, frame: &Frame<'_, M>) -> bool {
         let Some(stream) = self.shared.get() else { return false };
         if !self.finish()
@@ -169,8 +181,8 @@ impl Sender for StreamSender {
         true
     }
 
-    fn blocked(&mut self) -> Option<BorrowedFd<'_>> {
-        if self.finish() { None } else { self.begun.as_deref().map(AsFd::as_fd) }
+    fn is_blocked(&mut self) -> bool {
+        self.blocked().is_some()
     }
 }
 
@@ -231,7 +243,7 @@ impl Receiver for StreamReceiver {
                     }
                     if !wanted {
                         self.taken = end;
-                    } else if put(buffers, face, &Header::default(), frame) {
+                    } else if put(buffers, Takes::of(face), &Header::default(), frame) {
                         face.captures.received.iter().for_each(|capture| capture.frame(frame));
                         self.taken = end;
                         self.paid = false;

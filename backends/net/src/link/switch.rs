@@ -2,7 +2,11 @@
 //!
 //! The thread of the sender's queue does everything: it finds the port, enters that port's receive queue and copies the
 //! frame from one guest's memory to the other's. A port whose guest has no buffers loses the frame, and nobody waits for
-//! it. Guests hear of what they got once per batch of the sender.
+//! it. Guests hear of what they got once per turn of the sender.
+//!
+//! Frames that come together mostly go to the same place. During a turn, which is a few dozen frames, the sender stays in
+//! the receive queue that it entered last, and remembers where the last address was found. It never holds two queues, so
+//! senders wait for each other a turn at most, and not in a circle.
 //!
 //! Each port agrees on its own with its driver about checksums and segments. A receiver that does not take what the
 //! sender left undone gets it done in software, see [`offload`].
@@ -16,10 +20,10 @@ use atoll_kit::memory::GuestRam;
 use vm_memory::GuestMemory;
 
 use super::table::Table;
-use super::{Link, Receiver, Sender};
+use super::{Link, Outgoing, Receiver, Sender};
 use crate::face::{Face, dropped};
-use crate::filter::is_group;
-use crate::frame::{Frame, pass, put};
+use crate::filter::{Mac, is_group};
+use crate::frame::{Frame, Takes, pass, put};
 use crate::header::{Features, Header, Offloads, Work};
 use crate::offload;
 
@@ -60,6 +64,10 @@ impl Switch {
         Port { switch: Arc::clone(self), port }
     }
 
+    fn inlet(&self, port: usize, pair: usize) -> Option<&Arc<Inlet<GuestRam>>> {
+        self.sides.get(port)?.inlets.get(pair)?.get()
+    }
+
     fn now_s(&self) -> u32 {
         self.begun.elapsed().as_secs().try_into().unwrap_or(u32::MAX)
     }
@@ -88,12 +96,7 @@ impl Link for Port {
     }
 
     fn sender(&mut self, _pair: u16) -> PortSender {
-        PortSender {
-            switch: Arc::clone(&self.switch),
-            port: self.port,
-            now_s: self.switch.now_s(),
-            desk: Desk::default(),
-        }
+        PortSender { switch: Arc::clone(&self.switch), port: self.port, bytes: Vec::new(), touched: Vec::new() }
     }
 
     fn receiver(&mut self, _pair: u16) -> PortReceiver {
@@ -123,112 +126,164 @@ impl Receiver for PortReceiver {
 pub struct PortSender {
     switch: Arc<Switch>,
     port: usize,
-    now_s: u32,
-    desk: Desk,
-}
-
-/// What a sender works with.
-#[derive(Debug, Default)]
-struct Desk {
-    /// Receive queues (port, pair) whose guests have not heard yet.
-    touched: Vec<(usize, usize)>,
     /// A frame that something must be done to.
     bytes: Vec<u8>,
+    /// Receive queues (port, pair) whose guests have not heard yet.
+    touched: Vec<(usize, usize)>,
 }
 
 impl Sender for PortSender {
-    fn send<M: GuestMemory>(&mut self, _face: &Face, frame: &Frame<'_, M>) -> bool {
+    type Turn<'a> = PortTurn<'a>;
+
+    fn turn(&mut self) -> PortTurn<'_> {
         let switch = &*self.switch;
-        switch.table.learn(&frame.from(), self.port, self.now_s);
-        let to = frame.to();
-        let known = if is_group(&to) { None } else { switch.table.find(&to, self.now_s) };
+        let (bytes, touched) = (&mut self.bytes, &mut self.touched);
+        let now_s = switch.now_s();
+        PortTurn { switch, port: self.port, now_s, bytes, touched, learned: None, found: None, inside: None }
+    }
+}
+
+/// Frames of a port that came together.
+#[derive(Debug)]
+pub struct PortTurn<'a> {
+    switch: &'a Switch,
+    port: usize,
+    now_s: u32,
+    bytes: &'a mut Vec<u8>,
+    touched: &'a mut Vec<(usize, usize)>,
+    /// The source address that was learned last.
+    learned: Option<Mac>,
+    /// The address that was looked up last, and the port behind which it is.
+    found: Option<(Mac, Option<usize>)>,
+    inside: Option<Inside<'a>>,
+}
+
+/// A receive queue that was entered.
+#[derive(Debug)]
+struct Inside<'a> {
+    port: usize,
+    /// The queue pair that was looked for, and the one that was found.
+    wanted: usize,
+    pair: usize,
+    takes: Takes,
+    buffers: Buffers<'a, GuestRam>,
+}
+
+impl Outgoing for PortTurn<'_> {
+    #[inline]
+    fn send<M: GuestMemory>(&mut self, _face: &Face, frame: &Frame<'_, M>) -> bool {
+        let (from, to) = (frame.from(), frame.to());
+        if self.learned != Some(from) {
+            self.switch.table.learn(&from, self.port, self.now_s);
+            self.learned = Some(from);
+        }
+        let known = match self.found {
+            Some((mac, known)) if mac == to => known,
+            _ => {
+                let known = if is_group(&to) { None } else { self.switch.table.find(&to, self.now_s) };
+                self.found = Some((to, known));
+                known
+            }
+        };
         match known {
             // It is behind the port that it came from.
             Some(port) if port == self.port => {}
-            Some(port) => {
-                if let Some(side) = switch.sides.get(port) {
-                    self.desk.give(port, side, frame);
-                }
-            }
+            Some(port) => self.give(port, frame),
             None => {
-                for (port, side) in switch.sides.iter().enumerate().filter(|(port, _)| *port != self.port) {
-                    self.desk.give(port, side, frame);
-                }
+                let own = self.port;
+                (0..self.switch.sides.len()).filter(|port| *port != own).for_each(|port| self.give(port, frame));
             }
         }
         // What a receiver does not take is counted there.
         true
     }
+}
 
-    fn flush(&mut self) {
-        for (port, pair) in self.desk.touched.drain(..) {
-            let side = self.switch.sides.get(port);
-            if let Some(inlet) = side.and_then(|side| side.inlets.get(pair)).and_then(OnceLock::get) {
+impl Drop for PortTurn<'_> {
+    fn drop(&mut self) {
+        self.inside = None;
+        for (port, pair) in self.touched.drain(..) {
+            if let Some(inlet) = self.switch.inlet(port, pair) {
                 inlet.announce();
             }
         }
-        self.now_s = self.switch.now_s();
     }
 }
 
-impl Desk {
+impl<'a> PortTurn<'a> {
     /// Gives a frame to one port, if somebody uses it and wants the frame and has room for it.
-    fn give<M: GuestMemory>(&mut self, port: usize, side: &Side, frame: &Frame<'_, M>) {
-        if !side.face.filter.accepts(&frame.to()) {
+    #[inline]
+    fn give<M: GuestMemory>(&mut self, port: usize, frame: &Frame<'_, M>) {
+        let switch = self.switch;
+        let Some(Side { face, .. }) = switch.sides.get(port) else { return };
+        if !face.filter.accepts(&frame.to()) {
             return;
         }
-        let wanted = self.pair(&side.face, frame);
-        let entered = [wanted, 0].into_iter().find_map(|pair| Some((pair, side.inlets.get(pair)?.get()?.enter()?)));
-        let Some((pair, mut buffers)) = entered else { return };
-        let face = &*side.face;
+        let wanted = self.pair(face, frame);
+        if self.inside.as_ref().is_none_or(|inside| (inside.port, inside.wanted) != (port, wanted)) {
+            self.enter(port, wanted);
+        }
+        let Some(inside) = &mut self.inside else { return };
+        let (buffers, takes) = (&mut inside.buffers, inside.takes);
         if face.admit(frame.len).is_err() {
             // It must not hold up the sender, who may have other receivers.
             dropped(buffers.figures(), frame.len);
             return;
         }
-        let given = match frame.header.work_for(face.takes()) {
-            Work::Nothing => pass(&mut buffers, face, frame),
-            work => self.finished(frame, work, |bytes| put(&mut buffers, face, &Header::default(), bytes)),
+        let given = match frame.header.work_for(takes.offloads) {
+            Work::Nothing => pass(buffers, takes, frame),
+            work => finished(self.bytes, frame, work, |bytes| put(buffers, takes, &Header::default(), bytes)),
         };
         if !given {
             dropped(buffers.figures(), frame.len);
-        } else if !face.captures.received.is_empty() && frame.copy_out(&mut self.bytes, frame.len).is_ok() {
-            face.captures.received.iter().for_each(|capture| capture.frame(&self.bytes));
-        }
-        buffers.leave();
-        let touched = (port, pair);
-        if self.touched.last() != Some(&touched) && !self.touched.contains(&touched) {
-            self.touched.push(touched);
+        } else if !face.captures.received.is_empty() && frame.copy_out(self.bytes, frame.len).is_ok() {
+            face.captures.received.iter().for_each(|capture| capture.frame(self.bytes));
         }
     }
 
-    /// Does what the sender left undone and hands what results to `put`.
-    fn finished<M: GuestMemory>(
-        &mut self,
-        frame: &Frame<'_, M>,
-        work: Work,
-        mut put: impl FnMut(&[u8]) -> bool,
-    ) -> bool {
-        if frame.copy_out(&mut self.bytes, frame.len).is_err() {
-            return true;
+    /// Leaves the queue that was entered last and enters another; its guest hears of what it got at the end of the turn.
+    fn enter(&mut self, port: usize, wanted: usize) {
+        if let Some(left) = self.inside.take() {
+            let touched = (left.port, left.pair);
+            left.buffers.leave();
+            if !self.touched.contains(&touched) {
+                self.touched.push(touched);
+            }
         }
-        if work == Work::Checksum {
-            return offload::complete(&mut self.bytes, &frame.header).is_none() || put(&self.bytes);
-        }
-        let mut all = true;
-        offload::segment(&self.bytes, &frame.header, |segment| {
-            all = put(segment);
-            all
-        });
-        all
+        let switch = self.switch;
+        let entered = [wanted, 0].into_iter().find_map(|pair| Some((pair, switch.inlet(port, pair)?.enter()?)));
+        let takes = switch.sides.get(port).map(|side| Takes::of(&side.face));
+        self.inside = entered.zip(takes).map(|((pair, buffers), takes)| Inside { port, wanted, pair, takes, buffers });
     }
 
     /// The queue pair of a port for a frame: always the same one for a flow, in which order matters.
+    #[inline]
     fn pair<M: GuestMemory>(&mut self, face: &Face, frame: &Frame<'_, M>) -> usize {
         let pairs = u32::from(face.active_pairs());
-        if pairs < 2 || frame.copy_out(&mut self.bytes, FLOW_BYTES).is_err() {
+        if pairs < 2 || frame.copy_out(self.bytes, FLOW_BYTES).is_err() {
             return 0;
         }
-        (offload::flow(&self.bytes) % pairs) as usize
+        (offload::flow(self.bytes) % pairs) as usize
     }
+}
+
+/// Does what the sender left undone and hands what results to `put`.
+fn finished<M: GuestMemory>(
+    bytes: &mut Vec<u8>,
+    frame: &Frame<'_, M>,
+    work: Work,
+    mut put: impl FnMut(&[u8]) -> bool,
+) -> bool {
+    if frame.copy_out(bytes, frame.len).is_err() {
+        return true;
+    }
+    if work == Work::Checksum {
+        return offload::complete(bytes, &frame.header).is_none() || put(bytes);
+    }
+    let mut all = true;
+    offload::segment(bytes, &frame.header, |segment| {
+        all = put(segment);
+        all
+    });
+    all
 }

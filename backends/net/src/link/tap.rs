@@ -20,7 +20,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemory;
 
 use super::iovec::Iovecs;
-use super::{Link, Receiver, Sender, Spreader};
+use super::{Link, Outgoing, Receiver, Sender, Spreader};
 use crate::face::{Face, dropped};
 use crate::frame::Frame;
 use crate::header::{FRAME_MAX, Features, HEADER_BYTES, Offloads};
@@ -166,6 +166,14 @@ pub struct TapSender {
 }
 
 impl Sender for TapSender {
+    type Turn<'a> = &'a mut Self;
+
+    fn turn(&mut self) -> &mut Self {
+        self
+    }
+}
+
+impl Outgoing for &mut TapSender {
     fn send<M: GuestMemory>(&mut self, face: &Face, frame: &Frame<'_, M>) -> bool {
         let Some(queue) = &self.queue else { return false };
         let whole = face.features().header_bytes() + frame.len;
