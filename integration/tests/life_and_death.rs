@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use atoll_integration::processes;
 use rustix::process::Signal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use xtask::console::Console;
 use xtask::demo::{BOOT_LIMIT, Demo, KernelForm};
 use xtask::images;
@@ -16,12 +16,17 @@ struct Running {
 }
 
 fn running() -> Result<Running> {
+    running_on("")
+}
+
+/// The same with more keys for its disk.
+fn running_on(keys: &str) -> Result<Running> {
     let guest = images::guest("6.1")?;
     let folder = tempfile::tempdir()?;
     let disk = images::copy_of_disk(&guest, folder.path())?;
     let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
     let mut command = demo.command(&guest)?;
-    command.arg("--disk").arg(format!("path={}", disk.display()));
+    command.arg("--disk").arg(format!("path={}{keys}", disk.display()));
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
     Ok(Running { console, folder })
@@ -52,6 +57,28 @@ fn a_killed_disk_process_comes_back() -> Result<()> {
     let (status, errors) = console.wait(STEP)?;
     assert!(status.success(), "{status}: {errors}");
     xtask::demo::fsck(&folder.path().join("root.ext4"))
+}
+
+/// The disk's process is stopped while the guest writes: nothing ends and nothing hangs up, only a queue stands. It is replaced, and
+/// the guest sees a write that took a while.
+#[test]
+fn a_stopped_disk_process_is_replaced() -> Result<()> {
+    let Running { mut console, folder: _folder } = running_on(",stall_timeout=2")?;
+    let victim = processes::child_named(console.pid(), "atoll-blk", STEP)?;
+    processes::signal(victim, Signal::STOP)?;
+    let began = Instant::now();
+    console.send("dd if=/dev/urandom of=/stopped bs=64k count=16 conv=fsync; md5sum /stopped > /sum; sync; echo wri\"\"tten\n")?;
+    console.expect("written", STEP)?;
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    console.expect(images::PROMPT, STEP)?;
+    assert_ne!(processes::child_named(console.pid(), "atoll-blk", STEP)?, victim);
+    console.run("echo 3 > /proc/sys/vm/drop_caches; md5sum -c /sum", STEP)?;
+    let log = console.run("dmesg", STEP)?;
+    assert!(!log.contains("I/O error"), "the guest noticed:\n{log}");
+    console.send("poweroff -f\n")?;
+    let (status, errors) = console.wait(STEP)?;
+    assert!(status.success(), "{status}: {errors}");
+    Ok(())
 }
 
 /// SIGKILL leaves the VMM no time to tidy up; its device processes go by themselves.

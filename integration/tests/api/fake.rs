@@ -170,6 +170,7 @@ impl VmControl for Fake {
             recovery: RecoveryClass::Full,
             pid: None,
             last_exit: None,
+            last_lines: Vec::new(),
             queues: Vec::new(),
         };
         Ok(book.devices.iter().map(report).collect())

@@ -39,9 +39,9 @@ pub enum OnFailure {
     /// it needs a reset.
     #[default]
     Error,
-    /// It stands still. Requests pile up until it is revived.
+    /// It is tried again for ever, at the longest delay between two restarts. Requests wait meanwhile.
     Wait,
-    /// As `error`, and the guest is asked to let it go; a guest that does not has it taken away.
+    /// As `error`, and the guest is asked to let it go.
     Unplug,
 }
 

@@ -241,6 +241,12 @@ impl Keeper {
                 self.story.tell("device", "stalled", about);
             }
             MachineEvent::Ejected(_) | MachineEvent::Departed => self.look_after_unplugs(),
+            MachineEvent::GivenUp(id) => {
+                // A stand-in answers for one that cannot go, or that the guest keeps.
+                if let Err(error) = self.remove_device(&id) {
+                    tracing::warn!(id, error = error.text, "a device that was given up cannot be unplugged");
+                }
+            }
             MachineEvent::VcpuEnded(end) => {
                 let cpu = self.state.live().map(|live| live.machine.board().processor().name());
                 if let Some(failure) = cpu.and_then(|cpu| failure(&end, cpu)) {

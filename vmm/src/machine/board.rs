@@ -99,6 +99,10 @@ impl Board {
     pub fn processor(&self) -> &Arc<dyn Processor> {
         &self.parts.processor
     }
+    /// Who hears of what happens.
+    pub fn events(&self) -> &EventSender {
+        &self.parts.events
+    }
     /// Guest RAM.
     pub fn memory(&self) -> &GuestMemory {
         &self.parts.memory

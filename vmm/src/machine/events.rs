@@ -29,6 +29,8 @@ pub enum MachineEvent {
     Ejected(u8),
     /// A device that was pulled out has ended: `Machine::settle` frees its place.
     Departed,
+    /// The backend of this device was given up, and its owner wants it unplugged then.
+    GivenUp(String),
     /// The machine is to end.
     Stop(StopCause),
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use atoll_protocol::sidecar::DeviceClass;
 use atoll_protocol::stats::class_counters;
@@ -59,12 +59,13 @@ pub struct DeviceMeter {
     phase: AtomicU8,
     generation: AtomicU64,
     lost: AtomicU64,
+    full: AtomicBool,
 }
 
 impl DeviceMeter {
     pub(super) fn new(id: &str, kind: DeviceKind, class: DeviceClass, page: Option<StatsPage>) -> Self {
         let (phase, generation, lost) = (AtomicU8::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        Self { id: id.to_owned(), kind, class, page, phase, generation, lost }
+        Self { id: id.to_owned(), kind, class, page, phase, generation, lost, full: AtomicBool::new(false) }
     }
 
     /// Its name.
@@ -87,6 +88,11 @@ impl DeviceMeter {
         self.lost.store(lost, Ordering::Relaxed);
     }
 
+    /// Whether it survives the death of the present backend with requests in flight.
+    pub fn tell_recovery(&self, full: bool) {
+        self.full.store(full, Ordering::Relaxed);
+    }
+
     /// The figures now.
     pub fn snapshot(&self) -> DeviceSnapshot {
         let queues =
@@ -98,6 +104,7 @@ impl DeviceMeter {
             phase: Phase::ALL.get(usize::from(self.phase.load(Ordering::Relaxed))).copied().unwrap_or(Phase::Stopped),
             generation: self.generation.load(Ordering::Relaxed),
             lost: self.lost.load(Ordering::Relaxed),
+            full_recovery: self.full.load(Ordering::Relaxed),
             queues,
         }
     }
@@ -118,6 +125,8 @@ pub struct DeviceSnapshot {
     pub generation: u64,
     /// Backends that it has lost.
     pub lost: u64,
+    /// Whether it survives the death of the present backend with requests in flight.
+    pub full_recovery: bool,
     /// Its queues; empty where the backend is not ours.
     pub queues: Vec<QueueFigures>,
 }

@@ -119,6 +119,15 @@ fn devices(text: &mut Text, devices: &[DeviceSnapshot]) {
     for device in devices {
         text.sample(name, format_args!("device=\"{}\"", Value(&device.id)), device.generation);
     }
+    let name = "atoll_device_full_recovery";
+    text.family(
+        name,
+        "gauge",
+        "1 when the device survives its backend's death whatever is in flight, 0 when only idle.",
+    );
+    for device in devices {
+        text.sample(name, format_args!("device=\"{}\"", Value(&device.id)), u8::from(device.full_recovery));
+    }
     let name = "atoll_device_state";
     text.family(name, "gauge", "1 for the state that the device is in.");
     for device in devices {

@@ -161,6 +161,7 @@ mod tests {
         let registry = Registry::default();
         let disk = registry.device("disk \"a\"\\", DeviceKind::Disk, DeviceClass::Block, Some(1)).unwrap();
         disk.tell(Phase::Running, 2, 1);
+        disk.tell_recovery(true);
         write(&disk, 0, "requests", 3);
         write(&disk, 0, "read_bytes", 4096);
         write(&disk, 0, "latency_sum_ns", 1_500_000);
@@ -174,6 +175,7 @@ mod tests {
             r#"atoll_device_bytes_total{device="disk \"a\"\\",queue="0",direction="read"} 4096"#,
             r#"atoll_device_restarts_total{device="disk \"a\"\\"} 1"#,
             r#"atoll_device_generation{device="disk \"a\"\\"} 2"#,
+            r#"atoll_device_full_recovery{device="disk \"a\"\\"} 1"#,
             r#"atoll_device_state{device="disk \"a\"\\",state="running"} 1"#,
             r#"atoll_device_state{device="disk \"a\"\\",state="idle"} 0"#,
             r#"atoll_device_latency_seconds_bucket{device="disk \"a\"\\",queue="0",le="0.000262144"} 0"#,

@@ -16,7 +16,7 @@ use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable, Relay};
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Story};
-use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
+use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent};
 use crate::memory::GuestMemory;
 use crate::metrics::Registry;
 
@@ -98,7 +98,7 @@ fn place(connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<Bu
     let offer = connected.offer().clone();
     offer.check()?;
     let vectors = board.vectors(offer.vectors())?;
-    let face = Arc::new(PciFace::default());
+    let face = Arc::new(PciFace { function: OnceLock::new(), name: name.clone(), events: board.events().clone() });
     let (device, frontend) = connected.attach(Arc::clone(&vectors), Arc::clone(&face) as _)?;
     let bars = board.bar_mapping();
     let (intx, intx_line) = board.next_pin();
@@ -128,9 +128,10 @@ fn place(connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<Bu
 
 /// The transport, as the device's thread reaches it. Its lock is held by vCPUs in the middle of an access, which never
 /// wait for the device's thread there.
-#[derive(Default)]
 struct PciFace {
     function: OnceLock<Weak<Mutex<VirtioPci>>>,
+    name: String,
+    events: EventSender,
 }
 
 impl PciFace {
@@ -150,6 +151,9 @@ impl Transport for PciFace {
     }
     fn needs_reset(&self) {
         self.with(VirtioPci::set_needs_reset);
+    }
+    fn ask_unplug(&self) {
+        self.events.tell(MachineEvent::GivenUp(self.name.clone()));
     }
 }
 

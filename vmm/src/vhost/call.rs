@@ -20,6 +20,8 @@ pub trait Transport: Send + Sync {
     fn config_changed(&self, config: &[u8]);
     /// The device cannot go on until the driver resets it (DEVICE_NEEDS_RESET).
     fn needs_reset(&self);
+    /// The device was given up, and the guest is to let it go.
+    fn ask_unplug(&self) {}
 }
 
 /// Turns signals into pin interrupts, on the relay's thread.

@@ -286,6 +286,7 @@ impl Shared {
             DeviceState::Stopped => Phase::Stopped,
         };
         meter.tell(phase, status.generation, status.lost);
+        meter.tell_recovery(status.recovery == Recovery::Full);
     }
 }
 

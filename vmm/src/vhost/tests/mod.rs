@@ -64,6 +64,9 @@ impl Transport for Told {
     fn needs_reset(&self) {
         self.0.lock().unwrap().push("needs reset".into());
     }
+    fn ask_unplug(&self) {
+        self.0.lock().unwrap().push("unplug".into());
+    }
 }
 
 /// A device of two queues with a small configuration.

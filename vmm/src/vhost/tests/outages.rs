@@ -8,6 +8,7 @@ use atoll_devices::virtio::{Intent, VirtioFrontend};
 
 use super::fake::{Character, Misdeed, serve};
 use super::{Fabric, Told, activate, await_state, parts, rig, spoiled, wait};
+use crate::config::OnFailure;
 use crate::doorbell::Relay;
 use crate::irq::VectorTable;
 use crate::lifecycle::{Heard, Story};
@@ -17,9 +18,15 @@ use crate::vhost::{
     Care, Connected, DeviceParts, DeviceState, EndIsEnough, ExternalSocket, Limits, VhostDevice, VhostFrontend,
 };
 
+fn attach_told(connected: Connected) -> (VhostDevice, VhostFrontend, Arc<Told>) {
+    let (vectors, told) = (Arc::new(VectorTable::new(&Fabric, 3).unwrap()), Arc::<Told>::default());
+    let (device, frontend) = connected.attach(vectors, Arc::clone(&told) as _).unwrap();
+    (device, frontend, told)
+}
+
 fn attach(connected: Connected) -> (VhostDevice, VhostFrontend) {
-    let vectors = Arc::new(VectorTable::new(&Fabric, 3).unwrap());
-    connected.attach(vectors, Arc::<Told>::default() as _).unwrap()
+    let (device, frontend, _) = attach_told(connected);
+    (device, frontend)
 }
 
 /// Backends of which the last one takes as long to greet as anybody waits, and whose end is all that there is to see.
@@ -178,4 +185,29 @@ fn the_operator_leads_back() {
     third.await_message("SET_VRING_ENABLE 1");
     let status = await_state(&rig.device, |state| *state == DeviceState::Running);
     assert_eq!((status.generation, status.lost), (3, 1));
+}
+
+/// What becomes of a device whose successor will not do is its owner's to say: with `wait` it is tried again for ever, and goes
+/// on when the right one is back; with `unplug` the guest is asked to let it go.
+#[test]
+fn the_owner_says_what_becomes_of_it() {
+    let less = || Character { features: (1 << 32) | (1 << 30) | (1 << 29), ..Character::default() };
+    let (mut parts, lives) = parts(vec![Character::default(), less(), less(), Character::default()]);
+    parts.on_failure = OnFailure::Wait;
+    parts.care.policy.backoff_max = Duration::from_millis(50);
+    let (device, mut frontend, told) = attach_told(VhostDevice::connect(parts).unwrap());
+    assert_eq!(wait(frontend.intent(activate())), Some(0));
+    lives.recv().unwrap().die();
+    await_state(&device, |state| matches!(state, DeviceState::Waiting { why } if why.contains("VIRTIO_BLK_F_FLUSH")));
+    let successors: Vec<_> = (0..3).map(|_| lives.recv_timeout(Duration::from_secs(20)).unwrap()).collect();
+    successors[2].await_message("SET_VRING_ENABLE 1");
+    assert!(told.0.lock().unwrap().is_empty(), "the driver hears nothing of it");
+
+    let (mut parts, lives) = super::parts(vec![Character::default(), less()]);
+    parts.on_failure = OnFailure::Unplug;
+    let (device, mut frontend, told) = attach_told(VhostDevice::connect(parts).unwrap());
+    assert_eq!(wait(frontend.intent(activate())), Some(0));
+    lives.recv().unwrap().die();
+    await_state(&device, |state| matches!(state, DeviceState::Quarantined { .. }));
+    assert_eq!(*told.0.lock().unwrap(), ["needs reset", "unplug"]);
 }

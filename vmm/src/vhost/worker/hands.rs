@@ -130,7 +130,7 @@ impl Worker {
                 }
             }
             Action::NeedsReset => self.transport.needs_reset(),
-            Action::AskUnplug => self.tell("unplug", None, None),
+            Action::AskUnplug => self.transport.ask_unplug(),
             Action::Tell(tale) => self.relate(tale),
         }
     }
