@@ -67,7 +67,9 @@ fn a_stopped_disk_process_is_replaced() -> Result<()> {
     let victim = processes::child_named(console.pid(), "atoll-blk", STEP)?;
     processes::signal(victim, Signal::STOP)?;
     let began = Instant::now();
-    console.send("dd if=/dev/urandom of=/stopped bs=64k count=16 conv=fsync; md5sum /stopped > /sum; sync; echo wri\"\"tten\n")?;
+    console.send(
+        "dd if=/dev/urandom of=/stopped bs=64k count=16 conv=fsync; md5sum /stopped > /sum; sync; echo wri\"\"tten\n",
+    )?;
     console.expect("written", STEP)?;
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
     console.expect(images::PROMPT, STEP)?;
