@@ -30,6 +30,7 @@ use super::rings::RingPosition;
 use super::session;
 use super::source::{Incarnation, SourceError};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
+use crate::config::Track;
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
 use crate::lifecycle::{QueueReport, Story};
@@ -332,7 +333,8 @@ pub(super) fn greet(
     match greeted {
         Ok((offer, capabilities)) => {
             let (served, in_order) = (parts.class.served(&capabilities), parts.class.in_order());
-            let parts = SessionParts { conversation, process, capabilities, requests, served, in_order };
+            let shadowed = parts.track == Track::Shadow;
+            let parts = SessionParts { conversation, process, capabilities, requests, served, in_order, shadowed };
             Ok((Box::new(Session::new(parts)), offer))
         }
         Err(source) => {
@@ -412,7 +414,7 @@ impl VhostDevice {
         let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } =
             parts;
         let (fence, foreign) = (source.fence(), source.is_foreign());
-        let makers = Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits };
+        let makers = Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits, track };
         let ending = Ending::default();
         let (session, offer) = greet(&makers, 1, &ending)?;
         let (recovery, pid, jail) = (session.recovery(), session.pid(), session.jail());
@@ -425,7 +427,7 @@ impl VhostDevice {
             policy.start_failures_max = None;
         }
         let rules = Rules { policy, on_failure, fence: limits.fence, stall: care.stall, debugged: care.debugged };
-        let parts = Parts { makers, fence, memory, relay, limits, story, meter, track, clock };
+        let parts = Parts { makers, fence, memory, relay, limits, story, meter, clock };
         Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
     }
     /// What it is at.

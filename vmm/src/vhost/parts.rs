@@ -99,6 +99,7 @@ pub(super) struct Makers {
     pub(super) class: Arc<dyn DeviceClass>,
     pub(super) source: Arc<Mutex<Box<dyn BackendSource>>>,
     pub(super) limits: Limits,
+    pub(super) track: Track,
 }
 
 /// [`DeviceParts`] as the device's thread has them.
@@ -110,7 +111,5 @@ pub(super) struct Parts {
     pub(super) limits: Limits,
     pub(super) story: Story,
     pub(super) meter: Option<Arc<DeviceMeter>>,
-    #[allow(dead_code, reason = "read by the shadow")]
-    pub(super) track: Track,
     pub(super) clock: Arc<dyn Clock>,
 }

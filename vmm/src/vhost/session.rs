@@ -14,6 +14,7 @@ use super::conversation::Wire;
 use super::error::{ConversationError, Step};
 use super::features::{self, PROTOCOL_FEATURES, VERSION_1};
 use super::inflight::{InflightRegion, Shape};
+use super::shadow::RingMemory;
 use crate::memory::{GuestMemory, backend_address};
 
 /// What a backend says of itself before anything is asked of it.
@@ -109,6 +110,8 @@ pub(super) enum InflightPlan {
     Make { queues: u16, queue_size: u16 },
     /// Every incarnation gets the same.
     Keep(Arc<InflightRegion>),
+    /// None is kept: somebody else keeps account.
+    Without,
 }
 
 /// Everything that a backend needs to serve a driver.
@@ -117,6 +120,8 @@ pub(super) struct StartPlan {
     pub(super) features: u64,
     pub(super) memory: GuestMemory,
     pub(super) inflight: InflightPlan,
+    /// Where its rings are, when they are not the driver's.
+    pub(super) shadow: Option<Arc<RingMemory>>,
     pub(super) rings: Vec<RingPlan>,
 }
 
@@ -124,19 +129,21 @@ pub(super) struct StartPlan {
 pub(super) fn start(wire: &mut Wire, plan: StartPlan) -> Result<Option<Arc<InflightRegion>>, ConversationError> {
     let wanted = plan.features | PROTOCOL_FEATURES;
     wire.tell(Step::SetFeatures, |frontend| frontend.set_features(wanted))?;
-    let table = plan.memory.memory_table();
+    let mut table = plan.memory.memory_table();
+    table.extend(plan.shadow.iter().map(|memory| memory.table_entry()));
     wire.tell(Step::SetMemTable, |frontend| frontend.set_mem_table(&table))?;
-    let inflight = if wire.protocol().contains(Protocol::INFLIGHT_SHMFD) {
-        let region = match plan.inflight {
-            InflightPlan::Keep(region) => region,
-            InflightPlan::Make { queues, queue_size } => Arc::new(make_region(wire, queues, queue_size)?),
-        };
+    let keeps_record = wire.protocol().contains(Protocol::INFLIGHT_SHMFD);
+    let inflight = match plan.inflight {
+        InflightPlan::Keep(region) if keeps_record => Some(region),
+        InflightPlan::Make { queues, queue_size } if keeps_record => {
+            Some(Arc::new(make_region(wire, queues, queue_size)?))
+        }
+        _ => None,
+    };
+    if let Some(region) = &inflight {
         let (message, descriptor) = region.message();
         wire.tell(Step::SetInflightFd, |frontend| frontend.set_inflight_fd(&message, descriptor))?;
-        Some(region)
-    } else {
-        None
-    };
+    }
     for ring in &plan.rings {
         start_ring(wire, ring)?;
     }

@@ -30,6 +30,8 @@ pub(in crate::vhost) struct Session {
     pub(super) served: u16,
     /// It completes requests in their order.
     in_order: bool,
+    /// Its rings are shadowed: the VMM itself knows what it has taken.
+    shadowed: bool,
     /// It was handed the driver's rings, or some of them.
     pub(super) has_rings: bool,
     /// The process at the other end, where it is somebody else's and could be found.
@@ -44,20 +46,21 @@ pub(in crate::vhost) struct SessionParts {
     pub(in crate::vhost) requests: BackChannel,
     pub(in crate::vhost) served: u16,
     pub(in crate::vhost) in_order: bool,
+    pub(in crate::vhost) shadowed: bool,
 }
 
 impl Session {
     pub(in crate::vhost) fn new(parts: SessionParts) -> Self {
-        let SessionParts { conversation, process, capabilities, requests, served, in_order } = parts;
+        let SessionParts { conversation, process, capabilities, requests, served, in_order, shadowed } = parts;
         let requests = capabilities.protocol.contains(Protocol::BACKEND_REQ).then_some(requests);
         let peer = if process.is_none() { peer(conversation.socket()) } else { None };
-        Self { conversation, process, capabilities, requests, served, in_order, has_rings: false, peer }
+        Self { conversation, process, capabilities, requests, served, in_order, shadowed, has_rings: false, peer }
     }
     pub(super) fn protocol(&self) -> Protocol {
         self.capabilities.protocol
     }
     pub(in crate::vhost) fn recovery(&self) -> Recovery {
-        if self.in_order || self.protocol().contains(Protocol::INFLIGHT_SHMFD) {
+        if self.shadowed || self.in_order || self.protocol().contains(Protocol::INFLIGHT_SHMFD) {
             Recovery::Full
         } else {
             Recovery::IdleOnly

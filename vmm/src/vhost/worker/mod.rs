@@ -39,10 +39,12 @@ use super::call::{CallPath, Transport};
 use super::device::{DeviceState, Request, Shared, SwitchError, lock};
 use super::error::{ConversationError, Step};
 use super::inflight::InflightRegion;
+use super::ledger::Ledger;
 use super::parts::Parts;
 use super::recovery::{Event, Failure, Machine, Rules};
 use super::rings::in_ram;
 use super::session;
+use super::shadow::{Shadow, ShadowFault};
 use super::standin::StandIn;
 use crate::actor::Moment;
 use crate::doorbell::{Interposer, RelayedEvent};
@@ -114,6 +116,10 @@ pub(super) struct Worker {
     next: Option<Preparation>,
     /// The dead are being looked after.
     fence: Option<FenceWatch>,
+    /// Stands between the driver's rings and the backend's, where it was asked to.
+    shadow: Option<Shadow>,
+    /// Keeps account of what the backend has taken, where it does not.
+    ledger: Option<Ledger>,
     /// Answers the driver while no backend does.
     stand_in: Option<StandIn>,
     leaving: Option<Leaving>,
@@ -146,6 +152,8 @@ impl Worker {
             config_is_stale: false,
             next: None,
             fence: None,
+            shadow: None,
+            ledger: None,
             stand_in: None,
             leaving: None,
         }
@@ -244,6 +252,14 @@ impl Worker {
 
     /// Deals with what has happened by itself: a death, a successor that is ready, a wait that is over.
     fn look_after(&mut self) {
+        match self.shadow.as_ref().and_then(Shadow::fault) {
+            Some(ShadowFault::Backend(what)) => self.lose(&ConversationError::Absurd { step: Step::Idle, what }),
+            Some(ShadowFault::Driver(what)) => {
+                tracing::warn!(device = self.shared.name, what, "a ring is not served any more");
+                self.transport.needs_reset();
+            }
+            None => {}
+        }
         match self.past.session.as_ref().map(|session| session.over()) {
             Some(Some(why)) => self.lose(&ConversationError::Gone { step: Step::Idle, reason: why.into() }),
             Some(None) => self.hear_backend(),
@@ -332,11 +348,18 @@ impl Worker {
 
     fn switch_call(&mut self, index: u16, interposer: Option<Arc<dyn Interposer>>) -> Result<(), SwitchError> {
         let relay = Arc::clone(&self.parts.relay);
-        let (call, session) = self.call_mut(index).ok_or(SwitchError::NotRunning(index))?;
+        let (call, _) = self.call_mut(index).ok_or(SwitchError::NotRunning(index))?;
         let old = call.switch(interposer, &relay)?;
         let event = call.event().try_clone()?;
-        let told = session.conversation.perform(move |wire| session::set_call(wire, index, &event));
-        // Only now: the backend may have signalled the old way until it was told of the new one.
+        let told = match (&self.shadow, &mut self.past.session) {
+            (Some(shadow), _) => {
+                shadow.set_call(index, event);
+                Ok(())
+            }
+            (None, Some(session)) => session.conversation.perform(move |wire| session::set_call(wire, index, &event)),
+            (None, None) => Ok(()),
+        };
+        // Only now: the other end may have signalled the old way until it was told of the new one.
         drop(old);
         told.map_err(|error| {
             let reason = error.to_string();

@@ -7,15 +7,20 @@ use atoll_devices::virtio::QueueConfig;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::standin::stock;
 use super::{Session, Worker};
+use crate::config::Track;
 use crate::doorbell::{Interposer, Verdict};
 use crate::vhost::call::CallPath;
 use crate::vhost::class::answers;
+use crate::vhost::device::{Recovery, Shared};
 use crate::vhost::error::{ConversationError, Step};
-use crate::vhost::parts::Limits;
+use crate::vhost::ledger::Ledger;
+use crate::vhost::parts::{Limits, Parts};
 use crate::vhost::recovery::Sample;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan};
+use crate::vhost::shadow::{Shadow, ShadowRing};
 use crate::vhost::standin::Stock;
 
 /// What the driver has set up.
@@ -115,7 +120,16 @@ impl Worker {
                 kick: kick.backend_event().try_clone().map_err(local(Step::SetVringKick(index)))?,
             });
         }
+        let shadowed = self.parts.makers.track == Track::Shadow;
+        if shadowed {
+            let shadow = shadow_rings(&self.shared, &self.parts, driver, &mut rings);
+            self.shadow = Some(shadow.map_err(local(Step::SetMemTable))?);
+        } else if session.recovery() == Recovery::IdleOnly {
+            let ledger = start_ledger(&self.shared, &self.parts, driver, &rings);
+            self.ledger = Some(ledger.map_err(local(Step::SetMemTable))?);
+        }
         let inflight = match &self.past.inflight {
+            _ if shadowed => InflightPlan::Without,
             Some(region) => InflightPlan::Keep(Arc::clone(region)),
             None => InflightPlan::Make {
                 queues: u16::try_from(self.past.shown.queue_sizes.len()).unwrap_or(u16::MAX).min(session.served),
@@ -124,7 +138,8 @@ impl Worker {
         };
         // What the front end adds to an offer, no backend has to know.
         let features = driver.features & session.capabilities.features;
-        let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, rings };
+        let shadow = self.shadow.as_ref().map(|shadow| Arc::clone(shadow.memory()));
+        let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, shadow, rings };
         driver.ran = true;
         driver.bases.clear();
         driver.stocks.clear();
@@ -154,6 +169,7 @@ impl Worker {
     pub(super) fn stop_rings(&mut self, limit: Duration) -> Result<(), ConversationError> {
         let (Some(session), Some(driver)) = (&mut self.past.session, &mut self.driver) else { return Ok(()) };
         driver.bases = stop_rings(session, driver, Limits { drain: limit, ..self.parts.limits })?;
+        self.lost_rings();
         Ok(())
     }
 
@@ -168,6 +184,34 @@ impl Worker {
         })
         .collect()
     }
+}
+
+/// Puts a shadow between the driver's rings and those of `plans`, which are given others.
+fn shadow_rings(shared: &Shared, parts: &Parts, driver: &Driver, plans: &mut [RingPlan]) -> std::io::Result<Shadow> {
+    let mut rings = Vec::new();
+    for plan in &*plans {
+        let queue = driver.queues.iter().find(|queue| queue.index == plan.index).copied();
+        let queue = queue.ok_or_else(|| std::io::Error::other("the driver has no such queue"))?;
+        let stock = stock(parts.memory.mapped(), driver, None, parts.makers.class.in_order(), &queue);
+        let stock = stock.map_err(std::io::Error::other)?;
+        rings.push(ShadowRing { queue, kick: plan.kick.try_clone()?, call: plan.call.try_clone()?, stock });
+    }
+    let alarm = shared.wake.try_clone()?;
+    let (shadow, handed) = Shadow::start(&shared.name, &parts.memory, driver.features, rings, alarm)?;
+    for (plan, handed) in plans.iter_mut().zip(handed) {
+        (plan.available_ring, plan.used_ring) = (handed.place.available_ring, handed.place.used_ring);
+        (plan.base, plan.kick, plan.call) = (0, handed.kick, handed.call);
+    }
+    Ok(shadow)
+}
+
+/// Keeps account of rings for a backend that does not.
+fn start_ledger(shared: &Shared, parts: &Parts, driver: &Driver, plans: &[RingPlan]) -> std::io::Result<Ledger> {
+    let queue = |plan: &RingPlan| {
+        let queue = driver.queues.iter().find(|queue| queue.index == plan.index);
+        queue.map(|queue| (*queue, plan.base))
+    };
+    Ledger::start(&shared.name, parts.memory.mapped(), plans.iter().filter_map(queue))
 }
 
 /// Has the backend give back the rings of `driver`. Says where it wants to go on in each.

@@ -5,13 +5,14 @@ use vm_memory::GuestMemoryMmap;
 
 use super::Worker;
 use super::rings::Driver;
+use crate::config::Track;
 use crate::vhost::inflight::InflightRegion;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::standin::{StandIn, StandInParts, StandInRing, Stock, Trade, settle};
 use atoll_devices::virtio::QueueConfig;
 
 /// What the last backend had taken of a ring. An error says why nobody knows.
-fn stock(
+pub(super) fn stock(
     memory: &GuestMemoryMmap,
     driver: &Driver,
     region: Option<&InflightRegion>,
@@ -136,6 +137,18 @@ impl Worker {
         Ok(())
     }
 
-    /// A backend that had the rings has been reaped: the account of what it had taken is closed.
-    pub(super) fn lost_rings(&mut self) {}
+    /// A backend that had the rings has been reaped, or has given them back: the account of what it had taken is closed.
+    pub(super) fn lost_rings(&mut self) {
+        let stocks = match (self.shadow.take(), self.ledger.take()) {
+            (Some(shadow), _) => shadow.close().into_iter().map(|(queue, stock)| (queue, Ok(stock))).collect(),
+            (None, Some(ledger)) => ledger.close(),
+            (None, None) => return,
+        };
+        let Some(driver) = &mut self.driver else { return };
+        if self.parts.makers.track == Track::Shadow {
+            // What it says about its own rings means nothing for the driver's.
+            driver.bases.clear();
+        }
+        driver.stocks = stocks;
+    }
 }
