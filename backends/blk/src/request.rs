@@ -8,6 +8,7 @@
 //! alignment that the guest's buffers lack: then it goes through a buffer of ours, in parts of [`BOUNCE_BYTES`].
 
 use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use atoll_kit::chain::Chain;
@@ -16,6 +17,7 @@ use atoll_kit::jail::Profile;
 use atoll_kit::limit::Cost;
 use atoll_kit::memory::{Direction, Segment, Segments, Transfer};
 use atoll_kit::stats::Figures;
+use atoll_kit::step::{Sabotage, Step, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, wrote_through};
 use atoll_kit::{Progress, QueueHandler};
 use io_uring::{opcode, squeue, types};
 use rustix::fs::FallocateFlags;
@@ -225,7 +227,9 @@ impl QueueHandler for BlkQueue {
 
 fn finish<M: GuestMemory>(mem: &M, status: GuestAddress, value: Status, written: u32) -> Progress {
     let byte = [Segment { addr: status, len: 1 }];
-    match Segments(&byte).write_at(mem, 0, &[value as u8]) {
+    let told = Segments(&byte).write_at(mem, 0, &[value as u8]);
+    step(Step::Status);
+    match told {
         Ok(()) => Progress::Done { written },
         // The status byte lies outside guest memory: nobody to tell.
         Err(_) => Progress::Done { written: 0 },
@@ -302,6 +306,13 @@ impl BlkQueue {
         let (segments, skip) = if write { (chain.readable(), HEADER_BYTES) } else { (chain.writable(), 0) };
         let storage = &self.shared.storage;
         if storage.engine() != Engine::Ring {
+            let image = storage.file().map(|file| file.as_raw_fd());
+            if let Some(image) = image.filter(|_| write && strikes(Sabotage::AcknowledgeFirst)) {
+                let mut data = vec![0; len as usize];
+                segments.read_at(mem, skip, &mut data).map_err(|_| Status::IoError)?;
+                postpone(image, offset, data);
+                return Ok(Some(written));
+            }
             let transfer = &mut self.scratch;
             transfer.set(mem, segments, skip, len, direction).map_err(|_| Status::IoError)?;
             let moved = match (storage.engine(), write) {
@@ -310,6 +321,14 @@ impl BlkQueue {
                 _ => Ok(()),
             };
             transfer.landed(mem);
+            if let Some(image) = image.filter(|_| write) {
+                if self.shared.write_through() {
+                    wrote_through(image, offset, len);
+                }
+                if len >= 2 * SECTOR_BYTES && strikes(Sabotage::SwapSectors) {
+                    swap_sectors(image, offset);
+                }
+            }
             return moved.map(|()| Some(written)).map_err(|e| io_error(storage.name(), &e));
         }
         let slot = self.slots.get_mut(usize::from(chain.head())).ok_or(Status::IoError)?;
@@ -364,9 +383,21 @@ impl BlkQueue {
 
     fn flush(&mut self, io: &mut Io<'_>, head: u16, status: GuestAddress) -> Result<Option<u32>, Status> {
         let storage = &self.shared.storage;
+        if strikes(Sabotage::LoseFlush) {
+            return Ok(Some(1));
+        }
+        step(Step::Flush);
+        if let Some(file) = storage.file() {
+            sync_begins(file.as_raw_fd());
+        }
         match storage.engine() {
             Engine::Null => Ok(Some(1)),
-            Engine::Inline => storage.flush_inline().map(|()| Some(1)).map_err(|e| io_error(storage.name(), &e)),
+            Engine::Inline => {
+                storage.flush_inline().map_err(|e| io_error(storage.name(), &e))?;
+                sync_ended();
+                step(Step::Flush);
+                Ok(Some(1))
+            }
             Engine::Ring => {
                 let entry = opcode::Fsync::new(types::Fd(storage.raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
                 let slot = self.slots.get_mut(usize::from(head)).ok_or(Status::IoError)?;
@@ -480,7 +511,11 @@ impl BlkQueue {
             Work::Flush if retry => self.flush(io, head, self.slot_status(head)).map(|_| false),
             Work::Flush => match failed {
                 Some(e) => Err(io_error(self.shared.storage.name(), &e)),
-                None => Ok(true),
+                None => {
+                    sync_ended();
+                    step(Step::Flush);
+                    Ok(true)
+                }
             },
             Work::Plain { .. } | Work::Bounced { .. } => {
                 if let Some(e) = failed {

@@ -34,6 +34,8 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 use vm_memory::{FileOffset, MmapRegion};
 
+use crate::step::{Sabotage, strikes};
+
 const HEADER_BYTES: usize = size_of::<Head>();
 const ENTRY_BYTES: usize = size_of::<Entry>();
 const PART_ALIGN: usize = 64;
@@ -268,7 +270,10 @@ impl Tracker {
         let counter = |entry: &Entry| u64::from_le(entry.counter.load(Ordering::Acquire));
         let mut resubmit: Vec<(u64, u16)> = unfinished().map(|(head, entry)| (counter(entry), head)).collect();
         resubmit.sort_unstable();
-        self.counter = resubmit.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        if strikes(Sabotage::ReplayOutOfOrder) {
+            resubmit.reverse();
+        }
+        self.counter = resubmit.iter().max().map_or(0, |(counter, _)| counter.wrapping_add(1));
         Ok(Recovered { resubmit: resubmit.into_iter().map(|(_, head)| head).collect(), continued: true })
     }
 

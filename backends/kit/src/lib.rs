@@ -49,6 +49,7 @@ pub mod sidecar;
 pub mod signals;
 pub mod spin;
 pub mod stats;
+pub mod step;
 pub mod uring;
 pub mod worker;
 

@@ -27,6 +27,7 @@ use crate::requests::{PUBLISH_AT, Requests, Turn, publish};
 use crate::ring::{Ring, RingError};
 use crate::spin::Spin;
 use crate::stats::{Figures, Part, add};
+use crate::step::{Step, step};
 use crate::uring::{Completion, Uring, UringError};
 use crate::worker::{Gate, Mailbox, QueuePulse, RingOwner, RingStart, obey, wake};
 
@@ -189,6 +190,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         let mut io = Io::new(&mut self.uring, &mut self.outstanding, Figures::new(&self.figures));
         let progress = self.handler.completion(&mut io, &**running.ring.memory(), head, result);
         if let Progress::Done { written } = progress {
+            step(Step::Done);
             add(&self.pulse.completed, 1);
             self.meter.ended(head);
             self.done.push((head, written));

@@ -13,6 +13,7 @@ use crate::limit::{Cost, Toll};
 use crate::meter::Meter;
 use crate::ring::{Ring, RingError, Taken};
 use crate::stats::add;
+use crate::step::{Sabotage, Step, step, strikes, write_late};
 use crate::worker::QueuePulse;
 
 /// Requests of one turn, after which the conversation and completions are heard, and the guest is notified.
@@ -72,6 +73,7 @@ impl<'a, M: GuestMemory> Requests<'a, M> {
                     }
                     self.count += 1;
                     add(&turn.pulse.taken, 1);
+                    step(Step::Submit);
                     return true;
                 }
                 Ok(Taken::Empty) => return false,
@@ -101,6 +103,10 @@ impl<'a, M: GuestMemory> Requests<'a, M> {
     #[inline]
     pub fn done(&mut self, written: u32) {
         let turn = &mut self.turn;
+        step(Step::Done);
+        if strikes(Sabotage::WriteLate) {
+            write_late(&**turn.ring.memory(), turn.chain);
+        }
         add(&turn.pulse.completed, 1);
         turn.done.push((turn.chain.head(), written));
         turn.meter.finished();
@@ -132,6 +138,9 @@ impl<'a, M: GuestMemory> Requests<'a, M> {
 pub(crate) fn publish<M: GuestMemory>(ring: &mut Ring<M>, done: &mut Vec<(u16, u32)>) -> Result<(), RingError> {
     if done.is_empty() {
         return Ok(());
+    }
+    if strikes(Sabotage::CompleteTwice) {
+        done.extend_from_within(..1);
     }
     let result = ring.complete_together(done);
     done.clear();

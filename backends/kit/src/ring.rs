@@ -17,6 +17,7 @@ use crate::areas::{Addresses, Areas};
 use crate::chain::{Chain, ChainError};
 use crate::inflight::{InflightError, Tracker};
 use crate::memory::OutOfRange;
+use crate::step::{Sabotage, Step, step, strikes};
 
 /// What a ring is told at its start.
 #[derive(Debug)]
@@ -154,6 +155,7 @@ impl<M: GuestMemory> Ring<M> {
         } else {
             after
         };
+        let base = base.wrapping_add(u16::from(in_flight > 0 && strikes(Sabotage::ReplayElsewhere)));
         let ring = Self {
             index,
             areas,
@@ -216,7 +218,10 @@ impl<M: GuestMemory> Ring<M> {
         let index = self.index;
         let again = if self.resubmit.is_empty() { None } else { self.resubmit.pop_front() };
         let head = match again {
-            Some(head) => head,
+            Some(head) => {
+                step(Step::Replay);
+                head
+            }
             None => {
                 let Some(head) = self.next_head()? else { return Ok(Taken::Empty) };
                 match self.taken.get(usize::from(head)) {
@@ -224,11 +229,13 @@ impl<M: GuestMemory> Ring<M> {
                     Some(true) => return Err(RingError::HeadTwice { index, head }),
                     Some(false) => {}
                 }
+                step(Step::Fetch);
                 if !self.in_order
                     && let Some(tracker) = &mut self.tracker
                 {
                     tracker.take(head);
                 }
+                step(Step::Mark);
                 head
             }
         };
@@ -289,14 +296,17 @@ impl<M: GuestMemory> Ring<M> {
             done.iter().for_each(|(head, _)| tracker.completing(*head));
         }
         self.areas.set_used(self.next_used, done).map_err(|e| broken(index, e))?;
+        step(Step::UsedElement);
         let next = self.next_used.wrapping_add(done.len() as u16);
         self.areas.set_used_index(next).map_err(|e| broken(index, e))?;
+        step(Step::UsedIndex);
         self.next_used = next;
         match &mut self.tracker {
             Some(tracker) if self.in_order => tracker.settled(next),
             Some(tracker) => tracker.completed(done.iter().map(|(head, _)| *head), next),
             None => {}
         }
+        step(Step::Unmarked);
         for (head, _) in done {
             if let Some(taken) = self.taken.get_mut(usize::from(*head)) {
                 *taken = false;
@@ -349,9 +359,13 @@ impl<M: GuestMemory> Ring<M> {
 
     /// Interrupts the guest without asking.
     pub fn interrupt(&self) {
+        if self.continued && strikes(Sabotage::ForgetCall) {
+            return;
+        }
         if let Some(call) = &self.call {
             // It fails only when 2^64 - 2 interrupts have not been taken.
             let _ = call.write(1);
+            step(Step::Call);
         }
     }
 

@@ -37,6 +37,7 @@ use crate::inflight::{self, Region};
 use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
 use crate::ring::{RingConfig, RingError};
 use crate::stats::StatsPage;
+use crate::step::{Step, step};
 use crate::worker::{Gate, RingStart, SpawnError, Worker, WorkerGone};
 
 /// Bytes of configuration space that a front end may read.
@@ -321,6 +322,7 @@ pub fn serve<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, stream: Unix
                 Err(e) => return EndOfTalk::Failed(VhostError::ReqHandlerError(e)),
             }
         }
+        step(Step::Handshake);
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected | VhostError::SocketBroken(_)) => return EndOfTalk::HungUp,
@@ -425,6 +427,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
     }
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
+        step(Step::Reset);
         let (queue, worker, _) = self.queue(index)?;
         if std::mem::take(&mut queue.running)
             && let Some(base) = worker.stop().map_err(Refused::from)?
@@ -496,6 +499,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
     }
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> VhostResult<()> {
+        step(Step::ConfigWrite);
         Ok(self.device.write_config(offset, buf).map_err(Refused::from)?)
     }
 

@@ -13,16 +13,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use atoll_kit::driver::disk::{self, Kind as Request};
-use atoll_kit::driver::queue::QUEUE_BYTES;
+use atoll_kit::driver::queue::{QUEUE_BYTES, Woken};
 use atoll_kit::driver::{Driver, Guest, Options};
 use atoll_verify::blk::sector::{SECTOR, is_poison, poison};
 use atoll_verify::blk::{Event, Judge, Kind, Operation, Outcome, Record, Verdict, Workload, history};
 use atoll_verify::dice::{Dice, mix};
 
+use crate::chaos::stall::StallWatch;
+
 /// Bytes beside the data of a buffer that nobody may touch.
 const GUARD: u64 = 64;
-/// Operations between two settlements.
-const SEGMENT: u64 = 20_000;
 /// How long to wait for a completion before deadlines are looked at.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -37,20 +37,27 @@ pub struct Style {
     pub depth: usize,
     /// How long an operation may take.
     pub deadline: Duration,
+    /// Operations between two settlements; the judge remembers all of them until then.
+    pub segment: u64,
 }
 
 impl Default for Style {
     fn default() -> Self {
-        Self { queues: 2, queue_size: 128, depth: 24, deadline: Duration::from_secs(20) }
+        Self { queues: 2, queue_size: 128, depth: 24, deadline: Duration::from_secs(20), segment: 20_000 }
     }
 }
 
 impl Style {
     /// A guest without a device for this load.
     pub fn driver(&self, load: &Workload) -> Result<Driver> {
+        Driver::new(self.options(load))
+    }
+
+    /// What a guest for this load is made of.
+    pub fn options(&self, load: &Workload) -> Options {
         let end = self.data() + self.stride(load) * self.buffers() as u64;
         let memory = end.next_multiple_of(1 << 20) as usize;
-        Driver::new(Options { queues: self.queues, size: self.queue_size, memory, ..Options::default() })
+        Options { queues: self.queues, size: self.queue_size, memory, ..Options::default() }
     }
 
     fn data(&self) -> u64 {
@@ -96,12 +103,27 @@ pub struct Player {
     free: VecDeque<Buffer>,
     scratch: Vec<u8>,
     stuck: bool,
+    /// Counts deaths of which nobody tells the player.
+    obituary: Option<Obituary>,
+    deaths: u64,
+    stall: StallWatch,
+    /// Completions that came with nobody interrupted for them.
+    uncalled: u64,
+    completed: u64,
 }
+
+/// Says how many backends a device has lost so far.
+pub type Obituary = Box<dyn FnMut() -> u64>;
 
 impl Player {
     /// A player without a device. The disk that comes must hold zeroes.
     pub fn new(load: Workload, style: Style) -> Result<Self> {
         let driver = style.driver(&load)?;
+        Ok(Self::over(load, style, driver, None))
+    }
+
+    /// A player on rings that a front end of its own serves, which replaces backends by itself. The disk must hold zeroes.
+    pub fn over(load: Workload, style: Style, driver: Driver, obituary: Option<Obituary>) -> Self {
         let mut player = Self {
             load,
             style,
@@ -118,9 +140,126 @@ impl Player {
             free: VecDeque::new(),
             scratch: Vec::new(),
             stuck: false,
+            obituary,
+            deaths: 0,
+            stall: StallWatch::default(),
+            uncalled: 0,
+            completed: 0,
         };
         player.lay_out();
-        Ok(player)
+        player
+    }
+
+    /// The guest resets the device, which has given its rings back, and begins anew on `driver`: what was in flight has
+    /// been done by now, or never will be.
+    pub fn begin_anew(&mut self, driver: Driver) -> Result<()> {
+        self.notice_deaths()?;
+        self.in_flight.clear();
+        self.stall = StallWatch::default();
+        self.driver = driver;
+        self.incarnation += 1;
+        self.lay_out();
+        self.next = u64::from(self.incarnation) << 32;
+        self.settled_at = self.next;
+        self.start = Instant::now();
+        self.record(Event::Begin(self.load, self.incarnation))
+    }
+
+    /// The power fails under guest and device; the same load goes on in a new guest on `driver`.
+    pub fn lose_power(&mut self, driver: Driver) -> Result<()> {
+        self.notice_deaths()?;
+        self.record(Event::PowerLoss)?;
+        self.in_flight.clear();
+        self.stall = StallWatch::default();
+        self.driver = driver;
+        self.incarnation += 1;
+        self.lay_out();
+        Ok(())
+    }
+
+    /// Another device from now on: it counts its own deaths.
+    pub fn watch(&mut self, obituary: Obituary) {
+        (self.obituary, self.deaths) = (Some(obituary), 0);
+    }
+
+    /// The backend is killed now.
+    pub fn killed(&mut self, at: Instant) {
+        self.stall.killed(at, self.in_flight.keys().copied());
+    }
+
+    /// How the last kill was felt.
+    pub fn stall(&self) -> &StallWatch {
+        &self.stall
+    }
+
+    /// Nothing was found wrong so far; sectors are judged when the player settles.
+    pub fn is_ok_so_far(&self) -> bool {
+        self.judge.ok_so_far()
+    }
+
+    /// Requests that were completed.
+    pub fn completed(&self) -> u64 {
+        self.completed
+    }
+
+    /// Completions that came with nobody interrupted for them.
+    pub fn uncalled(&self) -> u64 {
+        self.uncalled
+    }
+
+    /// Requests in the rings that the device has not completed, whatever the player knows.
+    pub fn pending(&mut self) -> Result<u32> {
+        let mut pending = 0;
+        for index in 0..usize::from(self.style.queues) {
+            let (queue, guest) = self.driver.queue(index)?;
+            let available = u16::from_le(guest.load(queue.avail + 2));
+            pending += u32::from(available.wrapping_sub(queue.used_index(guest)));
+        }
+        Ok(pending)
+    }
+
+    /// The used indices of all rings, as one number.
+    pub fn used(&mut self) -> Result<u64> {
+        let mut used = 0;
+        for index in 0..usize::from(self.style.queues) {
+            let (queue, guest) = self.driver.queue(index)?;
+            used = used << 16 | u64::from(queue.used_index(guest));
+        }
+        Ok(used)
+    }
+
+    /// One turn: invokes what there is room for, takes what is completed, waits a moment when there is nothing.
+    pub fn turn(&mut self) -> Result<()> {
+        if self.next - self.settled_at >= self.style.segment {
+            self.settle()?;
+        }
+        self.push()?;
+        if self.collect()? == 0 {
+            self.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Invokes what there is room for.
+    pub fn push(&mut self) -> Result<()> {
+        while self.in_flight.len() < self.style.depth {
+            let operation = self.load.operation(self.next);
+            if !self.invoke(operation)? {
+                break;
+            }
+            self.next += 1;
+        }
+        self.publish()
+    }
+
+    /// What is taken from the rings after this may come from a successor: the judge must have heard of the death before.
+    fn notice_deaths(&mut self) -> Result<()> {
+        let Some(obituary) = &mut self.obituary else { return Ok(()) };
+        let deaths = obituary();
+        if std::mem::replace(&mut self.deaths, deaths) != deaths {
+            self.record(Event::Death)?;
+        }
+        Ok(())
     }
 
     /// Also writes the history as text.
@@ -208,20 +347,7 @@ impl Player {
     /// Plays until `enough` says so, or until a deadline is missed. It looks after each batch.
     pub fn play(&mut self, mut enough: impl FnMut(&Self) -> bool) -> Result<()> {
         while !self.stuck && !enough(self) {
-            if self.next - self.settled_at >= SEGMENT {
-                self.settle()?;
-            }
-            while self.in_flight.len() < self.style.depth {
-                let operation = self.load.operation(self.next);
-                if !self.invoke(operation)? {
-                    break;
-                }
-                self.next += 1;
-            }
-            self.publish()?;
-            if self.collect()? == 0 {
-                self.wait()?;
-            }
+            self.turn()?;
         }
         Ok(())
     }
@@ -371,12 +497,15 @@ impl Player {
     }
 
     /// Takes what is completed; says how much that was.
-    fn collect(&mut self) -> Result<usize> {
+    pub fn collect(&mut self) -> Result<usize> {
         let mut count = 0;
         for index in 0..usize::from(self.style.queues) {
             loop {
                 let (queue, guest) = self.driver.queue(index)?;
                 let Some((head, _)) = queue.take(guest) else { break };
+                self.notice_deaths()?;
+                self.stall.completed((index, head));
+                let (queue, guest) = self.driver.queue(index)?;
                 let in_range = head < self.style.queue_size;
                 let status = if in_range { disk::status(queue, guest, head) } else { 0xff };
                 count += 1;
@@ -396,6 +525,7 @@ impl Player {
 
     fn complete(&mut self, done: &InFlight, status: u8) -> Result<()> {
         let &InFlight { operation, buffer, .. } = done;
+        self.completed += 1;
         self.driver.guest().read(buffer.at, &mut self.scratch);
         let (guard, len) = (GUARD as usize, operation.sectors as usize * SECTOR);
         let used = match operation.kind {
@@ -429,7 +559,9 @@ impl Player {
         // A short wait where several queues may complete first.
         let tick = if self.style.queues == 1 { TICK } else { TICK / 20 };
         let (queue, guest) = self.driver.queue(oldest)?;
-        queue.wait(guest, tick)?;
+        if queue.wait_for_call(guest, tick)? == Woken::Uncalled {
+            self.uncalled += 1;
+        }
         let late: Vec<u64> = self
             .in_flight
             .values()

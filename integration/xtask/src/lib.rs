@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "xtask talks to a person at a terminal")]
 
 pub mod bench;
+pub mod chaos;
 pub mod console;
 pub mod demo;
 pub mod fuzz;

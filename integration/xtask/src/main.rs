@@ -8,7 +8,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
-use xtask::{bench, fuzz, soak, suite, tidy, tour, verify};
+use xtask::{bench, chaos, fuzz, soak, suite, tidy, tour, verify};
 
 /// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
 #[derive(Parser)]
@@ -58,6 +58,13 @@ enum Task {
     Soak {
         #[command(subcommand)]
         what: Soak,
+    },
+    /// Kill devices under a load that is judged; the last line is JSON. `cargo xtask chaos --help` has the options.
+    #[command(disable_help_flag = true)]
+    Chaos {
+        /// Passed on: `--device`, `--kills`, `--seed`, `--image`, `--sabotage`, `--power-loss`, `--shipped`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// Play a load that describes itself, and judge what came of it; the verdict is one line of JSON.
     Verify {
@@ -263,6 +270,7 @@ fn main() -> Result<ExitCode> {
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
         },
         Task::Verify { what } => return verify(what),
+        Task::Chaos { arguments } => chaos::run(&arguments)?,
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -31,6 +31,33 @@ pub fn release() -> PathBuf {
     target.join("release")
 }
 
+/// The folder of a test build of the device processes, which die at named steps when they are told to.
+pub fn steps() -> PathBuf {
+    release().join("steps")
+}
+
+/// Programs of which there is a test build.
+const STEPPERS: [&str; 4] = ["atoll-blk", "atoll-net", "atoll-rng", "atoll-console"];
+
+/// Makes the test build of the device processes, and leaves the shipped ones where they are.
+pub fn build_steps() -> Result<()> {
+    let bins: Vec<&str> = STEPPERS.iter().flat_map(|name| ["--bin", name]).collect();
+    let build = |more: &[&str]| {
+        run(Command::new(cargo())
+            .args(["build", "--release", "--workspace"])
+            .args(&bins)
+            .args(more)
+            .current_dir(repository()))
+    };
+    build(&["--features", "atoll-kit/steps"])?;
+    std::fs::create_dir_all(steps())?;
+    for name in STEPPERS {
+        // Not a link: cargo writes the next build over it.
+        std::fs::copy(release().join(name), steps().join(name))?;
+    }
+    build(&[])
+}
+
 /// A program of the workspace, which must have been built.
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = release().join(name);

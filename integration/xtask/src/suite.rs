@@ -27,6 +27,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
     tidy::run()?;
     step("building the programs");
     place::build_programs()?;
+    place::build_steps()?;
     step("tests");
     // One test program at a time, but its tests in parallel: whole-VM tests share two cores.
     place::run(

@@ -39,6 +39,25 @@ impl Default for NetOptions {
     }
 }
 
+impl NetOptions {
+    /// Where buffers to send and to receive begin.
+    fn places(&self) -> (u64, u64) {
+        let send_at = QUEUE_BYTES * u64::from(2 * self.pairs_max + 1);
+        let per_pair = SEND_BYTES * u64::from(self.size);
+        (send_at, send_at + per_pair * u64::from(self.pairs_max))
+    }
+
+    /// What such a guest is made of.
+    pub fn driver(&self) -> Options {
+        let queues = 2 * self.pairs_max + 1;
+        let (_, receive_at) = self.places();
+        let receive_bytes = u64::from(self.buffer_bytes) * u64::from(self.size) * u64::from(self.pairs_max);
+        let memory = (receive_at + receive_bytes).next_multiple_of(2 << 20) as usize;
+        let (size, without, inflight) = (self.size, self.without, self.inflight);
+        Options { queues, size, memory, without, inflight }
+    }
+}
+
 /// A frame that came in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Received {
@@ -62,15 +81,13 @@ pub struct NetGuest {
 impl NetGuest {
     /// A guest that no device serves yet.
     pub fn new(options: NetOptions) -> Result<Self> {
-        let queues = 2 * options.pairs_max + 1;
-        let send_at = QUEUE_BYTES * u64::from(queues);
-        let per_pair = SEND_BYTES * u64::from(options.size);
-        let receive_at = send_at + per_pair * u64::from(options.pairs_max);
-        let receive_bytes = u64::from(options.buffer_bytes) * u64::from(options.size) * u64::from(options.pairs_max);
-        let memory = (receive_at + receive_bytes).next_multiple_of(2 << 20) as usize;
-        let (size, without, inflight) = (options.size, options.without, options.inflight);
-        let driver = Driver::new(Options { queues, size, memory, without, inflight })?;
-        Ok(Self { driver, options, send_at, receive_at })
+        Ok(Self::over(Driver::new(options.driver())?, options))
+    }
+
+    /// A guest on rings whose front end is somebody else's, made with [`NetOptions::driver`].
+    pub fn over(driver: Driver, options: NetOptions) -> Self {
+        let (send_at, receive_at) = options.places();
+        Self { driver, options, send_at, receive_at }
     }
 
     /// A guest on a new connection, with all receive buffers available.

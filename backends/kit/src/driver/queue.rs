@@ -23,6 +23,23 @@ pub const INDIRECT: u16 = 4;
 /// Bytes of guest memory that a queue takes: rings, then 32 bytes per entry for requests' small parts.
 pub const QUEUE_BYTES: u64 = 128 << 10;
 
+/// How long the interrupt for a completion may take that is seen already: a device on a busy host may be put aside just
+/// between the two.
+const CALL_MAX: Duration = Duration::from_secs(1);
+
+/// What ended a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Woken {
+    /// An interrupt.
+    Called,
+    /// There was something already.
+    Already,
+    /// Nothing came in time.
+    Late,
+    /// Something was completed, and no interrupt came for it.
+    Uncalled,
+}
+
 /// A queue. It lies at the start of guest memory, one after the other.
 #[derive(Debug)]
 pub struct Queue {
@@ -159,18 +176,32 @@ impl Queue {
 
     /// Asks for a call at the next completion and waits for it; returns at once when there is one already.
     pub fn wait(&mut self, guest: &Guest, timeout: Duration) -> Result<()> {
+        self.wait_for_call(guest, timeout).map(drop)
+    }
+
+    /// Like [`Queue::wait`], and says what came: a guest that is not interrupted would sleep for ever.
+    pub fn wait_for_call(&mut self, guest: &Guest, timeout: Duration) -> Result<Woken> {
         guest.store(self.avail + 4 + 2 * u64::from(self.size), self.next_used.to_le());
         fence(Ordering::SeqCst);
         if u16::from_le(guest.load(self.used + 2)) != self.next_used {
-            return Ok(());
+            return Ok(Woken::Already);
         }
         #[allow(unsafe_code, reason = "EventFd lends no borrowed descriptor")]
         // SAFETY: the eventfd lives as long as the queue.
         let fd = unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
-        let limit = Timespec::try_from(timeout).ok();
-        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], limit.as_ref())?;
+        let within = |time: Duration| poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Timespec::try_from(time).ok().as_ref());
+        let mut called = within(timeout)? > 0;
+        // What is completed at this very moment has its call on the way.
+        let uncalled = !called && u16::from_le(guest.load(self.used + 2)) != self.next_used;
+        if uncalled {
+            called = within(CALL_MAX)? > 0;
+        }
         let _ = self.call.read();
-        Ok(())
+        Ok(match (called, uncalled) {
+            (true, _) => Woken::Called,
+            (false, true) => Woken::Uncalled,
+            (false, false) => Woken::Late,
+        })
     }
 
     /// Takes one finished request, waiting for it.
@@ -183,6 +214,11 @@ impl Queue {
             let left = deadline.checked_duration_since(Instant::now()).context("no completion in time")?;
             self.wait(guest, left)?;
         }
+    }
+
+    /// Heads of the requests that were added and not taken back.
+    pub fn heads_in_flight(&self) -> Vec<u16> {
+        (0..).zip(&self.chains).filter(|(_, chain)| !chain.is_empty()).map(|(head, _)| head).collect()
     }
 
     /// Requests that were published and not taken back.

@@ -93,6 +93,7 @@ pub fn begin(keep: &[RawFd], supervised: bool) -> Result<(), JailError> {
     files::close_others(keep).map_err(|source| JailError::Step { what: "close inherited descriptors", source })?;
     rustix::thread::set_no_new_privs(true).map_err(step("give up new privileges"))?;
     one_heap();
+    crate::step::begin();
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, none).map_err(step("forbid core dumps"))?;
     if supervised {

@@ -70,6 +70,43 @@ pub fn run(plan: &Plan) -> io::Result<TalkVerdict> {
     Ok(talker.verdict(&plan.promise))
 }
 
+/// A packet socket, for who moves frames in a loop of its own. A frame that the interface has no room for is lost, as is one
+/// that comes while nobody serves the interface.
+#[derive(Debug)]
+pub struct Socket(OwnedFd);
+
+impl Socket {
+    /// On `interface`, which must be up.
+    pub fn open(interface: &str) -> io::Result<Self> {
+        open(interface).map(Self)
+    }
+
+    /// Sends a frame; whether it was taken.
+    #[allow(unsafe_code, reason = "packet sockets have no safe wrapper")]
+    pub fn send(&self, frame: &[u8]) -> io::Result<bool> {
+        // SAFETY: the pointer and the length are those of the frame.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        if sent >= 0 {
+            return Ok(true);
+        }
+        match io::Error::last_os_error() {
+            e if matches!(
+                e.raw_os_error(),
+                Some(libc::EAGAIN | libc::ENOBUFS | libc::EINTR | libc::ENETDOWN | libc::EIO)
+            ) =>
+            {
+                Ok(false)
+            }
+            e => Err(e),
+        }
+    }
+
+    /// The next frame, if one has come.
+    pub fn receive(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        receive(&self.0, buffer)
+    }
+}
+
 fn card(interface: &str) -> io::Result<[u8; 6]> {
     let text = std::fs::read_to_string(format!("/sys/class/net/{interface}/address"))?;
     let mut address = [0; 6];
@@ -81,8 +118,13 @@ fn card(interface: &str) -> io::Result<[u8; 6]> {
 
 #[allow(unsafe_code, reason = "packet sockets have no safe wrapper")]
 fn open(interface: &str) -> io::Result<OwnedFd> {
-    let index = std::fs::read_to_string(format!("/sys/class/net/{interface}/ifindex"))?;
-    let index: i32 = index.trim().parse().map_err(io::Error::other)?;
+    let name = std::ffi::CString::new(interface).map_err(io::Error::other)?;
+    // Not by /sys, which may show another network namespace's.
+    // SAFETY: the name ends with a zero byte and lives until the call returns.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) }.cast_signed();
+    if index == 0 {
+        return Err(io::Error::last_os_error());
+    }
     let protocol = ETHERTYPE.to_be();
     // SAFETY: no pointers.
     let fd = unsafe {

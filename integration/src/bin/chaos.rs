@@ -1,0 +1,91 @@
+//! `cargo xtask chaos`: devices are killed under a load that is judged. The last line is JSON; the exit status is 1 when a
+//! promise was broken.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use atoll_integration::chaos::campaign::{Campaign, Class, Image, Plan};
+use atoll_integration::chaos::page::Page;
+use atoll_integration::chaos::sabotage::{Caught, commit};
+use atoll_integration::chaos::{power, tap};
+use atoll_kit::step::Sabotage;
+use clap::Parser;
+use xtask::place;
+
+/// Kills devices under load.
+#[derive(Parser)]
+struct Cli {
+    /// Class of the device.
+    #[arg(long, value_enum, default_value = "blk")]
+    device: Class,
+    /// How many kills.
+    #[arg(long, default_value_t = 200)]
+    kills: u64,
+    /// The load and what is aimed at follow from it.
+    #[arg(long, default_value_t = 0x5eed)]
+    seed: u64,
+    /// A disk's image.
+    #[arg(long, value_enum, default_value = "raw")]
+    image: Image,
+    /// A disk past the page cache (in a --folder that knows direct I/O).
+    #[arg(long)]
+    direct: bool,
+    /// Where images are; in memory by default.
+    #[arg(long)]
+    folder: Option<PathBuf>,
+    /// The programs as they are shipped: kills come from outside only.
+    #[arg(long, conflicts_with_all = ["sabotage", "power_loss"])]
+    shipped: bool,
+    /// Lets a fault loose that the campaign must find: its name, or all.
+    #[arg(long, value_name = "NAME")]
+    sabotage: Option<String>,
+    /// The other claim: what a flush covered survives the loss of power. As many losses as --kills says.
+    #[arg(long)]
+    power_loss: bool,
+}
+
+/// Each fault in turn; whether all were found.
+#[allow(clippy::print_stdout, reason = "a table for people and a line for programs")]
+fn sabotage(name: &str, kills: u64, seed: u64) -> Result<bool> {
+    let wanted: Vec<Sabotage> =
+        Sabotage::ALL.into_iter().filter(|sabotage| name == "all" || name == sabotage.name()).collect();
+    if wanted.is_empty() {
+        let names: Vec<_> = Sabotage::ALL.iter().map(|sabotage| sabotage.name()).collect();
+        bail!("--sabotage {name}: name one of {}, or all", names.join(", "));
+    }
+    let mut all = Vec::new();
+    println!("| sabotage | device | caught | kills | strikes | found |\n|---|---|---|---|---|---|");
+    for fault in wanted {
+        let Caught { sabotage, device, caught, kills, strikes, found } =
+            &commit(fault, &place::steps(), kills, seed).with_context(|| fault.name())?;
+        let found = found.first().map(String::as_str).unwrap_or_default();
+        println!("| {sabotage} | {device} | {caught} | {kills} | {strikes} | {found} |");
+        all.push(serde_json::json!({"sabotage": sabotage, "caught": caught, "kills": kills, "strikes": strikes}));
+    }
+    let ok = all.iter().all(|one| one["caught"] == true);
+    println!("{}", serde_json::json!({ "chaos": "sabotage", "ok": ok, "seed": seed, "faults": all }));
+    Ok(ok)
+}
+
+#[allow(clippy::print_stdout, clippy::print_stderr, reason = "a table for people and a line for programs")]
+fn main() -> Result<ExitCode> {
+    let Cli { device, kills, seed, image, direct, folder, shipped, sabotage: fault, power_loss } = Cli::parse();
+    if let Some(name) = fault {
+        return Ok(if sabotage(&name, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if power_loss {
+        let losses = power::campaign(&power::page(&place::steps())?, kills, seed)?;
+        println!("{}", serde_json::to_string(&losses)?);
+        return Ok(if losses.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if device == Class::Net {
+        tap::leave_network()?;
+    }
+    let plan = Plan { class: device, kills, seed, image, direct, folder, sabotage: None };
+    let page = if shipped { None } else { Some(Page::new(&place::steps(), None)?) };
+    let outcome = Campaign::new(&plan, page.as_ref(), &place::release())?.run()?;
+    eprint!("{}", outcome.table());
+    println!("{}", serde_json::to_string(&outcome)?);
+    Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,604 @@
+//! The campaign: a device under load is killed, at random and at named steps, and again while it recovers.
+//!
+//! A round plays the load for a while, kills, and plays on until everything that was in flight has been completed. Which
+//! round aims at what follows from the seed. With a test build ([`Page`]) a process dies by itself at a step, at its first,
+//! second or later occurrence; without one all kills come from outside, some of them while a successor starts.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use atoll_kit::step::{Sabotage, Step};
+use atoll_verify::dice::{Dice, mix};
+use atoll_vmm::config::{
+    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, NetConfig, OnFailure, RngConfig,
+};
+use atoll_vmm::vhost::DeviceState;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use xtask::processes;
+
+use super::census::Census;
+use super::console::ConsoleLoad;
+use super::disk::DiskLoad;
+use super::entropy::EntropyLoad;
+use super::load::Load;
+use super::net::NetLoad;
+use super::outcome::{Frame, Outcome, Tally};
+use super::page::Page;
+use super::rig::{House, Rig, await_answer};
+use super::scheduling;
+use super::tap::Tap;
+
+/// How often a kill waits for work to be in flight.
+const ATTEMPTS: u32 = 16;
+/// How long a killed process may take to go, an aimed kill to come, and a device to go on.
+const REAP_MAX: Duration = Duration::from_secs(5);
+const AIM_MAX: Duration = Duration::from_secs(2);
+const RECOVER_MAX: Duration = Duration::from_secs(30);
+/// How long a message from the front end may take to a backend's socket.
+const MESSAGE: Duration = Duration::from_millis(15);
+/// Requests before the first kill that counts, and after it.
+const WARM_UP: u64 = 4000;
+/// How long requests are handed over without a wait before an aimed kill.
+const CROWD: Duration = Duration::from_millis(2);
+
+/// A class of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Class {
+    /// `atoll-blk`.
+    Blk,
+    /// `atoll-net`.
+    Net,
+    /// `atoll-rng`.
+    Rng,
+    /// `atoll-console`.
+    Console,
+}
+
+/// What a disk's image is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Image {
+    /// Sectors as they are.
+    #[default]
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+/// What to do.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The class.
+    pub class: Class,
+    /// SIGKILLs.
+    pub kills: u64,
+    /// Everything follows from it that does not follow from the machine's mood.
+    pub seed: u64,
+    /// A disk's image.
+    pub image: Image,
+    /// Past the page cache.
+    pub direct: bool,
+    /// Where images are; memory by default.
+    pub folder: Option<PathBuf>,
+    /// A fault to commit, at every which opportunity. The campaign then ends with the first thing that it finds.
+    pub sabotage: Option<(Sabotage, u64)>,
+}
+
+impl Plan {
+    /// The class and, for a disk, its image.
+    pub fn name(&self) -> String {
+        match (self.class, self.image, self.direct) {
+            (Class::Blk, Image::Raw, false) => "blk raw".into(),
+            (Class::Blk, Image::Raw, true) => "blk raw direct".into(),
+            (Class::Blk, Image::Qcow2, false) => "blk qcow2".into(),
+            (Class::Blk, Image::Qcow2, true) => "blk qcow2 direct".into(),
+            (Class::Net, ..) => "net".into(),
+            (Class::Rng, ..) => "rng".into(),
+            (Class::Console, ..) => "console".into(),
+        }
+    }
+
+    fn program(&self) -> &'static str {
+        match self.class {
+            Class::Blk => "atoll-blk",
+            Class::Net => "atoll-net",
+            Class::Rng => "atoll-rng",
+            Class::Console => "atoll-console",
+        }
+    }
+
+    /// Steps that this class has.
+    pub fn steps(&self) -> Vec<Step> {
+        let has = |step: &Step| match step {
+            Step::Status | Step::Flush | Step::ConfigWrite => self.class == Class::Blk,
+            // Its requests are done in order: the used index says all.
+            Step::Replay => self.class != Class::Net,
+            _ => true,
+        };
+        Step::ALL.into_iter().filter(has).collect()
+    }
+}
+
+/// A device under load, with all that it needs.
+pub struct Scene {
+    rig: Rig,
+    load: Box<dyn Load>,
+    house: House,
+    image: Option<PathBuf>,
+    _folder: tempfile::TempDir,
+    _tap: Option<Tap>,
+}
+
+/// Where images are that need no disk.
+pub(super) fn memory() -> &'static Path {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { memory } else { Path::new("/tmp") }
+}
+
+impl Scene {
+    /// Starts the device of a plan with `programs`, and its load.
+    pub fn open(plan: &Plan, programs: &Path) -> Result<Self> {
+        let folder = tempfile::tempdir_in(plan.folder.as_deref().unwrap_or(memory()))?;
+        let house = House::new(programs)?;
+        let (mut image, mut tap) = (None, None);
+        let (rig, load): (Rig, Box<dyn Load>) = match plan.class {
+            Class::Blk => {
+                let path = image.insert(folder.path().join("image"));
+                make_image(plan.image, path)?;
+                let config = DiskConfig { num_queues: Some(2), direct: plan.direct, ..disk(plan.image, path) };
+                let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
+                let load = DiskLoad::start(&mut rig, plan.seed, 2)?;
+                (rig, Box::new(load))
+            }
+            Class::Rng => {
+                let config = RngConfig { src: "/dev/urandom".into(), id: None, on_failure: OnFailure::default() };
+                let mut rig = house.device(&DeviceConfig::Rng(config), EntropyLoad::MEMORY)?;
+                let load = EntropyLoad::start(&mut rig)?;
+                (rig, Box::new(load))
+            }
+            Class::Console => {
+                let output = folder.path().join("output");
+                let config = ConsoleConfig { mode: ConsoleMode::File, file: Some(output.clone()), socket: None };
+                let mut rig = house.device(&DeviceConfig::Console(config), ConsoleLoad::MEMORY)?;
+                let load = ConsoleLoad::start(&mut rig, &output)?;
+                (rig, Box::new(load))
+            }
+            Class::Net => {
+                let tap = tap.insert(Tap::new()?);
+                let descriptors = Descriptors(vec![tap.descriptor()]);
+                let config = NetConfig { fds: Some(vec![0]), descriptors, ..NetConfig::default() };
+                let mut rig = house.device(&DeviceConfig::Net(config), NetLoad::MEMORY)?;
+                let load = NetLoad::start(&mut rig, plan.seed, tap)?;
+                (rig, Box::new(load))
+            }
+        };
+        Ok(Self { rig, load, house, image, _folder: folder, _tap: tap })
+    }
+
+    /// The backend's process, as soon as it serves.
+    fn running(&mut self) -> Result<OwnedFd> {
+        let deadline = Instant::now() + RECOVER_MAX;
+        while Instant::now() < deadline {
+            if let Some(pid) = self.rig.status().pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?))
+                && let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
+                && !ended(&process, Duration::ZERO)
+            {
+                return Ok(process);
+            }
+            self.load.turn()?;
+        }
+        bail!("no backend within {RECOVER_MAX:?}: {:?}", self.rig.status())
+    }
+}
+
+/// A disk's configuration.
+fn disk(image: Image, path: &Path) -> DiskConfig {
+    let _ = image;
+    DiskConfig { path: Some(path.to_owned()), ..DiskConfig::default() }
+}
+
+fn make_image(image: Image, path: &Path) -> Result<()> {
+    match image {
+        Image::Raw => Ok(std::fs::File::create(path)?.set_len(DiskLoad::IMAGE)?),
+        Image::Qcow2 => bail!("qcow2 images are not served yet"),
+    }
+}
+
+fn ended(process: &OwnedFd, within: Duration) -> bool {
+    let limit = Timespec::try_from(within).ok();
+    matches!(poll(&mut [PollFd::new(process, PollFlags::IN)], limit.as_ref()), Ok(1..))
+}
+
+/// The description that a process has of an image: with it its locks. None where this user may not look.
+fn copy_of_descriptor(process: &OwnedFd, pid: u32, image: &Path) -> Option<OwnedFd> {
+    let image = std::fs::canonicalize(image).ok()?;
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    let number = entries.flatten().find_map(|entry| {
+        let is_image = std::fs::read_link(entry.path()).is_ok_and(|target| target == image);
+        is_image.then(|| entry.file_name().to_str()?.parse::<i32>().ok()).flatten()
+    })?;
+    rustix::process::pidfd_getfd(process, number, rustix::process::PidfdGetfdFlags::empty()).ok()
+}
+
+/// What a round does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Aim {
+    /// A kill at any moment.
+    Random,
+    /// A kill, after which the dead process's I/O goes on for a while.
+    Linger,
+    /// A kill, and another one while the successor starts.
+    Start,
+    /// The process dies at this step, at this occurrence.
+    Step(Step, u64),
+}
+
+impl Aim {
+    /// The process dies while it negotiates, recovers or is reset, and not in the middle of its work.
+    fn is_at_start(self) -> bool {
+        matches!(self, Self::Start | Self::Step(Step::Handshake | Step::Replay | Step::Reset, _))
+    }
+}
+
+/// Occurrences of a step at which a process dies.
+const DEPTHS: [u64; 6] = [1, 2, 3, 7, 16, 45];
+/// Messages of a conversation are fewer.
+const FEW: [u64; 6] = [1, 2, 3, 5, 9, 14];
+
+/// Runs a campaign; `page` belongs to a test build, whose programs are used.
+pub struct Campaign<'a> {
+    plan: &'a Plan,
+    page: Option<&'a Page>,
+    scene: Scene,
+    dice: Dice,
+    tally: Tally,
+    round: u64,
+    /// The last kill left I/O behind for longer than the kernel does.
+    lingered: bool,
+}
+
+impl<'a> Campaign<'a> {
+    /// Sets the scene.
+    pub fn new(plan: &'a Plan, page: Option<&'a Page>, programs: &Path) -> Result<Self> {
+        let programs = page.map_or(programs, Page::programs);
+        if let (Some(page), Some((sabotage, period))) = (page, plan.sabotage) {
+            page.sabotage(sabotage, period);
+        }
+        let scene = Scene::open(plan, programs)?;
+        let dice = Dice::new(mix(plan.seed, 0x6b69_6c6c));
+        Ok(Self { plan, page, scene, dice, tally: Tally::default(), round: 0, lingered: false })
+    }
+
+    /// Until the kills are done, or something hangs.
+    pub fn run(mut self) -> Result<Outcome> {
+        let began = Instant::now();
+        // Everything that is made once has been made after the first recovery.
+        self.play(WARM_UP)?;
+        self.round(Aim::Random)?;
+        self.play(WARM_UP)?;
+        let before = Census::take()?;
+        while self.tally.kills < self.plan.kills && !self.is_over() {
+            let aim = self.aim();
+            self.round(aim)?;
+            self.round += 1;
+            if self.plan.sabotage.is_some() && !self.is_over() && self.scene.load.is_broken()? {
+                break;
+            }
+        }
+        self.play(50)?;
+        // A successor that is still settling down has descriptors on their way.
+        std::thread::sleep(Duration::from_millis(100));
+        let census = [before, Census::take()?];
+        if self.plan.sabotage.is_none() {
+            self.check_steps();
+        }
+        let Scene { rig, load, house, image, _folder, _tap } = self.scene;
+        let status = rig.status();
+        if rig.needs_reset() > 0 {
+            self.tally.words.push(format!("the driver was told to reset the device: {status:?}"));
+        }
+        let findings = load.finish()?;
+        drop(rig);
+        drop(house);
+        if let (Image::Qcow2, Some(image)) = (self.plan.image, &image) {
+            super::power::check_image(image, &mut self.tally.words)?;
+        }
+        let frame = Frame {
+            device: self.plan.name(),
+            seed: self.plan.seed,
+            restarts: status.generation.saturating_sub(1),
+            census,
+            took: began.elapsed(),
+        };
+        Ok(Outcome::new(frame, self.tally, findings))
+    }
+
+    fn is_over(&mut self) -> bool {
+        self.scene.load.is_stuck() || self.tally.hung > 0
+    }
+
+    /// A step that is to be hit and never was, with work in flight, fails the campaign; a short one cannot hit all.
+    fn check_steps(&mut self) {
+        let steps = self.plan.steps();
+        if self.page.is_none() || self.plan.kills < 3 * steps.len() as u64 {
+            return;
+        }
+        for step in steps {
+            if self.tally.steps.get(step.name()).is_none_or(|[_, busy]| *busy == 0) {
+                self.tally.words.push(format!("nobody died at {} with work in flight", step.name()));
+            }
+        }
+    }
+
+    fn aim(&mut self) -> Aim {
+        let roll = self.dice.below(10);
+        if self.page.is_none() || roll < 3 {
+            if roll == 1 && self.scene.image.is_some() || matches!(self.plan.sabotage, Some((Sabotage::SkipFence, _))) {
+                return Aim::Linger;
+            }
+            return if roll == 0 || self.page.is_none() && roll < 3 { Aim::Start } else { Aim::Random };
+        }
+        let steps = self.plan.steps();
+        // In turn, so that none is forgotten; the depth is chance.
+        let step = steps.get((self.round % steps.len() as u64) as usize).copied().unwrap_or(Step::Fetch);
+        let depths = if step == Step::Handshake { FEW } else { DEPTHS };
+        let depth = match step {
+            // As many as there are for certain.
+            Step::Reset | Step::ConfigWrite => 1,
+            Step::Replay => 1 + self.dice.below(4),
+            _ => depths.get(self.dice.below(depths.len() as u64) as usize).copied().unwrap_or(1),
+        };
+        Aim::Step(step, depth)
+    }
+
+    /// Plays until so many more requests have been completed.
+    fn play(&mut self, requests: u64) -> Result<()> {
+        let until = self.scene.load.completed() + requests;
+        let deadline = Instant::now() + RECOVER_MAX;
+        while self.scene.load.completed() < until && !self.is_over() {
+            self.scene.load.turn()?;
+            if Instant::now() > deadline {
+                self.hung("nothing is completed any more");
+            }
+        }
+        Ok(())
+    }
+
+    fn hung(&mut self, what: &str) {
+        self.tally.hung += 1;
+        self.tally.words.push(format!("{what}: {:?}", self.scene.rig.status()));
+    }
+
+    fn round(&mut self, aim: Aim) -> Result<()> {
+        let some = self.dice.below(120);
+        self.play(1 + some)?;
+        if self.is_over() {
+            return Ok(());
+        }
+        match aim {
+            Aim::Random => self.kill(false)?,
+            Aim::Linger => self.kill_lingering()?,
+            Aim::Start => {
+                self.kill(true)?;
+                self.kill_successor()?;
+            }
+            Aim::Step(step, depth) => self.kill_at(step, depth)?,
+        }
+        if !self.is_over() {
+            self.lingered = aim == Aim::Linger;
+            self.recover(aim.is_at_start())?;
+        }
+        Ok(())
+    }
+
+    /// A kill from outside while the device runs, soon after requests were handed over. Begins the stall.
+    fn kill(&mut self, and_again: bool) -> Result<()> {
+        let process = self.scene.running()?;
+        self.be_busy()?;
+        self.strike(&process, if and_again { "first-of-two" } else { "random" })
+    }
+
+    /// Returns when requests are in flight, more than will be done by the time at which a signal arrives.
+    fn be_busy(&mut self) -> Result<()> {
+        let window = Duration::from_nanos(self.dice.below(60_000));
+        for left in (0..ATTEMPTS).rev() {
+            self.scene.load.turn()?;
+            self.scene.load.push()?;
+            // The last attempts take what they get.
+            let moment = Instant::now() + window * left / ATTEMPTS;
+            while Instant::now() < moment {
+                std::hint::spin_loop();
+            }
+            if self.scene.load.pending()? > left {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn strike(&mut self, process: &OwnedFd, step: &'static str) -> Result<()> {
+        let now = Instant::now();
+        self.scene.load.killed(now);
+        // It fails when the process has ended by itself, which the front end has noticed.
+        if pidfd_send_signal(process, Signal::KILL).is_err() {
+            return Ok(());
+        }
+        if !ended(process, REAP_MAX) {
+            bail!("a killed process does not end");
+        }
+        let pending = self.scene.load.pending()?;
+        self.tally.kill(pending, step);
+        Ok(())
+    }
+
+    /// A kill of a process whose I/O on its image outlives it, played by a copy of its descriptor: it holds the lock as
+    /// the kernel's requests do. Meanwhile nothing may be completed.
+    fn kill_lingering(&mut self) -> Result<()> {
+        let process = self.scene.running()?;
+        let image = self.scene.image.clone().context("an image")?;
+        let copy = copy_of_descriptor(&process, self.scene.rig.status().pid.unwrap_or_default(), &image);
+        self.be_busy()?;
+        let Some(copy) = copy else { return self.strike(&process, "random") };
+        self.strike(&process, "linger")?;
+        let used = self.scene.load.used()?;
+        let until = Instant::now() + Duration::from_micros(2000 + self.dice.below(12_000));
+        while Instant::now() < until {
+            self.scene.load.push()?;
+            if self.scene.load.used()? != used {
+                self.scene.load.accuse("requests were completed while I/O of the dead process could still land".into());
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        drop(copy);
+        Ok(())
+    }
+
+    /// A kill of the process that is being started.
+    fn kill_successor(&mut self) -> Result<()> {
+        let moment = Instant::now() + Duration::from_micros(self.dice.below(8000));
+        while Instant::now() < moment {
+            self.scene.load.turn()?;
+        }
+        let deadline = Instant::now() + AIM_MAX;
+        while Instant::now() < deadline {
+            let child = processes::children_named(std::process::id(), self.plan.program()).into_iter().next();
+            let pid = child.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
+            if let Some(process) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+                && !ended(&process, Duration::ZERO)
+            {
+                if self.scene.rig.status().pid.is_some() {
+                    self.be_busy()?;
+                }
+                return self.strike(&process, "start");
+            }
+            self.scene.load.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Has the process die at a step, by itself.
+    fn kill_at(&mut self, step: Step, depth: u64) -> Result<()> {
+        let page = self.page.context("steps need a test build")?;
+        let lost = self.scene.rig.lost();
+        let process = self.scene.running()?;
+        match step {
+            Step::Handshake => {
+                // Only a successor gets there.
+                page.arm(step, depth);
+                self.be_busy()?;
+                self.strike(&process, "first-of-two")?;
+            }
+            Step::Replay => {
+                // There is something to replay when the first one dies with requests in its hand.
+                page.arm(Step::Done, 1 + self.dice.below(12));
+                self.await_death(page, Step::Done, lost)?;
+                page.arm(step, depth);
+            }
+            _ => page.arm(step, depth),
+        }
+        self.await_death(page, step, lost)
+    }
+
+    /// A successor serves, and has completed what its predecessor left.
+    fn is_through(&self, lost: u64) -> bool {
+        let status = self.scene.rig.status();
+        status.lost > lost && status.state == DeviceState::Running && self.scene.load.stall().over().is_some()
+    }
+
+    /// Plays until a process dies at the step that it was told; `lost` backends were lost before.
+    fn await_death(&mut self, page: &Page, step: Step, lost: u64) -> Result<()> {
+        let deadline = Instant::now() + AIM_MAX;
+        let mut died = page.died_at();
+        while died.is_none() && Instant::now() < deadline && !self.is_over() {
+            match step {
+                Step::Reset => return self.die_in_reset(page),
+                Step::ConfigWrite => self.scene.load.write_config(&mut self.scene.rig)?,
+                // The successor is through: it will not die there any more.
+                Step::Replay | Step::Handshake if self.is_through(lost) => break,
+                _ => {}
+            }
+            // Seldom a wait: the death shall be seen before a successor has completed anything. But interrupts are only
+            // asked for in a wait.
+            died = if step == Step::Call { None } else { self.crowd(page)? };
+            if died.is_none() {
+                self.scene.load.push()?;
+                self.scene.load.turn()?;
+                died = page.died_at();
+            }
+        }
+        page.disarm();
+        if died.is_some() {
+            let now = Instant::now();
+            let pending = self.scene.load.pending()?;
+            self.tally.kill(pending, step.name());
+            self.scene.load.poll()?;
+            if !matches!(step, Step::Replay | Step::Handshake) {
+                self.scene.load.killed(now);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands over requests one after the other as there is room, so that there is always one behind those under way.
+    fn crowd(&mut self, page: &Page) -> Result<Option<Step>> {
+        let moment = Instant::now() + CROWD;
+        while Instant::now() < moment && page.died_at().is_none() {
+            self.scene.load.push()?;
+            self.scene.load.poll()?;
+        }
+        Ok(page.died_at())
+    }
+
+    /// The guest resets the device, which dies of it; then the guest begins anew.
+    fn die_in_reset(&mut self, page: &Page) -> Result<()> {
+        self.scene.load.turn()?;
+        self.scene.load.push()?;
+        // Its threads find the reset and the requests at the same moment, and the one with the requests comes second.
+        let process = self.scene.running()?;
+        let signal = |signal| pidfd_send_signal(&process, signal);
+        signal(Signal::STOP)?;
+        scheduling::queues_last(self.scene.rig.status().pid.unwrap_or_default())?;
+        self.scene.load.push()?;
+        let answer = self.scene.rig.begin_reset();
+        std::thread::sleep(MESSAGE);
+        signal(Signal::CONT)?;
+        let deadline = Instant::now() + AIM_MAX;
+        while page.died_at().is_none() && Instant::now() < deadline {
+            std::hint::spin_loop();
+        }
+        page.disarm();
+        let pending = self.scene.load.pending()?;
+        await_answer(answer)?;
+        self.scene.load.begin_anew(&mut self.scene.rig)?;
+        if page.died_at().is_some() {
+            self.tally.kill(pending, Step::Reset.name());
+        }
+        Ok(())
+    }
+
+    /// Plays until all that was in flight at the last kill is completed.
+    fn recover(&mut self, at_start: bool) -> Result<()> {
+        let deadline = Instant::now() + RECOVER_MAX;
+        loop {
+            if let Some(stall) = self.scene.load.stall().over() {
+                let stalls = if at_start { &mut self.tally.start_stalls } else { &mut self.tally.stalls };
+                if !stall.is_zero() && !self.lingered {
+                    stalls.push(stall);
+                }
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let waiting = self.scene.load.stall().waiting();
+                self.hung(&format!("{waiting} requests were not completed after a kill"));
+                return Ok(());
+            }
+            if self.is_over() {
+                return Ok(());
+            }
+            self.scene.load.turn()?;
+        }
+    }
+}

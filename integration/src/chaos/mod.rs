@@ -1,0 +1,23 @@
+//! Campaigns of faults: the shipped front end and the real device processes, a load that describes itself on the guest's
+//! side of the rings, and SIGKILL at random and at named steps.
+//!
+//! [`campaign`] kills and judges; [`rig`] is the device without a guest; [`load`] is what a class's guest does ([`disk`],
+//! [`net`], [`entropy`], [`console`]). [`page`] is how a test build of the device processes is told where to die and which
+//! fault to commit; [`power`] is the other claim, the loss of power.
+
+pub mod campaign;
+pub mod census;
+pub mod console;
+pub mod disk;
+pub mod entropy;
+pub mod load;
+pub mod net;
+pub mod outcome;
+pub mod page;
+pub mod power;
+pub mod requests;
+pub mod rig;
+pub mod sabotage;
+pub mod scheduling;
+pub mod stall;
+pub mod tap;

@@ -1,0 +1,62 @@
+//! Does the campaign find what it is there to find? Test builds that do wrong on purpose, one fault at a time.
+
+use std::path::Path;
+
+use anyhow::Result;
+use atoll_kit::step::{Sabotage, word};
+use serde::Serialize;
+
+use super::campaign::{Campaign, Class, Image, Plan};
+use super::page::Page;
+use super::power;
+
+/// What became of one fault.
+#[derive(Debug, Clone, Serialize)]
+pub struct Caught {
+    /// The fault.
+    pub sabotage: &'static str,
+    /// The class that committed it.
+    pub device: &'static str,
+    /// The campaign has found it.
+    pub caught: bool,
+    /// Kills, or losses of power, until it was found.
+    pub kills: u64,
+    /// How often it was committed until then.
+    pub strikes: u64,
+    /// What was found.
+    pub found: Vec<String>,
+}
+
+/// The class in which a fault can be seen, and how often it is committed. The order in which requests are carried out
+/// again is nobody's business on a disk, whose requests have no order; on a console they do.
+fn stage(sabotage: Sabotage) -> (Class, &'static str, u64) {
+    match sabotage {
+        Sabotage::ReplayOutOfOrder => (Class::Console, "console", 1),
+        Sabotage::ReplayElsewhere | Sabotage::SkipFence | Sabotage::ForgetCall => (Class::Blk, "blk", 1),
+        Sabotage::LoseFlush | Sabotage::WriteLate => (Class::Blk, "blk", 1),
+        Sabotage::CompleteTwice | Sabotage::AcknowledgeFirst | Sabotage::SwapSectors => (Class::Blk, "blk", 500),
+    }
+}
+
+/// Lets one fault loose, for at most `kills` kills.
+pub fn commit(sabotage: Sabotage, programs: &Path, kills: u64, seed: u64) -> Result<Caught> {
+    let (class, device, period) = stage(sabotage);
+    let fault = Some((sabotage, period));
+    let plan = Plan { class, kills, seed, image: Image::Raw, direct: false, folder: None, sabotage: fault };
+    let (page, kills, words, broken);
+    if sabotage == Sabotage::LoseFlush {
+        page = power::page(programs)?;
+        page.sabotage(sabotage, period);
+        let outcome = power::campaign(&page, plan.kills, seed)?;
+        (kills, broken, words) = (outcome.losses, !outcome.ok, outcome.words);
+    } else {
+        page = Page::new(programs, None)?;
+        let outcome = Campaign::new(&plan, Some(&page), programs)?.run()?;
+        let found = outcome.lost + outcome.stale + outcome.torn + outcome.duplicated + outcome.corrupted;
+        broken = found + outcome.failed + outcome.uncalled + outcome.hung > 0;
+        (kills, words) = (outcome.kills, outcome.words);
+    }
+    let found = words.into_iter().take(2).collect();
+    let strikes = page.get(word::STRIKES);
+    Ok(Caught { sabotage: sabotage.name(), device, caught: broken && strikes > 0, kills, strikes, found })
+}
