@@ -173,9 +173,13 @@ pub mod word {
 }
 
 #[cfg(feature = "steps")]
-pub use armed::{begin, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through};
+pub use armed::{
+    begin, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
+};
 #[cfg(not(feature = "steps"))]
-pub use nothing::{begin, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through};
+pub use nothing::{
+    begin, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
+};
 
 #[cfg(not(feature = "steps"))]
 mod nothing {
@@ -261,7 +265,13 @@ mod armed {
                 let bytes = bytes.or_else(|| usize::try_from(file.metadata().ok()?.len()).ok())?;
                 MmapRegion::from_file(FileOffset::new(file, 0), bytes).ok()
             };
-            Some(Self { words: map(PAGE_NAME, Some(PAGE_BYTES))?, durable: map(DURABLE_NAME, None), taken: Mutex::default(), postponed: Mutex::default(), returned: Mutex::default() })
+            Some(Self {
+                words: map(PAGE_NAME, Some(PAGE_BYTES))?,
+                durable: map(DURABLE_NAME, None),
+                taken: Mutex::default(),
+                postponed: Mutex::default(),
+                returned: Mutex::default(),
+            })
         }
 
         fn word(&self, index: usize) -> &AtomicU64 {

@@ -97,7 +97,10 @@ impl Load for DiskLoad {
     }
     fn is_broken(&mut self) -> Result<bool> {
         self.player.settle()?;
-        Ok(self.player.is_stuck() || !self.player.is_ok_so_far() || self.player.uncalled() > 0 || !self.accused.is_empty())
+        Ok(self.player.is_stuck()
+            || !self.player.is_ok_so_far()
+            || self.player.uncalled() > 0
+            || !self.accused.is_empty())
     }
     fn accuse(&mut self, words: String) {
         self.accused.push(words);

@@ -189,7 +189,9 @@ impl Queue {
         #[allow(unsafe_code, reason = "EventFd lends no borrowed descriptor")]
         // SAFETY: the eventfd lives as long as the queue.
         let fd = unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
-        let within = |time: Duration| poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Timespec::try_from(time).ok().as_ref());
+        let within = |time: Duration| {
+            poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Timespec::try_from(time).ok().as_ref())
+        };
         let mut called = within(timeout)? > 0;
         // What is completed at this very moment has its call on the way.
         let uncalled = !called && u16::from_le(guest.load(self.used + 2)) != self.next_used;
