@@ -31,7 +31,7 @@ const WRITEBACK_AT: u32 = 32;
 #[derive(Debug)]
 pub struct Shared {
     /// The image.
-    pub storage: Storage,
+    pub storage: Arc<Storage>,
     /// The identification string, padded with zeroes.
     pub serial: [u8; SERIAL_BYTES],
     write_through: AtomicBool,
@@ -56,12 +56,12 @@ pub struct Disk {
 
 impl Disk {
     /// A disk on `storage`. A serial longer than 20 bytes is cut.
-    pub fn new(storage: Storage, queues: u16, serial: &str) -> Self {
+    pub fn new(storage: impl Into<Arc<Storage>>, queues: u16, serial: &str) -> Self {
         let mut padded = [0; SERIAL_BYTES];
         for (to, from) in padded.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let shared = Shared { storage, serial: padded, write_through: AtomicBool::new(false) };
+        let shared = Shared { storage: storage.into(), serial: padded, write_through: AtomicBool::new(false) };
         Self { shared: Arc::new(shared), queues, acked: 0, writeback: true, limiter: None }
     }
 
@@ -95,7 +95,7 @@ impl Disk {
         put(26, &1_u16.to_le_bytes());
         put(WRITEBACK_AT as usize, &[u8::from(self.writeback)]);
         put(34, &self.queues.to_le_bytes());
-        let alignment = (u64::from(storage.block_bytes()) / SECTOR_BYTES) as u32;
+        let alignment = (storage.clear_bytes() / SECTOR_BYTES) as u32;
         put(36, &RANGE_SECTORS_MAX.to_le_bytes());
         put(40, &RANGES_MAX.to_le_bytes());
         put(44, &alignment.to_le_bytes());

@@ -3,11 +3,15 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use atoll_blk::disk::Disk;
-use atoll_blk::storage::{Source, Storage};
-use atoll_kit::fence::{Fence, FileFence, NoFence};
+use atoll_blk::fence::ImageFence;
+use atoll_blk::qcow2::image::Format;
+use atoll_blk::storage::{Beneath, Source, Storage};
+use atoll_blk::{ImageType, probe};
+use atoll_kit::fence::{Fence, NoFence};
 use atoll_kit::jail::{self, Jail, Profile};
 use atoll_kit::limit::{BucketConfig, Limiter};
 use atoll_kit::program::JailArgs;
@@ -23,7 +27,7 @@ use clap::{ArgGroup, Parser};
 /// `-chardev socket,id=c,path=S,reconnect=1 -device vhost-user-blk-pci,chardev=c` with shared guest memory.
 #[derive(Debug, Parser)]
 #[command(name = "atoll-blk", version)]
-#[command(group(ArgGroup::new("transport").required(true).args(["socket", "vhost_fd"])))]
+#[command(group(ArgGroup::new("transport").required(true).args(["socket", "vhost_fd", "probe"])))]
 #[command(group(ArgGroup::new("image").required(true).args(["path", "fd", "null"])))]
 struct Cli {
     /// Listen on this UNIX socket and serve one front end after another
@@ -41,6 +45,21 @@ struct Cli {
     /// No image: requests succeed and move nothing (for measuring). SIZE in bytes, or with K, M, G, T
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     null: Option<u64>,
+    /// What the image is; without it, one that begins with a qcow2 header is refused and anything else is raw
+    #[arg(long, value_name = "TYPE", value_enum)]
+    image_type: Option<ImageType>,
+    /// A qcow2 image that the image stands on, as an inherited descriptor; again for what that one stands on
+    #[arg(long, value_name = "N")]
+    backing_qcow2: Vec<RawFd>,
+    /// A raw image that they stand on, the last of them
+    #[arg(long, value_name = "N")]
+    backing_raw: Option<RawFd>,
+    /// The file that a qcow2 image has its data in, as an inherited descriptor
+    #[arg(long, value_name = "N")]
+    data_fd: Option<RawFd>,
+    /// Serve nobody: say what a qcow2 image needs, one line of JSON, and end
+    #[arg(long, requires = "fd")]
+    probe: bool,
     /// Refuse writes; several processes may then share the image
     #[arg(long)]
     read_only: bool,
@@ -129,8 +148,12 @@ fn report(line: &str) {
 
 fn start(cli: &Cli) -> Result<()> {
     let supervised = cli.sidecar_fd.is_some();
-    let inherited: Vec<RawFd> = [cli.vhost_fd, cli.fd, cli.sidecar_fd, cli.stats_fd].into_iter().flatten().collect();
+    let one = [cli.vhost_fd, cli.fd, cli.sidecar_fd, cli.stats_fd, cli.backing_raw, cli.data_fd];
+    let inherited: Vec<RawFd> = one.into_iter().flatten().chain(cli.backing_qcow2.iter().copied()).collect();
     jail::begin(&inherited, supervised)?;
+    if let (true, Some(fd)) = (cli.probe, cli.fd) {
+        return Ok(probe::run(fd, cli.jail.mode())?);
+    }
     let sidecar = cli
         .sidecar_fd
         .map(|fd| -> Result<Sidecar> {
@@ -159,15 +182,10 @@ fn prepare(cli: &Cli) -> Result<(Disk, Transport, Box<dyn Fence>)> {
         (.., Some(bytes)) => Source::Null(bytes),
         _ => bail!("say what to serve: --path, --fd or --null"),
     };
-    let storage = Storage::open(&source, cli.read_only, cli.direct)?;
+    let storage = Arc::new(open(cli, &source)?);
     let fence: Box<dyn Fence> = match storage.file() {
         None => Box::new(NoFence),
-        Some(file) => Box::new(FileFence {
-            file: file.clone(),
-            name: format!("image {}", storage.name()),
-            read_only: cli.read_only,
-            device: device_byte(cli),
-        }),
+        Some(_) => Box::new(ImageFence { storage: Arc::clone(&storage), device: device_byte(cli) }),
     };
     let transport = match (&cli.socket, cli.vhost_fd) {
         (Some(path), _) => Transport::Listen(Listening::bind(path)?),
@@ -177,6 +195,20 @@ fn prepare(cli: &Cli) -> Result<(Disk, Transport, Box<dyn Fence>)> {
     let limiter = Limiter::new(cli.rate_bytes, cli.rate_ops);
     let disk = Disk::new(storage, cli.num_queues, &cli.serial).limited(limiter);
     Ok((disk, transport, fence))
+}
+
+fn open(cli: &Cli, source: &Source) -> Result<Storage> {
+    let backing = cli.backing_qcow2.iter().map(|fd| (*fd, Format::Qcow2));
+    let backing = backing.chain(cli.backing_raw.map(|fd| (fd, Format::Raw))).collect();
+    let beneath = Beneath { data: cli.data_fd, backing };
+    if cli.image_type == Some(ImageType::Qcow2) {
+        return Ok(Storage::open_qcow2(source, &beneath, cli.read_only, cli.direct)?);
+    }
+    if beneath.data.is_some() || !beneath.backing.is_empty() {
+        bail!("only a qcow2 image stands on others: say --image-type qcow2");
+    }
+    let open = if cli.image_type.is_some() { Storage::open } else { Storage::guess };
+    Ok(open(source, cli.read_only, cli.direct)?)
 }
 
 /// Which byte tells this device's incarnations from other users of the image. A writer is alone anyway; a reader on a

@@ -7,6 +7,8 @@
 //! to until it has ended. Data goes straight between the file and guest memory, except where direct I/O demands an
 //! alignment that the guest's buffers lack: then it goes through a buffer of ours, in parts of [`BOUNCE_BYTES`].
 
+mod mapped;
+
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -29,7 +31,7 @@ use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::bounce::Bounce;
 use crate::disk::{RANGE_SECTORS_MAX, RANGES_MAX, Shared};
-use crate::storage::{Engine, IOV_MAX, SECTOR_BYTES};
+use crate::storage::{Engine, IOV_MAX, SECTOR_BYTES, unsupported};
 
 /// Bytes of a bounce buffer. One request never holds more, whatever its length.
 pub const BOUNCE_BYTES: u64 = 64 << 10;
@@ -89,6 +91,8 @@ enum Work {
     Flush,
     /// Ranges still to be cleared; the first is under way.
     Clear(VecDeque<Range>),
+    /// From piece to piece of an image with tables.
+    Mapped(Box<mapped::Journey>),
 }
 
 /// What a request that succeeds is counted as.
@@ -269,6 +273,9 @@ impl BlkQueue {
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 self.writable_disk()?;
                 let ranges = self.ranges(mem, readable, header.kind == VIRTIO_BLK_T_DISCARD)?;
+                if matches!(self.shared.storage.engine(), Engine::Mapped { .. }) {
+                    return self.mapped_clear(io, mem, chain.head(), ranges, status);
+                }
                 self.clear(io, chain.head(), ranges, status)
             }
             _ => Err(Status::Unsupported),
@@ -305,6 +312,9 @@ impl BlkQueue {
         let write = direction == Direction::FromGuest;
         let (segments, skip) = if write { (chain.readable(), HEADER_BYTES) } else { (chain.writable(), 0) };
         let storage = &self.shared.storage;
+        if matches!(storage.engine(), Engine::Mapped { .. }) {
+            return self.mapped_data(io, mem, chain, direction, (offset, len), status, written);
+        }
         if storage.engine() != Engine::Ring {
             let image = storage.file().map(|file| file.as_raw_fd());
             if let Some(image) = image.filter(|_| write && strikes(Sabotage::AcknowledgeFirst)) {
@@ -398,6 +408,7 @@ impl BlkQueue {
                 step(Step::Flush);
                 Ok(Some(1))
             }
+            Engine::Mapped { .. } => self.mapped_flush(io, head, status),
             Engine::Ring => {
                 let entry = opcode::Fsync::new(types::Fd(storage.raw_fd())).flags(types::FsyncFlags::DATASYNC).build();
                 let slot = self.slots.get_mut(usize::from(head)).ok_or(Status::IoError)?;
@@ -453,7 +464,7 @@ impl BlkQueue {
     ) -> Result<Option<u32>, Status> {
         let storage = &self.shared.storage;
         match storage.engine() {
-            Engine::Null => Ok(Some(1)),
+            Engine::Null | Engine::Mapped { .. } => Ok(Some(1)),
             Engine::Inline => {
                 for range in ranges {
                     let done = storage.fallocate_inline(range.how.mode(), range.offset, range.len);
@@ -508,6 +519,7 @@ impl BlkQueue {
         let moved = u64::try_from(result).unwrap_or(0);
         match &mut slot.work {
             Work::None => Err(Status::IoError),
+            Work::Mapped(_) => self.mapped_go_on(io, mem, head, result),
             Work::Flush if retry => self.flush(io, head, self.slot_status(head)).map(|_| false),
             Work::Flush => match failed {
                 Some(e) => Err(io_error(self.shared.storage.name(), &e)),
@@ -600,10 +612,6 @@ fn header<M: GuestMemory>(mem: &M, chain: &Chain) -> Result<Header, Status> {
         kind: u32::from_le_bytes([k0, k1, k2, k3]),
         sector: u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]),
     })
-}
-
-fn unsupported(error: &std::io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV | libc::ENOSYS))
 }
 
 /// An error of the storage: the guest sees IOERR, the log sees why, at each power of two.

@@ -12,12 +12,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use atoll_kit::memory::Transfer;
 use rustix::fs::{FallocateFlags, OFlags};
 use thiserror::Error;
+
+use crate::bounce::Bounce;
+use crate::qcow2::file::Align;
+use crate::qcow2::header;
+use crate::qcow2::image::{Chain, Format, Image, ImageError, Layer};
 
 /// Bytes of a virtio sector, whatever the block size.
 pub const SECTOR_BYTES: u64 = 512;
@@ -71,6 +76,15 @@ pub enum OpenError {
     /// Its file system cannot bypass the page cache.
     #[error("image {0} cannot be opened with O_DIRECT: its file system does not support it; leave out --direct")]
     NoDirect(String),
+    /// Nobody said what it is, and it may be either.
+    #[error(
+        "image {0} begins with a qcow2 header and nobody said what it is: say --image-type qcow2, or --image-type raw if \
+         a guest wrote that header onto its raw disk"
+    )]
+    Ambiguous(String),
+    /// What is in it is not served.
+    #[error(transparent)]
+    Image(#[from] ImageError),
 }
 
 /// How requests are carried out.
@@ -82,6 +96,11 @@ pub enum Engine {
     Inline,
     /// By the queue's io_uring.
     Ring,
+    /// Through the tables of a qcow2 image; data by a ring, or by system calls.
+    Mapped {
+        /// By the ring.
+        ring: bool,
+    },
 }
 
 /// What direct I/O demands, in bytes.
@@ -103,11 +122,31 @@ pub struct Storage {
     engine: Engine,
     direct: Option<DirectAlign>,
     block_bytes: u32,
+    chain: Option<Chain>,
+    image: OnceLock<Image>,
+}
+
+/// What a qcow2 image stands on: descriptors that were inherited.
+#[derive(Debug, Clone, Default)]
+pub struct Beneath {
+    /// Another file with its data.
+    pub data: Option<RawFd>,
+    /// Backing files, nearest first.
+    pub backing: Vec<(RawFd, Format)>,
 }
 
 impl Storage {
-    /// Opens and checks `source`.
+    /// Opens and checks `source`, which is raw.
     pub fn open(source: &Source, read_only: bool, direct: bool) -> Result<Self, OpenError> {
+        Self::open_raw(source, read_only, direct, true)
+    }
+
+    /// The same for an image of which nobody said that it is raw: one that begins like qcow2 is refused.
+    pub fn guess(source: &Source, read_only: bool, direct: bool) -> Result<Self, OpenError> {
+        Self::open_raw(source, read_only, direct, false)
+    }
+
+    fn open_raw(source: &Source, read_only: bool, direct: bool, sure: bool) -> Result<Self, OpenError> {
         let (file, name) = match source {
             Source::Null(bytes) => return Self::null(*bytes, read_only),
             Source::Path(path) => (open_path(path, read_only, direct)?, path.display().to_string()),
@@ -118,6 +157,9 @@ impl Storage {
         let block_device = meta.file_type().is_block_device();
         if !block_device && !meta.is_file() {
             return Err(OpenError::Kind(name));
+        }
+        if !sure && looks_like_qcow2(&file) {
+            return Err(OpenError::Ambiguous(name));
         }
         let bytes = length(&file).map_err(failed)?;
         let direct = direct.then(|| direct_align(&file));
@@ -135,7 +177,71 @@ impl Storage {
         }
         let engine = if refuses_nowait(&file) { Engine::Inline } else { Engine::Ring };
         let bytes = AtomicU64::new(bytes);
-        Ok(Self { file: Some(Arc::new(file)), name, bytes, read_only, engine, direct, block_bytes })
+        let file = Some(Arc::new(file));
+        Ok(Self { file, name, bytes, read_only, engine, direct, block_bytes, chain: None, image: OnceLock::new() })
+    }
+
+    /// Opens a qcow2 image, of which nothing is read before [`Storage::read_tables`].
+    pub fn open_qcow2(source: &Source, beneath: &Beneath, read_only: bool, direct: bool) -> Result<Self, OpenError> {
+        let (file, name) = match source {
+            Source::Null(_) => return Err(OpenError::Kind("(null)".to_owned())),
+            Source::Path(path) => (open_path(path, read_only, direct)?, path.display().to_string()),
+            Source::Fd(fd) => adopt(*fd, read_only, direct)?,
+        };
+        let layer = |file: File, name: String, format| -> Result<Layer, OpenError> {
+            let kind = file.metadata().map_err(|e| OpenError::Open { name: name.clone(), reason: e.to_string() })?;
+            if !kind.is_file() && !kind.file_type().is_block_device() {
+                return Err(OpenError::Kind(name));
+            }
+            Ok(Layer { file: Arc::new(file), name, format })
+        };
+        let top = layer(file, name.clone(), Format::Qcow2)?;
+        let data = beneath.data.map(|fd| adopt(fd, read_only, direct)).transpose()?;
+        let data = data.map(|(file, name)| layer(file, name, Format::Raw)).transpose()?;
+        let mut backing = Vec::new();
+        for (fd, format) in &beneath.backing {
+            let (file, name) = adopt(*fd, true, direct)?;
+            backing.push(layer(file, name, *format)?);
+        }
+        let files = || std::iter::once(&top).chain(&data).chain(&backing);
+        // One alignment for all: the strictest.
+        let direct = direct.then(|| {
+            files().map(|layer| direct_align(&layer.file)).fold(DirectAlign { memory: 1, offset: 1 }, |a, b| {
+                DirectAlign { memory: a.memory.max(b.memory), offset: a.offset.max(b.offset) }
+            })
+        });
+        let align = direct.map_or(Align::NONE, |a| Align { memory: a.memory, offset: a.offset });
+        let block_bytes = align.offset.max(SECTOR_BYTES) as u32;
+        let ring = !files().any(|layer| refuses_nowait(&layer.file));
+        let (file, bytes) = (Some(Arc::clone(&top.file)), AtomicU64::new(0));
+        let chain = Some(Chain { top, data, backing, read_only, align });
+        let engine = Engine::Mapped { ring };
+        Ok(Self { file, name, bytes, read_only, engine, direct, block_bytes, chain, image: OnceLock::new() })
+    }
+
+    /// Reads and checks the tables of a qcow2 image. To be called once nobody else can change them any more.
+    pub fn read_tables(&self) -> Result<(), OpenError> {
+        let Some(chain) = &self.chain else { return Ok(()) };
+        let image = Image::open(chain)?;
+        let (bytes, unit) = (image.bytes(), u64::from(self.block_bytes));
+        if !bytes.is_multiple_of(unit) {
+            return Err(OpenError::Odd { name: self.name.clone(), bytes, unit });
+        }
+        self.bytes.store(bytes, Ordering::Release);
+        let _ = self.image.set(image);
+        Ok(())
+    }
+
+    /// The qcow2 image, if it is one.
+    pub fn image(&self) -> Option<&Image> {
+        self.image.get()
+    }
+
+    /// All files of a qcow2 image but itself, and whether each is only read.
+    pub fn beneath(&self) -> impl Iterator<Item = (&Layer, bool)> {
+        let chain = self.chain.as_ref();
+        let data = chain.and_then(|chain| chain.data.as_ref()).map(|layer| (layer, self.read_only));
+        data.into_iter().chain(chain.into_iter().flat_map(|chain| &chain.backing).map(|layer| (layer, true)))
     }
 
     fn null(bytes: u64, read_only: bool) -> Result<Self, OpenError> {
@@ -148,7 +254,17 @@ impl Storage {
         }
         let (engine, block_bytes) = (Engine::Null, SECTOR_BYTES as u32);
         let bytes = AtomicU64::new(bytes);
-        Ok(Self { file: None, name, bytes, read_only, engine, direct: None, block_bytes })
+        Ok(Self {
+            file: None,
+            name,
+            bytes,
+            read_only,
+            engine,
+            direct: None,
+            block_bytes,
+            chain: None,
+            image: OnceLock::new(),
+        })
     }
 
     /// Its name, for messages.
@@ -170,7 +286,7 @@ impl Storage {
     ///
     /// Requests that are under way have been checked against the old end: what lies behind the new one fails in the file.
     pub fn measure(&self) -> Result<u64, OpenError> {
-        let Some(file) = &self.file else { return Ok(self.bytes()) };
+        let Some(file) = self.file.as_ref().filter(|_| self.chain.is_none()) else { return Ok(self.bytes()) };
         let name = || self.name.clone();
         let bytes = length(file).map_err(|e| OpenError::Open { name: name(), reason: e.to_string() })?;
         let unit = u64::from(self.block_bytes);
@@ -202,6 +318,11 @@ impl Storage {
     /// Smallest unit that the guest should address.
     pub fn block_bytes(&self) -> u32 {
         self.block_bytes
+    }
+
+    /// What a discard should be a multiple of.
+    pub fn clear_bytes(&self) -> u64 {
+        self.image().map_or(u64::from(self.block_bytes), Image::cluster)
     }
 
     /// The descriptor for operations on a ring, -1 when there is none.
@@ -252,6 +373,18 @@ impl Storage {
     }
 }
 
+/// Whether a file begins like a qcow2 image. Aligned, because it may be open for direct I/O.
+fn looks_like_qcow2(file: &File) -> bool {
+    let mut start = Bounce::new(4096, 4096);
+    let start = start.part(4096);
+    matches!(rustix::io::pread(file, &mut *start, 0), Ok(4..)) && start.starts_with(&header::MAGIC)
+}
+
+/// Whether a file system lacks an operation.
+pub(crate) fn unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV | libc::ENOSYS))
+}
+
 /// Bytes up to the end of a file or block device. Its position is of no interest: all I/O names its offset.
 fn length(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::seek(file, rustix::fs::SeekFrom::End(0))?)
@@ -260,23 +393,44 @@ fn length(file: &File) -> io::Result<u64> {
 /// Most entries of an iovec in one system call (UIO_MAXIOV).
 pub const IOV_MAX: u32 = 1024;
 
-fn whole(
+/// Reads into `transfer` from `offset` of `file` on, and gives how many bytes there were before its end.
+pub(crate) fn read_to_end(file: &File, transfer: &mut Transfer, offset: u64) -> io::Result<u64> {
+    let fd = file.as_raw_fd();
+    // SAFETY: the iovec points into mapped guest memory, which may change under the kernel's hands.
+    as_far(transfer, offset, |iov, n, at| unsafe { libc::preadv(fd, iov, n, at) })
+}
+
+/// Writes all of `transfer` at `offset` of `file`.
+pub(crate) fn write_to(file: &File, transfer: &mut Transfer, offset: u64) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    // SAFETY: as for reads.
+    whole(transfer, offset, |iov, n, at| unsafe { libc::pwritev(fd, iov, n, at) })
+}
+
+fn whole(transfer: &mut Transfer, offset: u64, call: impl Fn(*const libc::iovec, i32, i64) -> isize) -> io::Result<()> {
+    as_far(transfer, offset, call)?;
+    // The file has become shorter than it was.
+    if transfer.iovec().1 == 0 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Moves bytes until all are moved, or none can be.
+fn as_far(
     transfer: &mut Transfer,
-    mut offset: u64,
+    offset: u64,
     call: impl Fn(*const libc::iovec, i32, i64) -> isize,
-) -> io::Result<()> {
+) -> io::Result<u64> {
+    let mut done = 0;
     loop {
         let (iov, n) = transfer.iovec();
         if n == 0 {
-            return Ok(());
+            return Ok(done);
         }
-        let moved = call(iov, n.min(IOV_MAX) as i32, offset.cast_signed());
+        let moved = call(iov, n.min(IOV_MAX) as i32, offset.saturating_add(done).cast_signed());
         match usize::try_from(moved) {
-            // The file has become shorter than it was.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) => return Ok(done),
             Ok(bytes) => {
                 transfer.advance(bytes);
-                offset += bytes as u64;
+                done += bytes as u64;
             }
             Err(_) => {
                 let error = io::Error::last_os_error();

@@ -2,7 +2,6 @@
 
 mod process;
 
-use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,76 +11,10 @@ use atoll_kit::driver::disk::{self, Kind};
 use atoll_kit::driver::{Driver, Options};
 use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarOrder, SidecarReport};
 use atoll_protocol::{FrameSocket, Generation};
-use process::{Blk, DATA, command, fails, image, pattern, with_fds};
+use process::guesses::{BLOCK, Guesses};
+use process::{Blk, DATA, command, fails, image, with_fds};
 
-const BLOCK: u32 = 16 << 10;
 const BLOCKS: u64 = 512;
-
-/// What a guest knows of its disk: for each block the seed of the last write that was acknowledged or may have
-/// happened, and the requests that wait for an answer.
-struct Guesses {
-    seeds: HashMap<u64, Vec<u64>>,
-    waiting: HashMap<u16, (Kind, u64, u64)>,
-    next_seed: u64,
-    completed: u64,
-}
-
-impl Guesses {
-    fn new() -> Self {
-        Self { seeds: (0..BLOCKS).map(|b| (b, vec![0])).collect(), waiting: HashMap::new(), next_seed: 1, completed: 0 }
-    }
-
-    fn content(seed: u64) -> Vec<u8> {
-        if seed == 0 { vec![0; BLOCK as usize] } else { pattern(seed, BLOCK as usize) }
-    }
-
-    /// Fills the queue with reads and writes, never two on one block.
-    fn submit(&mut self, driver: &mut Driver, salt: u64) -> Result<()> {
-        let (queue, guest) = driver.queue(0)?;
-        for step in 0..64 {
-            let block = (salt * 37 + step * 11 + self.completed) % BLOCKS;
-            if self.waiting.values().any(|(_, b, _)| *b == block) {
-                continue;
-            }
-            let Some(entry) = queue.next_head() else { break };
-            let at = DATA + u64::from(entry) * u64::from(BLOCK);
-            let kind = if step % 3 == 0 { Kind::In } else { Kind::Out };
-            let seed = if kind == Kind::Out { self.next_seed } else { 0 };
-            if kind == Kind::Out {
-                guest.write(at, &Self::content(seed));
-            }
-            let sector = block * u64::from(BLOCK) / 512;
-            let Some(head) = disk::add(queue, guest, kind, sector, &[(at, BLOCK)]) else { break };
-            if kind == Kind::Out {
-                self.next_seed += 1;
-                self.seeds.entry(block).or_default().push(seed);
-            }
-            ensure!(self.waiting.insert(head, (kind, block, seed)).is_none(), "head {head} was given out twice");
-        }
-        queue.publish(guest)
-    }
-
-    /// Takes what is finished and checks it; waits for at least one.
-    fn collect(&mut self, driver: &mut Driver, timeout: Duration) -> Result<()> {
-        let (queue, guest) = driver.queue(0)?;
-        let mut done = Some(queue.take_within(guest, timeout)?);
-        while let Some((head, _)) = done {
-            let (kind, block, seed) = self.waiting.remove(&head).context("completed twice, or never asked for")?;
-            ensure!(disk::status(queue, guest, head) == 0, "request {head} failed");
-            let seeds = self.seeds.get_mut(&block).context("a block")?;
-            if kind == Kind::Out {
-                *seeds = vec![seed];
-            } else {
-                let mut read = vec![0; BLOCK as usize];
-                guest.read(DATA + u64::from(head) * u64::from(BLOCK), &mut read);
-                ensure!(seeds.iter().any(|seed| read == Self::content(*seed)), "block {block} is not what was written");
-            }
-            self.completed += 1;
-            done = queue.take(guest);
-        }
-        Ok(())
-    }
-}
 
 fn killed_many_times(folder: &Path, args: &[&str], rounds: u64) -> Result<()> {
     let path = image(folder, BLOCKS * u64::from(BLOCK))?;
@@ -90,7 +23,7 @@ fn killed_many_times(folder: &Path, args: &[&str], rounds: u64) -> Result<()> {
     let mut blk = Blk::listen(folder, &all)?;
     let mut driver = Driver::new(Options { memory: 16 << 20, ..Options::default() })?;
     driver.connect(blk.connect()?)?;
-    let mut guesses = Guesses::new();
+    let mut guesses = Guesses::new(BLOCKS, u64::from(BLOCK));
     let mut replayed = 0;
     for round in 0..rounds {
         let before = guesses.completed;

@@ -50,6 +50,9 @@ pub enum FenceError {
         /// What it does with it.
         what: &'static str,
     },
+    /// What is behind the fence cannot be served.
+    #[error("{0}")]
+    Unfit(String),
     /// Locks do not work there.
     #[error("cannot lock {name}: {source}")]
     Lock {

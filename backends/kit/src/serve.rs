@@ -269,6 +269,7 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
         reports.goodbye(match &outcome {
             Ok(()) => GoodbyeReason::Asked,
             Err(e @ ServeError::Talk(_)) => GoodbyeReason::Peer(e.to_string()),
+            Err(e @ ServeError::Fence(FenceError::Unfit(_))) => GoodbyeReason::Config(e.to_string()),
             Err(e @ ServeError::Fence(_)) => GoodbyeReason::Resource(e.to_string()),
             Err(e) => GoodbyeReason::Config(e.to_string()),
         });

@@ -17,9 +17,12 @@ fn set() -> libc::sigset_t {
     }
 }
 
-/// Keeps the signals from ending the process at once; threads started later inherit it. To be called first.
+/// Keeps the signals from ending the process at once; threads started later inherit it. To be called first. A limit on
+/// the length of files fails the write that meets it, not the process.
 pub fn hold() {
     let set = set();
+    // SAFETY: no handler is installed, the signal is ignored.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // SAFETY: the set is valid; the old mask is not asked for.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
 }

@@ -2,6 +2,9 @@
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub(crate) mod guesses;
+pub(crate) mod qemu_img;
+
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -29,6 +32,14 @@ impl Blk {
         let socket = folder.join("blk.sock");
         let child = command().arg("--socket").arg(&socket).args(args).stderr(Stdio::inherit()).spawn()?;
         Ok(Self { child, socket: Some(socket) })
+    }
+
+    /// The same with descriptors that it inherits.
+    pub(crate) fn listen_with(folder: &Path, args: &[&str], fds: &[(&str, OwnedFd)]) -> Result<Self> {
+        let socket = folder.join("blk.sock");
+        let mut command = command();
+        command.arg("--socket").arg(&socket).args(args).stderr(Stdio::inherit());
+        Ok(Self { child: with_fds(&mut command, fds).spawn()?, socket: Some(socket) })
     }
 
     /// Starts it on one end of a socket pair, as the VMM does; gives the other end.

@@ -106,9 +106,20 @@ impl Profile {
             opcode::Writev::CODE,
             opcode::Fsync::CODE,
             opcode::Fallocate::CODE,
+            // A turn of its own for a request that waits for others of its batch.
+            opcode::Nop::CODE,
         ],
         // Bounce buffers of 64 queues.
         heap_bytes_max: 2048 * MIB,
+    };
+
+    /// Reads the header of an image, says what is in it, and ends.
+    pub const PROBE: Self = Self {
+        name: "probe",
+        calls: &[libc::SYS_lseek, libc::SYS_pread64, libc::SYS_preadv],
+        ioctls: &[],
+        opcodes: &[],
+        heap_bytes_max: 64 * MIB,
     };
 
     /// A network card on a stream, a switch or nothing, and captures.
