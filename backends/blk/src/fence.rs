@@ -14,6 +14,8 @@ pub struct ImageFence {
     pub storage: Arc<Storage>,
     /// Names this device among those on the same image.
     pub device: Option<u32>,
+    /// Names it among those on what the image stands on, whose reads end in guest memory too.
+    pub beneath: Option<u32>,
 }
 
 impl Fence for ImageFence {
@@ -23,8 +25,7 @@ impl Fence for ImageFence {
         let (file, read_only) = (Arc::clone(file), self.storage.read_only());
         FileFence { file, name: name(self.storage.name()), read_only, device: self.device }.raise(wait)?;
         for (layer, read_only) in self.storage.beneath() {
-            // A predecessor writes a data file only; what it is called tells nobody from anybody else in a base.
-            let device = self.device.filter(|_| !read_only);
+            let device = self.beneath;
             FileFence { file: Arc::clone(&layer.file), name: name(&layer.name), read_only, device }.raise(wait)?;
         }
         self.storage.read_tables().map_err(|e| FenceError::Unfit(e.to_string()))

@@ -185,7 +185,12 @@ fn prepare(cli: &Cli) -> Result<(Disk, Transport, Box<dyn Fence>)> {
     let storage = Arc::new(open(cli, &source)?);
     let fence: Box<dyn Fence> = match storage.file() {
         None => Box::new(NoFence),
-        Some(_) => Box::new(ImageFence { storage: Arc::clone(&storage), device: device_byte(cli) }),
+        Some(_) => {
+            let device = device_byte(cli);
+            // A name that is this device's alone: others may stand on the same base.
+            let beneath = device.filter(|_| cli.lock_byte.is_some() || cli.socket.is_some());
+            Box::new(ImageFence { storage: Arc::clone(&storage), device, beneath })
+        }
     };
     let transport = match (&cli.socket, cli.vhost_fd) {
         (Some(path), _) => Transport::Listen(Listening::bind(path)?),

@@ -102,7 +102,19 @@ impl ImageHandle {
     /// # Errors
     /// [`ImageError::ReadOnly`] and [`ImageError::Open`].
     pub fn reopen(&self) -> Result<OwnedFd, ImageError> {
-        let flags = match self.access {
+        self.open_for(self.access)
+    }
+
+    /// A description that can only be read.
+    ///
+    /// # Errors
+    /// [`ImageError::Open`].
+    pub fn reopen_to_read(&self) -> Result<OwnedFd, ImageError> {
+        self.open_for(ImageAccess::Read)
+    }
+
+    fn open_for(&self, access: ImageAccess) -> Result<OwnedFd, ImageError> {
+        let flags = match access {
             ImageAccess::Read => OFlags::RDONLY,
             ImageAccess::Write => OFlags::RDWR,
         };
@@ -111,7 +123,7 @@ impl ImageHandle {
         openat(CWD, link, flags | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
             let path = self.path.clone();
             match errno {
-                Errno::ROFS | Errno::ACCESS | Errno::PERM if self.access == ImageAccess::Write => {
+                Errno::ROFS | Errno::ACCESS | Errno::PERM if access == ImageAccess::Write => {
                     ImageError::ReadOnly { path, errno }
                 }
                 errno => ImageError::Open { path, errno },
@@ -151,6 +163,18 @@ impl ImageHandle {
         // SAFETY: the descriptor is open, and `lock` is a valid structure that the call may write.
         let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, std::ptr::from_mut(&mut lock)) };
         (done == 0).then_some(i32::from(lock.l_type) != libc::F_UNLCK)
+    }
+
+    /// What a backend may do with it.
+    #[must_use]
+    pub fn access(&self) -> ImageAccess {
+        self.access
+    }
+
+    /// Device and number of the file: what it is under any name.
+    #[must_use]
+    pub fn identity(&self) -> (u64, u64) {
+        fstat(&self.handle).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino))
     }
 
     /// Its path when it was opened, for errors.

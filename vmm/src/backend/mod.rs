@@ -9,6 +9,7 @@
 //!   [`Household`] is what all devices in processes share.
 //! - [`ImageHandle`] keeps hold of a disk image over all incarnations of its backend, without being able to lock it.
 
+mod asked;
 mod companion;
 mod event;
 mod household;
@@ -23,6 +24,7 @@ mod supervisor;
 mod uart;
 mod watch;
 
+pub use asked::{AskError, ask};
 pub use companion::{COMPANION_END, Companion, CompanionSpec};
 pub use event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
 pub use household::Household;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use super::{ConsoleMode, DeviceConfig, DiskConfig, NetConfig, Track, VmConfig};
+use super::{ConsoleMode, DeviceConfig, DiskConfig, ImageType, NetConfig, Track, VmConfig};
 use crate::unix_socket::PATH_BYTES_MAX;
 
 /// Most request queues of a disk, and pairs of a network card times two.
@@ -230,6 +230,8 @@ impl DiskConfig {
             (_, true, Some(socket)) => {
                 let given = [
                     (self.path.is_some(), "path"),
+                    (self.image_type.is_some(), "image_type"),
+                    (self.backing_files, "backing_files"),
                     (self.readonly, "readonly"),
                     (self.direct, "direct"),
                     (self.serial.is_some(), "serial"),
@@ -239,6 +241,9 @@ impl DiskConfig {
                     return Err(format!("{key} does not go with vhost_user=true: what serves the socket decides that"));
                 }
                 check_socket(socket)?;
+            }
+            (Some(_), false, None) if self.backing_files && self.image_type != Some(ImageType::Qcow2) => {
+                return Err("backing_files=on needs image_type=qcow2: a raw image names no others".into());
             }
             (Some(_), false, None) => {}
         }

@@ -76,6 +76,18 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
+/// What a disk's image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageType {
+    /// The disk, byte for byte.
+    #[serde(alias = "Raw")]
+    Raw,
+    /// qcow2, of version 2 or 3.
+    #[serde(alias = "Qcow2")]
+    Qcow2,
+}
+
 /// A disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
@@ -86,6 +98,12 @@ pub struct DiskConfig {
     /// Its image, served by a process of ours.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
+    /// What that image is. Left out, an image that begins like qcow2 is refused, and any other is raw.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image_type: Option<ImageType>,
+    /// The files that a qcow2 image names, what it stands on and where its data is, may be opened.
+    #[serde(skip_serializing_if = "is_false")]
+    pub backing_files: bool,
     /// The guest cannot write it.
     #[serde(skip_serializing_if = "is_false")]
     pub readonly: bool,

@@ -4,8 +4,8 @@
 use super::flags::named;
 use super::keyvalue::{Bytes, FlagError, KeyError, OptionValue, Options, Tolerated};
 use super::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, OnFailure, RateLimiterConfig, RngConfig,
-    TokenBucketConfig, Track, VsockConfig,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType, NetConfig, OnFailure, RateLimiterConfig,
+    RngConfig, TokenBucketConfig, Track, VsockConfig,
 };
 
 const IOMMU: Tolerated =
@@ -15,15 +15,9 @@ const SEGMENT: Tolerated =
 /// Both: keys of every PCI device.
 const PLACE: [Tolerated; 2] = [IOMMU, SEGMENT];
 
-const DISK_TOLERATED: [Tolerated; 7] = [
+const DISK_TOLERATED: [Tolerated; 5] = [
     IOMMU,
     SEGMENT,
-    Tolerated { key: "image_type", values: &["raw"], remedy: "images are raw; convert it with qemu-img" },
-    Tolerated {
-        key: "backing_files",
-        values: &["off", "false"],
-        remedy: "images are raw and stand alone; leave it out",
-    },
     Tolerated { key: "queue_affinity", values: &["[]"], remedy: "pin the threads of atoll-blk with taskset" },
     Tolerated { key: "_disable_io_uring", values: &["off", "false"], remedy: "leave it out" },
     Tolerated { key: "_disable_aio", values: &[], remedy: "" },
@@ -63,6 +57,17 @@ fn limits(options: &Options) -> Result<Option<RateLimiterConfig>, KeyError> {
     let bandwidth = bucket(options, [bw_size, bw_burst, bw_refill])?;
     let ops = bucket(options, [ops_size, ops_burst, ops_refill])?;
     Ok((bandwidth.is_some() || ops.is_some()).then_some(RateLimiterConfig { bandwidth, ops }))
+}
+
+impl OptionValue for ImageType {
+    const EXPECTED: &'static str = "raw or qcow2";
+    fn read(text: &str) -> Option<Self> {
+        match text {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
 }
 
 impl OptionValue for OnFailure {
@@ -118,6 +123,8 @@ impl DiskConfig {
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let keys = [
             "path",
+            "image_type",
+            "backing_files",
             "readonly",
             "direct",
             "num_queues",
@@ -135,6 +142,8 @@ impl DiskConfig {
             Ok(Self {
                 id: options.get("id")?,
                 path: options.get("path")?,
+                image_type: options.get("image_type")?,
+                backing_files: options.on("backing_files")?,
                 readonly: options.on("readonly")?,
                 direct: options.on("direct")?,
                 num_queues: options.get("num_queues")?,
@@ -338,6 +347,8 @@ mod tests {
         assert_eq!(limits.bandwidth, Some(TokenBucketConfig { size: 1 << 20, one_time_burst: None, refill_time: 100 }));
         let disk = DiskConfig::from_flag("--disk", "vhost_user=true,socket=/run/s,iommu=off,pci_segment=0").unwrap();
         assert_eq!(disk.vhost_socket, Some("/run/s".into()));
+        let disk = DiskConfig::from_flag("--disk", "path=a,image_type=qcow2,backing_files=on").unwrap();
+        assert_eq!((disk.image_type, disk.backing_files), (Some(ImageType::Qcow2), true));
     }
 
     proptest! {
@@ -386,6 +397,8 @@ mod tests {
             ("path=a,socket=b", "needs vhost_user=true"),
             ("path=a,vhost_user=on,socket=b", "path does not go with"),
             ("vhost_user=on,socket=s,direct=on", "direct does not go with"),
+            ("path=a,image_type=vhdx", "raw or qcow2"),
+            ("path=a,backing_files=on", "needs image_type=qcow2"),
             ("path=a,colour=red", "no key 'colour'"),
             ("path=a,path=b", "'path' is given twice"),
             ("path", "'path' is none"),

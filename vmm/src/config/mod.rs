@@ -15,7 +15,7 @@ mod payload;
 pub use check::ConfigError;
 pub use device::{
     ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DeviceKind, DiskConfig, FsConfig, GenericVhostUserConfig,
-    NetConfig, OnFailure, RateLimiterConfig, RngConfig, TokenBucketConfig, Track, VsockConfig,
+    ImageType, NetConfig, OnFailure, RateLimiterConfig, RngConfig, TokenBucketConfig, Track, VsockConfig,
 };
 pub use file::{FileError, MachineFile, RunWords};
 pub use keyvalue::{FlagError, KeyError, bytes_of};

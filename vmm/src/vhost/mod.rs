@@ -44,7 +44,7 @@ pub use device::{
 pub use error::{ConversationError, Step};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use features::{feature_names, offerable, protocol_feature_names};
-pub use kinds::{ConsoleError, DiskError, NetError, UserError, switch_socket};
+pub use kinds::{ChainError, ConsoleError, DiskError, NetError, UserError, switch_socket};
 pub use parts::{Care, DeviceParts, Limits};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;

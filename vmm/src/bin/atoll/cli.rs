@@ -296,7 +296,7 @@ pub(crate) struct RunArgs {
     /// vCPUs: boot=1.
     #[arg(long, value_name = "KEYS")]
     pub(crate) cpus: Option<String>,
-    /// A disk: path=FILE[,readonly=on][,direct=on][,serial=TEXT][,num_queues=N][,queue_size=N][,id=NAME], or an external
+    /// A disk: path=FILE[,image_type=raw|qcow2][,backing_files=on][,readonly=on][,direct=on][,serial=TEXT][,num_queues=N][,queue_size=N][,id=NAME], or an external
     /// backend: vhost_user=true,socket=PATH. Limits: bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and
     /// bw_one_time_burst, ops_one_time_burst. Several may follow one flag, and it may be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1..)]

@@ -9,10 +9,11 @@ use atoll_devices::virtio::device_class::BLOCK;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 use thiserror::Error;
 
+use super::chain::{self, ChainError, Link};
 use super::limits::rate_arguments;
 use super::{Host, Kind, KindError, queue_size};
 use crate::backend::{ImageAccess, ImageError, ImageHandle, PassedFd};
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, ImageType};
 use crate::vhost::class::{ConfigWish, DeviceClass};
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::features::BLK_MQ;
@@ -28,6 +29,10 @@ const CONFIG_LEN: u32 = 60;
 const NUM_QUEUES_AT: usize = 34;
 /// Descriptors of a queue: enough for 128 KiB requests of 4 KiB segments, many at a time; every backend can do it.
 const QUEUE_SIZE: u16 = 256;
+/// What serves it.
+const PROGRAM: &str = "atoll-blk";
+/// How every qcow2 image begins. Comparing it is all that this process knows of the format.
+const QCOW2_MAGIC: [u8; 4] = [0x51, 0x46, 0x49, 0xfb];
 
 /// Why a disk cannot be made.
 #[derive(Debug, Error)]
@@ -61,19 +66,41 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
+    /// Nobody said what it is, and it may be either.
+    #[error(
+        "{} begins with a qcow2 header and the disk does not say what it is: give it image_type=qcow2, or image_type=raw \
+         if a guest wrote that header onto its raw disk", .path.display()
+    )]
+    Ambiguous {
+        /// The image.
+        path: PathBuf,
+    },
+    /// What it stands on cannot be had.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
     /// Neither an image nor a socket.
     #[error("the disk has no image: give path=FILE, or vhost_user=true,socket=PATH")]
     NoBacking,
 }
 
 /// Takes hold of an image and checks what can be checked without locking or parsing it.
-fn open_image(path: &Path, access: ImageAccess) -> Result<ImageHandle, DiskError> {
+fn open_image(path: &Path, access: ImageAccess, image_type: Option<ImageType>) -> Result<ImageHandle, DiskError> {
     let image = ImageHandle::open(path, access)?;
     let size = |source: rustix::io::Errno| DiskError::Size { path: path.to_owned(), source: source.into() };
     let file = image.reopen()?;
     let bytes = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(size)?;
+    let mut start = [0; QCOW2_MAGIC.len()];
     match bytes {
-        0 => Err(DiskError::Empty { path: path.to_owned() }),
+        0 => return Err(DiskError::Empty { path: path.to_owned() }),
+        _ if image_type == Some(ImageType::Qcow2) => return Ok(image),
+        // A guest may write such a header onto its raw disk: what a disk is, is never guessed from what is on it.
+        _ if image_type.is_none() => {
+            rustix::io::pread(&file, &mut start, 0).map_err(size)?;
+        }
+        _ => {}
+    }
+    match start {
+        QCOW2_MAGIC => Err(DiskError::Ambiguous { path: path.to_owned() }),
         _ if bytes.is_multiple_of(SECTOR) => Ok(image),
         _ => Err(DiskError::OddSize { path: path.to_owned(), bytes }),
     }
@@ -95,8 +122,14 @@ impl Disk {
         Some(u32::from_le_bytes(number))
     }
 
+    fn is_qcow2(&self) -> bool {
+        self.0.image_type == Some(ImageType::Qcow2)
+    }
+
     fn arguments(&self, lock_byte: Option<u32>) -> Vec<OsString> {
         let mut args: Vec<OsString> = vec!["--num-queues".into(), self.queues().to_string().into()];
+        // Always said, so that a successor serves what its predecessor served, whatever a guest has written.
+        args.extend(["--image-type".into(), if self.is_qcow2() { "qcow2" } else { "raw" }.into()]);
         if self.0.readonly {
             args.push("--read-only".into());
         }
@@ -136,20 +169,36 @@ impl Kind for Disk {
         }
         let path = self.0.path.as_ref().ok_or(DiskError::NoBacking)?;
         let access = if self.0.readonly { ImageAccess::Read } else { ImageAccess::Write };
-        let image = open_image(path, access)?;
-        let image = Arc::new(image);
+        let image = Arc::new(open_image(path, access, self.0.image_type)?);
+        let links = if self.is_qcow2() {
+            let links = chain::links(&host.name, &host.program(PROGRAM)?, &image, self.0.backing_files);
+            Arc::new(links.map_err(DiskError::from)?)
+        } else {
+            Arc::default()
+        };
         let opened = Arc::clone(&image);
         // Opened anew for each incarnation, so that a lock falls with it.
-        let descriptors = move || Ok(vec![PassedFd { flag: "--fd".into(), fd: opened.reopen()? }]);
+        let descriptors = {
+            let links = Arc::clone(&links);
+            move || {
+                let mut fds = vec![PassedFd { flag: "--fd".into(), fd: opened.reopen()? }];
+                for link in &*links {
+                    fds.push(link.pass()?);
+                }
+                Ok(fds)
+            }
+        };
         let lock_byte = Self::lock_byte();
-        let backends = host.process("atoll-blk", self.sidecar(), self.arguments(lock_byte), Box::new(descriptors))?;
-        Ok(Box::new(ImageBackends { image, lock_byte, backends }))
+        let backends = host.process(PROGRAM, self.sidecar(), self.arguments(lock_byte), Box::new(descriptors))?;
+        Ok(Box::new(ImageBackends { image, links, is_raw: !self.is_qcow2(), lock_byte, backends }))
     }
 }
 
 /// Backends of an image that is ours, so that its size can be changed.
 struct ImageBackends {
     image: Arc<ImageHandle>,
+    links: Arc<Vec<Link>>,
+    is_raw: bool,
     lock_byte: Option<u32>,
     backends: Box<dyn BackendSource>,
 }
@@ -160,12 +209,16 @@ const LOCK_BYTES_AT: i64 = 1 << 40;
 /// The byte that each incarnation locks: the kernel frees it with the last I/O of a process that is dead.
 struct ImageFence {
     image: Arc<ImageHandle>,
+    /// Reads of what an image stands on end in guest memory too.
+    links: Arc<Vec<Link>>,
     lock_byte: Option<u32>,
 }
 
 impl Fence for ImageFence {
     fn is_quiet(&self) -> Option<bool> {
-        self.image.is_locked_at(LOCK_BYTES_AT + i64::from(self.lock_byte?)).map(|locked| !locked)
+        let at = LOCK_BYTES_AT + i64::from(self.lock_byte?);
+        let files = std::iter::once(self.image.as_ref()).chain(self.links.iter().map(Link::image));
+        files.map(|file| file.is_locked_at(at)).try_fold(true, |quiet, locked| Some(quiet && !locked?))
     }
 }
 
@@ -177,10 +230,11 @@ impl BackendSource for ImageBackends {
         self.backends.describe()
     }
     fn fence(&self) -> Arc<dyn Fence> {
-        Arc::new(ImageFence { image: Arc::clone(&self.image), lock_byte: self.lock_byte })
+        let (image, links) = (Arc::clone(&self.image), Arc::clone(&self.links));
+        Arc::new(ImageFence { image, links, lock_byte: self.lock_byte })
     }
     fn resize(&mut self, bytes: u64) -> Result<u64, ResizeError> {
-        Ok(self.image.resize(bytes)?)
+        if self.is_raw { Ok(self.image.resize(bytes)?) } else { Err(ResizeError::Qcow2) }
     }
 }
 

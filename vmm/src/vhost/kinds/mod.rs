@@ -1,6 +1,7 @@
 //! The kinds of devices: for each, what the guest is offered on top of a backend ([`DeviceClass`]) and where the backend
 //! comes from.
 
+mod chain;
 mod console;
 mod disk;
 mod fs;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use atoll_protocol::DeviceId;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
+pub use chain::ChainError;
 pub use disk::DiskError;
 
 pub use console::ConsoleError;
@@ -72,6 +74,15 @@ pub(super) struct Host {
 }
 
 impl Host {
+    /// Where a program of ours is.
+    fn program(&self, program: &str) -> Result<PathBuf, KindError> {
+        match &self.backend_dir {
+            Some(folder) => Ok(folder.join(program)),
+            None => Ok(beside_this_binary(program)
+                .map_err(|error| format!("cannot find {program}: {error}; mount /proc, or give --backend-dir"))?),
+        }
+    }
+
     /// How to start `program` for this device.
     fn process(
         &self,
@@ -80,11 +91,7 @@ impl Host {
         args: Vec<OsString>,
         descriptors: MakeDescriptors,
     ) -> Result<Box<dyn BackendSource>, KindError> {
-        let exe = match &self.backend_dir {
-            Some(folder) => folder.join(program),
-            None => beside_this_binary(program)
-                .map_err(|error| format!("cannot find {program}: {error}; mount /proc, or give --backend-dir"))?,
-        };
+        let exe = self.program(program)?;
         Ok(Box::new(SpawnedBackend {
             name: self.name.clone(),
             device: self.number,

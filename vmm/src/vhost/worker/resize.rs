@@ -29,6 +29,9 @@ pub enum ResizeError {
     /// Somebody else's backend has the image.
     #[error("somebody else's backend serves the disk: resize its image there, and the backend tells the guest")]
     NotOurs,
+    /// Its size is in its header, which a process that serves it does not change.
+    #[error("the disk's image is qcow2: change its size with `qemu-img resize` while no VM uses it")]
+    Qcow2,
     /// No whole number of blocks.
     #[error("a size of {bytes} bytes is not possible: it must be a multiple of {unit}, and not zero")]
     Unit {
