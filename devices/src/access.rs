@@ -4,10 +4,14 @@
 //! access later: an actor in this process, or a process at the other end of a socket. The device itself stays
 //! synchronous and testable. A dropped [`Completion`] is a defined answer: all ones for a read, "dropped" for a write.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use atoll_protocol::lane::Watch;
 
 /// Where an access lands inside a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,12 +48,59 @@ enum State {
     Taken,
 }
 
+/// Where answers of another process arrive. The thread that waits for one takes it there itself, so that nobody has to
+/// be woken in between.
+pub trait Arrivals: Send + Sync {
+    /// Completes what has come.
+    fn collect(&self);
+}
+
+/// A question to another process.
+pub struct Elsewhere {
+    /// Where its answer arrives.
+    arrivals: Arc<dyn Arrivals>,
+    /// Tells the other process to wake whoever waits; none where answers come by themselves.
+    watch: Option<Watch>,
+}
+
+impl Elsewhere {
+    /// Looks for what has come; what to sleep on if that is not enough.
+    pub fn look(&mut self) -> Option<&Watch> {
+        let watch = self.watch.as_mut()?;
+        // First, so that what comes after the look ends the sleep.
+        watch.renew();
+        self.arrivals.collect();
+        Some(watch)
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        // What came before it was known that nobody waits any more.
+        if self.watch.take().is_some() {
+            self.arrivals.collect();
+        }
+    }
+}
+
+/// How long the asker waits, and what it then does.
+struct Limit {
+    budget: Duration,
+    late: Box<dyn FnOnce() + Send>,
+}
+
 /// The asker's end of an access that is answered later: a future of the value read (little-endian, the access's width;
 /// writes give zero), or `None` when nobody will ever complete it.
-#[derive(Debug)]
 pub struct Deferred {
     state: Arc<Mutex<State>>,
-    elsewhere: bool,
+    elsewhere: Option<Elsewhere>,
+    limit: Option<Limit>,
+}
+
+impl fmt::Debug for Deferred {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Deferred").field("state", &self.state).finish_non_exhaustive()
+    }
 }
 
 /// The answerer's end.
@@ -59,7 +110,7 @@ pub struct Completion(Arc<Mutex<State>>);
 /// Makes both ends of an access that will be completed later.
 pub fn deferred() -> (Completion, Deferred) {
     let state = Arc::new(Mutex::new(State::Waiting(None)));
-    (Completion(Arc::clone(&state)), Deferred { state, elsewhere: false })
+    (Completion(Arc::clone(&state)), Deferred { state, elsewhere: None, limit: None })
 }
 
 fn settle(shared: &Mutex<State>, outcome: State) {
@@ -75,17 +126,43 @@ fn settle(shared: &Mutex<State>, outcome: State) {
 }
 
 impl Deferred {
-    /// Says that another process answers, for who counts such accesses apart.
+    /// Says that another process answers, and where its answer arrives. With a `watch`, begun before the question was
+    /// asked, whoever waits must [look](Elsewhere::look) there.
     #[must_use]
-    pub fn elsewhere(mut self) -> Self {
-        self.elsewhere = true;
+    pub fn elsewhere(mut self, arrivals: Arc<dyn Arrivals>, watch: Option<Watch>) -> Self {
+        self.elsewhere = Some(Elsewhere { arrivals, watch });
         self
     }
 
     /// Whether another process answers.
     #[must_use]
     pub fn is_elsewhere(&self) -> bool {
-        self.elsewhere
+        self.elsewhere.is_some()
+    }
+
+    /// Where the answer arrives, if another process gives it.
+    pub fn take_elsewhere(&mut self) -> Option<Elsewhere> {
+        self.elsewhere.take()
+    }
+
+    /// Says how long the asker waits; it calls `late` when that was in vain.
+    #[must_use]
+    pub fn within(mut self, budget: Duration, late: impl FnOnce() + Send + 'static) -> Self {
+        self.limit = Some(Limit { budget, late: Box::new(late) });
+        self
+    }
+
+    /// How long to wait, if the answerer has said so.
+    #[must_use]
+    pub fn budget(&self) -> Option<Duration> {
+        self.limit.as_ref().map(|limit| limit.budget)
+    }
+
+    /// Gives up: [`Self::budget`] is over. Whatever is answered after all goes nowhere.
+    pub fn give_up(self) {
+        if let Some(limit) = self.limit {
+            (limit.late)();
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use atoll_integration::processes;
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::{Generation, RegionIndex};
 use atoll_vmm::actor::remote::RemoteRegion;
-use atoll_vmm::actor::{Clock, Parked, RealClock, StopSignal, park};
+use atoll_vmm::actor::{Parked, RealClock, StopSignal, park_access};
 use atoll_vmm::backend::{Household, RegisterBackend, UartBuilder, UartLine, UartOutput};
 use rustix::process::Signal;
 use xtask::console::Console;
@@ -49,7 +49,7 @@ struct Vcpu {
 impl Vcpu {
     fn wait(&self, answer: Answer) -> Option<u64> {
         let Answer::Later(later) = answer else { return None };
-        match park(later, &self.clock, self.clock.now().after(STEP), &self.stop) {
+        match park_access(later, &self.clock, STEP, &self.stop) {
             Parked::Done(value) => value,
             Parked::Late | Parked::Stopped => panic!("the device's own deadline comes first"),
         }

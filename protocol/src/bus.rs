@@ -62,6 +62,10 @@ words! {
         Reset => Idempotent,
         /// Are the registers still served? Answered by [`BusAnswer::Done`] by the thread that serves them.
         Ping => Idempotent,
+        /// Memory to talk through from now on, see [`lane`](crate::lane): beside it travel the memory, the bell and the
+        /// post. Answered on the socket by [`BusAnswer::Done`], or by [`Refusal::NoLane`] from a process that talks over
+        /// the socket only. Asked at most once of each incarnation, right after [`Self::Attach`].
+        Lane => Idempotent,
     }
 }
 
@@ -121,6 +125,8 @@ pub enum Refusal {
     Generation,
     /// Asked before [`BusCall::Attach`].
     NotAttached,
+    /// No lane can be had.
+    NoLane,
 }
 
 words! {

@@ -13,6 +13,7 @@ pub mod bus;
 pub mod frame;
 pub mod id;
 pub mod jail;
+pub mod lane;
 pub mod lifecycle;
 pub mod message;
 pub mod operator;
@@ -31,4 +32,4 @@ pub use message::{Idempotence, Kind, Message};
 pub use socket::{Frame, FrameReader, FrameSocket, FrameWriter, SocketError};
 
 /// Version of the frame and of every message in it. A change of any golden byte changes it.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;

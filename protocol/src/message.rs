@@ -75,8 +75,8 @@ impl Kind {
     pub fn descriptors_max(self) -> usize {
         match self {
             Self::SidecarOrder => 8,
-            Self::BusRequest
-            | Self::BusEvent
+            Self::BusRequest => 3,
+            Self::BusEvent
             | Self::SidecarReport
             | Self::OperatorRequest
             | Self::OperatorReply

@@ -32,7 +32,7 @@ const QUEUE: QueueIndex = QueueIndex(513);
 
 fn bus_requests() -> Vec<BusRequest> {
     let (region, offset) = (RegionIndex(2), 0x3f8);
-    let mut calls = vec![BusCall::Attach { device: DEVICE, generation: GENERATION }, BusCall::Reset, BusCall::Ping];
+    let mut calls = vec![BusCall::Attach { device: DEVICE, generation: GENERATION }, BusCall::Reset, BusCall::Ping, BusCall::Lane];
     for width in Width::ALL {
         calls.push(BusCall::Read { region, offset, width });
         calls.push(BusCall::Write { region, offset, width, value: width.all_ones() });
@@ -46,7 +46,7 @@ fn bus_events() -> Vec<BusEvent> {
     let classes = [DeviceClass::Block, DeviceClass::Net, DeviceClass::Gpu, DeviceClass::Uart, DeviceClass::Other(99)];
     let regions = vec![Region { space: Space::Pio, length: 8 }, Region { space: Space::Mmio, length: 4096 }];
     let attached = classes.map(|class| BusAnswer::Attached { class, regions: regions.clone(), lines: 3 });
-    let refusals = [Refusal::OutOfRange, Refusal::Width, Refusal::Generation, Refusal::NotAttached];
+    let refusals = [Refusal::OutOfRange, Refusal::Width, Refusal::Generation, Refusal::NotAttached, Refusal::NoLane];
     let answers = attached
         .into_iter()
         .chain([BusAnswer::Value(u64::MAX), BusAnswer::Done])

@@ -89,7 +89,7 @@ fn start(options: &Options) -> anyhow::Result<()> {
     if let (Err(error), Some(reports)) = (&outcome, &reports) {
         let text = format!("{error:#}");
         reports.goodbye(match error.downcast_ref() {
-            Some(ServeError::Bus(_)) => GoodbyeReason::Peer(text),
+            Some(ServeError::Bus(_) | ServeError::Lane(_)) => GoodbyeReason::Peer(text),
             Some(ServeError::Poll(_)) => GoodbyeReason::Resource(text),
             None => GoodbyeReason::Config(text),
         });
@@ -111,7 +111,7 @@ fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>)
     if let (Some(started), Some(reports)) = (started, reports) {
         reports.send(&SidecarReport::Ready { generation: started.generation })?;
     }
-    Ok(Server::new(bus, line).run()?)
+    Ok(Server::new(bus, line)?.run()?)
 }
 
 fn line(output: &Output, reports: Option<&Reports>) -> anyhow::Result<Line> {

@@ -1,12 +1,17 @@
 //! The conversation on the bus: one thread that answers questions about registers, says when the interrupt wire changes,
 //! and carries characters between the port and the line.
+//!
+//! A VMM on the same host offers a lane, and everything is said there from then on; one question then costs this thread
+//! two system calls, to sleep and to wake the asker. Nothing is asked of the line unless epoll says that it has something.
 
-use std::time::Duration;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use atoll_protocol::bus::{BusAnswer, BusCall, BusEvent, BusRequest, Refusal, Region};
+use atoll_protocol::lane::{DeviceEnd, LaneError};
 use atoll_protocol::sidecar::DeviceClass;
-use atoll_protocol::{CauseId, FrameSocket, Generation, LineIndex, RegionIndex, SocketError, Space, Width};
-use rustix::event::{PollFd, PollFlags, poll};
+use atoll_protocol::{CauseId, Frame, FrameSocket, Generation, LineIndex, RegionIndex, SocketError, Space, Width};
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -24,14 +29,36 @@ pub(crate) enum ServeError {
     /// The VMM speaks another language, or does not read.
     #[error("the bus failed: {0}")]
     Bus(#[from] SocketError),
+    /// The VMM writes on the lane what cannot be right, or does not read it.
+    #[error("the lane failed: {0}")]
+    Lane(#[from] LaneError),
     /// The kernel did not let us wait.
     #[error("waiting for the bus failed: {0}")]
     Poll(Errno),
 }
 
+/// What the thread sleeps on.
+const BUS: u64 = 0;
+const BELL: u64 = 1;
+const LINE: u64 = 2;
+
+/// Questions between two looks at the line.
+const TURN: u32 = 64;
+
+/// What a sleep ended with.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ready {
+    bus: bool,
+    typed: bool,
+}
+
 /// A serial port on a bus.
 pub(crate) struct Server {
     bus: FrameSocket,
+    lane: Option<DeviceEnd>,
+    epoll: OwnedFd,
+    /// What of the line is in the epoll set.
+    watched: EventFlags,
     port: Port,
     line: Line,
     /// Who we are, once the VMM has said so.
@@ -42,8 +69,14 @@ pub(crate) struct Server {
 
 impl Server {
     /// A port after power-on, on a bus where nobody has attached yet.
-    pub(crate) fn new(bus: FrameSocket, line: Line) -> Self {
-        Self { bus, port: Port::new(), line, generation: None, level: false }
+    ///
+    /// # Errors
+    /// The kernel has no descriptor left.
+    pub(crate) fn new(bus: FrameSocket, line: Line) -> Result<Self, ServeError> {
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(ServeError::Poll)?;
+        epoll::add(&epoll, bus.reader.as_fd(), EventData::new_u64(BUS), EventFlags::IN).map_err(ServeError::Poll)?;
+        let watched = EventFlags::empty();
+        Ok(Self { bus, lane: None, epoll, watched, port: Port::new(), line, generation: None, level: false })
     }
 
     /// Serves until the VMM hangs up.
@@ -52,52 +85,135 @@ impl Server {
     /// All of [`ServeError`].
     pub(crate) fn run(&mut self) -> Result<(), ServeError> {
         loop {
-            self.wait()?;
+            let ready = self.wait()?;
             // So many at once that a flood of questions does not keep the line waiting for ever.
-            for _ in 0..64 {
-                match self.bus.reader.receive_message::<BusRequest>(Some(Duration::ZERO)) {
-                    Ok(request) => self.answer(&request)?,
+            for _ in 0..TURN {
+                let Some(request) = self.lane.as_mut().map_or(Ok(None), DeviceEnd::take)? else { break };
+                self.answer(&request)?;
+            }
+            for _ in 0..if ready.bus { TURN } else { 0 } {
+                match self.bus.reader.receive(Some(Duration::ZERO)) {
+                    Ok(frame) => self.hear(frame)?,
                     Err(SocketError::Timeout(_)) => break,
                     Err(error) if error.is_hang_up() => return Ok(()),
                     Err(error) => return Err(error.into()),
                 }
             }
             let room = self.port.room();
-            if room > 0 && self.line.input().is_some() {
+            if ready.typed && room > 0 && self.line.input().is_some() {
                 let typed = self.line.receive(room);
                 self.port.receive(&typed);
             }
             self.line.flush();
             self.tell_level(NO_CAUSE)?;
+            if let Some(lane) = &mut self.lane {
+                lane.announce();
+            }
         }
     }
 
-    fn wait(&self) -> Result<(), ServeError> {
-        use std::os::fd::AsFd;
-        let mut fds = vec![PollFd::from_borrowed_fd(self.bus.reader.as_fd(), PollFlags::IN)];
+    fn wait(&mut self) -> Result<Ready, ServeError> {
+        self.watch_line().map_err(ServeError::Poll)?;
+        let mut ready = Ready::default();
+        if self.lane.as_ref().is_some_and(|lane| !lane.falls_asleep()) {
+            return Ok(ready);
+        }
+        let mut events = [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(BELL) }; 3];
+        let count = match epoll::wait(&self.epoll, events.as_mut_slice(), None) {
+            Ok(count) => count,
+            Err(Errno::INTR) => 0,
+            Err(errno) => return Err(ServeError::Poll(errno)),
+        };
+        for event in events.into_iter().take(count) {
+            let (flags, data) = (event.flags, event.data);
+            match data.u64() {
+                BUS => ready.bus = true,
+                LINE => ready.typed |= flags != EventFlags::OUT,
+                _ => {}
+            }
+        }
+        Ok(ready)
+    }
+
+    /// Watches the line for what matters now.
+    fn watch_line(&mut self) -> Result<(), Errno> {
+        let mut wanted = EventFlags::empty();
         // A full receiver leaves the rest at the terminal; its next read is a question, which comes by here.
-        let input = self.line.input().filter(|_| self.port.room() > 0);
-        fds.extend(input.map(|input| PollFd::from_borrowed_fd(input, PollFlags::IN)));
-        if self.line.is_backed_up() {
-            fds.push(PollFd::from_borrowed_fd(self.line.output(), PollFlags::OUT));
+        wanted.set(EventFlags::IN, self.line.input().is_some() && self.port.room() > 0);
+        wanted.set(EventFlags::OUT, self.line.is_backed_up());
+        if wanted == self.watched {
+            return Ok(());
         }
-        match poll(&mut fds, None) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(ServeError::Poll(errno)),
+        let (line, data) = (self.line.output(), EventData::new_u64(LINE));
+        if self.watched.is_empty() {
+            epoll::add(&self.epoll, line, data, wanted)?;
+        } else if wanted.is_empty() {
+            epoll::delete(&self.epoll, line)?;
+        } else {
+            epoll::modify(&self.epoll, line, data, wanted)?;
         }
+        self.watched = wanted;
+        Ok(())
+    }
+
+    /// A question that came by the socket.
+    fn hear(&mut self, frame: Frame) -> Result<(), ServeError> {
+        let request: BusRequest = frame.decode().map_err(SocketError::from)?;
+        let lane = match (&request.call, <[OwnedFd; 3]>::try_from(frame.descriptors)) {
+            (BusCall::Lane, Ok([memory, bell, post])) if self.lane.is_none() && self.generation.is_some() => {
+                Some(self.join(memory.as_fd(), bell, post)?)
+            }
+            _ => None,
+        };
+        let agreed = lane.is_some();
+        self.answer_with(&request, |this| match &request.call {
+            BusCall::Lane => if agreed { Ok(BusAnswer::Done) } else { Err(Refusal::NoLane) },
+            _ => this.carry_out(&request),
+        })?;
+        // From the next word on.
+        if agreed {
+            self.lane = lane;
+        }
+        Ok(())
+    }
+
+    /// The end of a lane, with its bell in the epoll set.
+    fn join(&self, memory: BorrowedFd<'_>, bell: OwnedFd, post: OwnedFd) -> Result<DeviceEnd, ServeError> {
+        let lane = DeviceEnd::new(memory, bell, post)?;
+        let flags = EventFlags::IN | EventFlags::ET;
+        epoll::add(&self.epoll, lane.bell(), EventData::new_u64(BELL), flags).map_err(ServeError::Poll)?;
+        Ok(lane)
     }
 
     fn answer(&mut self, request: &BusRequest) -> Result<(), ServeError> {
-        let answer = self.carry_out(request).unwrap_or_else(BusAnswer::Refused);
+        self.answer_with(request, |this| this.carry_out(request))
+    }
+
+    fn answer_with(
+        &mut self,
+        request: &BusRequest,
+        carry_out: impl FnOnce(&mut Self) -> Result<BusAnswer, Refusal>,
+    ) -> Result<(), ServeError> {
+        let answer = carry_out(self).unwrap_or_else(BusAnswer::Refused);
         // The wire first: when the access is done, its interrupt is there, as on a board.
         self.tell_level(request.cause)?;
-        let event = BusEvent::Answer {
-            id: request.id,
-            cause: request.cause,
-            generation: self.generation.unwrap_or(request.generation),
-            answer,
-        };
-        Ok(self.bus.writer.send(&event, &[], SEND_MAX)?)
+        let (id, cause) = (request.id, request.cause);
+        let generation = self.generation.unwrap_or(request.generation);
+        self.say(&BusEvent::Answer { id, cause, generation, answer })
+    }
+
+    fn say(&mut self, event: &BusEvent) -> Result<(), ServeError> {
+        let Some(lane) = &mut self.lane else { return Ok(self.bus.writer.send(event, &[], SEND_MAX)?) };
+        let begun = Instant::now();
+        loop {
+            match lane.say(event) {
+                Err(LaneError::Full) if begun.elapsed() < SEND_MAX => {
+                    lane.announce();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                said => return Ok(said?),
+            }
+        }
     }
 
     fn carry_out(&mut self, request: &BusRequest) -> Result<BusAnswer, Refusal> {
@@ -128,6 +244,8 @@ impl Server {
                 Ok(BusAnswer::Done)
             }
             BusCall::Ping | BusCall::Attach { .. } => Ok(BusAnswer::Done),
+            // On a lane, of all places.
+            BusCall::Lane => Err(Refusal::NoLane),
         }
     }
 
@@ -137,7 +255,7 @@ impl Server {
         if level != self.level {
             self.level = level;
             let event = BusEvent::Line { generation, cause, line: LineIndex(0), level };
-            self.bus.writer.send(&event, &[], SEND_MAX)?;
+            self.say(&event)?;
         }
         Ok(())
     }
@@ -175,7 +293,7 @@ mod tests {
     impl Vmm {
         fn new(line: Line) -> Self {
             let (ours, theirs) = UnixStream::pair().expect("a pair");
-            let mut server = Server::new(FrameSocket::new(theirs.into()), line);
+            let mut server = Server::new(FrameSocket::new(theirs.into()), line).expect("a server");
             let server = std::thread::spawn(move || server.run());
             Self { bus: FrameSocket::new(ours.into()), next: 0, server, lines: Vec::new() }
         }

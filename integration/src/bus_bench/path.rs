@@ -95,7 +95,7 @@ impl Vcpu {
         let actor = household.tree().start("scratch", 8, ScratchActor);
         let mut surroundings = household.surroundings(STEP);
         surroundings.supervision = Arc::new(Unheard);
-        let device = ActorDevice::new(DeviceId(1), actor, Access, household.runtime().clone(), surroundings);
+        let device = ActorDevice::new(DeviceId(1), actor, Access, surroundings);
         place(LATER, Arc::new(Mutex::new(device)))?;
         let line = Arc::new(UartLine::open(&UartOutput::File(folder.path().join("serial")))?);
         let builder = UartBuilder::new(line, Arc::clone(&household)).binary(xtask::place::program("atoll-uart")?);

@@ -36,6 +36,9 @@ pub trait Clock: Send + Sync + fmt::Debug {
     /// How long to wait in real time before looking at the clock again, when `until` is what is waited for. Whoever
     /// waits looks at [`Self::now`] afterwards and goes on waiting if it is too early.
     fn nap(&self, until: Moment) -> Duration;
+
+    /// How long in real time ago `due` was, for whoever had a nap until then.
+    fn overslept(&self, due: Moment) -> Duration;
 }
 
 /// The monotonic clock of the host.
@@ -65,6 +68,10 @@ impl Clock for RealClock {
 
     fn nap(&self, until: Moment) -> Duration {
         until.since(self.now())
+    }
+
+    fn overslept(&self, due: Moment) -> Duration {
+        self.now().since(due)
     }
 }
 
@@ -99,5 +106,9 @@ impl Clock for ManualClock {
 
     fn nap(&self, _until: Moment) -> Duration {
         Self::LOOK
+    }
+
+    fn overslept(&self, _due: Moment) -> Duration {
+        Duration::ZERO
     }
 }

@@ -1,14 +1,13 @@
 //! Registers whose accesses an actor of this process completes ("later").
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use atoll_devices::access::{Answer, Completion, RegisterDevice, deferred};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::{AccessKind, CauseId, DeviceId, Generation, Width};
-use tokio::runtime::Handle;
 
 use super::Supervision;
 use super::address::{Address, Mail};
@@ -29,42 +28,26 @@ pub struct RegisterAccess {
     pub token: AccessToken,
 }
 
-/// Completes one access, once, unless its deadline has. Dropping it abandons the access: a read gives all ones.
+/// Completes one access, unless its asker has given up. Dropping it abandons the access: a read gives all ones.
 #[derive(Debug)]
-pub struct AccessToken {
-    slot: Arc<Mutex<Option<Completion>>>,
-    timer: tokio::task::AbortHandle,
-}
+pub struct AccessToken(Completion);
 
 impl AccessToken {
     /// Completes the access: the value read, or anything for a write.
     pub fn complete(self, value: u64) {
-        if let Some(completion) = take(&self.slot) {
-            completion.complete(value);
-        }
+        self.0.complete(value);
     }
-}
-
-impl Drop for AccessToken {
-    fn drop(&mut self) {
-        self.timer.abort();
-        drop(take(&self.slot));
-    }
-}
-
-fn take(slot: &Mutex<Option<Completion>>) -> Option<Completion> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// The device of the board that stands for an actor.
 ///
-/// An access waits for its answer for the device's budget; then, or when the mailbox is full or the actor is gone, a
-/// read gives all ones, a write is dropped, and the supervisor hears `DeviceStalled`.
+/// The thread that asks waits for the device's budget; then, or when the mailbox is full or the actor is gone, a read
+/// gives all ones, a write is dropped, and the supervisor hears `DeviceStalled`. An answer that comes after all goes
+/// nowhere.
 pub struct ActorDevice<M> {
     device: DeviceId,
     actor: Address<M>,
     wrap: fn(RegisterAccess) -> M,
-    runtime: Handle,
     surroundings: Surroundings,
 }
 
@@ -107,37 +90,23 @@ impl<M: Mail> ActorDevice<M> {
         device: DeviceId,
         actor: Address<M>,
         wrap: fn(RegisterAccess) -> M,
-        runtime: Handle,
-        surroundings: Surroundings,
+            surroundings: Surroundings,
     ) -> Self {
-        Self { device, actor, wrap, runtime, surroundings }
+        Self { device, actor, wrap, surroundings }
     }
 
     fn access(&self, offset: u64, width: Width, kind: AccessKind) -> Answer {
         let (completion, answer) = deferred();
-        let slot = Arc::new(Mutex::new(Some(completion)));
         let cause = self.surroundings.next_cause();
         let stalled = LifecycleEvent::DeviceStalled { device: self.device, generation: Generation::FIRST, cause };
-        let timer = self.runtime.spawn({
-            let Surroundings { clock, budget, supervision, .. } = self.surroundings.clone();
-            let (slot, stalled) = (Arc::clone(&slot), stalled.clone());
-            let deadline = clock.now().after(budget);
-            async move {
-                while clock.now() < deadline {
-                    tokio::time::sleep(clock.nap(deadline)).await;
-                }
-                if let Some(completion) = take(&slot) {
-                    drop(completion);
-                    supervision.report(stalled);
-                }
-            }
-        });
-        let token = AccessToken { slot, timer: timer.abort_handle() };
+        let token = AccessToken(completion);
         // The vCPU must not wait for room: a full mailbox is an actor that does not keep up.
         if self.actor.try_tell((self.wrap)(RegisterAccess { offset, width, kind, cause, token })).is_err() {
             self.surroundings.supervision.report(stalled);
+            return Answer::Later(answer);
         }
-        Answer::Later(answer)
+        let supervision = Arc::clone(&self.surroundings.supervision);
+        Answer::Later(answer.within(self.surroundings.budget, move || supervision.report(stalled)))
     }
 }
 

@@ -22,7 +22,7 @@ pub use address::{Address, AskError, Mail, Reply, TellError, WhenFull};
 pub use clock::{Clock, ManualClock, Moment, RealClock};
 pub use device::{AccessToken, ActorDevice, RegisterAccess, Surroundings};
 pub use laps::{Lap, Laps};
-pub use park::{Parked, StopSignal, park};
+pub use park::{Parked, StopSignal, park, park_access};
 pub use rate::RateLimit;
 pub use tree::{Actor, ActorReport, Ended, Ending, Flow, Tree};
 

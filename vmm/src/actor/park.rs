@@ -1,15 +1,28 @@
-//! How an OS thread (a vCPU) waits for a future: parked, until the value, the deadline or its stop signal, whichever
+//! How an OS thread (a vCPU) waits for an answer: parked, until the value, the deadline or its stop signal, whichever
 //! comes first. No runtime is involved, so a busy one delays no guest.
+//!
+//! The thread sleeps on a futex in its stop signal, which its waker and the signal change. For an answer of another
+//! process it sleeps on that process's word as well, and takes the answer itself ([`Elsewhere`]).
+
+#![allow(unsafe_code, reason = "a wait on two futexes takes their addresses as pointers")]
 
 use std::future::Future;
-use std::pin::pin;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use atoll_devices::access::{Deferred, Elsewhere};
+use atoll_protocol::lane::Watch;
+use rustix::thread::futex;
+use rustix::time::{ClockId, Timespec, clock_gettime};
 
 use super::clock::{Clock, Moment};
+
+const AWAKE: u32 = 0;
+const NOTIFIED: u32 = 1;
+const ASLEEP: u32 = 2;
 
 /// Tells one thread to give up waiting: the machine ends, and the answer no longer matters.
 ///
@@ -20,7 +33,54 @@ pub struct StopSignal(Arc<StopState>);
 #[derive(Debug, Default)]
 struct StopState {
     raised: AtomicBool,
-    parked: Mutex<Option<Thread>>,
+    /// What the thread sleeps on.
+    word: AtomicU32,
+}
+
+impl StopState {
+    fn notify(&self) {
+        if self.word.swap(NOTIFIED, Ordering::SeqCst) == ASLEEP {
+            // Fails only for a word that is no memory.
+            let _ = futex::wake(&self.word, futex::Flags::PRIVATE, i32::MAX as u32);
+        }
+    }
+
+    /// Sleeps until notified, until there is news, or for `nap`; perhaps for less.
+    fn sleep(&self, watch: Option<&Watch>, nap: Duration) {
+        if self.word.compare_exchange(AWAKE, ASLEEP, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            let nap = Timespec::try_from(nap).unwrap_or(Timespec { tv_sec: i64::from(i32::MAX), tv_nsec: 0 });
+            // However it ends, the caller looks again.
+            match watch {
+                None => drop(futex::wait(&self.word, futex::Flags::PRIVATE, ASLEEP, Some(&nap))),
+                Some(watch) => self.sleep_on_both(watch, nap),
+            }
+        }
+        self.word.store(AWAKE, Ordering::SeqCst);
+    }
+
+    fn sleep_on_both(&self, watch: &Watch, nap: Timespec) {
+        let now = clock_gettime(ClockId::Monotonic);
+        // Saturates after 2 billion years.
+        let until = now.checked_add(nap).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+        let (news, seen) = watch.word();
+        let [mut own, mut other] = [futex::Wait::new(); 2];
+        own.val = u64::from(ASLEEP);
+        own.uaddr = futex::WaitPtr::new(self.word.as_ptr().cast());
+        own.flags = futex::WaitFlags::SIZE_U32 | futex::WaitFlags::PRIVATE;
+        other.val = u64::from(seen);
+        other.uaddr = futex::WaitPtr::new(news.as_ptr().cast());
+        other.flags = futex::WaitFlags::SIZE_U32;
+        let _ = futex::waitv(&[own, other], futex::WaitvFlags::empty(), Some(&until), ClockId::Monotonic);
+    }
+}
+
+impl Wake for StopState {
+    fn wake(self: Arc<Self>) {
+        self.notify();
+    }
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.notify();
+    }
 }
 
 impl StopSignal {
@@ -33,9 +93,7 @@ impl StopSignal {
     /// Raises it and wakes the thread that is parked on it.
     pub fn raise(&self) {
         self.0.raised.store(true, Ordering::SeqCst);
-        if let Some(thread) = &*self.0.parked.lock().unwrap_or_else(PoisonError::into_inner) {
-            thread.unpark();
-        }
+        self.0.notify();
     }
 
     /// Lowers it, for the next run.
@@ -47,10 +105,6 @@ impl StopSignal {
     #[must_use]
     pub fn is_raised(&self) -> bool {
         self.0.raised.load(Ordering::SeqCst)
-    }
-
-    fn set_parked(&self, thread: Option<Thread>) {
-        *self.0.parked.lock().unwrap_or_else(PoisonError::into_inner) = thread;
     }
 }
 
@@ -69,17 +123,6 @@ pub enum Parked<T> {
 /// Longer than any scheduler's delay on a busy host.
 const OVERSLEPT: Duration = Duration::from_millis(200);
 
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.0.unpark();
-    }
-}
-
 /// Parks this thread until `future` is done, `deadline` has come on `clock`, or `stop` is raised. A value that is
 /// there counts even when the deadline has passed too. A signal is for one thread: two that park on the same one would
 /// take each other's wake-up.
@@ -87,32 +130,60 @@ impl Wake for Unpark {
 /// A future that is given up is dropped, which whoever would complete it can see. A thread that wakes long after the
 /// deadline was stopped, and perhaps the whole VMM with it: it waits a little more, for answers that were stopped too.
 pub fn park<F: Future>(future: F, clock: &dyn Clock, deadline: Moment, stop: &StopSignal) -> Parked<F::Output> {
-    let mut future = pin!(future);
-    let thread = std::thread::current();
-    let waker = Waker::from(Arc::new(Unpark(thread.clone())));
+    park_on(pin!(future), None, clock, deadline, stop)
+}
+
+/// The same for an access: at most until its own deadline, and an answer of another process is taken where it arrives.
+/// An answerer that has set a deadline and lets it pass hears of that.
+pub fn park_access(
+    mut deferred: Deferred,
+    clock: &dyn Clock,
+    budget: Duration,
+    stop: &StopSignal,
+) -> Parked<Option<u64>> {
+    let own = deferred.budget().filter(|own| *own <= budget);
+    let deadline = clock.now().after(own.unwrap_or(budget));
+    let elsewhere = deferred.take_elsewhere();
+    match park_on(pin!(&mut deferred), elsewhere, clock, deadline, stop) {
+        Parked::Late if own.is_some() => {
+            deferred.give_up();
+            Parked::Done(None)
+        }
+        ended => ended,
+    }
+}
+
+fn park_on<F: Future>(
+    mut future: Pin<&mut F>,
+    mut elsewhere: Option<Elsewhere>,
+    clock: &dyn Clock,
+    deadline: Moment,
+    stop: &StopSignal,
+) -> Parked<F::Output> {
+    let waker = Waker::from(Arc::clone(&stop.0));
     let mut context = Context::from_waker(&waker);
-    stop.set_parked(Some(thread));
+    // What was left of an earlier wait; a signal that is raised is seen below.
+    stop.0.word.store(AWAKE, Ordering::SeqCst);
     let mut deadline = deadline;
+    let mut slept = false;
     let mut forgiven = false;
-    let ended = loop {
+    loop {
+        let watch = elsewhere.as_mut().and_then(Elsewhere::look);
         if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
-            break Parked::Done(value);
+            return Parked::Done(value);
         }
         if stop.is_raised() {
-            break Parked::Stopped;
+            return Parked::Stopped;
         }
-        if clock.now() >= deadline {
-            break Parked::Late;
-        }
-        // Woken early, late or for no reason: the loop looks again.
-        let nap = clock.nap(deadline);
-        let asleep = Instant::now();
-        std::thread::park_timeout(nap);
-        if asleep.elapsed().saturating_sub(nap) > OVERSLEPT && !forgiven {
+        if slept && clock.now() >= deadline {
+            if clock.overslept(deadline) <= OVERSLEPT || forgiven {
+                return Parked::Late;
+            }
             forgiven = true;
             deadline = clock.now().after(OVERSLEPT);
         }
-    };
-    stop.set_parked(None);
-    ended
+        // Woken early, late or for no reason: the loop looks again.
+        stop.0.sleep(watch, clock.nap(deadline));
+        slept = true;
+    }
 }

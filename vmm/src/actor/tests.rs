@@ -234,9 +234,9 @@ fn actor_behind_a_register() {
         supervision,
         causes: Arc::default(),
     };
-    let mut device = ActorDevice::new(DeviceId(9), counter, Word::Access, runtime.handle().clone(), surroundings);
+    let mut device = ActorDevice::new(DeviceId(9), counter, Word::Access, surroundings);
     let complete = |answer: Answer| match answer {
-        Answer::Later(later) => match park(later, &RealClock::new(), far(&RealClock::new()), &StopSignal::new()) {
+        Answer::Later(later) => match park_access(later, &*clock, Duration::from_secs(10), &StopSignal::new()) {
             Parked::Done(value) => value,
             other => panic!("{other:?}"),
         },
@@ -246,8 +246,15 @@ fn actor_behind_a_register() {
     assert_eq!(complete(device.read(0, &mut [0; 4])), Some(0x1234));
 
     let asked = device.read(4, &mut [0; 4]);
-    clock.advance(Duration::from_millis(100));
+    let time = std::thread::spawn({
+        let clock = Arc::clone(&clock);
+        move || {
+            std::thread::sleep(Duration::from_millis(20));
+            clock.advance(Duration::from_millis(100));
+        }
+    });
     assert_eq!(complete(asked), None);
+    time.join().expect("no panic");
     let wait = Duration::from_secs(10);
     let stalled = events.recv_timeout(wait).expect("heard");
     assert!(matches!(stalled, LifecycleEvent::DeviceStalled { device: DeviceId(9), .. }), "{stalled:?}");

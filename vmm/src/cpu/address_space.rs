@@ -10,7 +10,7 @@ use std::time::Duration;
 use atoll_devices::{AddressMap, AddressMapError, AddressRange, Answer, Deferred, RegisterDevice};
 
 use super::{GuestBus, Space};
-use crate::actor::{Clock, Parked, StopSignal, park};
+use crate::actor::{Clock, Parked, StopSignal, park_access};
 use crate::doorbell::DoorbellTable;
 use crate::metrics::{AnswerKind, VcpuCounters};
 
@@ -31,7 +31,7 @@ pub struct Stall {
     pub address: u64,
     /// Whether the guest wrote.
     pub write: bool,
-    /// How long it waited.
+    /// How long it waited: the budget.
     pub waited: Duration,
 }
 
@@ -108,13 +108,12 @@ pub struct VcpuBus {
 impl VcpuBus {
     /// Waits for an answer: the value, or `None` when nobody gave one in time.
     fn wait(&self, deferred: Deferred, space: Space, address: u64, write: bool) -> Option<u64> {
-        let asked = self.clock.now();
-        match park(deferred, self.clock.as_ref(), asked.after(self.budget), &self.stop) {
+        match park_access(deferred, self.clock.as_ref(), self.budget, &self.stop) {
             Parked::Done(value) => value,
             Parked::Stopped => None,
             Parked::Late => {
-                let waited = self.clock.now().since(asked);
                 self.counters.stall();
+                let waited = self.budget;
                 self.stalls.device_stalled(Stall { vcpu: self.vcpu, space, address, write, waited });
                 None
             }

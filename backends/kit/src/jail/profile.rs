@@ -154,7 +154,13 @@ impl Profile {
     };
 
     /// A serial port on the bus: no ring and no guest memory.
-    pub const UART: Self = Self { name: "uart", calls: &[], ioctls: &[], opcodes: &[], heap_bytes_max: 64 * MIB };
+    pub const UART: Self = Self {
+        name: "uart",
+        calls: &[libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_pwait, libc::SYS_fstat],
+        ioctls: &[],
+        opcodes: &[],
+        heap_bytes_max: 64 * MIB,
+    };
 
     /// A device that nobody has a profile for: what a ring and files need.
     pub const GENERIC: Self = Self {

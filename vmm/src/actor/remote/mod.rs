@@ -2,7 +2,8 @@
 //!
 //! [`Remote`] is the VMM's end: it outlives the processes that serve the device one after the other, each attached with
 //! a socket and a generation. [`RemoteRegion`] is one register window of it on the board. A vCPU sends its question
-//! itself; one thread per device receives answers and interrupts, and watches the deadlines.
+//! itself. To a process on the same host that goes by a [lane](atoll_protocol::lane), where the vCPU fetches the answer
+//! too. One thread per device receives what nobody waits for and all that comes by the socket, and watches the deadlines.
 //!
 //! - Late: a read gives all ones, a write is dropped, the supervisor hears `DeviceStalled`.
 //! - Dead: the same at once for what was sent, and `DeviceDied`; its wires go low. What is asked while nobody is attached
@@ -10,6 +11,7 @@
 //! - An answer that comes too late, or from an earlier generation, is dropped and counted. One that cannot be right ends
 //!   the connection: whoever sent it is killed, not argued with.
 
+mod link;
 mod table;
 
 use std::fmt;
@@ -18,19 +20,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use atoll_devices::access::{Answer, Completion, RegisterDevice, deferred};
+use atoll_devices::access::{Answer, Arrivals, Completion, RegisterDevice, deferred};
 use atoll_devices::interrupt::{MsiMessage, MsiSink, Wire};
 use atoll_protocol::bus::{BusAnswer, BusCall, BusEvent, BusRequest, Refusal, Region};
+use atoll_protocol::lane::{SLOTS, VmmEnd, Watch};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::sidecar::DeviceClass;
-use atoll_protocol::socket::HangUp;
 use atoll_protocol::{
-    CauseId, DeviceId, FrameReader, FrameSocket, FrameWriter, Generation, RegionIndex, RequestId, SocketError, Width,
+    CauseId, DeviceId, FrameReader, FrameSocket, Generation, RegionIndex, RequestId, SocketError, Width,
 };
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use self::link::{Link, Offered};
 use self::table::{Asked, Settled, Table};
 use super::clock::Moment;
 use super::device::{Surroundings, little_endian};
@@ -115,9 +118,12 @@ pub struct RemoteCounts {
 /// A thread that wakes this much too late was stopped, or starved, and so was the rest of the VMM.
 const OVERSLEPT: Duration = Duration::from_millis(200);
 
-struct Link {
-    writer: FrameWriter,
-    hang_up: HangUp,
+/// What the thread listens to.
+struct Incoming {
+    generation: Generation,
+    reader: FrameReader,
+    /// Rung for what came by the lane and nobody waits for.
+    post: Option<Arc<OwnedFd>>,
 }
 
 struct State {
@@ -126,7 +132,7 @@ struct State {
     generation: Generation,
     link: Option<Link>,
     /// The receiving half of a new link, on its way to the thread.
-    arriving: Option<FrameReader>,
+    arriving: Option<Incoming>,
     counts: RemoteCounts,
     /// The thread waits without a limit, and must be woken for a new deadline.
     asleep: bool,
@@ -216,8 +222,8 @@ impl Remote {
         Some(RemoteRegion { shared: Arc::clone(&self.shared), region, length })
     }
 
-    /// Puts a process at the other end, in place of the one before. Waits at most twice `patience` for its answer, so
-    /// it is not for a vCPU, nor for an actor's own task.
+    /// Puts a process at the other end, in place of the one before. Waits at most four times `patience` for its answers,
+    /// so it is not for a vCPU, nor for an actor's own task.
     ///
     /// # Errors
     /// All of [`AttachError`]; the device is then served by whoever served it before.
@@ -229,18 +235,27 @@ impl Remote {
             return Err(AttachError::Generation { device, seen, offered: generation });
         }
         let mut socket = FrameSocket::new(socket);
-        let question = BusRequest {
-            id: RequestId(0),
+        let question = |id, call| BusRequest {
+            id,
             cause: shared.surroundings.next_cause(),
             generation,
             budget_us: u32::try_from(patience.as_micros()).unwrap_or(u32::MAX),
-            call: BusCall::Attach { device, generation },
+            call,
         };
-        let event: BusEvent =
-            socket.ask(&question, patience).map_err(|source| AttachError::Connection { device, generation, source })?;
+        let failed = |source| AttachError::Connection { device, generation, source };
+        let attach = question(RequestId(0), BusCall::Attach { device, generation });
+        let event: BusEvent = socket.ask(&attach, patience).map_err(failed)?;
         self.check_attached(generation, &event)?;
+        let lane = match link::offer(&mut socket, &question(RequestId(0), BusCall::Lane), patience).map_err(failed)? {
+            Offered::Lane(lane) => Some(lane),
+            Offered::Socket => None,
+            Offered::Odd(event) => {
+                return Err(AttachError::Answer { device, generation, answer: format!("{event:?}") });
+            }
+        };
         let (reader, writer) = socket.split();
-        let link = Link { hang_up: writer.hang_up_handle(), writer };
+        let post = lane.as_ref().map(VmmEnd::post);
+        let link = Link::new(writer, lane);
         let mut state = shared.lock();
         if generation <= state.generation {
             return Err(AttachError::Generation { device, seen: state.generation, offered: generation });
@@ -249,11 +264,12 @@ impl Remote {
         state.generation = generation;
         state.given_up = false;
         state.link = Some(link);
-        state.arriving = Some(reader);
+        state.arriving = Some(Incoming { generation, reader, post });
         let unsent = state.table.unsent();
         let mut broken = None;
+        let now = shared.surroundings.clock.now();
         for id in unsent {
-            broken = broken.or(shared.send(&mut state, id));
+            broken = broken.or(shared.send(&mut state, id, now));
         }
         drop(state);
         shared.wake();
@@ -303,7 +319,7 @@ impl Remote {
     /// The machine was reset: the device forgets its registers. Does not wait; later questions come after it.
     pub fn reset(&self) {
         let shared = &self.shared;
-        let event = shared.ask(BusCall::Reset, Asked::Reset, None);
+        let (event, _) = shared.ask(BusCall::Reset, Asked::Reset, None);
         shared.tell(event);
     }
 
@@ -353,18 +369,18 @@ impl RegisterDevice for RemoteRegion {
         };
         let (completion, answer) = deferred();
         let call = BusCall::Read { region: self.region, offset, width };
-        let event = self.shared.ask(call, Asked::Read(width), Some(completion));
+        let (event, watch) = self.shared.ask(call, Asked::Read(width), Some(completion));
         self.shared.tell(event);
-        Answer::Later(answer.elsewhere())
+        Answer::Later(answer.elsewhere(Arc::clone(&self.shared) as Arc<dyn Arrivals>, watch))
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Answer {
         let Some(width) = self.width_at(offset, data.len()) else { return Answer::Now };
         let (completion, answer) = deferred();
         let call = BusCall::Write { region: self.region, offset, width, value: little_endian(data) };
-        let event = self.shared.ask(call, Asked::Write, Some(completion));
+        let (event, watch) = self.shared.ask(call, Asked::Write, Some(completion));
         self.shared.tell(event);
-        Answer::Later(answer.elsewhere())
+        Answer::Later(answer.elsewhere(Arc::clone(&self.shared) as Arc<dyn Arrivals>, watch))
     }
 }
 
@@ -374,6 +390,12 @@ impl RemoteRegion {
         let width = Width::from_bytes(bytes)?;
         let end = offset.checked_add(u64::try_from(bytes).ok()?)?;
         (end <= self.length).then_some(width)
+    }
+}
+
+impl Arrivals for Shared {
+    fn collect(&self) {
+        self.tell(self.take_from_lane());
     }
 }
 
@@ -393,36 +415,42 @@ impl Shared {
         }
     }
 
-    /// Asks, or keeps the question for whoever is attached next.
-    fn ask(&self, call: BusCall, asked: Asked, completion: Option<Completion>) -> Option<LifecycleEvent> {
+    /// Asks, or keeps the question for whoever is attached next. With a completion, whoever is to wait for the answer is
+    /// announced on the lane before it is asked: the process may answer before this returns.
+    fn ask(
+        &self,
+        call: BusCall,
+        asked: Asked,
+        completion: Option<Completion>,
+    ) -> (Option<LifecycleEvent>, Option<Watch>) {
         let now = self.surroundings.clock.now();
         let cause = self.surroundings.next_cause();
         let mut state = self.lock();
         state.counts.asked += 1;
         if state.given_up {
             state.counts.lost += 1;
-            return None;
+            return (None, None);
         }
         let deadline = now.after(self.surroundings.budget);
+        let waits = completion.is_some();
         let Some(id) = state.table.insert(call, asked, cause, deadline, completion) else {
             state.counts.stalled += 1;
-            return Some(self.stalled(state.generation, cause));
+            return (Some(self.stalled(state.generation, cause)), None);
         };
-        let event = self.send(&mut state, id);
+        let watch = if waits { state.link.as_ref().and_then(|link| link.lane()).map(VmmEnd::watch) } else { None };
+        let event = self.send(&mut state, id, now);
         if std::mem::take(&mut state.asleep) {
             self.wake();
         }
-        event
+        (event, watch)
     }
 
     /// Sends a question if somebody is attached; an event if that somebody turns out to be gone.
-    fn send(&self, state: &mut State, id: RequestId) -> Option<LifecycleEvent> {
+    fn send(&self, state: &mut State, id: RequestId, now: Moment) -> Option<LifecycleEvent> {
         let generation = state.generation;
         let link = state.link.as_mut()?;
-        let request = state.table.send(id, generation, self.surroundings.clock.now())?;
-        // No waiting with the lock held. A peer that leaves more unread than a socket holds is stuck: its questions are
-        // at most 256, and small.
-        match link.writer.send(&request, &[], Duration::ZERO) {
+        let request = state.table.send(id, generation, now)?;
+        match link.send(&request) {
             Ok(()) => None,
             Err(error) => {
                 let device = self.device;
@@ -438,7 +466,7 @@ impl Shared {
     fn unlink(&self, state: &mut State) -> Option<LifecycleEvent> {
         let link = state.link.take()?;
         state.arriving = None;
-        link.hang_up.hang_up();
+        link.hang_up();
         let lost = state.table.abandon_sent();
         state.counts.lost += lost as u64;
         for wire in &self.wires {
@@ -454,13 +482,14 @@ impl Shared {
     /// The thread: receives, and watches the deadlines. It always takes what has come before it calls anybody late.
     fn serve(&self) {
         let clock = &self.surroundings.clock;
-        let mut reader: Option<(Generation, FrameReader)> = None;
+        let mut incoming: Option<Incoming> = None;
         let mut active = true;
         loop {
-            if let Some((generation, incoming)) = &mut reader
-                && let Err(event) = self.receive_all(*generation, incoming)
+            self.tell(self.take_from_lane());
+            if let Some(link) = &mut incoming
+                && let Err(event) = self.receive_all(link)
             {
-                reader = None;
+                incoming = None;
                 self.tell(event);
             }
             let now = clock.now();
@@ -469,10 +498,10 @@ impl Shared {
                 return;
             }
             if let Some(arriving) = state.arriving.take() {
-                reader = Some((state.generation, arriving));
+                incoming = Some(arriving);
                 active = true;
             } else if state.link.is_none() {
-                reader = None;
+                incoming = None;
             }
             let generation = state.generation;
             let expired = state.table.expire(now);
@@ -489,19 +518,21 @@ impl Shared {
             for cause in expired {
                 self.tell(Some(self.stalled(generation, cause)));
             }
-            active = self.wait(until, reader.as_ref().map(|(_, reader)| reader));
+            active = self.wait(until, incoming.as_ref());
         }
     }
 
     /// Waits for the socket, a wake-up or the moment; whether it was one of the first two.
-    fn wait(&self, until: Option<Moment>, reader: Option<&FrameReader>) -> bool {
+    fn wait(&self, until: Option<Moment>, incoming: Option<&Incoming>) -> bool {
         let nap = until.map(|until| self.surroundings.clock.nap(until));
         let expected = nap.and_then(|nap| Instant::now().checked_add(nap));
         let nap = nap.map(|nap| Timespec::try_from(nap).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
         let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
-        if let Some(reader) = reader {
-            fds.push(PollFd::from_borrowed_fd(reader.as_fd(), PollFlags::IN));
+        let post = incoming.and_then(|incoming| incoming.post.as_deref());
+        if let Some(incoming) = incoming {
+            fds.push(PollFd::from_borrowed_fd(incoming.reader.as_fd(), PollFlags::IN));
         }
+        fds.extend(post.map(|post| PollFd::new(post, PollFlags::IN)));
         let ready = match poll(&mut fds, nap.as_ref()) {
             Ok(ready) => ready > 0,
             Err(Errno::INTR) => true,
@@ -512,7 +543,9 @@ impl Shared {
                 true
             }
         };
-        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+        for event in [Some(&self.wake), post].into_iter().flatten() {
+            let _ = rustix::io::read(event, &mut [0u8; 8]);
+        }
         if let Some(late) = expected.map(|expected| expected.elapsed()).filter(|late| *late > OVERSLEPT) {
             self.lock().table.postpone(late);
         }
@@ -520,17 +553,20 @@ impl Shared {
     }
 
     /// Takes whatever has come. `Err`: the connection is over.
-    fn receive_all(&self, generation: Generation, reader: &mut FrameReader) -> Result<(), Option<LifecycleEvent>> {
+    fn receive_all(&self, incoming: &mut Incoming) -> Result<(), Option<LifecycleEvent>> {
+        let generation = incoming.generation;
         // So many in one turn that deadlines are still looked at while a peer floods.
         for _ in 0..64 {
-            let error = match reader.receive_message::<BusEvent>(Some(Duration::ZERO)) {
-                Ok(event) => match self.handle(event) {
+            let error = match incoming.reader.receive_message::<BusEvent>(Some(Duration::ZERO)) {
+                Ok(event) => match self.handle(&mut self.lock(), event) {
                     Ok(()) => continue,
                     Err(wrong) => wrong.to_owned(),
                 },
                 Err(SocketError::Timeout(_)) => return Ok(()),
                 Err(error) => error.to_string(),
             };
+            // What it said before its end counts.
+            self.tell(self.take_from_lane());
             let mut state = self.lock();
             // A successor may have come meanwhile; its connection is not this one.
             if state.generation != generation || state.link.is_none() {
@@ -544,9 +580,30 @@ impl Shared {
         Ok(())
     }
 
-    /// One word of the device process. `Err`: it cannot be right.
-    fn handle(&self, event: BusEvent) -> Result<(), &'static str> {
+    /// Takes what has come by the lane; an event if that ends the connection. On any thread.
+    fn take_from_lane(&self) -> Option<LifecycleEvent> {
         let mut state = self.lock();
+        // So many in one turn: a peer that floods does not keep a vCPU.
+        for _ in 0..SLOTS {
+            let lane = state.link.as_mut()?.lane_mut()?;
+            let error = match lane.take() {
+                Ok(None) => return None,
+                Ok(Some(event)) => match self.handle(&mut state, event) {
+                    Ok(()) => continue,
+                    Err(wrong) => wrong.to_owned(),
+                },
+                Err(error) => error.to_string(),
+            };
+            let (device, generation) = (self.device, state.generation);
+            tracing::warn!(%device, %generation, error, "the lane to a device process is closed");
+            return self.unlink(&mut state);
+        }
+        self.wake();
+        None
+    }
+
+    /// One word of the device process. `Err`: it cannot be right.
+    fn handle(&self, state: &mut State, event: BusEvent) -> Result<(), &'static str> {
         let spoken = event.generation();
         if spoken > state.generation {
             return Err("it speaks for a generation that does not exist yet");
@@ -559,7 +616,7 @@ impl Shared {
             BusEvent::Answer { id, answer, .. } => match state.table.settle(id, &answer) {
                 Settled::Completed => state.counts.answered += 1,
                 Settled::Stale => state.counts.stale += 1,
-                Settled::Refused(refusal) => self.note_refusal(&mut state, refusal),
+                Settled::Refused(refusal) => self.note_refusal(state, refusal),
                 Settled::Wrong(reason) => return Err(reason),
             },
             BusEvent::Line { line, level, .. } => match self.wires.get(usize::from(line.0)) {

@@ -1,14 +1,15 @@
-//! Stories of a device at the other end of a socket, played by the test itself.
+//! Stories of a device at the other end of a socket, and of a lane beside it where there is one, played by the test itself.
 
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::time::Instant;
 
 use atoll_devices::interrupt::WireSink;
+use atoll_protocol::lane::DeviceEnd;
 use atoll_protocol::{LineIndex, Space};
 
-use super::super::clock::{Clock, RealClock};
-use super::super::park::{Parked, StopSignal, park};
+use super::super::clock::RealClock;
+use super::super::park::{Parked, StopSignal, park_access};
 use super::super::tests::Listener;
 use super::*;
 
@@ -49,8 +50,12 @@ impl Bench {
 
     /// Attaches a process that the test plays; gives its end.
     fn attach(&self, generation: u64) -> Peer {
+        self.attach_by(generation, true)
+    }
+
+    fn attach_by(&self, generation: u64, lane: bool) -> Peer {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
-        let peer = std::thread::spawn(move || Peer::attached(theirs.into(), regions(), 1));
+        let peer = std::thread::spawn(move || Peer::attached(theirs.into(), regions(), 1, Some(lane)));
         self.remote.attach(ours.into(), Generation(generation), PATIENCE).expect("attached");
         peer.join().expect("no panic")
     }
@@ -62,21 +67,44 @@ impl Bench {
 
 struct Peer {
     socket: FrameSocket,
+    lane: Option<DeviceEnd>,
     generation: Generation,
 }
 
 impl Peer {
-    fn attached(socket: OwnedFd, regions: Vec<Region>, lines: u8) -> Self {
+    /// Answers what a VMM begins with; `lane` says whether it offers one, and whether that is taken.
+    fn attached(socket: OwnedFd, regions: Vec<Region>, lines: u8, lane: Option<bool>) -> Self {
         let mut socket = FrameSocket::new(socket);
         let question: BusRequest = socket.reader.receive_message(Some(PATIENCE)).expect("a question");
         assert!(matches!(question.call, BusCall::Attach { device: DeviceId(2), .. }), "{question:?}");
-        let mut peer = Self { socket, generation: question.generation };
+        let mut peer = Self { socket, lane: None, generation: question.generation };
         peer.answer(&question, BusAnswer::Attached { class: DeviceClass::Uart, regions, lines });
+        let Some(taken) = lane else { return peer };
+        let offer = peer.socket.reader.receive(Some(PATIENCE)).expect("an offer");
+        let question = offer.decode::<BusRequest>().expect("a question");
+        assert_eq!(question.call, BusCall::Lane);
+        let [memory, bell, post] = offer.descriptors.try_into().expect("three descriptors");
+        if taken {
+            peer.answer(&question, BusAnswer::Done);
+            peer.lane = Some(DeviceEnd::new(memory.as_fd(), bell, post).expect("a lane"));
+        } else {
+            peer.answer(&question, BusAnswer::Refused(Refusal::NoLane));
+        }
         peer
     }
 
     fn question(&mut self) -> BusRequest {
-        self.socket.reader.receive_message(Some(PATIENCE)).expect("a question")
+        let Some(lane) = &mut self.lane else {
+            return self.socket.reader.receive_message(Some(PATIENCE)).expect("a question");
+        };
+        let begun = Instant::now();
+        loop {
+            if let Some(question) = lane.take().expect("a sane VMM") {
+                return question;
+            }
+            assert!(begun.elapsed() < PATIENCE, "a question");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn answer(&mut self, question: &BusRequest, answer: BusAnswer) {
@@ -85,14 +113,20 @@ impl Peer {
     }
 
     fn say(&mut self, event: &BusEvent) {
-        self.socket.writer.send(event, &[], PATIENCE).expect("sent");
+        match &mut self.lane {
+            Some(lane) => {
+                lane.say(event).expect("room");
+                lane.announce();
+            }
+            None => self.socket.writer.send(event, &[], PATIENCE).expect("sent"),
+        }
     }
 }
 
 fn wait(answer: Answer) -> Option<u64> {
     let clock = RealClock::new();
     match answer {
-        Answer::Later(later) => match park(later, &clock, clock.now().after(PATIENCE), &StopSignal::new()) {
+        Answer::Later(later) => match park_access(later, &clock, PATIENCE, &StopSignal::new()) {
             Parked::Done(value) => value,
             other => panic!("{other:?}"),
         },
@@ -100,11 +134,18 @@ fn wait(answer: Answer) -> Option<u64> {
     }
 }
 
-/// Read, write and interrupt over the socket; answers may overtake each other.
+/// Read, write and interrupt, by the lane and over the socket of a process that declines one; answers may overtake each
+/// other.
 #[test]
 fn round_trip_out_of_order() {
+    for lane in [true, false] {
+        round_trip(lane);
+    }
+}
+
+fn round_trip(lane: bool) {
     let mut bench = Bench::new(PATIENCE);
-    let mut peer = bench.attach(1);
+    let mut peer = bench.attach_by(1, lane);
     let read = bench.region.read(5, &mut [0; 1]);
     let write = bench.region.write(0, &[0x41]);
     let (first, second) = (peer.question(), peer.question());
@@ -236,7 +277,7 @@ fn attach_checks_the_shape() {
     let wider = vec![Region { space: Space::Pio, length: 16 }];
     for (regions, lines) in [(wider, 1), (regions(), 2), (Vec::new(), 0)] {
         let (ours, theirs) = UnixStream::pair().expect("a pair");
-        let peer = std::thread::spawn(move || Peer::attached(theirs.into(), regions, lines));
+        let peer = std::thread::spawn(move || Peer::attached(theirs.into(), regions, lines, None));
         let refused = bench.remote.attach(ours.into(), Generation(1), PATIENCE);
         assert!(matches!(refused, Err(AttachError::Shape { .. })), "{refused:?}");
         drop(peer.join());
@@ -255,7 +296,7 @@ fn over_tcp() {
     let address = listener.local_addr().expect("bound");
     let peer = std::thread::spawn(move || {
         let theirs = std::net::TcpStream::connect(address).expect("connected");
-        let mut peer = Peer::attached(theirs.into(), regions(), 0);
+        let mut peer = Peer::attached(theirs.into(), regions(), 0, None);
         let question = peer.question();
         peer.answer(&question, BusAnswer::Value(0x99));
         peer
@@ -264,4 +305,42 @@ fn over_tcp() {
     bench.remote.attach(ours.into(), Generation(1), PATIENCE).expect("attached");
     assert_eq!(wait(bench.region.read(7, &mut [0; 1])), Some(0x99));
     drop(peer.join());
+}
+
+/// Two vCPUs wait at once and a wire changes meanwhile: each gets its own answer, whoever takes it from the lane. What
+/// comes while nobody waits is taken too, and a machine that ends does not wait for the process.
+#[test]
+fn waiting_threads_take_what_has_come() {
+    let bench = Bench::new(PATIENCE);
+    let mut peer = bench.attach(1);
+    let ask = |offset| {
+        let (mut region, stop) = (bench.region.clone(), StopSignal::new());
+        let signal = stop.clone();
+        let thread = std::thread::spawn(move || match region.read(offset, &mut [0; 1]) {
+            Answer::Later(later) => park_access(later, &RealClock::new(), PATIENCE, &stop),
+            Answer::Now => panic!("answered now"),
+        });
+        (thread, signal)
+    };
+    for _ in 0..200 {
+        let (first, second) = (ask(1), ask(2));
+        let questions = [peer.question(), peer.question()];
+        peer.say(&BusEvent::Line { generation: Generation(1), cause: CauseId(0), line: LineIndex(0), level: true });
+        for question in questions.iter().rev() {
+            let BusCall::Read { offset, .. } = question.call else { panic!("{question:?}") };
+            peer.answer(question, BusAnswer::Value(offset));
+        }
+        assert_eq!(first.0.join().expect("no panic"), Parked::Done(Some(1)));
+        assert_eq!(second.0.join().expect("no panic"), Parked::Done(Some(2)));
+    }
+    peer.say(&BusEvent::Line { generation: Generation(1), cause: CauseId(0), line: LineIndex(0), level: false });
+    let begun = Instant::now();
+    while bench.levels.0.lock().expect("no panic").last() != Some(&(3, false)) {
+        assert!(begun.elapsed() < PATIENCE, "nobody takes what nobody waits for");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (waiting, signal) = ask(3);
+    peer.question();
+    signal.raise();
+    assert_eq!(waiting.join().expect("no panic"), Parked::Stopped);
 }
