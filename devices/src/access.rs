@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use atoll_protocol::CauseId;
 use atoll_protocol::lane::Watch;
 
 /// Where an access lands inside a device.
@@ -83,10 +84,17 @@ impl Drop for Elsewhere {
     }
 }
 
-/// How long the asker waits, and what it then does.
+/// Who hears that a question was not answered in time.
+pub trait Overdue: Send + Sync {
+    /// The asker goes on without the answer to the question of that cause.
+    fn overdue(&self, cause: CauseId);
+}
+
+/// How long the asker waits, and who hears of it if that was in vain.
 struct Limit {
     budget: Duration,
-    late: Box<dyn FnOnce() + Send>,
+    cause: CauseId,
+    hears: Arc<dyn Overdue>,
 }
 
 /// The asker's end of an access that is answered later: a future of the value read (little-endian, the access's width;
@@ -145,10 +153,10 @@ impl Deferred {
         self.elsewhere.take()
     }
 
-    /// Says how long the asker waits; it calls `late` when that was in vain.
+    /// Says how long the asker waits, and who hears of it if that was in vain.
     #[must_use]
-    pub fn within(mut self, budget: Duration, late: impl FnOnce() + Send + 'static) -> Self {
-        self.limit = Some(Limit { budget, late: Box::new(late) });
+    pub fn within(mut self, budget: Duration, cause: CauseId, hears: Arc<dyn Overdue>) -> Self {
+        self.limit = Some(Limit { budget, cause, hears });
         self
     }
 
@@ -161,7 +169,7 @@ impl Deferred {
     /// Gives up: [`Self::budget`] is over. Whatever is answered after all goes nowhere.
     pub fn give_up(self) {
         if let Some(limit) = self.limit {
-            (limit.late)();
+            limit.hears.overdue(limit.cause);
         }
     }
 }

@@ -373,7 +373,13 @@ mod tests {
 
     fn question(id: u64) -> BusRequest {
         let call = BusCall::Write { region: RegionIndex(255), offset: u64::MAX, width: Width::Qword, value: u64::MAX };
-        BusRequest { id: RequestId(id), cause: CauseId(u64::MAX), generation: Generation(u64::MAX), budget_us: u32::MAX, call }
+        BusRequest {
+            id: RequestId(id),
+            cause: CauseId(u64::MAX),
+            generation: Generation(u64::MAX),
+            budget_us: u32::MAX,
+            call,
+        }
     }
 
     fn answer(id: u64) -> BusEvent {

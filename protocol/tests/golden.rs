@@ -32,7 +32,8 @@ const QUEUE: QueueIndex = QueueIndex(513);
 
 fn bus_requests() -> Vec<BusRequest> {
     let (region, offset) = (RegionIndex(2), 0x3f8);
-    let mut calls = vec![BusCall::Attach { device: DEVICE, generation: GENERATION }, BusCall::Reset, BusCall::Ping, BusCall::Lane];
+    let mut calls =
+        vec![BusCall::Attach { device: DEVICE, generation: GENERATION }, BusCall::Reset, BusCall::Ping, BusCall::Lane];
     for width in Width::ALL {
         calls.push(BusCall::Read { region, offset, width });
         calls.push(BusCall::Write { region, offset, width, value: width.all_ones() });

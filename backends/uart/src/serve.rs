@@ -167,7 +167,13 @@ impl Server {
         };
         let agreed = lane.is_some();
         self.answer_with(&request, |this| match &request.call {
-            BusCall::Lane => if agreed { Ok(BusAnswer::Done) } else { Err(Refusal::NoLane) },
+            BusCall::Lane => {
+                if agreed {
+                    Ok(BusAnswer::Done)
+                } else {
+                    Err(Refusal::NoLane)
+                }
+            }
             _ => this.carry_out(&request),
         })?;
         // From the next word on.

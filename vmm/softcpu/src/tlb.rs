@@ -74,6 +74,8 @@ pub struct Tlb {
     pub exec: [TlbEntry; TLB_ENTRIES],
     /// Frame and flags of each slot, beside the entries so that those stay sixteen bytes.
     notes: [[u64; TLB_ENTRIES]; 3],
+    /// [`Mmu::dma_epoch`] at which each slot for instruction fetches was filled.
+    filled: [u64; TLB_ENTRIES],
 }
 
 /// What a fill puts into a slot.
@@ -94,7 +96,7 @@ pub struct Fill {
 impl Tlb {
     const fn empty() -> Self {
         let none = [TlbEntry { tag: EMPTY, addend: 0 }; TLB_ENTRIES];
-        Self { read: none, write: none, exec: none, notes: [[0; TLB_ENTRIES]; 3] }
+        Self { read: none, write: none, exec: none, notes: [[0; TLB_ENTRIES]; 3], filled: [0; TLB_ENTRIES] }
     }
 
     fn table(&mut self, kind: usize) -> &mut [TlbEntry; TLB_ENTRIES] {
@@ -135,6 +137,11 @@ impl Tlb {
         tag == EMPTY || tag == linear & !0xfff
     }
 
+    /// When the slot for instruction fetches at `linear` was filled, in the measure of [`Mmu::dma_epoch`].
+    pub(crate) fn filled(&self, linear: u64) -> u64 {
+        self.filled[Self::index(linear)]
+    }
+
     /// Guest-physical frame of the slot at `index`; meaningful while the slot's tag is set.
     #[inline(always)]
     pub fn frame(&self, kind: Kind, index: usize) -> u64 {
@@ -149,6 +156,8 @@ pub struct Mmu {
     /// For the lower and the upper half of the address space: grows whenever a translation that
     /// [`Mmu::remember_exec`] was told of may have changed. Whoever keeps code by linear address compares it.
     pub exec_epochs: [u64; 2],
+    /// How often backends have reported that they wrote memory.
+    pub(crate) dma_epoch: u64,
     /// What has been remembered since the epoch last grew, for each half.
     remembered: [Remembered; 2],
     /// PDPTE registers of PAE paging (SDM vol. 3, 4.4.1); loaded at a CR3 write, or at the first walk after the state
@@ -192,6 +201,7 @@ impl Mmu {
         Self {
             tlb: Box::new([const { Tlb::empty() }; 2]),
             exec_epochs: [0; 2],
+            dma_epoch: 0,
             remembered: [Remembered::default(); 2],
             pdpte: None,
             pending_debug: 0,
@@ -216,6 +226,9 @@ impl Mmu {
         let page = fill.linear & !0xfff;
         tlb.table(kind as usize)[index] =
             TlbEntry { tag: page, addend: (fill.host as usize).wrapping_sub(page as usize) };
+        if kind == Kind::Exec {
+            tlb.filled[index] = self.dma_epoch;
+        }
         let note = &mut tlb.notes[kind as usize][index];
         let mut flags = *note & LISTED;
         if fill.global {

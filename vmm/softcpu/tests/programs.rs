@@ -196,6 +196,33 @@ fn code_overwritten_by_dma_is_decoded_again() {
     assert_eq!(machine.attention.peek(), 0);
 }
 
+/// The same in the upper half of the address space, where a kernel lives: its frame is handed to a device and mapped anew,
+/// perhaps under the same address.
+#[test]
+fn kernel_code_overwritten_by_dma_is_decoded_again_once_it_is_mapped_anew() {
+    let mut machine = Machine::new();
+    let upper = machine.read_u64(TABLES).to_le_bytes();
+    machine.write(TABLES + 256 * 8, &upper);
+    let other = CODE + 0x3000;
+    machine.load_at(other, |a| {
+        a.mov(eax, 1).unwrap();
+        a.ret().unwrap();
+    });
+    machine.load(|a| {
+        a.mov(rbx, other | 0xffff_8000_0000_0000).unwrap();
+        a.invlpg(byte_ptr(rbx)).unwrap();
+        a.call(rbx).unwrap();
+        a.hlt().unwrap();
+    });
+    for value in 1..4 {
+        machine.write(other + 1, &[value]);
+        machine.attention.raise(Attention::DMA);
+        machine.restart();
+        machine.run();
+        assert_eq!(machine.gpr(0), u64::from(value));
+    }
+}
+
 /// The same while the overwritten page spins: the look at attention once a slice must be enough.
 #[test]
 fn a_spinning_loop_overwritten_by_dma_ends() {

@@ -33,9 +33,14 @@ pub trait Clock: Send + Sync + fmt::Debug {
     /// The present moment. Never goes back.
     fn now(&self) -> Moment;
 
-    /// How long to wait in real time before looking at the clock again, when `until` is what is waited for. Whoever
-    /// waits looks at [`Self::now`] afterwards and goes on waiting if it is too early.
-    fn nap(&self, until: Moment) -> Duration;
+    /// How long to wait in real time before looking at the clock again, when it is `now` and `until` is what is waited
+    /// for. Whoever waits looks at [`Self::now`] afterwards and goes on waiting if it is too early.
+    fn nap_from(&self, now: Moment, until: Moment) -> Duration;
+
+    /// The same from the present moment on.
+    fn nap(&self, until: Moment) -> Duration {
+        self.nap_from(self.now(), until)
+    }
 
     /// How long in real time ago `due` was, for whoever had a nap until then.
     fn overslept(&self, due: Moment) -> Duration;
@@ -66,8 +71,8 @@ impl Clock for RealClock {
         Moment::from_start(self.start.elapsed())
     }
 
-    fn nap(&self, until: Moment) -> Duration {
-        until.since(self.now())
+    fn nap_from(&self, now: Moment, until: Moment) -> Duration {
+        until.since(now)
     }
 
     fn overslept(&self, due: Moment) -> Duration {
@@ -104,7 +109,7 @@ impl Clock for ManualClock {
         Moment(self.now.load(Ordering::SeqCst))
     }
 
-    fn nap(&self, _until: Moment) -> Duration {
+    fn nap_from(&self, _now: Moment, _until: Moment) -> Duration {
         Self::LOOK
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use atoll_devices::access::{Answer, Completion, RegisterDevice, deferred};
+use atoll_devices::access::{Answer, Completion, Overdue, RegisterDevice, deferred};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::{AccessKind, CauseId, DeviceId, Generation, Width};
 
@@ -49,6 +49,20 @@ pub struct ActorDevice<M> {
     actor: Address<M>,
     wrap: fn(RegisterAccess) -> M,
     surroundings: Surroundings,
+    stalls: Arc<Stalls>,
+}
+
+/// Tells the supervisor of stalls.
+struct Stalls {
+    device: DeviceId,
+    supervision: Arc<dyn Supervision>,
+}
+
+impl Overdue for Stalls {
+    fn overdue(&self, cause: CauseId) {
+        let generation = Generation::FIRST;
+        self.supervision.report(LifecycleEvent::DeviceStalled { device: self.device, generation, cause });
+    }
 }
 
 impl<M> fmt::Debug for ActorDevice<M> {
@@ -86,27 +100,22 @@ impl Surroundings {
 
 impl<M: Mail> ActorDevice<M> {
     /// Stands for `actor`, whose message for an access is made by `wrap`.
-    pub fn new(
-        device: DeviceId,
-        actor: Address<M>,
-        wrap: fn(RegisterAccess) -> M,
-            surroundings: Surroundings,
-    ) -> Self {
-        Self { device, actor, wrap, surroundings }
+    pub fn new(device: DeviceId, actor: Address<M>, wrap: fn(RegisterAccess) -> M, surroundings: Surroundings) -> Self {
+        let stalls = Arc::new(Stalls { device, supervision: Arc::clone(&surroundings.supervision) });
+        Self { device, actor, wrap, surroundings, stalls }
     }
 
     fn access(&self, offset: u64, width: Width, kind: AccessKind) -> Answer {
         let (completion, answer) = deferred();
         let cause = self.surroundings.next_cause();
-        let stalled = LifecycleEvent::DeviceStalled { device: self.device, generation: Generation::FIRST, cause };
         let token = AccessToken(completion);
         // The vCPU must not wait for room: a full mailbox is an actor that does not keep up.
         if self.actor.try_tell((self.wrap)(RegisterAccess { offset, width, kind, cause, token })).is_err() {
-            self.surroundings.supervision.report(stalled);
+            self.stalls.overdue(cause);
             return Answer::Later(answer);
         }
-        let supervision = Arc::clone(&self.surroundings.supervision);
-        Answer::Later(answer.within(self.surroundings.budget, move || supervision.report(stalled)))
+        let hears = Arc::clone(&self.stalls) as Arc<dyn Overdue>;
+        Answer::Later(answer.within(self.surroundings.budget, cause, hears))
     }
 }
 

@@ -130,7 +130,7 @@ const OVERSLEPT: Duration = Duration::from_millis(200);
 /// A future that is given up is dropped, which whoever would complete it can see. A thread that wakes long after the
 /// deadline was stopped, and perhaps the whole VMM with it: it waits a little more, for answers that were stopped too.
 pub fn park<F: Future>(future: F, clock: &dyn Clock, deadline: Moment, stop: &StopSignal) -> Parked<F::Output> {
-    park_on(pin!(future), None, clock, deadline, stop)
+    park_on(pin!(future), None, clock, (clock.now(), deadline), stop)
 }
 
 /// The same for an access: at most until its own deadline, and an answer of another process is taken where it arrives.
@@ -142,9 +142,10 @@ pub fn park_access(
     stop: &StopSignal,
 ) -> Parked<Option<u64>> {
     let own = deferred.budget().filter(|own| *own <= budget);
-    let deadline = clock.now().after(own.unwrap_or(budget));
+    let now = clock.now();
+    let deadline = now.after(own.unwrap_or(budget));
     let elsewhere = deferred.take_elsewhere();
-    match park_on(pin!(&mut deferred), elsewhere, clock, deadline, stop) {
+    match park_on(pin!(&mut deferred), elsewhere, clock, (now, deadline), stop) {
         Parked::Late if own.is_some() => {
             deferred.give_up();
             Parked::Done(None)
@@ -157,14 +158,13 @@ fn park_on<F: Future>(
     mut future: Pin<&mut F>,
     mut elsewhere: Option<Elsewhere>,
     clock: &dyn Clock,
-    deadline: Moment,
+    (mut now, mut deadline): (Moment, Moment),
     stop: &StopSignal,
 ) -> Parked<F::Output> {
     let waker = Waker::from(Arc::clone(&stop.0));
     let mut context = Context::from_waker(&waker);
     // What was left of an earlier wait; a signal that is raised is seen below.
     stop.0.word.store(AWAKE, Ordering::SeqCst);
-    let mut deadline = deadline;
     let mut slept = false;
     let mut forgiven = false;
     loop {
@@ -175,15 +175,18 @@ fn park_on<F: Future>(
         if stop.is_raised() {
             return Parked::Stopped;
         }
-        if slept && clock.now() >= deadline {
+        if slept {
+            now = clock.now();
+        }
+        if slept && now >= deadline {
             if clock.overslept(deadline) <= OVERSLEPT || forgiven {
                 return Parked::Late;
             }
             forgiven = true;
-            deadline = clock.now().after(OVERSLEPT);
+            deadline = now.after(OVERSLEPT);
         }
         // Woken early, late or for no reason: the loop looks again.
-        stop.0.sleep(watch, clock.nap(deadline));
+        stop.0.sleep(watch, clock.nap_from(now, deadline));
         slept = true;
     }
 }

@@ -1,15 +1,17 @@
-//! Eventfds for a machine whose CPU is software: one thread waits for all of them and fires their messages.
+//! Eventfds for a machine whose CPU is software: one thread waits for all of them and fires their messages. A vCPU that
+//! is halted waits for them as well ([`Doorstep`]), so that nobody has to be woken to wake it.
 //!
 //! A masked eventfd is not watched and not read, so what is signalled meanwhile stays counted in it and is delivered when
 //! a message is set again. The thread sleeps in epoll; it ends when the listener is dropped.
 
 use std::collections::HashMap;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use atoll_devices::MsiMessage;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -41,6 +43,10 @@ struct Shared {
     lap: EventFd,
     laps: Laps,
     watched: Mutex<Watches>,
+    /// Held while another thread than the listener's delivers.
+    visit: Mutex<()>,
+    /// A copy of the epoll descriptor, to be polled.
+    ready: OwnedFd,
     sink: Arc<dyn Signalled>,
 }
 
@@ -68,7 +74,17 @@ impl EventListener {
         epoll
             .ctl(ControlOperation::Add, lap.as_raw_fd(), EpollEvent::new(EventSet::IN, LAP))
             .map_err(IrqError::Event)?;
-        let shared = Arc::new(Shared { epoll, end, lap, laps: Laps::default(), watched: Mutex::default(), sink });
+        let ready = duplicate(&epoll).map_err(IrqError::Event)?;
+        let shared = Arc::new(Shared {
+            epoll,
+            end,
+            lap,
+            laps: Laps::default(),
+            watched: Mutex::default(),
+            visit: Mutex::default(),
+            ready,
+            sink,
+        });
         let thread = {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
@@ -91,6 +107,11 @@ impl EventListener {
         self.shared.laps.wait(lap, deadline)
     }
 
+    /// A place to wait at.
+    pub fn doorstep(&self) -> Doorstep {
+        Doorstep(Arc::clone(&self.shared))
+    }
+
     /// Watches a copy of `event`; masked until a message is set.
     pub fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError> {
         let event = event.try_clone().map_err(IrqError::Event)?;
@@ -104,6 +125,41 @@ impl EventListener {
         list.by_cookie.insert(cookie, Arc::clone(&watched));
         Ok(Box::new(Route { shared: Arc::clone(&self.shared), watched, cookie }))
     }
+}
+
+/// Where a thread waits that is to be interrupted: for eventfds, and for whatever else wakes it.
+pub struct Doorstep(Arc<Shared>);
+
+impl Doorstep {
+    /// Waits until an eventfd is signalled or `other` is readable, which is read, at most for `limit`. Whether there is
+    /// something to [deliver](Self::deliver).
+    pub fn wait(&self, other: &EventFd, limit: Option<Duration>) -> bool {
+        let limit = limit.map(|limit| Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
+        let mut fds =
+            [PollFd::new(&self.0.ready, PollFlags::IN), PollFd::from_borrowed_fd(borrow(other), PollFlags::IN)];
+        // Interrupted or not: the caller looks again.
+        let _ = poll(&mut fds, limit.as_ref());
+        let [ready, woken] = fds.map(|fd| !fd.revents().is_empty());
+        if woken {
+            let _ = other.read();
+        }
+        ready
+    }
+
+    /// Delivers what was signalled.
+    pub fn deliver(&self) {
+        self.0.visit();
+    }
+}
+
+#[allow(unsafe_code, reason = "vmm-sys-util's descriptors have no AsFd; they are borrowed for one call")]
+fn borrow(fd: &impl AsRawFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as its owner, which is borrowed.
+    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
+}
+
+fn duplicate(epoll: &Epoll) -> std::io::Result<OwnedFd> {
+    borrow(epoll).try_clone_to_owned()
 }
 
 impl Drop for EventListener {
@@ -143,22 +199,38 @@ impl Shared {
                     }
                     _ => {}
                 }
-                let watched = {
-                    let list = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-                    list.by_cookie.get(&event.data()).cloned()
-                };
-                if let Some(watched) = watched {
-                    self.deliver(&watched);
-                }
+                self.deliver_to(event.data());
             }
             asked = match asked {
                 Some((lap, left)) if ready < BATCH || left == 0 => {
+                    // What a visitor has taken is delivered, too.
+                    drop(self.visit.lock().unwrap_or_else(PoisonError::into_inner));
                     self.laps.finish(lap);
                     None
                 }
                 Some((lap, left)) => Some((lap, left - 1)),
                 None => None,
             };
+        }
+    }
+
+    /// Delivers what is ready, on the thread of a vCPU.
+    fn visit(&self) {
+        let _visit = self.visit.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut events = [EpollEvent::default(); BATCH];
+        let ready = self.epoll.wait(0, &mut events).unwrap_or(0);
+        for event in events.iter().take(ready).filter(|event| !matches!(event.data(), END | LAP)) {
+            self.deliver_to(event.data());
+        }
+    }
+
+    fn deliver_to(&self, cookie: u64) {
+        let watched = {
+            let list = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+            list.by_cookie.get(&cookie).cloned()
+        };
+        if let Some(watched) = watched {
+            self.deliver(&watched);
         }
     }
 

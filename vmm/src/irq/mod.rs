@@ -14,7 +14,7 @@ use atoll_devices::{MsiMessage, MsiSink, WireSink};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use listener::{EventListener, Signalled};
+pub use listener::{Doorstep, EventListener, Signalled};
 pub use vectors::VectorTable;
 
 /// Why an interrupt could not be connected.

@@ -171,19 +171,26 @@ impl CodeCache {
             }
         }
     }
-    /// A backend has written memory: every frame is compared with its hashes before it is used again.
-    pub(crate) fn dma(&mut self) {
-        self.epoch += 1;
+    /// A backend has written memory, as `epoch` counts: every frame is compared with its hashes before it is used again,
+    /// those in the upper half of the address space once they have been translated anew. A kernel lets no device write
+    /// where it executes, but gives frames that held code to devices later, and maps what came anew. An interrupt runs
+    /// through a hundred frames of the kernel: comparing all of them each time took longer than a ping.
+    pub(crate) fn dma(&mut self, epoch: u64) {
+        self.epoch = epoch;
         self.forget_jumps(0);
-        self.forget_jumps(1);
+    }
+    /// The epoch of the present.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
     }
 
-    /// The block at a guest-physical address; `None` if there is none, or if the frame has changed meanwhile.
-    pub(crate) fn find(&mut self, gpa: u64, mode: u8) -> Option<*const Op> {
+    /// The block at a guest-physical address; `None` if there is none, or if the frame has changed meanwhile. It must
+    /// have been compared in the epoch `since` or later.
+    pub(crate) fn find(&mut self, gpa: u64, mode: u8, since: u64) -> Option<*const Op> {
         let found = *self.blocks.get(&key(gpa, mode))?;
         // SAFETY: frames are boxed, and leave `blocks` together with their frame.
         let frame = unsafe { &mut *found.frame };
-        if frame.epoch != self.epoch && !frame.unchanged(self.epoch) {
+        if frame.epoch < since && !frame.unchanged(self.epoch) {
             self.bury(gpa & !0xfff);
             return None;
         }

@@ -108,7 +108,8 @@ impl Cpu {
         }
         if raised & Attention::DMA != 0 {
             self.attention.take(Attention::DMA);
-            self.exec.cache.dma();
+            self.mmu.dma_epoch += 1;
+            self.exec.cache.dma(self.mmu.dma_epoch);
         }
         if raised & Attention::NMI != 0 {
             self.attention.take(Attention::NMI);
@@ -308,7 +309,10 @@ impl Cpu {
         };
         let at = gpa | (linear & 0xfff);
         let mode = self.exec.mode as u8;
-        let op = match self.exec.cache.find(at, mode) {
+        // The kernel's code may be as old as its translation, other code not older than the last DMA.
+        let since =
+            if linear >> 63 == 0 { self.exec.cache.epoch() } else { self.mmu.tlb[usize::from(user)].filled(linear) };
+        let op = match self.exec.cache.find(at, mode, since) {
             Some(op) => op,
             None => match self.decode_block(rip, at, host) {
                 Some(op) => op,

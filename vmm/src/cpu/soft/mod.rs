@@ -2,7 +2,7 @@
 //!
 //! Registers that belong to the processor (local and I/O APIC, PIC, PIT) are answered here; everything else goes to the
 //! bus. The chips have one lock, taken when the guest touches them or an interrupt moves, never while code runs: other
-//! threads raise [`Attention`] and unpark the vCPU, which looks once a block.
+//! threads raise [`Attention`], at which the vCPU looks once a block, and wake it if it is halted.
 
 mod chips;
 mod clock;
@@ -12,14 +12,13 @@ mod vcpu;
 mod world;
 
 use std::sync::Arc;
-use std::sync::OnceLock;
-use std::thread::Thread;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use atoll_devices::irq::chip::CpuSink;
 use atoll_devices::{GuestClock, MsiMessage, MsiSink, WireSink};
 use atoll_softcpu::{Attention, CpuModel, GuestRam, VcpuTopology};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{CpuError, DoorbellWatch, HOST_MODEL, Processor, Vcpu};
 use crate::irq::{EventListener, EventRoute, InterruptFabric, IrqError, Signalled};
@@ -29,17 +28,25 @@ use clock::SoftClock;
 use vcpu::SoftVcpu;
 
 /// How to get one vCPU's notice.
-#[derive(Default)]
 struct Notice {
     attention: Attention,
-    thread: OnceLock<Thread>,
+    /// The vCPU is halted, and to be woken.
+    asleep: AtomicBool,
+    wake: EventFd,
 }
 
 impl Notice {
+    fn new() -> std::io::Result<Self> {
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        Ok(Self { attention: Attention::default(), asleep: AtomicBool::new(false), wake })
+    }
+
     fn raise(&self, flags: u32) {
         self.attention.raise(flags);
-        if let Some(thread) = self.thread.get() {
-            thread.unpark();
+        // The flags before the look; there it is the other way round.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        if self.asleep.load(Ordering::Relaxed) && self.asleep.swap(false, Ordering::SeqCst) {
+            let _ = self.wake.write(1);
         }
     }
 }
@@ -98,7 +105,9 @@ impl SoftProcessor {
         }
         let topology = VcpuTopology { index: 0, count: config.vcpus };
         CpuModel::named(&config.model, topology)?;
-        let notices = Arc::new(Notices((0..config.vcpus).map(|_| Arc::default()).collect()));
+        let notices = (0..config.vcpus).map(|_| Notice::new().map(Arc::new)).collect::<std::io::Result<_>>();
+        let notices =
+            Arc::new(Notices(notices.map_err(|error| CpuError::Unsupported(format!("no eventfd: {error}")))?));
         let clock = Arc::new(SoftClock::new(config.pace));
         let chips = Chips::new(config.vcpus as usize, Arc::clone(&notices) as _, Arc::clone(&clock))?;
         let signals = Arc::new(Signals { notices: Arc::clone(&notices), chips: Arc::clone(&chips) });
@@ -117,13 +126,12 @@ impl Processor for SoftProcessor {
             self.notices.0.get(index as usize).ok_or_else(|| CpuError::Unsupported(format!("no vcpu{index}")))?;
         let topology = VcpuTopology { index, count: self.config.vcpus };
         let model = CpuModel::named(&self.config.model, topology)?;
-        // A machine makes each vCPU once; its thread is the one that runs it.
-        let _ = notice.thread.set(std::thread::current());
         Ok(Box::new(SoftVcpu::new(vcpu::Parts {
             index,
             ram: self.config.ram.clone(),
             model: Arc::new(model),
             notice: Arc::clone(notice),
+            doorstep: self.fabric.listener.doorstep(),
             chips: Arc::clone(&self.chips),
             clock: Arc::clone(&self.clock),
             wall_base_ns: self.config.wall_base_ns,

@@ -12,6 +12,7 @@ use super::clock::{Pace, SoftClock};
 use super::trace::TraceHash;
 use super::world::BoardWorld;
 use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu, VcpuFigures};
+use crate::irq::Doorstep;
 
 /// RFLAGS.IF.
 const INTERRUPTS_ENABLED: u64 = 1 << 9;
@@ -24,6 +25,7 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     pub(super) model: Arc<CpuModel>,
     pub(super) notice: Arc<Notice>,
+    pub(super) doorstep: Doorstep,
     pub(super) chips: Arc<Chips>,
     pub(super) clock: Arc<SoftClock>,
     pub(super) wall_base_ns: u64,
@@ -46,6 +48,7 @@ pub(super) struct SoftVcpu {
     index: u32,
     cpu: Cpu,
     notice: Arc<Notice>,
+    doorstep: Doorstep,
     kick: Arc<SoftKick>,
     chips: Arc<Chips>,
     clock: Arc<SoftClock>,
@@ -68,6 +71,7 @@ impl SoftVcpu {
             index: parts.index,
             cpu: Cpu::new(parts.ram, parts.model, parts.notice.attention.clone(), time),
             notice: parts.notice,
+            doorstep: parts.doorstep,
             kick,
             chips: parts.chips,
             clock: parts.clock,
@@ -90,18 +94,30 @@ impl SoftVcpu {
         self.chips.disarm();
         while !self.wakes() {
             let Some(deadline) = self.chips.next_deadline() else {
-                std::thread::park();
+                self.sleep(None);
                 continue;
             };
             match deadline.checked_sub(self.chips.now_ns()).filter(|left| *left > 0) {
                 Some(_) if !self.clock.is_real() => self.skip_to(deadline),
-                Some(left) => std::thread::park_timeout(Duration::from_nanos(left)),
+                Some(left) => self.sleep(Some(Duration::from_nanos(left))),
                 None => {
                     self.chips.expire();
                 }
             }
         }
         self.chips.timers_changed();
+    }
+
+    /// Sleeps until it is woken, until a backend interrupts, or for `limit`; not at all if it has been woken meanwhile.
+    fn sleep(&self, limit: Option<Duration>) {
+        self.notice.asleep.store(true, Ordering::Relaxed);
+        std::sync::atomic::fence(Ordering::SeqCst);
+        let signalled = !self.wakes() && self.doorstep.wait(&self.notice.wake, limit);
+        // Before the delivery, which is not to wake this thread once more.
+        self.notice.asleep.store(false, Ordering::Relaxed);
+        if signalled {
+            self.doorstep.deliver();
+        }
     }
 
     /// Deterministic mode: nothing happens before the deadline, so it is now.
