@@ -1,4 +1,6 @@
-//! The least that a hand-over costs: two threads on a futex, two processes on a pair of eventfds.
+//! The least that a hand-over costs: two threads on a futex, two processes on a pair of eventfds. Neither has a deadline
+//! or can be told to stop, both of which the ways beside them have, at 0.1 to 0.3 us each time: that is counted against
+//! the ways.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command, Stdio};

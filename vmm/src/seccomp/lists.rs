@@ -56,6 +56,9 @@ const SOCKETS: &[i64] = &[
     libc::SYS_setsockopt,
 ];
 
+/// What a vCPU does to ask another process for a register.
+const QUESTIONS: &[i64] = &[libc::SYS_futex_waitv, libc::SYS_sendmsg, libc::SYS_shutdown];
+
 const EVENTS: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_ctl, libc::SYS_eventfd2];
 
 /// What a new incarnation of a device needs: its image by name, sockets, an in-flight region; and the end of the last one.
@@ -128,12 +131,17 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
     let looked_at = u64::from(thread | spaces.cast_unsigned());
     rules.insert(libc::SYS_clone, vec![when(0, Compare::MaskedEq(looked_at), thread.into())?]);
     match class {
-        ThreadClass::SoftVcpu => freely(&mut rules, &[libc::SYS_epoll_ctl]),
+        // Halted, it waits for interrupts by itself.
+        ThreadClass::SoftVcpu => {
+            freely(&mut rules, &[libc::SYS_epoll_ctl, libc::SYS_epoll_wait]);
+            freely(&mut rules, QUESTIONS);
+        }
         ThreadClass::KvmVcpu => {
             // The requests of KVM (type 0xae), on descriptors of KVM: interrupt routes change as a guest's driver sets its
             // vectors, on the vCPU's thread.
             rules.insert(libc::SYS_ioctl, vec![when(1, Compare::MaskedEq(0xff00), 0xae00)?]);
             freely(&mut rules, &[libc::SYS_eventfd2, libc::SYS_epoll_ctl]);
+            freely(&mut rules, QUESTIONS);
         }
         ThreadClass::Events => freely(&mut rules, EVENTS),
         ThreadClass::Talk => freely(&mut rules, SOCKETS),
