@@ -150,8 +150,12 @@ pub fn reboots(count: u32, seed: u64) -> Result<Reboots> {
         laden.begin()?;
         std::thread::sleep(Duration::from_micros(dice.below(LIFE_US)));
         laden.listen()?;
+        let by_guest = reboot % 2 == 0;
+        if by_guest {
+            laden.hush()?;
+        }
         let asked = Instant::now();
-        if reboot % 2 == 0 {
+        if by_guest {
             laden.console().send("reboot -f\n")?;
         } else {
             laden.vm.put("vm.reboot", None)?;
