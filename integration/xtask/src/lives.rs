@@ -167,6 +167,7 @@ pub fn reboots(count: u32, seed: u64) -> Result<Reboots> {
         ensure!(clock < CLOCK_ERROR_MAX, "the guest's clock is {clock:?} off after reboot {reboot}");
     }
     laden.begin()?;
+    std::thread::sleep(Duration::from_micros(LIFE_US));
     let judged = laden.finish()?;
     let by_guest = count.div_ceil(2);
     let clock_error_us_max = micros(clock);

@@ -117,11 +117,16 @@ impl Load {
     /// Judges what was told on `out` since the (first) load began, and the guest's kernel log. `deaths` says that device
     /// processes were killed meanwhile.
     pub fn judge(&self, said: &str, log: &str, deaths: u64) -> Verdict {
+        self.judge_history(&History::parse(said), log, deaths)
+    }
+
+    /// The same of a history that has been read.
+    pub fn judge_history(&self, history: &History, log: &str, deaths: u64) -> Verdict {
         let mut judge = if deaths > 0 { Judge::under_deaths() } else { Judge::new() };
         for complaint in quoted_complaints(log) {
             judge.find(Violation::GuestLog, format!("the guest's log: {complaint}"));
         }
-        let mut verdict = judge.verdict_on(&History::parse(said));
+        let mut verdict = judge.verdict_on(history);
         verdict.counts.deaths += deaths;
         verdict
     }

@@ -153,6 +153,25 @@ impl Profile {
         heap_bytes_max: 128 * MIB,
     };
 
+    /// Sockets between guest and host: programs of the host come, and are reached at paths of one folder, which is entered
+    /// before each connection because the root is empty.
+    pub const VSOCK: Self = Self {
+        name: "vsock",
+        calls: vhost_user![
+            libc::SYS_accept4,
+            libc::SYS_connect,
+            libc::SYS_fchdir,
+            libc::SYS_epoll_ctl,
+            libc::SYS_epoll_wait,
+            libc::SYS_epoll_pwait,
+            libc::SYS_epoll_pwait2,
+        ],
+        ioctls: &[],
+        opcodes: &[],
+        // 192 connections with 256 KiB of room each.
+        heap_bytes_max: 256 * MIB,
+    };
+
     /// A serial port on the bus: no ring and no guest memory.
     pub const UART: Self = Self {
         name: "uart",
@@ -184,8 +203,8 @@ impl Profile {
     };
 
     /// All of them.
-    pub const ALL: [&'static Self; 7] =
-        [&Self::BLK, &Self::NET, &Self::NET_TAP, &Self::RNG, &Self::CONSOLE, &Self::UART, &Self::GENERIC];
+    pub const ALL: [&'static Self; 8] =
+        [&Self::BLK, &Self::NET, &Self::NET_TAP, &Self::RNG, &Self::CONSOLE, &Self::VSOCK, &Self::UART, &Self::GENERIC];
 
     /// Whether it drives rings.
     pub(super) fn has_rings(&self) -> bool {

@@ -53,6 +53,10 @@ fn program(profile: &Profile, listens: bool) -> Result<BpfProgram, BackendError>
     rules.insert(libc::SYS_prctl, one_of(0, [libc::PR_SET_NAME as u64])?);
     // An abort is a signal to oneself.
     rules.insert(libc::SYS_tgkill, one_of(0, [u64::from(std::process::id())])?);
+    // Who connects makes sockets, of this host only.
+    if profile.calls.contains(&libc::SYS_connect) {
+        rules.insert(libc::SYS_socket, one_of(0, [libc::AF_UNIX as u64])?);
+    }
     if !profile.ioctls.is_empty() {
         rules.insert(libc::SYS_ioctl, one_of(1, profile.ioctls.iter().copied())?);
     }
