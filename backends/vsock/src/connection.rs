@@ -34,7 +34,6 @@ pub(crate) enum Stage {
 pub(crate) struct Owed {
     pub(crate) request: bool,
     pub(crate) response: bool,
-    pub(crate) reset: bool,
     pub(crate) credit: bool,
     pub(crate) credit_request: bool,
     pub(crate) shutdown: bool,

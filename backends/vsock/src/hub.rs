@@ -8,12 +8,14 @@
 //! bounded.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::client::{Client, Wish};
@@ -21,7 +23,7 @@ use crate::connection::{Broken, Connection, ROOM, Stage};
 use crate::header::{HOST_CID, Header, LEN, Op, STREAM};
 
 /// Most connections.
-pub(crate) const CONNECTIONS_MAX: usize = 256;
+pub(crate) const CONNECTIONS_MAX: usize = 192;
 /// Most clients that have not said yet which port they want; the one that has been silent longest makes way.
 const CLIENTS_MAX: usize = 32;
 /// Most answers to packets of no connection.
@@ -34,6 +36,9 @@ const EVENTS: usize = 64;
 const LISTENER: u64 = 0;
 const BELL: u64 = 1;
 
+/// Does not wait.
+const NOW: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+
 /// Both ends of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Ports {
@@ -44,8 +49,10 @@ struct Ports {
 #[derive(Debug)]
 pub(crate) struct Hub {
     cid: u64,
-    /// Where programs of the host listen for the guest: this, an underscore and the port.
-    prefix: PathBuf,
+    /// Where programs of the host listen for the guest: in this folder, by this name, an underscore and the port. The jail's
+    /// root is empty, so it is entered by its descriptor.
+    folder: OwnedFd,
+    name: OsString,
     listener: OwnedFd,
     epoll: OwnedFd,
     bell: OwnedFd,
@@ -62,8 +69,11 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
-    pub(crate) fn new(cid: u64, prefix: PathBuf, listener: UnixListener) -> io::Result<Self> {
+    pub(crate) fn new(cid: u64, path: &Path, listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidFilename)?.to_owned();
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = rustix::fs::open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let listener = OwnedFd::from(listener);
@@ -72,7 +82,8 @@ impl Hub {
         }
         Ok(Self {
             cid,
-            prefix,
+            folder,
+            name,
             listener,
             epoll,
             bell,
@@ -141,8 +152,9 @@ impl Hub {
     }
 
     fn dial(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = self.prefix.clone().into_os_string();
+        let mut path = self.name.clone();
         path.push(format!("_{port}"));
+        rustix::process::fchdir(&self.folder)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         connect(&socket, &SocketAddrUnix::new(PathBuf::from(path))?)?;
@@ -398,5 +410,59 @@ impl AsFd for Hub {
     }
 }
 
-/// Does not wait.
-const NOW: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn packet() -> impl Strategy<Value = (Header, usize)> {
+        let small = (0..4_u32, 0..4_u32, 0..9_u16, 0..4_u32);
+        (small, any::<u32>(), any::<u32>(), 0..1_usize << 12, prop::bool::weighted(0.05)).prop_map(
+            |((host, guest, op, flags), buf_alloc, fwd_cnt, len, strange)| {
+                let (src_cid, kind) = if strange { (9, 2) } else { (3, STREAM) };
+                let ports = if host == 3 { FIRST_PORT } else { host };
+                let op = Op::from(op);
+                let (dst_cid, len32) = (HOST_CID, len as u32);
+                let (src_port, dst_port) = (guest, ports);
+                (Header { src_cid, dst_cid, src_port, dst_port, len: len32, kind, op, flags, buf_alloc, fwd_cnt }, len)
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever a guest says, what is kept of it is bounded, every packet for it is whole, and nothing is owed for ever.
+        #[test]
+        fn any_guest_is_borne(packets in prop::collection::vec(packet(), 1..200)) {
+            let folder = tempfile::tempdir().unwrap();
+            let prefix = folder.path().join("v");
+            let listener = UnixListener::bind(&prefix).unwrap();
+            let program = UnixListener::bind(folder.path().join("v_1")).unwrap();
+            program.set_nonblocking(true).unwrap();
+            let mut hub = Hub::new(3, &prefix, listener).unwrap();
+            let mut client = UnixStream::connect(&prefix).unwrap();
+            client.write_all(b"CONNECT 2\nhello").unwrap();
+            let mut out = Vec::new();
+            for (header, len) in &packets {
+                hub.hear(header, &vec![0; *len]);
+                let _ = program.accept();
+                if hub.look() {
+                    hub.next(4096, &mut out);
+                    prop_assert!(out.is_empty() || (LEN..=4096).contains(&out.len()));
+                }
+            }
+            prop_assert!(hub.connections.len() <= CONNECTIONS_MAX && hub.connections.len() == hub.serials.len());
+            prop_assert!(hub.refusals.len() <= REFUSALS_MAX + CONNECTIONS_MAX);
+            let mut rounds = 0;
+            while hub.look() {
+                hub.next(4096, &mut out);
+                rounds += 1;
+                prop_assert!(rounds < 4096, "there is no end of it");
+            }
+        }
+    }
+}

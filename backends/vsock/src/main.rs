@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use atoll_kit::fence::{Fence, NoFence};
+use atoll_kit::jail::Profile;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
 use atoll_kit::serve;
 use atoll_protocol::sidecar::DeviceClass;
@@ -57,11 +58,11 @@ impl Program for Cli {
     fn descriptors(&self) -> Vec<RawFd> {
         self.listen_fd.into_iter().collect()
     }
-    fn accepts(&self) -> bool {
-        true
+    fn profile(&self) -> &'static Profile {
+        &Profile::VSOCK
     }
-    fn connects(&self) -> bool {
-        true
+    fn writes_files(&self) -> bool {
+        false
     }
     fn open(&self) -> Result<(Vsock, Box<dyn Fence>), StartError> {
         let listener: OwnedFd = match self.listen_fd {
@@ -70,8 +71,9 @@ impl Program for Cli {
                 .map_err(|error| format!("--path {}: {error}; choose a path that is free", self.path.display()))?
                 .into(),
         };
-        let path = std::path::absolute(&self.path)?;
-        Ok((Vsock::new(Hub::new(self.cid, path, listener.into())?)?, Box::new(NoFence)))
+        let hub = Hub::new(self.cid, &self.path, listener.into())
+            .map_err(|error| format!("--path {}: {error}; its folder must be there", self.path.display()))?;
+        Ok((Vsock::new(hub)?, Box::new(NoFence)))
     }
 }
 

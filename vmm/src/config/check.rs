@@ -170,6 +170,14 @@ impl DeviceConfig {
                 if vsock.cid < 3 || vsock.cid >= u64::from(u32::MAX) {
                     return Err("cid is a number from 3 to 4294967294".into());
                 }
+                // Programs of the host listen at this path, an underscore and a port of up to ten digits.
+                let bytes = vsock.socket.as_os_str().len();
+                if !vsock.vhost_user && bytes > PATH_BYTES_MAX - 11 {
+                    return Err(format!(
+                        "socket has {bytes} bytes, and with a port behind it a socket's path holds {}: choose a shorter one",
+                        PATH_BYTES_MAX
+                    ));
+                }
                 check_socket(&vsock.socket)
             }
             Self::Generic(device) => {

@@ -71,23 +71,13 @@ pub enum FactoryError {
         /// The number.
         device_type: u32,
     },
-    /// Something that is not there, by name.
-    #[error("{kind} {id}: {what}")]
-    Unsupported {
-        /// What the device is.
-        kind: &'static str,
-        /// Which.
-        id: String,
-        /// What is not there, and the remedy.
-        what: &'static str,
-    },
 }
 
 impl FactoryError {
     /// Whether it is not the configuration that is wrong, but something that is not there.
     pub fn is_unsupported(&self) -> bool {
         match self {
-            Self::Unsupported { .. } | Self::Config(ConfigError::Unsupported(_)) => true,
+            Self::Config(ConfigError::Unsupported(_)) => true,
             Self::Console(error) => matches!(error, ConsoleError::Unsupported(_)),
             Self::Net { .. } | Self::Config(_) | Self::DeviceType { .. } => false,
         }
@@ -152,11 +142,6 @@ impl DeviceFactory {
                 Box::new(made.map_err(|source| FactoryError::Net { id: id.clone(), source })?)
             }
             DeviceConfig::Fs(fs) => Box::new(Fs(fs.clone())),
-            DeviceConfig::Vsock(vsock) if !vsock.vhost_user => {
-                let what =
-                    "a vsock without vhost_user=true is not supported: run vhost-device-vsock and name its socket";
-                return Err(FactoryError::Unsupported { kind: kind.name(), id, what });
-            }
             DeviceConfig::Vsock(vsock) => Box::new(Vsock(vsock.clone())),
             DeviceConfig::Rng(rng) => Box::new(Rng(rng.clone())),
             DeviceConfig::Console(config) => {

@@ -91,7 +91,7 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  atoll add-fs web tag=src,socket=/run/user/1000/virtiofsd.sock")]
     AddFs(Plug),
     /// Plugs sockets between guest and host in: the keys of run's --vsock.
-    #[command(after_help = "Example:\n  atoll add-vsock web cid=3,vhost_user=true,socket=/run/user/1000/vsock.sock")]
+    #[command(after_help = "Example:\n  atoll add-vsock web cid=3,socket=/run/user/1000/web.vsock")]
     AddVsock(Plug),
     /// Plugs any vhost-user device in: the keys of run's --generic-vhost-user.
     #[command(after_help = "Example:\n  atoll add-device web device_type=rng,socket=/run/rng.sock,queue_sizes=[64]")]
@@ -309,7 +309,8 @@ pub(crate) struct RunArgs {
     /// A shared folder: tag=NAME,socket=PATH of virtiofsd[,num_queues=N][,queue_size=N][,id=NAME].
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) fs: Vec<String>,
-    /// Sockets between guest and host: cid=3,vhost_user=true,socket=PATH of a vhost-user backend[,id=NAME].
+    /// Sockets between guest and host: cid=3,socket=PATH (a program of the host connects there and says CONNECT PORT; one
+    /// that listens at PATH_PORT is reached by the guest), or vhost_user=true,socket=PATH of a backend; with id=.
     #[arg(long, value_name = "KEYS")]
     pub(crate) vsock: Option<String>,
     /// Any vhost-user device: device_type=N,socket=PATH,queue_sizes=[256,256][,id=NAME].

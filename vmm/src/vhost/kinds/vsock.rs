@@ -1,11 +1,13 @@
-//! Sockets between guest and host, behind somebody else's vhost-user backend (virtio 1.2, 5.10).
+//! Sockets between guest and host, served by `atoll-vsock` or behind somebody else's vhost-user backend (virtio 1.2, 5.10).
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::VSOCK;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
 use super::{Host, Kind, KindError};
+use crate::backend::PassedFd;
 use crate::config::VsockConfig;
+use crate::unix_socket::BoundSocket;
 use crate::vhost::class::{ConfigWish, DeviceClass};
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::session::Capabilities;
@@ -30,8 +32,22 @@ impl Kind for Vsock {
     fn sidecar(&self) -> SidecarClass {
         SidecarClass::Other(u32::from(VSOCK))
     }
-    fn source(&self, _host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
-        Ok(Box::new(ExternalSocket::new(&self.0.socket)))
+    fn own_queues(&self) -> Option<u16> {
+        (!self.0.vhost_user).then_some(QUEUES)
+    }
+    fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
+        if self.0.vhost_user {
+            return Ok(Box::new(ExternalSocket::new(&self.0.socket)));
+        }
+        // Ours from now on, over the deaths of whoever accepts on it: clients that come meanwhile wait.
+        let socket = BoundSocket::bind(&self.0.socket)?;
+        let path = std::path::absolute(&self.0.socket)?;
+        let args = vec!["--cid".into(), self.0.cid.to_string().into(), "--path".into(), path.into()];
+        let listener = move || {
+            let fd = socket.listener().try_clone()?.into();
+            Ok(vec![PassedFd { flag: "--listen-fd".into(), fd }])
+        };
+        host.process("atoll-vsock", self.sidecar(), args, Box::new(listener))
     }
 }
 
