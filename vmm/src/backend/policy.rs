@@ -29,6 +29,8 @@ pub struct PolicyConfig {
     pub period: Duration,
     /// The longest delay after crashes of a device that has nothing to do.
     pub idle_backoff_max: Duration,
+    /// The longest delay after an incarnation that did not get ready.
+    pub start_backoff_max: Duration,
     /// Crashes in a row before ready that are forgiven; `None`: all (somebody else's backend comes when it comes).
     pub start_failures_max: Option<u32>,
 }
@@ -41,6 +43,7 @@ impl Default for PolicyConfig {
             intensity: 12,
             period: Duration::from_mins(2),
             idle_backoff_max: Duration::from_millis(100),
+            start_backoff_max: Duration::from_secs(10),
             // With these delays an outage of almost two minutes.
             start_failures_max: Some(20),
         }
@@ -209,7 +212,7 @@ impl RestartPolicy {
             return self.quarantine(QuarantineReason::StartFailures(self.start_failures));
         }
         // Never at once: what failed a moment ago fails again.
-        self.recover(now, self.backoff(self.start_failures))
+        self.recover(now, self.backoff(self.start_failures).min(self.config.start_backoff_max))
     }
 
     fn crashed(&mut self, now: Moment) -> Decision {
@@ -306,6 +309,7 @@ mod tests {
             intensity: 5,
             period: Duration::from_secs(60),
             idle_backoff_max: Duration::from_millis(200),
+            start_backoff_max: Duration::from_millis(300),
             start_failures_max: Some(2),
         }
     }

@@ -57,6 +57,16 @@ pub(super) fn answers(device_type: u16, queue: u16) -> bool {
     }
 }
 
+/// Whether a queue of a device of this type holds requests, rather than buffers for what may come from outside.
+pub(super) fn holds_requests(device_type: u16, queue: u16) -> bool {
+    match device_type {
+        device_class::NET | device_class::CONSOLE => !queue.is_multiple_of(2),
+        // The others are for what the device has to say.
+        device_class::VSOCK | device_class::INPUT => queue == 1,
+        _ => true,
+    }
+}
+
 /// The error for a backend with too few queues.
 pub(super) fn too_few_queues(needed: usize, has: u16) -> ConversationError {
     ConversationError::Lacks { what: format!("{needed} queues (it has {has})") }

@@ -219,6 +219,9 @@ struct Inbox {
     closed: bool,
 }
 
+/// How often it is looked at the latest whether somebody listens at a socket of somebody else's.
+const FOREIGN_LOOK: Duration = Duration::from_millis(250);
+
 /// How long whoever resumes a device waits for it to have its rings.
 const RESUME_TIME: Duration = Duration::from_secs(1);
 
@@ -424,7 +427,7 @@ impl VhostDevice {
         let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, jail, last_exit, last_lines };
         let mut policy = care.policy;
         if foreign {
-            policy.start_failures_max = None;
+            (policy.start_failures_max, policy.start_backoff_max) = (None, FOREIGN_LOOK);
         }
         let rules = Rules { policy, on_failure, fence: limits.fence, stall: care.stall, debugged: care.debugged };
         let parts = Parts { makers, fence, memory, relay, limits, story, meter, clock };

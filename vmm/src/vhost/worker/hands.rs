@@ -202,7 +202,7 @@ impl Worker {
     /// A backend is gone: what it left is looked at.
     fn bury(&mut self, generation: u64, session: Box<Session>, words: Option<String>, events: &mut VecDeque<Event>) {
         let progressed = self.has_progressed();
-        let idle = !self.sample().iter().any(|sample| sample.waiting);
+        let idle = !self.has_requests();
         let mut unfinished = false;
         if session.has_rings {
             if let Some(driver) = &mut self.driver {

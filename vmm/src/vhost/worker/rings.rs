@@ -12,7 +12,7 @@ use super::{Session, Worker};
 use crate::config::Track;
 use crate::doorbell::{Interposer, Verdict};
 use crate::vhost::call::CallPath;
-use crate::vhost::class::answers;
+use crate::vhost::class::{answers, holds_requests};
 use crate::vhost::device::{Recovery, Shared};
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::ledger::Ledger;
@@ -175,14 +175,21 @@ impl Worker {
 
     /// How far the queues are that a backend answers by itself.
     pub(super) fn sample(&self) -> Vec<Sample> {
-        let Some(driver) = &self.driver else { return Vec::new() };
+        self.look_at_queues(answers).collect()
+    }
+
+    /// Whether some request waits for a backend.
+    pub(super) fn has_requests(&self) -> bool {
+        self.look_at_queues(holds_requests).any(|sample| sample.waiting)
+    }
+
+    fn look_at_queues(&self, which: fn(u16, u16) -> bool) -> impl Iterator<Item = Sample> {
         let device_type = self.past.shown.device_type;
-        let own = driver.used_at_start.iter().filter(|(queue, _)| answers(device_type, queue.index));
-        own.filter_map(|(queue, _)| {
+        let queues = self.driver.iter().flat_map(|driver| &driver.used_at_start);
+        queues.filter(move |(queue, _)| which(device_type, queue.index)).filter_map(|(queue, _)| {
             let position = RingPosition::read(self.parts.memory.mapped(), queue)?;
             Some(Sample { queue: queue.index, used: position.used, waiting: !position.is_idle() })
         })
-        .collect()
     }
 }
 
