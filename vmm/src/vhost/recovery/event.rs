@@ -24,8 +24,8 @@ pub(in crate::vhost) enum Event {
     Lost { generation: u64, why: String },
     /// It was killed, and is reaped, or nothing more of its end can be seen.
     Ended { generation: u64, end: End },
-    /// How far the rings are.
-    Sampled(Vec<super::Sample>),
+    /// How far the rings are. Spared: the backend is being debugged.
+    Sampled { samples: Vec<super::Sample>, spared: bool },
     /// It says, or somebody saw, that it stands. Spared: it is being debugged.
     Stalled { generation: u64, what: String, spared: bool },
     /// Nothing of any dead incarnation is under way any more.

@@ -190,7 +190,7 @@ impl Machine {
             }
             Event::Lost { generation, why } => self.lose(generation, Verdict::Restart, why, now),
             Event::Ended { generation, end } => self.ended(generation, end, now),
-            Event::Sampled(samples) => self.sampled(&samples, now),
+            Event::Sampled { samples, spared } => self.sampled(&samples, spared, now),
             Event::Stalled { generation, what, spared } => self.stalled(generation, what, spared, now),
             Event::FencePassed if self.fence != Fence::Clear && self.dying().is_none() => self.pass_fence(),
             Event::Employed if self.rings == Rings::Substituted => {
@@ -467,7 +467,7 @@ impl Machine {
         self.serve();
     }
 
-    fn sampled(&mut self, samples: &[Sample], now: Moment) {
+    fn sampled(&mut self, samples: &[Sample], spared: bool, now: Moment) {
         let Rings::Out(generation) = self.rings else { return };
         let (moved, stands) = self.stalls.look(samples, now);
         if moved {
@@ -476,7 +476,7 @@ impl Machine {
         }
         if let Some((queue, time)) = stands {
             let what = format!("queue {queue} has completed nothing for {} s with work in it", time.as_secs());
-            self.stalled(generation, what, false, now);
+            self.stalled(generation, what, spared, now);
         }
     }
 

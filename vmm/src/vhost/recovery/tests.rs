@@ -150,7 +150,8 @@ fn a_pause_during_recovery() {
 fn a_queue_that_stands() {
     let stand = |story: &mut Story, seconds: u64| {
         story.now += Duration::from_secs(seconds);
-        story.on(Event::Sampled(vec![Sample { queue: 0, used: 7, waiting: true }]))
+        let samples = vec![Sample { queue: 0, used: 7, waiting: true }];
+        story.on(Event::Sampled { samples, spared: false })
     };
     let until = |story: &mut Story| -> Vec<Action> {
         let looks: Vec<Action> = (0..5).flat_map(|_| stand(story, 8)).collect();

@@ -261,7 +261,11 @@ impl Worker {
         if self.past.machine.look_at().is_none_or(|at| at > self.now()) {
             return;
         }
-        self.feed(Event::Sampled(self.sample()));
+        let samples = self.sample();
+        let process = self.past.session.as_mut().and_then(|session| session.process.as_mut());
+        let waiting = samples.iter().any(|sample| sample.waiting);
+        let spared = waiting && process.is_some_and(|process| is_traced(process.id()));
+        self.feed(Event::Sampled { samples, spared });
         let process = self.past.session.as_mut().and_then(|session| session.process.as_mut());
         let said = process.and_then(|process| process.take_stall());
         if let (Some(what), Some(generation)) = (said, self.past.machine.alive()) {
@@ -335,6 +339,13 @@ impl Worker {
             }
         }
     }
+}
+
+/// Whether a debugger has the process.
+fn is_traced(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+    tracer.is_some_and(|tracer| tracer.trim() != "0")
 }
 
 fn failure(hopeless: bool, why: String) -> Failure {

@@ -309,7 +309,7 @@ impl Schedule {
             let samples =
                 samples.map(|(ring, queue)| Sample { queue, used: ring.used.len() as u16, waiting: ring.waiting() });
             let samples = samples.collect();
-            self.feed(Event::Sampled(samples));
+            self.feed(Event::Sampled { samples, spared: false });
         }
     }
 
