@@ -171,7 +171,7 @@ impl VmControl for Fake {
             pid: None,
             last_exit: None,
             last_lines: Vec::new(),
-            jail: std::collections::BTreeMap::new(),
+            jail: BTreeMap::new(),
             queues: Vec::new(),
         };
         Ok(book.devices.iter().map(report).collect())
