@@ -1,7 +1,12 @@
 //! Devices are killed at random and at every named step, and nobody notices; and what does wrong on purpose is found.
 
 use anyhow::{Context, Result, ensure};
+use atoll_integration::chaos::disk::DiskLoad;
+use atoll_integration::chaos::load::Load;
+use atoll_integration::chaos::rig::House;
 use atoll_kit::step::Sabotage;
+use atoll_vmm::config::{DeviceConfig, DiskConfig};
+use atoll_vmm::vhost::Fault;
 use serde_json::Value;
 use std::process::Command;
 use xtask::place;
@@ -46,5 +51,38 @@ fn every_sabotage_is_caught() -> Result<()> {
     let outcome = campaign(&["--sabotage", "all", "--kills", "60", "--seed", "7"])?;
     let faults = outcome["faults"].as_array().context("faults")?;
     ensure!(faults.len() == Sabotage::ALL.len() && outcome["ok"] == true, "{outcome}");
+    Ok(())
+}
+
+/// What an operator's `atoll fault` does to a disk under load: it goes on, and nothing is lost.
+#[test]
+fn a_disk_survives_what_may_happen_to_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("image");
+    std::fs::File::create(&image)?.set_len(DiskLoad::IMAGE)?;
+    let house = House::new(&place::release())?;
+    let config = DiskConfig { path: Some(image), ..DiskConfig::default() };
+    let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
+    let mut load = DiskLoad::start(&mut rig, 8, 1)?;
+    let mut go_on = |load: &mut DiskLoad| -> Result<()> {
+        let until = load.completed() + 300;
+        while load.completed() < until && !load.is_stuck() {
+            load.turn()?;
+        }
+        Ok(())
+    };
+    go_on(&mut load)?;
+    for (seed, fault) in [Fault::Kill, Fault::Stop, Fault::Disconnect, Fault::Garbage].into_iter().enumerate() {
+        let lost = rig.lost();
+        rig.device().inject(fault, seed as u64).with_context(|| fault.name())?;
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while fault != Fault::Stop && rig.lost() == lost {
+            ensure!(std::time::Instant::now() < deadline, "{}: nobody notices", fault.name());
+            load.turn()?;
+        }
+        go_on(&mut load)?;
+    }
+    let findings = Box::new(load).finish()?;
+    ensure!(findings.broken() == 0, "{findings:?}");
     Ok(())
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use atoll_integration::chaos::campaign::{Campaign, Class, Image, Plan};
 use atoll_integration::chaos::page::Page;
 use atoll_integration::chaos::sabotage::{Caught, commit};
-use atoll_integration::chaos::{power, tap};
+use atoll_integration::chaos::{power, strata, tap};
 use atoll_kit::step::Sabotage;
 use clap::Parser;
 use xtask::place;
@@ -43,6 +43,9 @@ struct Cli {
     /// The other claim: what a flush covered survives the loss of power. As many losses as --kills says.
     #[arg(long)]
     power_loss: bool,
+    /// Measures how long a kill is felt, stratum by stratum, with --kills kills each; --folder knows direct I/O.
+    #[arg(long)]
+    stall: bool,
 }
 
 /// Each fault in turn; whether all were found.
@@ -70,7 +73,7 @@ fn sabotage(name: &str, kills: u64, seed: u64) -> Result<bool> {
 
 #[allow(clippy::print_stdout, clippy::print_stderr, reason = "a table for people and a line for programs")]
 fn main() -> Result<ExitCode> {
-    let Cli { device, kills, seed, image, direct, folder, shipped, sabotage: fault, power_loss } = Cli::parse();
+    let Cli { device, kills, seed, image, direct, folder, shipped, sabotage: fault, power_loss, stall } = Cli::parse();
     if let Some(name) = fault {
         return Ok(if sabotage(&name, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
@@ -78,6 +81,13 @@ fn main() -> Result<ExitCode> {
         let losses = power::campaign(&power::page(&place::steps())?, kills, seed)?;
         println!("{}", serde_json::to_string(&losses)?);
         return Ok(if losses.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    if stall {
+        let folder = folder.context("--stall needs --folder, on a file system that knows direct I/O")?;
+        let strata = strata::measure(&place::steps(), &folder, kills, seed)?;
+        print!("{}", strata.table());
+        println!("{}", serde_json::to_string(&strata)?);
+        return Ok(if strata.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     if device == Class::Net {
         tap::leave_network()?;

@@ -3,7 +3,7 @@
 //!
 //! [`campaign`] kills and judges; [`rig`] is the device without a guest; [`load`] is what a class's guest does ([`disk`],
 //! [`net`], [`entropy`], [`console`]). [`page`] is how a test build of the device processes is told where to die and which
-//! fault to commit; [`power`] is the other claim, the loss of power.
+//! fault to commit; [`power`] is the other claim, the loss of power. [`strata`] measures how long a kill is felt.
 
 pub mod campaign;
 pub mod census;
@@ -20,4 +20,5 @@ pub mod rig;
 pub mod sabotage;
 pub mod scheduling;
 pub mod stall;
+pub mod strata;
 pub mod tap;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use atoll_vmm::vhost::Fault;
 use atoll_vmm::api::{Api, ApiServer, ListenAt};
 use atoll_vmm::config::{DeviceConfig, VmConfig};
 use atoll_vmm::lifecycle::{
@@ -143,6 +144,9 @@ impl VmControl for Fake {
             Some(_) => Err(error(ErrorKind::Bad, &format!("'{id}' is no disk"))),
             None => Err(error(ErrorKind::NotFound, &format!("there is no device '{id}'"))),
         }
+    }
+    fn fault_device(&self, id: &str, _fault: Fault, _seed: u64) -> Result<(), VmError> {
+        self.revive_device(id)
     }
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let book = self.created("revive_device")?;

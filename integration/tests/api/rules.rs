@@ -153,6 +153,7 @@ fn a_life(tour: &mut Tour) {
     tour.put("vm.resize", &json!({ "desired_vcpus": 2 }), 204);
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 << 20 }), 204);
     tour.put("vm.revive-device", &json!({ "id": "d" }), 204);
+    tour.put("vm.fault-device", &json!({ "id": "d", "fault": "drop-kick", "seed": 7 }), 204);
     tour.put("vm.remove-device", &json!({ "id": "g" }), 204);
     for name in READS {
         tour.get(&format!("{V1}/{name}"), 200).json();
@@ -222,6 +223,7 @@ fn faults(tour: &mut Tour) {
         let body = match name {
             "vm.create" => Some(config()),
             "vm.remove-device" | "vm.revive-device" => Some(json!({ "id": "d" })),
+            "vm.fault-device" => Some(json!({ "id": "d", "fault": "kill" })),
             "vm.resize-disk" => Some(json!({ "id": "d", "desired_size": 1 })),
             "vm.resize" => Some(json!({})),
             _ => addition,

@@ -118,6 +118,12 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// How long a kill of a disk's process is felt, beside the start of an empty one.
+    Stall {
+        /// Kills of each stratum.
+        #[arg(long, default_value_t = 100)]
+        kills: u32,
+    },
     /// `atoll-blk` beside qemu-storage-daemon.
     Blk {
         /// Passed on.
@@ -136,6 +142,21 @@ enum Soak {
         /// Says when each stop happens.
         #[arg(long, default_value_t = 0x5eed)]
         seed: u64,
+    },
+    /// Kills of devices under a load that is judged, many of them, in parts.
+    Chaos {
+        /// How many.
+        #[arg(long, default_value_t = 10_000)]
+        kills: u32,
+        /// Everything follows from it.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Where to keep what is done, so that a run that was broken off goes on; in the cache by default.
+        #[arg(long)]
+        state: Option<PathBuf>,
+        /// Passed on: `--device`, `--image`, `--direct`, `--folder`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// A guest under load is paused and let go.
     Pauses {
@@ -261,6 +282,7 @@ fn main() -> Result<ExitCode> {
             Bench::Net { arguments } => bench::net(&arguments)?,
             Bench::Blk { arguments } => bench::blk(&arguments)?,
             Bench::Bus { arguments } => bench::bus(&arguments)?,
+            Bench::Stall { kills } => chaos::stall(kills)?,
         },
         Task::Soak { what } => match what {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,
@@ -268,6 +290,7 @@ fn main() -> Result<ExitCode> {
             Soak::Reboots { count, seed, state } => soak::reboots(count.get(), seed, state.as_deref())?,
             Soak::Plugs { count, seed, kernel, state } => soak::plugs(count.get(), seed, &kernel, state.as_deref())?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
+            Soak::Chaos { kills, seed, state, arguments } => chaos::soak(kills, seed, &arguments, state.as_deref())?,
         },
         Task::Verify { what } => return verify(what),
         Task::Chaos { arguments } => chaos::run(&arguments)?,

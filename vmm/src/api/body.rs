@@ -5,6 +5,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::reply::{Reply, Status};
+use crate::vhost::Fault;
 
 /// Reads a body.
 pub(super) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Reply> {
@@ -50,6 +51,18 @@ pub(super) struct ReviveDevice {
     pub(super) id: String,
 }
 
+/// What shall happen to a device.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+pub(super) struct FaultDevice {
+    /// Its name.
+    pub(super) id: String,
+    /// What happens to it.
+    pub(super) fault: Fault,
+    /// How long and how often follows from it.
+    #[serde(default)]
+    pub(super) seed: u64,
+}
+
 /// How big a disk shall be.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
 pub(super) struct ResizeDisk {
@@ -64,7 +77,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::config::VmConfig;
+use crate::config::VmConfig;
 
     fn why<T: DeserializeOwned + std::fmt::Debug>(body: &str) -> String {
         String::from_utf8(decode::<T>(body.as_bytes()).unwrap_err().encode(true)).unwrap()

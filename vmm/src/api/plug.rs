@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 
-use super::body::{self, RemoveDevice, ResizeDisk, ReviveDevice};
+use super::body::{self, FaultDevice, RemoveDevice, ResizeDisk, ReviveDevice};
 use super::machine::{done, refuse};
 use super::reply::{Reply, Status};
 use super::routes::{Asked, Good, Route, Served, of, put};
@@ -63,6 +63,17 @@ pub(super) fn routes() -> Vec<Route> {
             },
         )
         .takes::<ReviveDevice>()
+        .refuses(&[Status::BadRequest, Status::NotFound]),
+        put(
+            "/api/v1/vm.fault-device",
+            "Does to a device what the world may do, for a test; needs platform.allow_faults.",
+            Nothing,
+            |api, _, asked| {
+                let FaultDevice { id, fault, seed } = body::decode(asked.body)?;
+                done(api.control.fault_device(&id, fault, seed))
+            },
+        )
+        .takes::<FaultDevice>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
         put("/api/v1/vm.add-device", "Not supported.", Never, |_, _, _| {
             refuse("passthrough of host devices is not supported")

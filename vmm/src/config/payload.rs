@@ -136,9 +136,16 @@ pub struct PlatformConfig {
     /// Devices whose processes somebody debugs: one that stands is told of, and left alone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub debug_devices: Vec<String>,
+    /// Whoever has the operator's socket may do to devices what the world may do, as tests want to.
+    #[serde(skip_serializing_if = "is_no")]
+    pub allow_faults: bool,
     /// How device processes are jailed.
     #[serde(skip_serializing_if = "is_usual")]
     pub jail: JailPolicy,
+}
+
+fn is_no(flag: &bool) -> bool {
+    !*flag
 }
 
 fn is_usual(jail: &JailPolicy) -> bool {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
+use crate::vhost::Fault;
 use crate::config::{DeviceConfig, VmConfig};
 
 /// Name of a device: the user's, or one that Atoll made up.
@@ -51,6 +52,8 @@ pub trait VmControl: Send + Sync {
     /// Gives a device that was quarantined, or that waits for its backend, another chance at once. Nothing happens to one that
     /// is well.
     fn revive_device(&self, id: &str) -> Result<(), VmError>;
+    /// Does to a device what the world may do; only where the machine was started with leave for it.
+    fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError>;
     /// The configuration as it is now, and the state.
     fn info(&self) -> Result<VmInfo, VmError>;
     /// Every device with the state of its process.

@@ -17,6 +17,7 @@ use super::keeper::{Keeper, View, no_machine};
 use super::mailbox::{Event, Mailbox, Post};
 use super::report::{DeviceReport, VmInfo};
 use super::story::Story;
+use crate::vhost::Fault;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, StopCause};
@@ -167,6 +168,10 @@ impl VmControl for Controller {
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let id = id.to_owned();
         self.mailbox.ask("vm.revive-device", DEVICES, move |keeper| keeper.revive_device(&id))
+    }
+    fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {
+        let id = id.to_owned();
+        self.mailbox.ask("vm.fault-device", DEVICES, move |keeper| keeper.fault_device(&id, fault, seed))
     }
     fn info(&self) -> Result<VmInfo, VmError> {
         self.view.info().ok_or_else(no_machine)

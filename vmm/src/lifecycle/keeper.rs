@@ -26,6 +26,7 @@ use super::plan::Plan;
 use super::report::{DeviceReport, DeviceState, RecoveryClass, VmInfo, VmState};
 use super::roster;
 use super::story::Story;
+use crate::vhost::Fault;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{
@@ -451,6 +452,20 @@ impl Keeper {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
                 Some(life) => life.revive().map_err(failed),
+                None => Err(no_device(id)),
+            },
+            other => Err(other.not_running()),
+        }
+    }
+
+    pub(super) fn fault_device(&mut self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {
+        if !self.state.config().is_some_and(|config| config.platform.allow_faults) {
+            let what = "this machine was started without --allow-faults: start it with that flag to do such things to it";
+            return Err(VmError { kind: ErrorKind::Bad, text: what.to_owned() });
+        }
+        match &mut self.state {
+            State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
+                Some(life) => life.inject(fault, seed).map_err(failed),
                 None => Err(no_device(id)),
             },
             other => Err(other.not_running()),

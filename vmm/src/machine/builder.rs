@@ -7,6 +7,7 @@ use atoll_devices::pci::DevFn;
 use thiserror::Error;
 
 use super::Board;
+use crate::vhost::Fault;
 use crate::lifecycle::DeviceReport;
 
 /// Why a device could not be built. The message names the device; the source names the remedy.
@@ -87,6 +88,14 @@ pub trait DeviceLife: Send {
     fn resize(&mut self, _bytes: u64) -> Result<(), LifeError> {
         let source = "the device has no size that could be changed".into();
         Err(LifeError { device: "device".into(), step: "resize", source })
+    }
+    /// Does to a device what the world may do, for a test.
+    ///
+    /// # Errors
+    /// When there is no process behind it, or it is in no state for it.
+    fn inject(&mut self, _fault: Fault, _seed: u64) -> Result<(), LifeError> {
+        let source = "the device has no process to which anything could happen".into();
+        Err(LifeError { device: "device".into(), step: "suffer the fault", source })
     }
     /// Gives a device whose process was given up another chance.
     ///

@@ -9,6 +9,7 @@ use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 
 use super::call::Transport;
+use super::fault::Fault;
 use super::device::{Connected, DeviceState, Recovery, VhostDevice};
 use super::kinds::{Host, Kind};
 use super::parts::{Care, DeviceParts, Limits};
@@ -206,6 +207,9 @@ impl DeviceLife for VhostLife {
     }
     fn resize(&mut self, bytes: u64) -> Result<(), LifeError> {
         self.device.resize(bytes).map_err(|error| self.failed("resize", error))
+    }
+    fn inject(&mut self, fault: Fault, seed: u64) -> Result<(), LifeError> {
+        self.device.inject(fault, seed).map_err(|error| self.failed("suffer the fault", error))
     }
     fn revive(&mut self) -> Result<(), LifeError> {
         self.device.revive();

@@ -22,6 +22,7 @@ use super::back_channel::BackChannel;
 use super::call::Transport;
 use super::conversation::Conversation;
 use super::error::ConversationError;
+use super::fault::{self, Fault, FaultError};
 use super::gate::{Closed, Gate};
 use super::parts::{DeviceParts, Makers, Parts};
 use super::patience::{Ending, Patience};
@@ -187,6 +188,10 @@ pub(super) enum Request {
     },
     /// The operator wants a device back that was given up.
     Revive,
+    /// A fault was asked for: the connection breaks, or the backend says what follows from a seed.
+    Break {
+        nonsense: Option<u64>,
+    },
     /// Give everything but the board's part to whoever comes next.
     Leave {
         deadline: Instant,
@@ -537,6 +542,17 @@ impl VhostDevice {
     /// Gives a device that was given up, or that waits, another chance at once.
     pub fn revive(&self) {
         self.shared.send(Request::Revive);
+    }
+    /// Does to it what the world may do (`fault`).
+    ///
+    /// # Errors
+    /// When it is in no state for it.
+    pub fn inject(&self, fault: Fault, seed: u64) -> Result<(), FaultError> {
+        fault::inject(self, fault, seed)
+    }
+    /// Cuts the connection, or has the backend talk nonsense that follows from a seed. Whether anybody hears of it.
+    pub(super) fn break_conversation(&self, nonsense: Option<u64>) -> bool {
+        self.shared.send(Request::Break { nonsense })
     }
     /// The board goes, the backend stays: takes the rings back and ends the thread. Nothing touches guest memory
     /// afterwards. `None` when the device had been stopped.

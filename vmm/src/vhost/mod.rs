@@ -16,6 +16,7 @@ mod conversation;
 mod device;
 mod error;
 mod factory;
+mod fault;
 mod features;
 mod gate;
 mod guest_ring;
@@ -42,6 +43,7 @@ pub use device::{
     ConnectError, Connected, DeviceState, DeviceStatus, PauseError, Recovery, SwitchError, VhostDevice, VhostFrontend,
 };
 pub use error::{ConversationError, Step};
+pub use fault::{Fault, FaultError};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use features::{feature_names, offerable, protocol_feature_names};
 pub use kinds::{ChainError, ConsoleError, DiskError, NetError, UserError, switch_socket};

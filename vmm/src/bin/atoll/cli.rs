@@ -129,6 +129,22 @@ pub(crate) enum Command {
         #[arg(value_name = "ID")]
         id: String,
     },
+    /// Does to a device what the world may do: kill, stop, delay, drop-kick, drop-call, slow, disconnect or garbage. Only for
+    /// a machine that was started with --allow-faults.
+    #[command(after_help = "Example:\n  atoll fault web _disk0 kill")]
+    Fault {
+        #[command(flatten)]
+        vm: Target,
+        /// The device, as `atoll info` names it.
+        #[arg(value_name = "ID")]
+        id: String,
+        /// What happens to it.
+        #[arg(value_name = "FAULT")]
+        fault: atoll_vmm::vhost::Fault,
+        /// How long and how often follows from it.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+    },
     /// Prints what happens to a machine, a JSON object a line, until it ends.
     #[command(after_help = "Example:\n  atoll events web | jq -r 'select(.source == \"device\") | .event'")]
     Events(Target),
@@ -340,6 +356,9 @@ pub(crate) struct RunArgs {
     /// Leaves the process of this device alone when it stands, as in a debugger: that is told of, and nothing else is done.
     #[arg(long, value_name = "ID")]
     pub(crate) debug_device: Vec<String>,
+    /// Lets `atoll fault` do to devices what the world may do, for tests.
+    #[arg(long)]
+    pub(crate) allow_faults: bool,
     /// Serves the API here too: PATH, path=PATH, or fd=N, an inherited listening socket.
     #[arg(long, value_name = "WHERE")]
     pub(crate) api_socket: Option<String>,

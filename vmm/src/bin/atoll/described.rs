@@ -172,6 +172,7 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
     };
     platform.cpu_model = args.cpu_model.clone().or(platform.cpu_model.take());
     platform.deterministic |= args.deterministic;
+    platform.allow_faults |= args.allow_faults;
     platform.debug_devices.extend(args.debug_device.iter().cloned());
     platform.jail = args.jail.map_or(platform.jail, JailPolicy::from);
     platform.backend_dir = args.backend_dir.clone().or(platform.backend_dir.take());

@@ -261,6 +261,12 @@ pub(crate) fn revive(name: &str, id: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `fault`.
+pub(crate) fn fault(name: &str, id: &str, fault: atoll_vmm::vhost::Fault, seed: u64) -> anyhow::Result<()> {
+    Machine::find(name)?.put("vm.fault-device", Some(&json!({ "id": id, "fault": fault, "seed": seed })))?;
+    Ok(())
+}
+
 /// `events`.
 pub(crate) fn events(name: &str) -> anyhow::Result<()> {
     let mut events = Machine::find(name)?.into_client().events()?;

@@ -21,6 +21,7 @@ mod resize;
 mod rings;
 mod standin;
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -35,9 +36,11 @@ pub(super) use compare::Shown;
 pub(super) use link::{Session, SessionParts};
 pub use resize::ResizeError;
 
+use super::back_channel::BackChannel;
 use super::call::{CallPath, Transport};
 use super::device::{DeviceState, Request, Shared, SwitchError, lock};
 use super::error::{ConversationError, Step};
+use super::fault;
 use super::inflight::InflightRegion;
 use super::ledger::Ledger;
 use super::parts::Parts;
@@ -189,6 +192,7 @@ impl Worker {
                         let _ = answer.send(Ok(()));
                     }
                     Request::Revive => self.feed(Event::Revive),
+                    Request::Break { nonsense } => self.break_conversation(nonsense),
                     Request::Leave { deadline, answer } => self.prepare_to_leave(deadline, answer),
                     Request::Stop { deadline } => return self.stop(deadline),
                 }
@@ -336,6 +340,22 @@ impl Worker {
         if self.shared.gate.is_closed() {
             self.drain = self.parts.limits.drain;
             self.feed(Event::Pause);
+        }
+    }
+
+    /// A fault that was asked for. What follows is what follows when it happens by itself.
+    fn break_conversation(&mut self, nonsense: Option<u64>) {
+        let Some(session) = &mut self.past.session else { return };
+        match nonsense {
+            None => session.conversation.hang_up(),
+            Some(seed) => match BackChannel::new() {
+                Ok((channel, backends)) => {
+                    // Fails only when nobody reads, and then the channel is closed, which is a fault too.
+                    let _ = (&backends).write_all(&fault::nonsense(seed));
+                    session.requests = Some(channel);
+                }
+                Err(error) => tracing::warn!(device = self.shared.name, %error, "no channel for a fault"),
+            },
         }
     }
 
