@@ -121,8 +121,7 @@ impl Outcome {
         let [before, after] = frame.census;
         let leaked = after.leaked_since(&before, tally.kills);
         let enough = tally.in_flight * 100 >= tally.kills * IN_FLIGHT_PERCENT_MIN;
-        let ok =
-            findings.broken() == 0 && tally.hung == 0 && leaked == 0 && enough && tally.words.is_empty();
+        let ok = findings.broken() == 0 && tally.hung == 0 && leaked == 0 && enough && tally.words.is_empty();
         let words = [tally.words, findings.words].concat();
         Self {
             chaos: "process-death",

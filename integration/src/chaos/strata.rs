@@ -86,7 +86,8 @@ pub fn measure(programs: &Path, folder: &Path, kills: u64, seed: u64) -> Result<
             for depth in [1, 32] {
                 let name = if kind == Kind::In { "read" } else { "write" };
                 let measured = stratum(&page, place, direct, kind, depth, kills, seed);
-                strata.push(measured.with_context(|| format!("{name} at depth {depth} on {image}"))?.named(name, image));
+                strata
+                    .push(measured.with_context(|| format!("{name} at depth {depth} on {image}"))?.named(name, image));
             }
         }
     }
@@ -214,8 +215,7 @@ fn stratum(
     let config = DeviceConfig::Disk(DiskConfig { path: Some(path), direct, ..DiskConfig::default() });
     let mut rig = house.device(&config, MEMORY)?;
     let options = Options { queues: 1, size: SIZE, memory: MEMORY as usize, ..Options::default() };
-    let mut disk =
-        Disk { driver: rig.start(options)?, dice: Dice::new(seed), kind, in_flight: HashMap::new() };
+    let mut disk = Disk { driver: rig.start(options)?, dice: Dice::new(seed), kind, in_flight: HashMap::new() };
     let (mut in_flight, mut after, mut fences, mut beyond) = (Vec::new(), Vec::new(), Vec::new(), 0.0_f64);
     for _ in 0..kills {
         disk.run(depth, 50 * depth.min(4))?;

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use atoll_vmm::vhost::Fault;
 use atoll_vmm::api::{Api, ApiServer, ListenAt};
 use atoll_vmm::config::{DeviceConfig, VmConfig};
 use atoll_vmm::lifecycle::{
     DeviceReport, DeviceState, ErrorKind, Plugged, RecoveryClass, Story, VmControl, VmError, VmInfo, VmState,
 };
+use atoll_vmm::vhost::Fault;
 
 /// What the machine was asked and what it has.
 #[derive(Default)]

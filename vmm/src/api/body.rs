@@ -77,7 +77,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-use crate::config::VmConfig;
+    use crate::config::VmConfig;
 
     fn why<T: DeserializeOwned + std::fmt::Debug>(body: &str) -> String {
         String::from_utf8(decode::<T>(body.as_bytes()).unwrap_err().encode(true)).unwrap()

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
-use crate::vhost::Fault;
 use crate::config::{DeviceConfig, VmConfig};
+use crate::vhost::Fault;
 
 /// Name of a device: the user's, or one that Atoll made up.
 pub type DeviceId = String;

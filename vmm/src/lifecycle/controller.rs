@@ -17,10 +17,10 @@ use super::keeper::{Keeper, View, no_machine};
 use super::mailbox::{Event, Mailbox, Post};
 use super::report::{DeviceReport, VmInfo};
 use super::story::Story;
-use crate::vhost::Fault;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, StopCause};
+use crate::vhost::Fault;
 
 /// Requests that touch no device.
 const QUICK: Duration = Duration::from_secs(5);

@@ -26,13 +26,13 @@ use super::plan::Plan;
 use super::report::{DeviceReport, DeviceState, RecoveryClass, VmInfo, VmState};
 use super::roster;
 use super::story::Story;
-use crate::vhost::Fault;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{
     EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseFigures, PauseLimits, Rebuilt,
     failure,
 };
+use crate::vhost::Fault;
 
 /// What is known without asking the thread.
 #[derive(Default)]
@@ -460,7 +460,8 @@ impl Keeper {
 
     pub(super) fn fault_device(&mut self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {
         if !self.state.config().is_some_and(|config| config.platform.allow_faults) {
-            let what = "this machine was started without --allow-faults: start it with that flag to do such things to it";
+            let what =
+                "this machine was started without --allow-faults: start it with that flag to do such things to it";
             return Err(VmError { kind: ErrorKind::Bad, text: what.to_owned() });
         }
         match &mut self.state {

@@ -7,8 +7,8 @@ use atoll_devices::pci::DevFn;
 use thiserror::Error;
 
 use super::Board;
-use crate::vhost::Fault;
 use crate::lifecycle::DeviceReport;
+use crate::vhost::Fault;
 
 /// Why a device could not be built. The message names the device; the source names the remedy.
 #[derive(Debug, Error)]

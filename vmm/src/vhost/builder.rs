@@ -9,8 +9,8 @@ use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 
 use super::call::Transport;
-use super::fault::Fault;
 use super::device::{Connected, DeviceState, Recovery, VhostDevice};
+use super::fault::Fault;
 use super::kinds::{Host, Kind};
 use super::parts::{Care, DeviceParts, Limits};
 use crate::config::{DeviceKind, OnFailure, Track};

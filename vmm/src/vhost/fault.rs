@@ -71,7 +71,10 @@ impl FromStr for Fault {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         let names = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|fault| fault.name() == text).ok_or_else(|| format!("no such fault: name one of {}", names()))
+        Self::ALL
+            .into_iter()
+            .find(|fault| fault.name() == text)
+            .ok_or_else(|| format!("no such fault: name one of {}", names()))
     }
 }
 
@@ -153,7 +156,9 @@ pub(super) fn inject(device: &VhostDevice, fault: Fault, seed: u64) -> Result<()
             });
             Ok(wakes.map(drop)?)
         }
-        Fault::Delay => kicks(device, 1 + roll(seed, 16), late(50)).and_then(|()| calls(device, 1 + roll(seed, 16), late(50))),
+        Fault::Delay => {
+            kicks(device, 1 + roll(seed, 16), late(50)).and_then(|()| calls(device, 1 + roll(seed, 16), late(50)))
+        }
         Fault::Slow => kicks(device, 1000, late(5)).and_then(|()| calls(device, 1000, late(5))),
         Fault::DropKick => kicks(device, few, Verdict::Drop),
         Fault::DropCall => calls(device, few, Verdict::Drop),

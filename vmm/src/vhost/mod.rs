@@ -43,8 +43,8 @@ pub use device::{
     ConnectError, Connected, DeviceState, DeviceStatus, PauseError, Recovery, SwitchError, VhostDevice, VhostFrontend,
 };
 pub use error::{ConversationError, Step};
-pub use fault::{Fault, FaultError};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
+pub use fault::{Fault, FaultError};
 pub use features::{feature_names, offerable, protocol_feature_names};
 pub use kinds::{ChainError, ConsoleError, DiskError, NetError, UserError, switch_socket};
 pub use parts::{Care, DeviceParts, Limits};
