@@ -65,6 +65,7 @@ impl DirtyLog {
     }
 
     /// True while pages are marked.
+    #[inline]
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)
     }
@@ -77,10 +78,15 @@ impl DirtyLog {
 
     /// Marks the pages that `len` bytes at guest-physical `gpa` touch. Pages beyond the log are ignored: the
     /// front end chose its size.
+    #[inline]
     pub fn mark(&self, gpa: u64, len: usize) {
-        if len == 0 || !self.is_on() {
-            return;
+        if self.is_on() && len > 0 {
+            self.mark_pages(gpa, len);
         }
+    }
+
+    #[cold]
+    fn mark_pages(&self, gpa: u64, len: usize) {
         let map = self.map.read().unwrap_or_else(PoisonError::into_inner);
         let Some(map) = map.as_ref() else { return };
         let first = gpa / LOG_PAGE_BYTES;
@@ -128,6 +134,7 @@ impl<'a> WithBitmapSlice<'a> for RegionLog {
 }
 
 impl Bitmap for RegionLog {
+    #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.log.mark(self.base.saturating_add(offset as u64), len);
     }
@@ -136,6 +143,7 @@ impl Bitmap for RegionLog {
         self.log.marked(self.base.saturating_add(offset as u64))
     }
 
+    #[inline]
     fn slice_at(&self, offset: usize) -> LogSlice<'_> {
         LogSlice { log: &self.log, base: self.base.saturating_add(offset as u64) }
     }
@@ -154,6 +162,7 @@ impl<'b> WithBitmapSlice<'_> for LogSlice<'b> {
 impl BitmapSlice for LogSlice<'_> {}
 
 impl<'b> Bitmap for LogSlice<'b> {
+    #[inline]
     fn mark_dirty(&self, offset: usize, len: usize) {
         self.log.mark(self.base.saturating_add(offset as u64), len);
     }
@@ -162,6 +171,7 @@ impl<'b> Bitmap for LogSlice<'b> {
         self.log.marked(self.base.saturating_add(offset as u64))
     }
 
+    #[inline]
     fn slice_at(&self, offset: usize) -> LogSlice<'b> {
         LogSlice { log: self.log, base: self.base.saturating_add(offset as u64) }
     }

@@ -26,7 +26,7 @@ use crate::worker::{Gate, QueuePulse, RingStart, wake};
 
 /// Buffers that are published together while more are being filled. The guest reads the used index in a loop: each store
 /// of it costs a cache line that travels between two processors.
-const PUBLISH_AT: usize = 16;
+const PUBLISH_AT: usize = 32;
 
 /// A ring that others than its own thread may fill.
 #[derive(Debug)]

@@ -222,9 +222,14 @@ impl Toll {
     }
 
     /// Pays for the next request: how long it has waited, or none when it has to go on waiting.
+    #[inline]
     pub(crate) fn pay(&mut self, cost: impl FnOnce() -> Cost) -> Option<Duration> {
-        let Some(limiter) = &self.limiter else { return Some(Duration::ZERO) };
-        match limiter.admit(cost()) {
+        if self.limiter.is_none() { Some(Duration::ZERO) } else { self.charge(cost()) }
+    }
+
+    fn charge(&mut self, cost: Cost) -> Option<Duration> {
+        let limiter = self.limiter.as_ref()?;
+        match limiter.admit(cost) {
             Ok(()) => {
                 self.until = None;
                 Some(self.since.take().map_or(Duration::ZERO, |since| limiter.now().saturating_duration_since(since)))

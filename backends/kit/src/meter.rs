@@ -13,6 +13,10 @@ use crate::stats::{Part, add};
 
 /// Requests of one group.
 const GROUP: u32 = 8;
+/// Requests of one group when they are so short that reading a clock is a good part of one.
+const GROUP_SHORT: u32 = 32;
+/// With a mean below this, they are.
+const SHORT_NS: u64 = 500;
 /// With a mean above this, each request is timed by itself.
 const SLOW_NS: u64 = 4000;
 
@@ -52,6 +56,7 @@ impl Meter {
     }
 
     /// A request of this batch waits for an operation.
+    #[inline]
     pub fn pending(&mut self, head: u16) {
         if let Some(taken) = self.taken.get_mut(usize::from(head)) {
             *taken = self.since;
@@ -59,6 +64,7 @@ impl Meter {
     }
 
     /// A request of this batch was finished as soon as it was taken.
+    #[inline]
     pub fn finished(&mut self) {
         self.finished += 1;
         if self.finished >= self.group {
@@ -82,7 +88,11 @@ impl Meter {
         let mean = now.saturating_sub(self.since) / count;
         self.since = now;
         self.count(mean, count);
-        self.group = if mean > SLOW_NS { 1 } else { GROUP };
+        self.group = match mean {
+            0..SHORT_NS => GROUP_SHORT,
+            SHORT_NS..=SLOW_NS => GROUP,
+            _ => 1,
+        };
     }
 
     fn count(&self, ns: u64, requests: u64) {

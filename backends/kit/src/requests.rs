@@ -20,7 +20,7 @@ use crate::worker::QueuePulse;
 const TURN_MAX: u16 = 64;
 /// Completions that are published together. The guest reads the used index in a loop: each store of it costs a cache line
 /// that travels between two processors, and more than the rest of a short request.
-pub(crate) const PUBLISH_AT: usize = 16;
+pub(crate) const PUBLISH_AT: usize = 32;
 
 /// What a queue thread lends for one turn.
 pub(crate) struct Turn<'a, M: GuestMemory> {

@@ -107,6 +107,7 @@ pub struct Part {
 impl Deref for Part {
     type Target = QueueStats;
 
+    #[inline]
     fn deref(&self) -> &QueueStats {
         // SAFETY: the offset of a queue below `queues` lies with all its bytes within the mapping (`page_bytes`) and is a
         // multiple of 64; for the rest see `StatsPage::header`.
@@ -131,35 +132,41 @@ pub struct Figures<'a>(&'a QueueStats);
 
 impl<'a> Figures<'a> {
     /// Counts in `stats`. To be used by the thread of that queue.
+    #[inline]
     pub fn new(stats: &'a QueueStats) -> Self {
         Self(stats)
     }
 
     /// A request has moved `bytes` to the guest.
+    #[inline]
     pub fn read(self, bytes: u64) {
         add(&self.0.reads, 1);
         add(&self.0.read_bytes, bytes);
     }
 
     /// So many requests have moved `bytes` to the guest.
+    #[inline]
     pub fn read_several(self, requests: u64, bytes: u64) {
         add(&self.0.reads, requests);
         add(&self.0.read_bytes, bytes);
     }
 
     /// So many requests have moved `bytes` from the guest.
+    #[inline]
     pub fn written_several(self, requests: u64, bytes: u64) {
         add(&self.0.writes, requests);
         add(&self.0.write_bytes, bytes);
     }
 
     /// A request has moved `bytes` from the guest.
+    #[inline]
     pub fn written(self, bytes: u64) {
         add(&self.0.writes, 1);
         add(&self.0.write_bytes, bytes);
     }
 
     /// A request was completed with an error.
+    #[inline]
     pub fn failed(self) {
         add(&self.0.errors, 1);
     }

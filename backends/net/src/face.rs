@@ -65,6 +65,7 @@ impl Face {
     }
 
     /// What was negotiated.
+    #[inline]
     pub fn features(&self) -> Features {
         Features(self.features.load(Ordering::Relaxed))
     }
@@ -87,6 +88,7 @@ impl Face {
 
     /// The driver has sent on a pair, so it uses it; true when that was news. A successor is told of it in no other way:
     /// drivers ask for their pairs only once.
+    #[inline]
     pub fn saw_pair(&self, pair: u16) -> bool {
         pair >= self.active_pairs() && {
             self.pairs_seen.fetch_max(pair + 1, Ordering::Relaxed);
@@ -95,6 +97,7 @@ impl Face {
     }
 
     /// Queue pairs that frames for the guest may be spread over.
+    #[inline]
     pub fn active_pairs(&self) -> u16 {
         let wanted = self.pairs.load(Ordering::Relaxed).max(self.pairs_seen.load(Ordering::Relaxed));
         wanted.clamp(1, self.pairs_max)
@@ -120,6 +123,7 @@ impl Face {
     }
 
     /// Whether the guest may get a frame of so many bytes now, which is then counted against its limit; else when.
+    #[inline]
     pub fn admit(&self, bytes: u64) -> Result<(), Instant> {
         self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(Cost { bytes, operations: 1 }))
     }

@@ -65,6 +65,12 @@ impl Filter {
         self.everything.load(Ordering::Relaxed) || self.rules.read().unwrap_or_else(PoisonError::into_inner).accept(to)
     }
 
+    /// Whether every frame is wanted.
+    #[inline]
+    pub fn accepts_all(&self) -> bool {
+        self.everything.load(Ordering::Relaxed)
+    }
+
     /// Changes the rules.
     pub fn change(&self, change: impl FnOnce(&mut Rules)) {
         let mut rules = self.rules.write().unwrap_or_else(PoisonError::into_inner);

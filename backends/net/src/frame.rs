@@ -3,8 +3,8 @@
 use atoll_kit::chain::Chain;
 use atoll_kit::inlet::Buffers;
 use atoll_kit::memory::{OutOfRange, Segments, copy};
-use vm_memory::bitmap::MS;
-use vm_memory::{GuestMemory, VolatileSlice};
+use vm_memory::bitmap::{BitmapSlice, MS};
+use vm_memory::{GuestMemory, VolatileMemory, VolatileSlice};
 
 use crate::face::Face;
 use crate::filter::Mac;
@@ -45,6 +45,79 @@ impl Takes {
     }
 }
 
+/// Addresses and type of a frame. As integers: bytes that are stored one by one and then read together make a processor
+/// wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Start {
+    /// The first eight bytes, little endian.
+    low: u64,
+    /// The next four.
+    middle: u32,
+    /// The last two.
+    high: u16,
+}
+
+impl Start {
+    fn of(bytes: [u8; ETHERNET_BYTES]) -> Self {
+        let [b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13] = bytes;
+        Self {
+            low: u64::from_le_bytes([b0, b1, b2, b3, b4, b5, b6, b7]),
+            middle: u32::from_le_bytes([b8, b9, b10, b11]),
+            high: u16::from_le_bytes([b12, b13]),
+        }
+    }
+
+    /// As it stands in the frame.
+    pub fn bytes(self) -> [u8; ETHERNET_BYTES] {
+        let [b0, b1, b2, b3, b4, b5, b6, b7] = self.low.to_le_bytes();
+        let ([b8, b9, b10, b11], [b12, b13]) = (self.middle.to_le_bytes(), self.high.to_le_bytes());
+        [b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13]
+    }
+
+    /// The address that it goes to, as a number.
+    #[inline]
+    pub fn to(self) -> u64 {
+        self.low & 0xffff_ffff_ffff
+    }
+
+    /// The address that it comes from, as a number.
+    #[inline]
+    pub fn from(self) -> u64 {
+        self.low >> 48 | u64::from(self.middle) << 16
+    }
+}
+
+/// An address that stands as a number in a [`Start`].
+#[inline]
+pub fn mac(number: u64) -> Mac {
+    let [a, b, c, d, e, f, _, _] = number.to_le_bytes();
+    [a, b, c, d, e, f]
+}
+
+type Piece<'a, M> = VolatileSlice<'a, MS<'a, <M as GuestMemory>::PhysicalMemory>>;
+
+/// Reads header and start of a frame, which need not be aligned.
+#[inline]
+fn first<B: BitmapSlice>(piece: &VolatileSlice<'_, B>) -> Option<(Header, Start)> {
+    let header = Header::of(piece.get_ref(0).ok()?.load(), piece.get_ref(8).ok()?.load());
+    let (low, middle, high) = (piece.get_ref::<u64>(12).ok()?, piece.get_ref::<u32>(20).ok()?, piece.get_ref(24).ok()?);
+    let start =
+        Start { low: u64::from_le(low.load()), middle: u32::from_le(middle.load()), high: u16::from_le(high.load()) };
+    Some((header, start))
+}
+
+/// Writes header and start of a frame.
+#[inline]
+fn set_first<B: BitmapSlice>(piece: &VolatileSlice<'_, B>, header: Header, buffers: u16, start: Start) -> Option<()> {
+    let (word, rest) = header.words(buffers);
+    piece.get_ref(0).ok()?.store(word);
+    piece.get_ref(8).ok()?.store(rest);
+    piece.get_ref(12).ok()?.store(start.low.to_le());
+    piece.get_ref(20).ok()?.store(start.middle.to_le());
+    piece.get_ref(24).ok()?.store(start.high.to_le());
+    Some(())
+}
+
 /// A frame in the memory of the guest that sends it. Its header and its first bytes were read once; what is decided is
 /// decided on those, whatever the guest does meanwhile.
 #[derive(Debug)]
@@ -54,7 +127,7 @@ pub struct Frame<'a, M: GuestMemory> {
     /// What it made available.
     pub chain: Segments<'a>,
     /// Header and frame, when they lie in one piece.
-    whole: Option<VolatileSlice<'a, MS<'a, M::PhysicalMemory>>>,
+    whole: Option<Piece<'a, M>>,
     /// Where in the chain the frame begins, behind its header.
     pub at: u64,
     /// Bytes of the frame.
@@ -62,12 +135,12 @@ pub struct Frame<'a, M: GuestMemory> {
     /// The checked header.
     pub header: Header,
     /// Addresses and type.
-    pub start: [u8; ETHERNET_BYTES],
+    pub start: Start,
 }
 
 impl<'a, M: GuestMemory> Frame<'a, M> {
     /// Reads what a driver sends; none when it makes no sense.
-    #[inline]
+    #[inline(always)]
     pub fn read(sends: Sends, mem: &'a M, chain: &'a Chain) -> Option<Self> {
         let at = sends.head;
         let len = chain.readable_bytes().checked_sub(at)?;
@@ -76,36 +149,21 @@ impl<'a, M: GuestMemory> Frame<'a, M> {
         }
         let chain = chain.readable();
         let whole = chain.piece(mem, 0, (at + len) as usize);
-        let (header, start) = if at == HEADER_BYTES as u64
-            && let Some(Ok(first)) = whole.as_ref().map(|whole| whole.subslice(0, FIRST_BYTES))
-        {
-            let mut raw = [0; FIRST_BYTES];
-            first.copy_to(&mut raw);
-            let (header, start) = raw.split_at(HEADER_BYTES);
-            (Header::parse(header), *start.first_chunk()?)
-        } else {
-            let mut raw = [0; FIRST_BYTES];
-            let raw = raw.get_mut(..at as usize + ETHERNET_BYTES)?;
-            chain.read_at(mem, 0, raw).ok()?;
-            let (header, start) = raw.split_at_checked(at as usize)?;
-            (Header::parse(header), *start.first_chunk()?)
+        let (header, start) = match &whole {
+            Some(whole) if at == HEADER_BYTES as u64 => first(whole)?,
+            _ => Self::read_first(mem, chain, at)?,
         };
         let header = header.check(sends.offloads, len).ok()?;
         Some(Self { mem, chain, whole, at, len, header, start })
     }
 
-    /// Where it goes.
-    #[inline]
-    pub fn to(&self) -> Mac {
-        let [a, b, c, d, e, f, ..] = self.start;
-        [a, b, c, d, e, f]
-    }
-
-    /// Where it comes from.
-    #[inline]
-    pub fn from(&self) -> Mac {
-        let [_, _, _, _, _, _, a, b, c, d, e, f, ..] = self.start;
-        [a, b, c, d, e, f]
+    #[cold]
+    fn read_first(mem: &M, chain: Segments<'_>, at: u64) -> Option<(Header, Start)> {
+        let mut raw = [0; FIRST_BYTES];
+        let raw = raw.get_mut(..at as usize + ETHERNET_BYTES)?;
+        chain.read_at(mem, 0, raw).ok()?;
+        let (header, start) = raw.split_at_checked(at as usize)?;
+        Some((Header::parse(header), Start::of(*start.first_chunk()?)))
     }
 
     /// Copies its first `len` bytes out.
@@ -113,10 +171,7 @@ impl<'a, M: GuestMemory> Frame<'a, M> {
         out.resize(len.min(self.len) as usize, 0);
         self.chain.read_at(self.mem, self.at, out)?;
         // What was looked at is what is passed on.
-        let start = self.start.len().min(out.len());
-        if let (Some(to), Some(from)) = (out.get_mut(..start), self.start.get(..start)) {
-            to.copy_from_slice(from);
-        }
+        out.iter_mut().zip(self.start.bytes()).for_each(|(to, from)| *to = from);
         Ok(())
     }
 }
@@ -132,24 +187,28 @@ pub fn pass<M: GuestMemory, S: GuestMemory>(buffers: &mut Buffers<'_, M>, takes:
     let direct = || -> Option<()> {
         let target = (head == HEADER_BYTES as u64).then(|| room.piece(mem, 0, whole as usize))??;
         let source = frame.whole.as_ref()?.offset(frame.at as usize + ETHERNET_BYTES).ok()?;
-        let (to_first, to_rest) =
-            (target.subslice(0, FIRST_BYTES).ok()?, target.subslice(FIRST_BYTES, source.len()).ok()?);
-        let mut first = [0; FIRST_BYTES];
-        let (to_head, to_start) = first.split_at_mut(HEADER_BYTES);
-        to_head.copy_from_slice(&frame.header.bytes(chains as u16));
-        to_start.copy_from_slice(&frame.start);
-        to_first.copy_from(&first);
-        source.copy_to_volatile_slice(to_rest);
+        let rest = target.offset(FIRST_BYTES).ok()?;
+        set_first(&target, frame.header, chains as u16, frame.start)?;
+        source.copy_to_volatile_slice(rest);
         Some(())
     };
-    let written = direct().ok_or(OutOfRange).or_else(|_| {
-        let start = frame.start.len() as u64;
-        begin(mem, room, takes, &frame.header, chains, &frame.start)?;
-        copy((frame.mem, frame.chain, frame.at + start), (mem, room, head + start), frame.len - start)
-    });
+    let written = direct().ok_or(OutOfRange).or_else(|_| pass_parts(mem, room, takes, chains, frame));
     // Buffers outside its memory are the guest's mistake: it gets them back empty.
     buffers.finish(chains, if written.is_ok() { whole } else { 0 });
     true
+}
+
+#[cold]
+fn pass_parts<M: GuestMemory, S: GuestMemory>(
+    mem: &M,
+    room: Segments<'_>,
+    takes: Takes,
+    chains: usize,
+    frame: &Frame<'_, S>,
+) -> Result<(), OutOfRange> {
+    let (head, start) = (takes.head, ETHERNET_BYTES as u64);
+    begin(mem, room, takes, &frame.header, chains, &frame.start.bytes())?;
+    copy((frame.mem, frame.chain, frame.at + start), (mem, room, head + start), frame.len - start)
 }
 
 /// Puts bytes into this guest's buffers as a frame. False when there are no buffers for it.

@@ -134,6 +134,31 @@ pub struct Header {
 }
 
 impl Header {
+    /// Takes a header apart that was read as two integers.
+    #[inline]
+    pub fn of(word: u64, rest: u32) -> Self {
+        let (word, rest) = (u64::from_le(word), u32::from_le(rest));
+        Self {
+            flags: word as u8,
+            gso: (word >> 8) as u8,
+            header_len: (word >> 16) as u16,
+            gso_size: (word >> 32) as u16,
+            csum_start: (word >> 48) as u16,
+            csum_offset: rest as u16,
+        }
+    }
+
+    /// The header as it stands in a receive buffer, for a frame in so many of them, as two integers.
+    #[inline]
+    pub fn words(&self, buffers: u16) -> (u64, u32) {
+        let word = u64::from(self.flags)
+            | u64::from(self.gso) << 8
+            | u64::from(self.header_len) << 16
+            | u64::from(self.gso_size) << 32
+            | u64::from(self.csum_start) << 48;
+        (word.to_le(), (u32::from(self.csum_offset) | u32::from(buffers) << 16).to_le())
+    }
+
     /// Takes a header apart; a short one is filled up with zeroes.
     #[inline]
     pub fn parse(raw: &[u8]) -> Self {
@@ -240,7 +265,12 @@ mod tests {
         #[test]
         fn a_header_survives_its_bytes(raw in any::<[u8; HEADER_BYTES]>()) {
             let [.., b0, b1] = raw;
-            prop_assert_eq!(Header::parse(&raw).bytes(u16::from_le_bytes([b0, b1])), raw);
+            let header = Header::parse(&raw);
+            prop_assert_eq!(header.bytes(u16::from_le_bytes([b0, b1])), raw);
+            let (word, rest) = raw.split_at(8);
+            let words = (u64::from_ne_bytes(word.try_into().unwrap()), u32::from_ne_bytes(rest.try_into().unwrap()));
+            prop_assert_eq!(Header::of(words.0, words.1), header);
+            prop_assert_eq!(header.words(u16::from_le_bytes([b0, b1])), words);
         }
 
         #[test]

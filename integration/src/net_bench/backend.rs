@@ -93,6 +93,13 @@ impl Pair {
         Ok(Self { child, sender, receiver, primed: false, _folder: folder })
     }
 
+    /// Stops the process, or lets it go on: one that polls would take a processor while the other is measured.
+    pub fn pause(&self, on: bool) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let signal = if on { rustix::process::Signal::STOP } else { rustix::process::Signal::CONT };
+        Ok(rustix::process::kill_process(pid, signal)?)
+    }
+
     /// Processor time of all its threads so far.
     pub fn cpu_time(&self) -> Result<Duration> {
         let mut clock = 0;

@@ -23,6 +23,8 @@ pub struct Sample {
     pub frames_per_second: f64,
     /// Processor time of the switch per frame, in nanoseconds.
     pub cpu_ns: f64,
+    /// Processor time of the driver per frame, in nanoseconds.
+    pub driver_ns: f64,
     /// Share of what was sent that did not arrive.
     pub lost: f64,
 }
@@ -84,14 +86,14 @@ pub fn measure(pair: &mut Pair, bytes: u32, ms: u64) -> Result<Sample> {
     frames(pair.sender.guest(), bytes);
     introduce(&mut pair.receiver)?;
     let before = pair.cpu_time()?;
-    let (sent, arrived, elapsed) = {
+    let (sent, arrived, elapsed, driver) = {
         let mut receive = Loop { driver: &mut pair.receiver, index: 0, moved: 0 };
         if !std::mem::replace(&mut pair.primed, true) {
             receive.fill(SLOT as u32, WRITE)?;
         }
         let mut send = Loop { driver: &mut pair.sender, index: 1, moved: 0 };
         send.fill(HEADER_BYTES + bytes, 0)?;
-        let start = Instant::now();
+        let (start, driver_before) = (Instant::now(), thread_time());
         let end = start + Duration::from_millis(ms);
         let mut busy = start;
         loop {
@@ -111,6 +113,7 @@ pub fn measure(pair: &mut Pair, bytes: u32, ms: u64) -> Result<Sample> {
             }
         }
         let (sent, arrived, elapsed) = (send.moved, receive.moved, start.elapsed());
+        let driver = thread_time().saturating_sub(driver_before);
         // Let the sender's queue run empty; the receiver's buffers stay with the switch.
         let limit = Instant::now() + Duration::from_secs(5);
         while send.outstanding()? > 0 {
@@ -122,15 +125,22 @@ pub fn measure(pair: &mut Pair, bytes: u32, ms: u64) -> Result<Sample> {
         while Instant::now() < quiet {
             receive.turn(true)?;
         }
-        (sent, arrived, elapsed)
+        (sent, arrived, elapsed, driver)
     };
     let cpu = pair.cpu_time()? - before;
     ensure!(arrived > 0, "no frame has arrived");
     Ok(Sample {
         frames_per_second: arrived as f64 / elapsed.as_secs_f64(),
         cpu_ns: cpu.as_secs_f64() * 1e9 / arrived as f64,
+        driver_ns: driver.as_secs_f64() * 1e9 / arrived as f64,
         lost: 1.0 - (arrived as f64 / sent.max(1) as f64).min(1.0),
     })
+}
+
+/// Processor time of this thread so far.
+fn thread_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
 }
 
 /// The receiver sends a frame, so that a switch knows where it is.

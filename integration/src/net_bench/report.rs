@@ -35,6 +35,7 @@ struct Line {
     low: f64,
     high: f64,
     cpu: (f64, f64),
+    driver: (f64, f64),
     lost: (f64, f64),
 }
 
@@ -62,6 +63,7 @@ impl Report {
                 low: ratios.first().copied().unwrap_or(f64::NAN),
                 high: ratios.last().copied().unwrap_or(f64::NAN),
                 cpu: both(|s| s.cpu_ns),
+                driver: both(|s| s.driver_ns),
                 lost: both(|s| s.lost),
             }
         };
@@ -76,7 +78,7 @@ impl Report {
     /// For people.
     pub fn table(&self) -> String {
         let mut out = format!(
-            "{:<12}{:>12}{:>12}{:>8}{:>16}{:>8}{:>18}{:>16}  verdict\n",
+            "{:<12}{:>12}{:>12}{:>8}{:>16}{:>8}{:>18}{:>16}{:>16}  verdict\n",
             "frames",
             "atoll k/s",
             format!("{} k/s", self.yardstick),
@@ -84,11 +86,12 @@ impl Report {
             "spread",
             "limit",
             "cpu ns/frame",
+            "driver ns",
             "lost %"
         );
         for line in self.lines() {
             out += &format!(
-                "{:<12}{:>12.0}{:>12.0}{:>8.2}{:>16}{:>8.2}{:>18}{:>16}  {}\n",
+                "{:<12}{:>12.0}{:>12.0}{:>8.2}{:>16}{:>8.2}{:>18}{:>16}{:>16}  {}\n",
                 format!("{} bytes", line.bytes),
                 line.atoll / 1e3,
                 line.yardstick / 1e3,
@@ -96,6 +99,7 @@ impl Report {
                 format!("{:.2} .. {:.2}", line.low, line.high),
                 RATIO_MIN,
                 format!("{:.0} / {:.0}", line.cpu.0, line.cpu.1),
+                format!("{:.0} / {:.0}", line.driver.0, line.driver.1),
                 format!("{:.1} / {:.1}", line.lost.0 * 100.0, line.lost.1 * 100.0),
                 if line.ratio >= RATIO_MIN { "ok" } else { "MISSED" },
             );
@@ -113,7 +117,8 @@ impl Report {
                 json!({
                     "bytes": l.bytes, "atoll_fps": l.atoll, "yardstick_fps": l.yardstick, "ratio": l.ratio,
                     "low": l.low, "high": l.high, "limit": RATIO_MIN, "ok": l.ratio >= RATIO_MIN,
-                    "atoll_cpu_ns": l.cpu.0, "yardstick_cpu_ns": l.cpu.1, "atoll_lost": l.lost.0, "yardstick_lost": l.lost.1,
+                    "atoll_cpu_ns": l.cpu.0, "yardstick_cpu_ns": l.cpu.1,
+                    "atoll_driver_ns": l.driver.0, "yardstick_driver_ns": l.driver.1, "atoll_lost": l.lost.0, "yardstick_lost": l.lost.1,
                 })
             })
             .collect();

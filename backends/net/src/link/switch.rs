@@ -22,8 +22,8 @@ use vm_memory::GuestMemory;
 use super::table::Table;
 use super::{Link, Outgoing, Receiver, Sender};
 use crate::face::{Face, dropped};
-use crate::filter::{Mac, is_group};
-use crate::frame::{Frame, Takes, pass, put};
+use crate::filter::is_group;
+use crate::frame::{Frame, Takes, mac, pass, put};
 use crate::header::{Features, Header, Offloads, Work};
 use crate::offload;
 
@@ -152,9 +152,9 @@ pub struct PortTurn<'a> {
     bytes: &'a mut Vec<u8>,
     touched: &'a mut Vec<(usize, usize)>,
     /// The source address that was learned last.
-    learned: Option<Mac>,
+    learned: Option<u64>,
     /// The address that was looked up last, and the port behind which it is.
-    found: Option<(Mac, Option<usize>)>,
+    found: Option<(u64, Option<usize>)>,
     inside: Option<Inside<'a>>,
 }
 
@@ -172,15 +172,16 @@ struct Inside<'a> {
 impl Outgoing for PortTurn<'_> {
     #[inline]
     fn send<M: GuestMemory>(&mut self, _face: &Face, frame: &Frame<'_, M>) -> bool {
-        let (from, to) = (frame.from(), frame.to());
+        let (from, to) = (frame.start.from(), frame.start.to());
         if self.learned != Some(from) {
-            self.switch.table.learn(&from, self.port, self.now_s);
+            self.switch.table.learn(&mac(from), self.port, self.now_s);
             self.learned = Some(from);
         }
         let known = match self.found {
-            Some((mac, known)) if mac == to => known,
+            Some((last, known)) if last == to => known,
             _ => {
-                let known = if is_group(&to) { None } else { self.switch.table.find(&to, self.now_s) };
+                let address = mac(to);
+                let known = if is_group(&address) { None } else { self.switch.table.find(&address, self.now_s) };
                 self.found = Some((to, known));
                 known
             }
@@ -216,7 +217,7 @@ impl<'a> PortTurn<'a> {
     fn give<M: GuestMemory>(&mut self, port: usize, frame: &Frame<'_, M>) {
         let switch = self.switch;
         let Some(Side { face, .. }) = switch.sides.get(port) else { return };
-        if !face.filter.accepts(&frame.to()) {
+        if !face.filter.accepts_all() && !face.filter.accepts(&mac(frame.start.to())) {
             return;
         }
         let wanted = self.pair(face, frame);
