@@ -108,6 +108,8 @@ pub struct Laden {
     pub vm: Operated,
     load: Load,
     history: PathBuf,
+    /// How often the cards will be stopped one after the other.
+    interruptions: u32,
     /// How often the guest has started again.
     epoch: u32,
     /// The lives that the guest has ended itself.
@@ -119,8 +121,9 @@ pub struct Laden {
 }
 
 impl Laden {
-    /// Boots the guest; no load yet.
-    pub fn boot(seed: u64) -> Result<Self> {
+    /// Boots the guest; no load yet. A pause stops one card before the other, and a switch has nowhere to put frames for a card
+    /// that is stopped: of each of so many `interruptions` a window of frames may be lost, as of a card whose process dies.
+    pub fn boot(seed: u64, interruptions: u32) -> Result<Self> {
         let guest = images::guest("6.1")?;
         let folder = fast_folder()?;
         let root = images::copy_of_disk(&guest, folder.path())?;
@@ -147,6 +150,7 @@ impl Laden {
             vm,
             load,
             history,
+            interruptions,
             epoch: 0,
             own_ends: BTreeSet::new(),
             complaints: Vec::new(),
@@ -173,7 +177,10 @@ impl Laden {
         let words = self.load.command(self.epoch);
         self.run(&format!("({words} stop=stop >blk 2>&1; echo $? >blk.over) & true"))?;
         for end in 0..2 {
-            let words = format!("{PROGRAM} net interface=eth{end} seed={seed} seconds={SECONDS} me={end} stop=stop");
+            let words = format!(
+                "{PROGRAM} net interface=eth{end} seed={seed} seconds={SECONDS} me={end} stop=stop deaths={}",
+                self.interruptions
+            );
             self.run(&format!(
                 "({words} >net{end} 2>&1 & echo $! >net{end}.pid; wait $!; echo $? >net{end}.over) & true"
             ))?;

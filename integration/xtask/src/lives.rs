@@ -89,7 +89,7 @@ fn micros(duration: Duration) -> u64 {
 
 /// Pauses and resumes a guest under load `count` times, at moments that `seed` says.
 pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
-    let mut laden = Laden::boot(seed)?;
+    let mut laden = Laden::boot(seed, count)?;
     let at_first = Ahead::sharp(laden.console())?;
     ensure!(at_first.wrong() < CLOCK_ERROR_MAX, "the guest's clock starts {:?} off", at_first.wrong());
     laden.begin()?;
@@ -141,7 +141,7 @@ fn power_off(mut vm: Operated) -> Result<()> {
 /// Starts a guest again `count` times in the middle of its load, at moments that `seed` says: by itself and by the operator
 /// in turn.
 pub fn reboots(count: u32, seed: u64) -> Result<Reboots> {
-    let mut laden = Laden::boot(seed)?;
+    let mut laden = Laden::boot(seed, 0)?;
     let belongings = Belongings::of(laden.console().pid())?;
     let mut dice = Dice::new(mix(seed, 0x7265_626f_6f74));
     let mut clock = Duration::ZERO;

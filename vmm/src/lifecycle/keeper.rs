@@ -69,9 +69,12 @@ pub(super) enum State {
     Shutdown(VmConfig),
 }
 
+/// What the size of a disk is counted in, in bytes (virtio 1.2, 5.2.4).
+const SECTOR: u64 = 512;
+
 /// There is no configuration.
 pub(super) fn no_machine() -> VmError {
-    VmError::new(ErrorKind::NotFound, "there is no machine; create one with vm.create")
+    VmError::new(ErrorKind::NotFound, "there is no machine; create one with vm.create (atoll run)")
 }
 
 fn wrong(text: &str) -> VmError {
@@ -120,10 +123,10 @@ impl State {
     pub(super) fn not_running(&self) -> VmError {
         match self {
             Self::Empty => no_machine(),
-            Self::Created(_) => wrong("the machine has not been booted; boot it with vm.boot"),
-            Self::Shutdown(_) => wrong("the machine is switched off; boot it with vm.boot"),
-            Self::Paused(..) => wrong("the machine is paused; let it go on with vm.resume"),
-            Self::Running(..) => wrong("the machine runs; pause it with vm.pause"),
+            Self::Created(_) => wrong("the machine has not been booted; boot it with vm.boot (atoll boot)"),
+            Self::Shutdown(_) => wrong("the machine is switched off; boot it with vm.boot (atoll boot)"),
+            Self::Paused(..) => wrong("the machine is paused; let it go on with vm.resume (atoll resume)"),
+            Self::Running(..) => wrong("the machine runs; pause it with vm.pause (atoll pause)"),
         }
     }
 }
@@ -313,7 +316,7 @@ impl Keeper {
             }
             state @ State::Paused(..) => {
                 self.state = state;
-                Err(wrong("the machine is paused already; let it go on with vm.resume"))
+                Err(wrong("the machine is paused already; let it go on with vm.resume (atoll resume)"))
             }
             state => {
                 self.state = state;
@@ -439,6 +442,11 @@ impl Keeper {
     }
 
     pub(super) fn resize_disk(&mut self, id: &str, bytes: u64) -> Result<(), VmError> {
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
+            let text =
+                format!("a size of {bytes} bytes is not possible: it must be a multiple of {SECTOR}, and not zero");
+            return Err(VmError::new(ErrorKind::Bad, text));
+        }
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
                 Some(life) => life.resize(bytes).map_err(failed),

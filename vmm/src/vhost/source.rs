@@ -28,7 +28,7 @@ pub enum SourceError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// Nobody listens.
-    #[error("nobody listens at {path} ({source}); start the backend first, or name its socket with socket=")]
+    #[error("nobody listens at {path} ({source}); {}", remedy(.path))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -45,6 +45,15 @@ pub enum SourceError {
         #[source]
         source: io::Error,
     },
+}
+
+/// How to have somebody listen: a switch of this user's is started by name.
+fn remedy(path: &Path) -> String {
+    let folder = path.parent().and_then(Path::file_name);
+    match path.file_stem().filter(|_| folder.is_some_and(|folder| folder == "switches")) {
+        Some(name) => format!("start it with: atoll switch {} &", name.display()),
+        None => "start the backend first, or name its socket with socket=".to_owned(),
+    }
 }
 
 /// One life of a backend.

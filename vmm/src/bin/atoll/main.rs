@@ -93,8 +93,15 @@ fn told(error: &anyhow::Error) -> String {
     })
 }
 
+/// The command whose help is of use after a mistake: `atoll add-disk`, or `atoll` where there is no such command.
+fn verb_of(arguments: &[OsString]) -> String {
+    let known = <Cli as clap::CommandFactory>::command();
+    let verb = arguments.get(1).and_then(|word| known.find_subcommand(word));
+    verb.map_or_else(|| "atoll".to_owned(), |verb| format!("atoll {}", verb.get_name()))
+}
+
 /// What clap has to say: help and version as they are, mistakes in one line.
-fn usage(error: &clap::Error) -> ExitCode {
+fn usage(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
     let text = error.render().to_string();
     if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
         let _ = stdout().write_all(text.as_bytes());
@@ -112,7 +119,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     let first: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
     let first = first.join(" ");
-    complain(&format!("{}; see atoll run --help", first.trim_start_matches("error: ")));
+    complain(&format!("{}; see {} --help", first.trim_start_matches("error: "), verb_of(arguments)));
     ExitCode::from(USAGE)
 }
 
@@ -205,9 +212,9 @@ fn main() -> ExitCode {
         let _ = stdout().write_all(version.as_bytes());
         return ExitCode::SUCCESS;
     }
-    let command = match Cli::try_parse_from(arguments) {
+    let command = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli.command,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, &arguments),
     };
     let ended = carry_out(&command);
     terminal::restore();
@@ -240,6 +247,13 @@ mod tests {
         assert_eq!(arguments(&["atoll", "--version"]), ["atoll", "--version"]);
         assert_eq!(arguments(&["atoll", "ps"]), ["atoll", "ps"]);
         assert_eq!(arguments(&["atoll"]), ["atoll"]);
+    }
+    /// A mistake points to the help of the command that it was made in.
+    #[test]
+    fn mistakes_point_to_their_own_help() {
+        assert_eq!(verb_of(&arguments(&["atoll", "add-disk", "--wrong"])), "atoll add-disk");
+        assert_eq!(verb_of(&arguments(&["atoll", "--wrong"])), "atoll run");
+        assert_eq!(verb_of(&arguments(&["atoll", "walk"])), "atoll");
     }
     /// Clients gate features by this line.
     #[test]

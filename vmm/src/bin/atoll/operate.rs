@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use atoll_vmm::api::{Client, Method, own_inherited};
 use atoll_vmm::config::{ConsoleConfig, DeviceConfig, bytes_of};
-use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo};
+use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -236,6 +236,10 @@ pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
             Some(device) if device.state != DeviceState::Unplugging => {
                 anyhow::bail!("the guest keeps {id} ({}); unmount it there and try again", word(device.state))
             }
+            // Nobody in the guest can answer: to wait would be in vain.
+            Some(_) if machine.info()?.state == VmState::Paused => {
+                anyhow::bail!("the machine is paused: its guest can let {id} go when it goes on (atoll resume {name})")
+            }
             Some(_) if Instant::now() >= deadline => anyhow::bail!(
                 "the guest has not let {id} go within {wait_s} s; it may still: atoll events {name} tells"
             ),
@@ -295,7 +299,7 @@ pub(crate) fn inspect(name: &str, path: &str) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use atoll_vmm::config::{DeviceKind, VmConfig};
-    use atoll_vmm::lifecycle::{RecoveryClass, VmState};
+    use atoll_vmm::lifecycle::RecoveryClass;
 
     use super::*;
 

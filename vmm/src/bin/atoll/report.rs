@@ -5,6 +5,19 @@ use std::path::Path;
 use atoll_vmm::machine::{MachineEnd, MachineFigures, StopCause};
 use serde::Serialize;
 
+use crate::described::UsageError;
+use crate::run::RunError;
+
+/// A report that could not be written is refused before anything runs.
+pub(crate) fn check(path: &Path) -> Result<(), RunError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if folder.is_dir() && !path.is_dir() {
+        return Ok(());
+    }
+    let text = format!("--report {}: no file can be made there; choose one in a folder that is there", path.display());
+    Err(RunError::Usage(UsageError::Where(text)))
+}
+
 /// The object.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {

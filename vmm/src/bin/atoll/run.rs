@@ -17,7 +17,7 @@ use atoll_vmm::seccomp;
 use crate::cli::RunArgs;
 use crate::console;
 use crate::described::{Described, UsageError};
-use crate::report::Report;
+use crate::report::{self, Report};
 use crate::signals;
 use crate::terminal::RawTerminal;
 
@@ -101,6 +101,9 @@ impl Desk {
 pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
     let mut described = Described::read(args)?;
     described.check()?;
+    if let Some(path) = &args.report {
+        report::check(path)?;
+    }
     take_descriptors(&mut described.vm)?;
     let root = RunRoot::of_user().map_err(failed)?;
     let folder = match &described.name {
