@@ -35,7 +35,7 @@ pub use spawner::{Child, Spawner};
 pub use spec::{BackendSpec, JailPolicy, PassedFd, WatchLimits, beside_this_binary};
 pub use supervisor::{Recovery, Supervisor, SupervisorMail};
 pub use uart::{UartBuilder, UartError, UartLine, UartOutput};
-pub use watch::Watch;
+pub use watch::{Watch, WatchAction};
 
 #[cfg(test)]
 mod tests;

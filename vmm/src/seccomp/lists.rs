@@ -34,6 +34,8 @@ const EVERYBODY: &[i64] = &[
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigaction,
     libc::SYS_sigaltstack,
+    // Two threads that end the process at once: the standard library has the second one wait so.
+    libc::SYS_pause,
     libc::SYS_exit,
     libc::SYS_exit_group,
     // A thread that starts another one, and that one's first steps. The other filter answers `clone3`.
@@ -73,7 +75,12 @@ const INCARNATION: &[i64] = &[
     libc::SYS_socketpair,
     libc::SYS_connect,
     libc::SYS_memfd_create,
+    // An image that grows; an in-flight region that is cleared.
     libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_newfstatat,
     libc::SYS_pidfd_send_signal,
     libc::SYS_waitid,
     libc::SYS_flock,

@@ -24,10 +24,17 @@ const NEED_REPLY: u32 = 8;
 
 /// What came is no request, or its sender does not take answers.
 #[derive(Debug, Error)]
-pub(super) enum ChannelError {
+pub enum ChannelError {
     /// Not a request.
     #[error("a header of request {request} with flags {flags:#x} and {size} bytes")]
-    Header { request: u32, flags: u32, size: u32 },
+    Header {
+        /// Its request.
+        request: u32,
+        /// Its flags.
+        flags: u32,
+        /// The length that it claims for what follows.
+        size: u32,
+    },
     /// Nobody reads the answers.
     #[error("it does not take the answers to its requests ({0})")]
     Answer(#[source] io::Error),
@@ -35,15 +42,16 @@ pub(super) enum ChannelError {
 
 /// What was heard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Heard {
+pub struct Heard {
     /// The configuration space has changed, at least once.
-    pub(super) config_changed: bool,
+    pub config_changed: bool,
     /// The backend has closed the channel.
-    pub(super) closed: bool,
+    pub closed: bool,
 }
 
 /// The front end's end.
-pub(super) struct BackChannel {
+#[derive(Debug)]
+pub struct BackChannel {
     socket: UnixStream,
     /// The beginning of a message.
     pending: Vec<u8>,
@@ -54,19 +62,22 @@ impl BackChannel {
     ///
     /// # Errors
     /// No descriptor is left.
-    pub(super) fn new() -> io::Result<(Self, UnixStream)> {
+    pub fn new() -> io::Result<(Self, UnixStream)> {
         let (socket, backends) = UnixStream::pair()?;
         socket.set_nonblocking(true)?;
         Ok((Self { socket, pending: Vec::new() }, backends))
     }
 
     /// To be polled.
-    pub(super) fn socket(&self) -> &UnixStream {
+    pub fn socket(&self) -> &UnixStream {
         &self.socket
     }
 
     /// Reads and answers what is there.
-    pub(super) fn hear(&mut self) -> Result<Heard, ChannelError> {
+    ///
+    /// # Errors
+    /// All of [`ChannelError`]; the channel is of no use then.
+    pub fn hear(&mut self) -> Result<Heard, ChannelError> {
         let mut heard = Heard::default();
         let mut bytes = [0; 4096];
         let mut taken = 0;

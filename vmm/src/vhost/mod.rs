@@ -37,6 +37,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
+pub use back_channel::{BackChannel, ChannelError, Heard};
 pub use call::Transport;
 pub use class::{ConfigWish, DeviceClass};
 pub use device::{
