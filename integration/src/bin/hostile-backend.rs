@@ -12,7 +12,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use atoll_integration::hostile::calls::ATTEMPTS;
+use atoll_integration::hostile::calls::{ATTEMPTS, CONTROL};
 use atoll_integration::hostile::cell::{self, Wall};
 use atoll_integration::hostile::{Outcome, Victim};
 use atoll_kit::jail::{self, Profile};
@@ -64,6 +64,11 @@ fn print(profile: &'static Profile, victim: &Victim) -> Result<()> {
         println!("{verdict}\t{wall}\t{name}\t{outcome}");
     };
     println!("whole\t{}\t\t", cell::is_whole(profile)?);
+    for attempt in ATTEMPTS.iter().filter(|attempt| CONTROL.contains(&attempt.name)) {
+        let outcome = cell::call(profile, Wall::None, attempt, victim)?;
+        let verdict = if outcome.is_harmless() { "DUD" } else { "ok" };
+        println!("{verdict}\tno jail\t{}\t{outcome}", attempt.name);
+    }
     for attempt in ATTEMPTS {
         tell("filter", attempt.name, cell::call(profile, Wall::Whole, attempt, victim)?);
         if attempt.walls {

@@ -40,6 +40,10 @@ const EVERYBODY: &[i64] = &[
     libc::SYS_exit_group,
     // A thread that starts another one, and that one's first steps. The other filter answers `clone3`.
     libc::SYS_clone3,
+    // Answered with an error, too, but for those who look after devices: the C library reads a setting of the kernel when it
+    // gives memory back, and takes no for an answer.
+    libc::SYS_openat,
+    libc::SYS_preadv2,
     libc::SYS_rseq,
     libc::SYS_set_robust_list,
     // Telling the time from a file's size, as logs that go to files do.
@@ -47,8 +51,10 @@ const EVERYBODY: &[i64] = &[
     libc::SYS_lseek,
 ];
 
-/// Words over a socket that is open.
+/// Words over a socket that is open, and memory to pass over it.
 const SOCKETS: &[i64] = &[
+    libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_recvfrom,
@@ -65,7 +71,6 @@ const EVENTS: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_
 
 /// What a new incarnation of a device needs: its image by name, sockets, an in-flight region; and the end of the last one.
 const INCARNATION: &[i64] = &[
-    libc::SYS_openat,
     libc::SYS_statx,
     libc::SYS_readlink,
     libc::SYS_readlinkat,
@@ -74,9 +79,7 @@ const INCARNATION: &[i64] = &[
     libc::SYS_socket,
     libc::SYS_socketpair,
     libc::SYS_connect,
-    libc::SYS_memfd_create,
     // An image that grows; an in-flight region that is cleared.
-    libc::SYS_ftruncate,
     libc::SYS_fallocate,
     libc::SYS_fsync,
     libc::SYS_fdatasync,

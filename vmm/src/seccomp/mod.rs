@@ -174,20 +174,26 @@ fn put_on(class: ThreadClass, mode: Mode) -> Result<(), FilterError> {
     Ok(())
 }
 
-/// The filters of a class: the list, and one that has the C library start threads by the call whose flags can be looked at.
+/// The filters of a class: the list, and those that answer calls of the C library's which it can do without: it starts
+/// threads by the call whose flags can be looked at, and guesses a setting that it cannot read.
 fn programs(class: ThreadClass, mode: Mode) -> Result<Vec<BpfProgram>, FilterError> {
     let forbidden = if mode == Mode::Log { SeccompAction::Log } else { SeccompAction::Trap };
     let make = |rules, otherwise, found| -> Result<BpfProgram, BackendError> {
         SeccompFilter::new(rules, otherwise, found, TargetArch::x86_64)?.try_into()
     };
     let list = lists::rules(class).and_then(|rules| make(rules, forbidden, SeccompAction::Allow));
-    let no_clone3 = make(
-        [(libc::SYS_clone3, Vec::new())].into(),
-        SeccompAction::Allow,
-        SeccompAction::Errno(libc::ENOSYS.unsigned_abs()),
-    );
-    let made = list.and_then(|list| Ok(vec![no_clone3?, list]));
-    made.map_err(|source| FilterError::Make { class, source })
+    let refused = |call, errno: libc::c_int| {
+        make([(call, Vec::new())].into(), SeccompAction::Allow, SeccompAction::Errno(errno.unsigned_abs()))
+    };
+    let all = || {
+        let mut all = vec![refused(libc::SYS_clone3, libc::ENOSYS)?];
+        if class != ThreadClass::Device {
+            all.push(refused(libc::SYS_openat, libc::EACCES)?);
+        }
+        all.push(list?);
+        Ok(all)
+    };
+    all().map_err(|source| FilterError::Make { class, source })
 }
 
 #[cfg(test)]

@@ -17,7 +17,8 @@ fn act(part: &str) {
         enter(class);
         match deed.as_str() {
             "socket" => drop(std::net::TcpListener::bind("127.0.0.1:0")),
-            "open" => drop(std::fs::File::open("/etc/hostname")),
+            "open" => assert_eq!(std::fs::File::open("/etc/hostname").is_ok(), class == ThreadClass::Device),
+            "remove" => drop(std::fs::remove_file("/nonexistent")),
             "exec" => drop(Command::new("/bin/true").status()),
             "thread" => std::thread::spawn(|| vec![1_u8; 1 << 20].len()).join().map(drop).expect("a thread"),
             _ => {}
@@ -40,14 +41,14 @@ fn forbidden_calls_end_the_process_with_a_word() {
     if let Ok(part) = std::env::var(VARIABLE) {
         return act(&part);
     }
-    for part in ["soft-vcpu socket", "soft-vcpu open", "events exec", "talk open", "line open", "device exec"] {
+    for part in ["soft-vcpu socket", "soft-vcpu remove", "events exec", "talk remove", "line remove", "device exec"] {
         let (status, errors) = child(part);
         assert_eq!(status.signal(), Some(libc::SIGSYS), "{part}: {status}: {errors}");
         // The C library starts a program with all signals blocked: then there are no last words.
         let told = errors.contains("the thread vcpu7 made system call");
         assert!(told || part.ends_with("exec"), "{part}: {errors}");
     }
-    for part in ["soft-vcpu thread", "kvm-vcpu nothing", "device open", "device thread"] {
+    for part in ["soft-vcpu thread", "soft-vcpu open", "kvm-vcpu nothing", "device open", "device thread"] {
         let (status, errors) = child(part);
         assert!(status.success(), "{part}: {status}: {errors}");
     }

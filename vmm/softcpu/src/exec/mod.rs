@@ -288,6 +288,15 @@ pub(crate) fn fold(rflags: u64, flags: u64) -> u64 {
 }
 
 impl Cpu {
+    /// Maps the memory that native code is put into, which otherwise happens at the first instruction that needs some. A
+    /// thread that may not make memory executable while it runs a guest calls this before.
+    ///
+    /// # Errors
+    /// The host refuses executable memory; guest code that needs it will find the same.
+    pub fn map_code(&mut self) -> std::io::Result<()> {
+        self.exec.thunks.map()
+    }
+
     /// Reports a write to guest-physical memory that may hold decoded code.
     pub(crate) fn code_written(&mut self, gpa: u64, len: usize) {
         match self.exec.cache.written(gpa, len) {

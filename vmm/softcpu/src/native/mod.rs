@@ -132,6 +132,14 @@ impl Thunks {
         Self::default()
     }
 
+    /// Maps the memory for code now: whoever calls may not be allowed to, later.
+    pub(crate) fn map(&mut self) -> std::io::Result<()> {
+        if self.arena.is_none() {
+            self.arena = Some(arena::Arena::new(ARENA_BYTES)?);
+        }
+        Ok(())
+    }
+
     /// Finds or makes the thunk of a decoded instruction (16, 32 or 64-bit code).
     pub fn compile(&mut self, instruction: &Instruction) -> Result<ThunkRef, Unsupported> {
         let mnemonic = instruction.mnemonic();

@@ -126,7 +126,7 @@ impl Processor for SoftProcessor {
             self.notices.0.get(index as usize).ok_or_else(|| CpuError::Unsupported(format!("no vcpu{index}")))?;
         let topology = VcpuTopology { index, count: self.config.vcpus };
         let model = CpuModel::named(&self.config.model, topology)?;
-        Ok(Box::new(SoftVcpu::new(vcpu::Parts {
+        let vcpu = SoftVcpu::new(vcpu::Parts {
             index,
             ram: self.config.ram.clone(),
             model: Arc::new(model),
@@ -135,7 +135,8 @@ impl Processor for SoftProcessor {
             chips: Arc::clone(&self.chips),
             clock: Arc::clone(&self.clock),
             wall_base_ns: self.config.wall_base_ns,
-        })))
+        });
+        Ok(Box::new(vcpu))
     }
     fn interrupts(&self) -> Arc<dyn InterruptFabric> {
         Arc::clone(&self.fabric) as _

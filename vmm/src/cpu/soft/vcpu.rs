@@ -67,9 +67,14 @@ impl SoftVcpu {
             Pace::Retired { ns_per_1000 } => TimeMode::Retired { ns_per_1000 },
         };
         let kick = Arc::new(SoftKick { notice: Arc::clone(&parts.notice), asked: AtomicBool::new(false) });
+        let mut cpu = Cpu::new(parts.ram, parts.model, parts.notice.attention.clone(), time);
+        // Its thread will not be allowed to (`seccomp`).
+        if let Err(error) = cpu.map_code() {
+            tracing::warn!(%error, "no executable memory: a guest that uses vector instructions will stop");
+        }
         Self {
             index: parts.index,
-            cpu: Cpu::new(parts.ram, parts.model, parts.notice.attention.clone(), time),
+            cpu,
             notice: parts.notice,
             doorstep: parts.doorstep,
             kick,
