@@ -104,8 +104,10 @@ const FCNTLS: &[libc::c_int] = &[
 ];
 const MADVICES: &[libc::c_int] =
     &[libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE, libc::MADV_DONTDUMP];
-/// Names of threads; `PR_SET_VMA` gives names to memory.
-const PRCTLS: &[libc::c_int] = &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA];
+/// Names of threads; `PR_SET_VMA` gives names to memory; what the kernel told at the start, where the clock's code is.
+const PRCTLS: &[libc::c_int] = &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA, PR_GET_AUXV];
+/// Linux 6.4.
+const PR_GET_AUXV: libc::c_int = 0x4155_5856;
 /// Terminals and sockets: blocking or not, bytes there, attributes.
 const LINE_IOCTLS: &[libc::c_ulong] = &[libc::FIONBIO, libc::FIONREAD, libc::TCGETS, libc::TIOCGWINSZ];
 
@@ -156,6 +158,9 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
         ThreadClass::Events => freely(&mut rules, EVENTS),
         ThreadClass::Talk => freely(&mut rules, SOCKETS),
         ThreadClass::Device => {
+            // The threads that it starts to talk put their own filter on, over this one.
+            freely(&mut rules, &[libc::SYS_seccomp]);
+            rules.insert(libc::SYS_prctl, one_of(0, &[PRCTLS, &[libc::PR_SET_NO_NEW_PRIVS]].concat())?);
             for calls in [SOCKETS, EVENTS, INCARNATION] {
                 freely(&mut rules, calls);
             }

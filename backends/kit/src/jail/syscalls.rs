@@ -27,6 +27,9 @@ const FCNTLS: &[libc::c_int] = &[
     libc::F_ADD_SEALS,
 ];
 
+/// What the kernel told at the start (Linux 6.4).
+const PR_GET_AUXV: u64 = 0x4155_5856;
+
 /// What the allocator says about memory.
 const MADVICES: &[libc::c_int] = &[libc::MADV_DONTNEED, libc::MADV_FREE];
 
@@ -49,8 +52,8 @@ fn program(profile: &Profile, listens: bool) -> Result<BpfProgram, BackendError>
     rules.insert(libc::SYS_mprotect, vec![not_code]);
     rules.insert(libc::SYS_madvise, one_of(2, MADVICES.iter().map(|advice| *advice as u64))?);
     rules.insert(libc::SYS_fcntl, one_of(1, FCNTLS.iter().map(|command| *command as u64))?);
-    // A starting thread sets its name.
-    rules.insert(libc::SYS_prctl, one_of(0, [libc::PR_SET_NAME as u64])?);
+    // A starting thread sets its name; who asks for the time the first time asks where the code for that is.
+    rules.insert(libc::SYS_prctl, one_of(0, [libc::PR_SET_NAME as u64, PR_GET_AUXV])?);
     // An abort is a signal to oneself.
     rules.insert(libc::SYS_tgkill, one_of(0, [u64::from(std::process::id())])?);
     // Who connects makes sockets, of this host only.
