@@ -29,7 +29,6 @@ pub const CONTROL: &[&str] = &[
     "clone3",
     "kill",
     "pidfd_open",
-    "process_vm_readv",
     "prctl dumpable",
     "io_uring_setup",
     "map memory as code",
