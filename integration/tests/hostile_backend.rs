@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use atoll_integration::hostile::calls::CONTROL;
 
 /// The kinds of processes that have a jail of their own.
-const PROFILES: [&str; 7] = ["blk", "net", "net-tap", "rng", "console", "uart", "generic"];
+const PROFILES: [&str; 8] = ["blk", "net", "net-tap", "rng", "console", "vsock", "uart", "generic"];
 
 /// One line of the hostile process' report.
 struct Line {
