@@ -54,7 +54,7 @@ fn use_it(image: &Image) {
         let len = (data.len() as u64).min(image.bytes() - offset);
         let _ = image.read(&mut vec![0; len as usize], offset);
         if let Ok((Place::File { writable: true, .. } | Place::Zero | Place::Compressed, found)) =
-            image.place(offset, len)
+            image.place(offset, len, true)
         {
             assert!(found > 0 && found <= len, "{found} of {len}");
         }

@@ -83,7 +83,7 @@ fuzz_target!(|data: &[u8]| {
         }
         let _ = match request[0] % 5 {
             0 => image.read(&mut vec![0; len as usize], offset).map(|()| None),
-            1 => image.place(offset, len).map(|(place, found)| {
+            1 => image.place(offset, len, true).map(|(place, found)| {
                 assert!(found > 0);
                 if let Place::File { file, offset, writable: true } = place {
                     let _ = file.write_all_at(&vec![request[3]; found.min(DATA) as usize], offset);

@@ -262,12 +262,7 @@ impl Storage for ImageFile {
 impl ImageFile {
     /// Guest data must not go where a table is; what was to become of a table that was there is void.
     pub(super) fn before_data(&self, store: &TableStore, start: u64, end: u64) -> io::Result<()> {
-        if store.holds_data_apart() {
-            return Ok(());
-        }
-        if store.is_table(start, end) {
-            return Err(io::Error::other("the image maps guest data onto its own tables: see `qemu-img check`"));
-        }
+        store.refuse_tables(start, end)?;
         store.forget(start, end);
         Ok(())
     }

@@ -299,8 +299,9 @@ impl Image {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the disk from `offset` on lies, and how many bytes of `len` lie there.
-    pub fn place(&self, offset: u64, len: u64) -> io::Result<(Place, u64)> {
+    /// Where the disk from `offset` on lies, and how many bytes of `len` lie there. What is to be written must not be a
+    /// table.
+    pub fn place(&self, offset: u64, len: u64, write: bool) -> io::Result<(Place, u64)> {
         let (mapping, found) = self.access.get_mapping(offset, len)?;
         if found == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -310,8 +311,8 @@ impl Image {
                 if offset.checked_add(found).is_none_or(|end| i64::try_from(end).is_err()) {
                     return Err(io::Error::other("the image maps data beyond the end of any file"));
                 }
-                if writable && let Role::Data(store, _) = &storage.role {
-                    storage.before_data(store, offset, offset + found)?;
+                if write && writable {
+                    self.store.refuse_tables(offset, offset + found)?;
                 }
                 Place::File { file: Arc::clone(&storage.file), offset, writable }
             }
@@ -337,7 +338,11 @@ impl Image {
         let mut ledger = self.ledger();
         let (mapping, len) = self.access.get_mapping(offset, len)?;
         let was_zero = matches!(mapping, Mapping::Zero { .. });
-        let gives_up = matches!(mapping, Mapping::Special { .. } | Mapping::Raw { .. });
+        // Compressed data is freed, what a snapshot shares is counted down.
+        let gives_up = matches!(
+            self.access.get_shallow_mapping(offset, len)?.0,
+            ShallowMapping::Special { .. } | ShallowMapping::Raw { writable: false, .. }
+        );
         let prepared = self.access.prepare_data_mapping(offset, len, true)?;
         let (file, host, len) = (prepared.storage(), prepared.offset(), prepared.length().min(len));
         let end = host.checked_add(len).ok_or(io::ErrorKind::InvalidData)?;

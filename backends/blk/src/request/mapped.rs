@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
 use atoll_kit::memory::{Direction, Segment, Segments};
+use atoll_kit::step::{Step, step, sync_ended};
 use imago::StorageExt;
 use io_uring::{opcode, types};
 use vm_memory::{GuestAddress, GuestMemory};
@@ -56,8 +57,18 @@ impl Journey {
     }
 }
 
+fn writes(slot: &Slot) -> bool {
+    matches!(&slot.work, Work::Mapped(journey) if journey.write)
+}
+
 fn image(storage: &Storage) -> Result<&Image, Status> {
     storage.image().ok_or(Status::IoError)
+}
+
+/// The end of what `BlkQueue::flush` has begun.
+fn synced() {
+    sync_ended();
+    step(Step::Flush);
 }
 
 fn rings(storage: &Storage) -> bool {
@@ -158,7 +169,8 @@ impl BlkQueue {
         let image = image(storage)?;
         let slot = self.slots.get_mut(usize::from(head)).ok_or(Status::IoError)?;
         while slot.left > 0 {
-            let (place, len) = image.place(slot.offset, slot.left).map_err(|e| io_error(storage.name(), &e))?;
+            let (place, len) =
+                image.place(slot.offset, slot.left, writes(slot)).map_err(|e| io_error(storage.name(), &e))?;
             let len = len.min(slot.left);
             if piece(io, mem, head, storage, image, slot, (&place, len))? {
                 return Ok(false);
@@ -188,7 +200,11 @@ impl BlkQueue {
                 push(io, opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(), head)?;
                 Ok(false)
             }
-            _ => image.sync().map(|()| true).map_err(failed),
+            _ => {
+                image.sync().map_err(failed)?;
+                synced();
+                Ok(true)
+            }
         }
     }
 
@@ -210,7 +226,10 @@ impl BlkQueue {
         }
         match journey.stage {
             Stage::Sync if retry => return self.sync(io, head),
-            Stage::Sync => return Ok(true),
+            Stage::Sync => {
+                synced();
+                return Ok(true);
+            }
             Stage::Settle => image(storage)?.settle(journey.change).map_err(failed)?,
             Stage::Data if retry => {}
             Stage::Data => {
