@@ -409,7 +409,6 @@ mod tests {
             ("path=a,queue_size=100", "power of two"),
             ("path=a,serial=123456789012345678901", "20 bytes"),
             ("path=a,iommu=on", "no virtual IOMMU"),
-            ("path=a,image_type=qcow2", "qemu-img"),
             ("path=a,bw_size=1M", "bw_refill_time= is needed"),
             ("path=a,id=a/b", "letters"),
             ("path=a,on_failure=panic", "error, wait or unplug"),

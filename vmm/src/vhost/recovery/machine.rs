@@ -189,7 +189,7 @@ impl Machine {
                 self.clear_up();
             }
             Event::Lost { generation, why } => self.lose(generation, Verdict::Restart, why, now),
-            Event::Ended { generation, end } => self.ended(generation, end, now),
+            Event::Ended { generation, end } => self.ended(generation, &end, now),
             Event::Sampled { samples, spared } => self.sampled(&samples, spared, now),
             Event::Stalled { generation, what, spared } => self.stalled(generation, what, spared, now),
             Event::FencePassed if self.fence != Fence::Clear && self.dying().is_none() => self.pass_fence(),
@@ -413,7 +413,7 @@ impl Machine {
         self.act(Action::Kill { generation });
     }
 
-    fn ended(&mut self, generation: u64, end: End, now: Moment) {
+    fn ended(&mut self, generation: u64, end: &End, now: Moment) {
         let Some(Present { generation, dying: Some(verdict), .. }) =
             self.present.take_if(|present| present.generation == generation && present.dying.is_some())
         else {

@@ -193,14 +193,14 @@ impl Worker {
         let words = session.give_up(Instant::now() + REAP);
         self.shared.gate.lost();
         if session.is_gone() {
-            return self.bury(generation, session, words, events);
+            return self.bury(generation, &session, words, events);
         }
         tracing::error!(device = self.shared.name, generation, "a killed backend does not end: is its storage stuck?");
         self.past.dying = Some(session);
     }
 
     /// A backend is gone: what it left is looked at.
-    fn bury(&mut self, generation: u64, session: Box<Session>, words: Option<String>, events: &mut VecDeque<Event>) {
+    fn bury(&mut self, generation: u64, session: &Session, words: Option<String>, events: &mut VecDeque<Event>) {
         let progressed = self.has_progressed();
         let idle = !self.has_requests();
         let mut unfinished = false;
@@ -236,7 +236,7 @@ impl Worker {
             let generation = self.past.machine.generation();
             let words = session.give_up(Instant::now() + REAP);
             let mut events = VecDeque::new();
-            self.bury(generation, session, words, &mut events);
+            self.bury(generation, &session, words, &mut events);
             events.into_iter().for_each(|event| self.feed(event));
         }
         let Some(watch) = &mut self.fence else { return };

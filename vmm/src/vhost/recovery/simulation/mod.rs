@@ -59,6 +59,7 @@ fn every_schedule_is_safe_and_comes_to_an_end() {
 
 /// Each mistake is caught.
 #[test]
+#[allow(clippy::print_stdout, reason = "what each mistake takes is for people who run it")]
 fn the_simulation_can_fail() {
     for mistake in Mistake::ALL {
         let caught = (0..MISTAKE_SHOWS_WITHIN).find_map(|seed| Some((seed, run(seed, Some(mistake)).complaint?)));

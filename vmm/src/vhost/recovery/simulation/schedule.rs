@@ -174,7 +174,7 @@ impl Schedule {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
             for action in self.machine.on(event, self.moment()) {
-                self.carry_out(action, &mut events);
+                self.carry_out(&action, &mut events);
             }
         }
     }
@@ -459,8 +459,8 @@ impl Schedule {
         End { ending: Ending::Crash { idle: !waiting }, progressed, unfinished: waiting }
     }
 
-    fn carry_out(&mut self, action: Action, events: &mut VecDeque<Event>) {
-        match action {
+    fn carry_out(&mut self, action: &Action, events: &mut VecDeque<Event>) {
+        match *action {
             Action::Spawn { generation } => {
                 let vices = self.vices();
                 self.world.bear(generation, Life::Starting, vices);
