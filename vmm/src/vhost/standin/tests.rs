@@ -130,7 +130,11 @@ fn what_nobody_can_finish_is_given_up_once() {
         driver.ask(head);
     }
     let stock = Stock { next_avail: 12, unfinished: vec![0, 3] };
-    assert_eq!(settle(driver.parts(disk(), 0, stock.clone())), Ok(vec![(0, 12)]));
+    assert_eq!(settle(driver.parts(disk(), EVENT_IDX, stock.clone())), Ok(vec![(0, 12)]));
+    // A daemon that found nothing to do did not ask for the next kick, and the one that its predecessor had asked for was
+    // for an entry before: the guest's next request was never seen.
+    let wanted: u16 = driver.memory.read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE))).unwrap();
+    assert_eq!(wanted, 12);
     assert_eq!((driver.used(), driver.completed(10), driver.completed(11)), (12, (0, 1), (3, 1)));
     assert_eq!(driver.status(6), 0xff);
     // Nobody knows what a strange device should say.

@@ -6,6 +6,7 @@ mod hostile;
 mod offers;
 mod outages;
 mod pauses;
+mod unrecorded;
 
 use std::future::Future;
 use std::io::{Read, Write};

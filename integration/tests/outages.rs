@@ -1,0 +1,217 @@
+//! Disks whose backend does not come back, or comes back without knowing what it had begun.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use atoll_integration::peers::{self, Peer};
+use atoll_integration::processes;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use xtask::demo::{BOOT_LIMIT, Demo, KernelForm};
+use xtask::images;
+use xtask::operated::Operated;
+use xtask::verify::{Load, QUIET, install};
+
+const STEP: Duration = Duration::from_secs(60);
+/// How soon a guest hears that its disk is gone.
+const EIO_MAX: Duration = Duration::from_secs(1);
+
+/// A stock guest with a root disk of its own and the disks that `more` asks for.
+fn boot(folder: &Path, with_verifier: bool, more: &[&str]) -> Result<Operated> {
+    let guest = images::guest("6.1")?;
+    let root = images::copy_of_disk(&guest, folder)?;
+    if with_verifier {
+        install(&root)?;
+    }
+    let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
+    let mut command = demo.command(&guest)?;
+    command.arg("--disk").arg(format!("path={}", root.display())).args(more);
+    let mut vm = Operated::spawn(&mut command, folder)?;
+    vm.console.prompt(BOOT_LIMIT)?;
+    vm.console.run(QUIET, STEP)?;
+    Ok(vm)
+}
+
+fn power_off(mut vm: Operated) -> Result<()> {
+    vm.console.run("mount -o remount,ro /", STEP)?;
+    vm.console.send("poweroff -f\n")?;
+    let (status, errors) = vm.console.wait(STEP)?;
+    ensure!(status.success(), "atoll ended with {status}: {errors}");
+    Ok(())
+}
+
+/// What the API says of a device; nothing when it is not there.
+fn device(vm: &Operated, id: &str) -> Result<Option<Value>> {
+    let all = vm.get("devices")?;
+    let all = all.as_array().with_context(|| format!("no list: {all}"))?;
+    Ok(all.iter().find(|device| device["id"] == id).cloned())
+}
+
+fn await_device(vm: &Operated, id: &str, wanted: impl Fn(Option<&Value>) -> bool) -> Result<Instant> {
+    let deadline = Instant::now() + STEP;
+    loop {
+        let device = device(vm, id)?;
+        if wanted(device.as_ref()) {
+            return Ok(Instant::now());
+        }
+        ensure!(Instant::now() < deadline, "it stays {device:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn state(wanted: &str) -> impl Fn(Option<&Value>) -> bool {
+    move |device| device.is_some_and(|device| device["state"] == wanted)
+}
+
+/// Has the guest write to the second disk, whose backend stands, until requests wait in its ring.
+fn write_in_vain(vm: &mut Operated) -> Result<()> {
+    let words = "dd if=/dev/zero of=/dev/vdb bs=4k count=64 seek=1024 conv=fsync 2>/dev/null; echo wri\"\"tten=$?.\n";
+    vm.console.send(words)?;
+    let waits = |queue: &Value| queue["in_flight"].as_u64() > Some(0);
+    let in_flight = |device: Option<&Value>| {
+        device.and_then(|device| device["queues"].as_array()?.iter().find(|queue| waits(queue)).map(drop))
+    };
+    await_device(vm, "data", |device| in_flight(device).is_some()).map(drop)
+}
+
+const IMAGE: u64 = 16 << 20;
+
+/// A disk whose image shrank has no backend that the guest could go on with, and its driver waited for ever: `dd` hung, the
+/// disk could not be removed, a reboot hung in the guest. Now what is in flight and what comes later fails at once, a reboot
+/// finds the disk as soon as it is well, and without one it can be pulled out.
+#[test]
+fn a_quarantined_disk_fails_reboots_and_goes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("data");
+    let image = File::create(&path)?;
+    image.set_len(IMAGE)?;
+    let mut vm = boot(folder.path(), false, &["--disk", &format!("path={},id=data", path.display())])?;
+    let quarantine = |vm: &mut Operated| -> Result<Duration> {
+        let pid = device(vm, "data")?.and_then(|device| device["pid"].as_u64()).context("it has a process")?;
+        let pid = u32::try_from(pid)?;
+        // It stands with requests in its ring, and then it dies.
+        processes::signal(pid, Signal::STOP)?;
+        write_in_vain(vm)?;
+        image.set_len(IMAGE / 2)?;
+        processes::signal(pid, Signal::KILL)?;
+        let since = await_device(vm, "data", state("quarantined"))?;
+        vm.console.expect("written=1.", STEP).context("the writer hears of it")?;
+        let heard = since.elapsed();
+        vm.console.expect(images::PROMPT, STEP)?;
+        let asked = Instant::now();
+        let read = vm.console.run("dd if=/dev/vdb of=/dev/null bs=4k count=1 skip=3000 2>&1; [ $? = 1 ]", STEP)?;
+        ensure!(read.contains("Input/output error") || read.contains("I/O error"), "{read}");
+        ensure!(asked.elapsed() < EIO_MAX, "a new request took {:?}", asked.elapsed());
+        Ok(heard)
+    };
+    let heard = quarantine(&mut vm)?;
+    ensure!(heard < EIO_MAX, "the requests in flight took {heard:?}");
+
+    image.set_len(IMAGE)?;
+    vm.put("vm.reboot", None)?;
+    vm.console.prompt(BOOT_LIMIT)?;
+    await_device(&vm, "data", state("running"))?;
+    vm.console.run("dd if=/dev/zero of=/dev/vdb bs=64k count=16 conv=fsync 2>&1", STEP)?;
+
+    let heard = quarantine(&mut vm)?;
+    ensure!(heard < EIO_MAX, "the requests in flight took {heard:?}");
+    vm.put("vm.remove-device", Some(&json!({ "id": "data" })))?;
+    await_device(&vm, "data", |device| device.is_none())?;
+    vm.console.run("[ ! -e /dev/vdb ]", STEP)?;
+    power_off(vm)
+}
+
+/// Another storage daemon on the same image and socket, as soon as the last one has let go of the image.
+fn restart(image: &Path, folder: &Path) -> Result<Peer> {
+    let deadline = Instant::now() + STEP;
+    loop {
+        let _ = std::fs::remove_file(folder.join("qsd.sock"));
+        match peers::storage_daemon(image, folder) {
+            Ok(peer) => return Ok(peer),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+fn scratch(folder: &Path, bytes: u64) -> Result<std::path::PathBuf> {
+    let path = folder.join("scratch");
+    File::create(&path)?.set_len(bytes)?;
+    Ok(path)
+}
+
+/// A storage daemon keeps no record of what it has begun and completes in any order. Killed with requests in flight, those
+/// fail, and no others: the disk goes on with the next daemon. The API says so before anything happens.
+#[test]
+fn a_daemon_without_a_record_costs_what_was_in_flight() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let image = scratch(folder.path(), IMAGE)?;
+    let mut peer = peers::storage_daemon(&image, folder.path())?;
+    let disk = format!("vhost_user=true,socket={},id=data", peer.socket.display());
+    let mut vm = boot(folder.path(), false, &["--disk", &disk])?;
+    let report = device(&vm, "data")?.context("it is there")?;
+    ensure!(report["recovery"] == "idle-only", "{report}");
+    for death in 0..3 {
+        vm.console.run("dd if=/dev/urandom of=/tmp/data bs=64k count=16 2>/dev/null", STEP)?;
+        // Idle: nobody notices.
+        drop(peer);
+        peer = restart(&image, folder.path())?;
+        vm.console.run("dd if=/tmp/data of=/dev/vdb bs=64k conv=fsync 2>/dev/null", STEP)?;
+        vm.console.run("dmesg -c | grep 'I/O error' && false || true", STEP)?;
+        processes::signal(peer.pid(), Signal::STOP)?;
+        write_in_vain(&mut vm)?;
+        drop(peer);
+        peer = restart(&image, folder.path())?;
+        vm.console.expect("written=1.", STEP).with_context(|| format!("death {death}: the writer hears of it"))?;
+        vm.console.expect(images::PROMPT, STEP)?;
+        let log = vm.console.run("dmesg -c", STEP)?;
+        ensure!(log.contains("I/O error, dev vdb"), "{log}");
+        ensure!(!log.contains("is not a head") && !log.contains("hung"), "{log}");
+        // Everything else is as it was, and the disk lives on.
+        vm.console.run("echo 3 > /proc/sys/vm/drop_caches; cmp -n 1048576 /tmp/data /dev/vdb", STEP)?;
+        vm.console.run("dd if=/tmp/data of=/dev/vdb bs=64k seek=16 conv=fsync 2>/dev/null", STEP)?;
+        let report = device(&vm, "data")?.context("it is there")?;
+        ensure!(report["state"] == "running", "{report}");
+    }
+    power_off(vm)
+}
+
+/// Behind shadow rings the same daemon may be killed as often as one likes, under a load that is judged: nothing is lost,
+/// nothing is completed twice, and the guest's log is clean.
+#[test]
+fn a_daemon_behind_shadow_rings_may_die() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let image = scratch(folder.path(), 4 << 20)?;
+    let peer = peers::storage_daemon(&image, folder.path())?;
+    let disk = format!("vhost_user=true,socket={},id=data,track=shadow", peer.socket.display());
+    let mut vm = boot(folder.path(), true, &["--disk", &disk])?;
+    let report = device(&vm, "data")?.context("it is there")?;
+    ensure!(report["recovery"] == "full", "{report}");
+    let (load, stop) = (Load::new(77, 12), AtomicBool::new(false));
+    let (said, deaths) = std::thread::scope(|scope| {
+        let killer = scope.spawn(|| -> Result<(u64, Peer)> {
+            let (mut peer, mut deaths) = (peer, 0);
+            while !stop.load(Ordering::Acquire) {
+                std::thread::sleep(Duration::from_millis(50 + 37 * (deaths % 8)));
+                drop(peer);
+                deaths += 1;
+                peer = restart(&image, folder.path())?;
+            }
+            Ok((deaths, peer))
+        });
+        let said = vm.console.run(&load.command(0), 3 * STEP);
+        stop.store(true, Ordering::Release);
+        (said, killer.join())
+    });
+    let Ok(deaths) = deaths else { bail!("the killer panicked") };
+    let (deaths, _peer) = deaths?;
+    let log = vm.console.run("dmesg", STEP)?;
+    let verdict = load.judge(&said?, &log, deaths);
+    ensure!(verdict.ok, "{}", verdict.json());
+    ensure!(deaths >= 10 && verdict.counts.reads > 50, "too little happened: {}", verdict.json());
+    println!("{}", verdict.json());
+    power_off(vm)
+}
