@@ -22,6 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::rings::RingPosition;
 use super::standin::Stock;
+use crate::seccomp::{self, ThreadClass};
 
 /// How often rings are looked at, at most and at least.
 const LOOK_MIN: Duration = Duration::from_micros(200);
@@ -229,6 +230,7 @@ fn keep(
     end: &AtomicBool,
     woken: &mpsc::Receiver<()>,
 ) -> Vec<Account> {
+    seccomp::enter(ThreadClass::Events);
     let mut pause = LOOK_MIN;
     let mut last = Instant::now();
     loop {

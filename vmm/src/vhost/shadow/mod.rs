@@ -30,6 +30,7 @@ use super::guest_ring::{GuestRing, RingFault};
 use super::standin::Stock;
 use crate::doorbell::{borrowed, signal, take};
 use crate::memory::GuestMemory;
+use crate::seccomp::{self, ThreadClass};
 use rings::{BackendFault, DriverRing};
 
 const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
@@ -268,6 +269,7 @@ fn pass(lane: &mut Lane, shared: &Shared) -> Result<bool, ShadowFault> {
 
 /// The thread.
 fn serve(mut lanes: Vec<Lane>, shared: &Shared, order: &EventFd, alarm: &OwnedFd) -> Vec<Lane> {
+    seccomp::enter(ThreadClass::Events);
     // Lanes that are not served any more keep what they know.
     let mut blocked = vec![false; lanes.len()];
     loop {

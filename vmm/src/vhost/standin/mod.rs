@@ -28,6 +28,7 @@ pub(super) use trade::{Answer, Trade};
 
 use super::guest_ring::{GuestRing, RingFault};
 use crate::doorbell::{borrowed, signal, take};
+use crate::seccomp::{self, ThreadClass};
 
 #[cfg(test)]
 mod tests;
@@ -197,6 +198,7 @@ impl Drop for StandIn {
 
 /// The thread.
 fn stand_in(parts: StandInParts, order: &EventFd) -> Vec<(u16, u16)> {
+    seccomp::enter(ThreadClass::Events);
     let StandInParts { name, memory, features, trade, rings } = parts;
     let judged = rings.into_iter().map(|ring| {
         let answer = trade.answer(ring.queue.index);
