@@ -312,14 +312,16 @@ pub(crate) struct RunArgs {
     /// vCPUs: boot=1.
     #[arg(long, value_name = "KEYS")]
     pub(crate) cpus: Option<String>,
-    /// A disk: path=FILE[,image_type=raw|qcow2][,backing_files=on][,readonly=on][,direct=on][,serial=TEXT][,num_queues=N][,queue_size=N][,id=NAME], or an external
-    /// backend: vhost_user=true,socket=PATH. Limits: bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and
-    /// bw_one_time_burst, ops_one_time_burst. Several may follow one flag, and it may be repeated.
+    /// A disk: path=FILE[,image_type=raw|qcow2][,backing_files=on][,readonly=on][,direct=on][,serial=TEXT][,num_queues=N]
+    /// [,queue_size=N][,id=NAME], or an external backend: vhost_user=true,socket=PATH[,track=shadow]. Limits:
+    /// bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and bw_one_time_burst, ops_one_time_burst. With
+    /// on_failure=error|wait|unplug for a backend that cannot be had again. Several may follow one flag, and it may be
+    /// repeated.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
     /// A network card: user=on[,forward=2222:22+udp:5353:53] (no rights needed), tap=NAME[,ip=A,mask=M], fd=[3,4],
-    /// switch=NAME, or vhost_user=true,socket=PATH; with mac=, mtu=, num_queues=, queue_size=, pcap=FILE, id=, and the
-    /// limits of --disk.
+    /// switch=NAME, or vhost_user=true,socket=PATH[,track=shadow]; with mac=, mtu=, num_queues=, queue_size=, pcap=FILE,
+    /// id=, on_failure=, and the limits of --disk.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) net: Vec<String>,
     /// A shared folder: tag=NAME,socket=PATH of virtiofsd[,num_queues=N][,queue_size=N][,id=NAME].
