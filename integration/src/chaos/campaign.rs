@@ -584,6 +584,10 @@ impl<'a> Campaign<'a> {
         }
         page.disarm();
         let pending = self.scene.load.pending()?;
+        if page.died_at().is_none() {
+            // Its queues would stand still on a busy machine.
+            let _ = signal(Signal::KILL);
+        }
         await_answer(answer)?;
         self.scene.load.begin_anew(&mut self.scene.rig)?;
         if page.died_at().is_some() {

@@ -33,6 +33,15 @@ impl StallWatch {
         }
     }
 
+    /// Those that are not in flight any more were completed where nobody looked.
+    pub fn keep(&mut self, in_flight: impl Fn(&Key) -> bool) {
+        let before = self.waiting.len();
+        self.waiting.retain(in_flight);
+        if let Some(since) = self.since.filter(|_| self.waiting.len() < before) {
+            self.last = since.elapsed();
+        }
+    }
+
     /// How long the kill was felt; none while somebody waits.
     pub fn over(&self) -> Option<Duration> {
         self.waiting.is_empty().then_some(self.last)
