@@ -94,11 +94,15 @@ impl<M: GuestMemory> Place<M> {
 
     #[inline]
     fn load_u64(&self, mem: &M, at: usize) -> Result<u64, OutOfRange> {
-        let value = match &self.host {
-            Some(host) => self.cell::<AtomicU64>(host, at)?.load(Ordering::Relaxed),
-            None => mem.load(self.at(at)?, Ordering::Relaxed).map_err(|_| OutOfRange)?,
-        };
-        Ok(u64::from_le(value))
+        match &self.host {
+            Some(host) => Ok(u64::from_le(self.cell::<AtomicU64>(host, at)?.load(Ordering::Relaxed))),
+            None => {
+                // Where no pointer leads, nothing need be aligned.
+                let mut bytes = [0; size_of::<u64>()];
+                mem.read_slice(&mut bytes, self.at(at)?).map_err(|_| OutOfRange)?;
+                Ok(u64::from_le_bytes(bytes))
+            }
+        }
     }
 
     #[inline]
