@@ -136,11 +136,7 @@ fn apply(file: &File, event: &Event, mut keeps: impl FnMut() -> bool) {
                 file.write_all_at(&vec![0; (end - offset) as usize], *offset).unwrap();
             }
         }
-        Event::Grown(len) if keeps() => {
-            if file.metadata().unwrap().len() < *len {
-                file.set_len(*len).unwrap();
-            }
-        }
+        Event::Grown(len) if keeps() && file.metadata().unwrap().len() < *len => file.set_len(*len).unwrap(),
         _ => {}
     }
 }

@@ -39,6 +39,9 @@ struct Changes {
     refcount_table: (u64, u64),
 }
 
+/// A block that is due: where, what, and whether it holds reference counts.
+type Due<'a> = (u64, &'a [u8], bool);
+
 /// Which table a block belongs to; in the order in which they are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
@@ -195,7 +198,7 @@ impl TableStore {
             #[cfg(test)]
             self.journal.grown(changes.end);
         }
-        let mut steps: BTreeMap<Step, Vec<(u64, &[u8], bool)>> = BTreeMap::new();
+        let mut steps: BTreeMap<Step, Vec<Due<'_>>> = BTreeMap::new();
         for (at, block) in &changes.blocks {
             let step = step_of(*at, &tables, changes.refcount_table);
             let counts = step == Step::Counts && tables.counts(*at);
