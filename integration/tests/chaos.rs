@@ -64,7 +64,7 @@ fn a_disk_survives_what_may_happen_to_it() -> Result<()> {
     let config = DiskConfig { path: Some(image), ..DiskConfig::default() };
     let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
     let mut load = DiskLoad::start(&mut rig, 8, 1)?;
-    let mut go_on = |load: &mut DiskLoad| -> Result<()> {
+    let go_on = |load: &mut DiskLoad| -> Result<()> {
         let until = load.completed() + 300;
         while load.completed() < until && !load.is_stuck() {
             load.turn()?;

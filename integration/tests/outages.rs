@@ -212,6 +212,5 @@ fn a_daemon_behind_shadow_rings_may_die() -> Result<()> {
     let verdict = load.judge(&said?, &log, deaths);
     ensure!(verdict.ok, "{}", verdict.json());
     ensure!(deaths >= 10 && verdict.counts.reads > 50, "too little happened: {}", verdict.json());
-    println!("{}", verdict.json());
     power_off(vm)
 }

@@ -163,7 +163,7 @@ impl Stage {
         Ok(packet)
     }
     /// A connection that a client of the host's has asked for.
-    fn from_host(&mut self, room: u32) -> Result<(UnixStream, Packet)> {
+    fn connected_from_host(&mut self, room: u32) -> Result<(UnixStream, Packet)> {
         let mut client = connect(&self.path("v"))?;
         client.write_all(format!("CONNECT {PORT}\n").as_bytes())?;
         let asked = self.hear_op(REQUEST)?;
@@ -188,7 +188,7 @@ fn packet(of: &Packet, op: u16, room: u32) -> Packet {
 #[test]
 fn a_client_of_the_host_reaches_the_guest() -> Result<()> {
     let mut stage = Stage::new()?;
-    let (mut client, base) = stage.from_host(1000)?;
+    let (mut client, base) = stage.connected_from_host(1000)?;
     // More than the guest has room for.
     client.write_all(&[7; 3000])?;
     let first = stage.hear_op(RW)?;
@@ -271,7 +271,7 @@ fn a_guest_reaches_the_host_or_is_refused() -> Result<()> {
 #[test]
 fn a_hostile_guest_harms_itself() -> Result<()> {
     let mut stage = Stage::new()?;
-    let (client, base) = stage.from_host(1 << 20)?;
+    let (client, base) = stage.connected_from_host(1 << 20)?;
     // Nobody reads on the host's side: what the socket and the room hold, and then the end.
     let mut taken = 0;
     let reset = loop {
@@ -306,14 +306,14 @@ fn a_hostile_guest_harms_itself() -> Result<()> {
     }
     drop(stage);
     let mut stage = Stage::new()?;
-    stage.from_host(1000).map(drop)
+    stage.connected_from_host(1000).map(drop)
 }
 
 /// A successor says that all connections are gone, and serves new ones; what the dead one had open is closed.
 #[test]
 fn a_successor_begins_without_connections() -> Result<()> {
     let mut stage = Stage::new()?;
-    let (mut client, base) = stage.from_host(1000)?;
+    let (mut client, base) = stage.connected_from_host(1000)?;
     drop(std::mem::replace(&mut stage.process, start(stage.folder.path())?));
     ensure!(client.read(&mut [0; 8]).unwrap_or(0) == 0, "its stream ends");
     let front = connect(&stage.path("front"))?;
@@ -321,5 +321,5 @@ fn a_successor_begins_without_connections() -> Result<()> {
     stage.transport_reset()?;
     stage.say(&packet(&base, RW, 1000))?;
     ensure!(stage.hear_op(RESET)?.host == base.host);
-    stage.from_host(1000).map(drop)
+    stage.connected_from_host(1000).map(drop)
 }

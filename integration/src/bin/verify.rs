@@ -115,7 +115,7 @@ impl Disk {
         match kind {
             Image::Raw => std::fs::File::create(&image)?.set_len(sectors * 512)?,
             Image::Qcow2 => {
-                qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"], &image, Some(sectors * 512))?
+                qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"], &image, Some(sectors * 512))?;
             }
         }
         let load = Workload { sectors, mix: Mix::FULL, ..Workload::new(seed) };

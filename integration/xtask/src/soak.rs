@@ -87,7 +87,7 @@ fn middle_and_most(mut all: Vec<u64>) -> (u64, u64) {
 }
 
 /// What the verifier says of all parts: nothing but counts where all is well.
-fn judged<'a>(all: impl Iterator<Item = &'a Judged> + Clone) -> Value {
+fn judged<'a>(all: &(impl Iterator<Item = &'a Judged> + Clone)) -> Value {
     let sum = |count: fn(&Judged) -> u64| all.clone().map(count).sum::<u64>();
     let bad: Vec<&Judged> = all.clone().filter(|judged| !judged.ok()).collect();
     json!({
@@ -125,7 +125,7 @@ pub fn pauses(count: u32, seed: u64, state: Option<&Path>) -> Result<()> {
     let (_, vcpus_us_max) = of(|pause| pause.vcpus_us);
     let (answer_us_p50, answer_us_max) = of(|pause| pause.answer_us);
     let drift = all.iter().map(|part| part.clock_drift_us_max).max().unwrap_or_default();
-    let verdict = judged(all.iter().map(|part| &part.judged));
+    let verdict = judged(&all.iter().map(|part| &part.judged));
     let ok = beyond_us_max < lives::PAUSE_US_MAX && drift < lives::CLOCK_DRIFT_US_MAX && verdict["ok"] == true;
     println!(
         "{}",
@@ -159,7 +159,7 @@ pub fn reboots(count: u32, seed: u64, state: Option<&Path>) -> Result<()> {
     let all = progress.finish();
     let (prompt_ms_p50, prompt_ms_max) =
         middle_and_most(all.iter().flat_map(|part| &part.prompt_ms).copied().collect());
-    let verdict = judged(all.iter().map(|part| &part.judged));
+    let verdict = judged(&all.iter().map(|part| &part.judged));
     let belongings = all.first().map(|part| &part.belongings);
     println!(
         "{}",

@@ -263,13 +263,8 @@ fn used_entries_are_logged_while_the_log_is_on() {
     let pages = memfd(4096);
     log.set_base(pages.try_clone().unwrap(), 0, 4096).unwrap();
     let mut table = MemoryTable::default();
-    let region = VhostUserMemoryRegion {
-        guest_phys_addr: 0,
-        memory_size: MEMORY_BYTES as u64,
-        user_addr: 0,
-        mmap_offset: 0,
-        ..VhostUserMemoryRegion::default()
-    };
+    let region =
+        VhostUserMemoryRegion { guest_phys_addr: 0, memory_size: MEMORY_BYTES as u64, user_addr: 0, mmap_offset: 0 };
     table.replace(&[region], vec![memfd(MEMORY_BYTES as u64)], &log).unwrap();
     let mem = table.ram().unwrap();
     let dirty = || {

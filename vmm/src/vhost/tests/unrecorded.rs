@@ -33,7 +33,7 @@ impl Rig {
     /// A request of one descriptor, a status byte at 3 MiB and `head`.
     fn ask(&self, head: u16, entry: u16) {
         let (queue, memory) = (queue(0), self.memory.mapped());
-        let descriptor = (3_u128 << 20) + u128::from(head) | 1 << 64 | 2 << 96;
+        let descriptor = ((3_u128 << 20) + u128::from(head)) | (1 << 64) | (2 << 96);
         memory.write_obj(descriptor, GuestAddress(queue.descriptor_table + 16 * u64::from(head))).unwrap();
         memory.write_obj(0xee_u8, GuestAddress((3 << 20) + u64::from(head))).unwrap();
         memory.write_obj(head, GuestAddress(queue.available_ring + 4 + 2 * u64::from(entry % 64))).unwrap();
