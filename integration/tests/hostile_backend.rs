@@ -10,6 +10,15 @@ use atoll_integration::hostile::calls::CONTROL;
 /// The kinds of processes that have a jail of their own.
 const PROFILES: [&str; 8] = ["blk", "net", "net-tap", "rng", "console", "vsock", "uart", "generic"];
 
+/// What a kind of process needs for its work, and may do therefore: the other layers hold what would come of it.
+const NEEDED: [(&str, &str); 3] = [
+    // It reaches programs of the host at paths of one folder, which is entered by a descriptor.
+    ("vsock", "fchdir to a stray directory"),
+    ("vsock", "socket, local"),
+    // It waits for its lane, its port and its pipe at once.
+    ("uart", "epoll"),
+];
+
 /// One line of the hostile process' report.
 struct Line {
     verdict: String,
@@ -36,8 +45,8 @@ fn report(profile: &str) -> Result<Vec<Line>> {
     text.lines().map(line).collect()
 }
 
-/// Each kind, everything, and a table of what came of it. Without a jail the same attempts succeed. What other layers than the filter must hold by themselves they
-/// hold on a host that has them all.
+/// Each kind, everything, and a table of what came of it. Without a jail the same attempts succeed. What other layers than
+/// the filter must hold by themselves they hold on a host that has them all.
 #[test]
 fn nothing_comes_of_what_a_hostile_process_tries() -> Result<()> {
     let mut table: BTreeMap<String, BTreeMap<&str, String>> = BTreeMap::new();
@@ -50,6 +59,10 @@ fn nothing_comes_of_what_a_hostile_process_tries() -> Result<()> {
         ensure!(control == CONTROL.len(), "{profile}: {control} attempts were made without a jail");
         for line in lines.iter().filter(|line| line.verdict != "whole") {
             tried += 1;
+            if line.wall == "filter" && NEEDED.contains(&(profile, &line.name)) {
+                ensure!(line.verdict != "ok", "{profile} does not need {} any more", line.name);
+                continue;
+            }
             if line.verdict != "ok" && (whole || line.wall != "walls") {
                 breaches.push(format!("{profile}: {} ({}): {}", line.name, line.wall, line.outcome));
             }

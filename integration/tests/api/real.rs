@@ -197,6 +197,7 @@ fn devices(client: &mut Strict, folder: &Path) -> Result<()> {
     assert!(place["bdf"].as_str().is_some_and(|bdf| bdf.len() == 12 && bdf.starts_with("0000:00:")), "{place}");
     within(HOTPLUG, 409, client.put("/api/v1/vm.add-disk", &disk)).why();
     within(QUICK, 204, client.put("/api/v1/vm.resize-disk", r#"{"id":"second","desired_size":2097152}"#));
+    within(QUICK, 400, client.put("/api/v1/vm.resize-disk", r#"{"id":"second","desired_size":1}"#)).why();
     assert_eq!(image.metadata()?.len(), 2 << 20);
     within(QUICK, 404, client.put("/api/v1/vm.resize-disk", r#"{"id":"nobody","desired_size":1}"#)).why();
     within(QUICK, 404, client.put("/api/v1/vm.remove-device", r#"{"id":"nobody"}"#)).why();

@@ -118,6 +118,7 @@ fn nothing_is_there(tour: &mut Tour) {
     tour.put("vm.remove-device", &json!({ "id": "d" }), 404).why();
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 }), 404).why();
     tour.put("vm.revive-device", &json!({ "id": "d" }), 404).why();
+    tour.put("vm.fault-device", &json!({ "id": "d", "fault": "kill" }), 404).why();
     tour.put("vm.resize", &json!({ "desired_vcpus": 2 }), 404).why();
     let metrics = tour.get("/metrics", 200);
     assert_eq!(metrics.headers["Content-Type"], "text/plain; version=0.0.4");
@@ -180,6 +181,7 @@ fn mistakes(tour: &mut Tour) {
         ),
         ("vm.remove-device", "id", json!({ "id": 7 })),
         ("vm.revive-device", "id", json!({})),
+        ("vm.fault-device", "fault", json!({ "id": "d", "fault": "melt" })),
         ("vm.resize-disk", "desired_size", json!({ "id": "d" })),
         ("vm.resize", "desired_vcpus", json!({ "desired_vcpus": 3 })),
         ("vm.resize", "desired_ram", json!({ "desired_ram": 1 })),

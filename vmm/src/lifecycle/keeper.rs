@@ -442,13 +442,14 @@ impl Keeper {
     }
 
     pub(super) fn resize_disk(&mut self, id: &str, bytes: u64) -> Result<(), VmError> {
-        if bytes == 0 || !bytes.is_multiple_of(SECTOR) {
-            let text =
-                format!("a size of {bytes} bytes is not possible: it must be a multiple of {SECTOR}, and not zero");
-            return Err(VmError::new(ErrorKind::Bad, text));
-        }
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
+                Some(_) if bytes == 0 || !bytes.is_multiple_of(SECTOR) => {
+                    let text = format!(
+                        "a size of {bytes} bytes is not possible: it must be a multiple of {SECTOR}, and not zero"
+                    );
+                    Err(VmError::new(ErrorKind::Bad, text))
+                }
                 Some(life) => life.resize(bytes).map_err(failed),
                 None => Err(no_device(id)),
             },
