@@ -174,7 +174,7 @@ impl CodeCache {
     /// A backend has written memory, as `epoch` counts: every frame is compared with its hashes before it is used again,
     /// those in the upper half of the address space once they have been translated anew. A kernel lets no device write
     /// where it executes, but gives frames that held code to devices later, and maps what came anew. An interrupt runs
-    /// through a hundred frames of the kernel: comparing all of them each time took longer than a ping.
+    /// through a hundred frames of the kernel: comparing all of them each time was a tenth of a network load.
     pub(crate) fn dma(&mut self, epoch: u64) {
         self.epoch = epoch;
         self.forget_jumps(0);
