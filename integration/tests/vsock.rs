@@ -31,6 +31,7 @@ if ($what eq "echo") {
 }
 connect(S, address($port, 2)) or die "connect: $!\n";
 if ($what eq "send") { while (sysread(STDIN, $b, 65536)) { for ($o = 0; $o < length $b;) { $o += syswrite(S, $b, length($b) - $o, $o) or die "write: $!\n" } } exit }
+syswrite(STDOUT, "connected\n");
 defined(sysread(S, $b, 100)) or die "read: $!\n";
 print $b;
 END"#;
@@ -121,6 +122,8 @@ fn sockets_both_ways_outlive_their_backend() -> Result<()> {
             vm.run("{ perl /tmp/v.pl read 53 >/tmp/r 2>&1; echo over >> /tmp/r; } & true", STEP)?;
             let (mut open, _) = quiet.accept()?;
             open.set_read_timeout(Some(STEP))?;
+            // Accepted here is not yet connected there: a backend that dies in between breaks the guest's connect instead.
+            vm.run("while ! grep -q connected /tmp/r; do sleep 0.1; done", STEP)?;
             let backend = processes::child_named(vm.pid(), "atoll-vsock", STEP)?;
             processes::signal(backend, Signal::KILL)?;
             ensure!(open.read(&mut [0; 8]).unwrap_or(0) == 0, "the host's end ends");
