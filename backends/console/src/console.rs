@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use atoll_kit::chain::Chain;
 use atoll_kit::device::{Io, Wait};
@@ -153,6 +154,13 @@ impl Queue {
 impl QueueHandler for Queue {
     fn opcodes(&self) -> &'static [u8] {
         &[]
+    }
+    fn grace(&self) -> Duration {
+        // Linux prints in a loop, with interrupts off, until the buffer comes back.
+        match self.part {
+            Part::Output { .. } | Part::Control { .. } => Duration::from_millis(10),
+            Part::Input { .. } | Part::Messages { .. } => Duration::ZERO,
+        }
     }
     fn started(&mut self, _size: u16) {}
     fn stopped(&mut self) {}

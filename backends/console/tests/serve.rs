@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use atoll_kit::driver::{Driver, Options};
+use atoll_kit::driver::{Driver, Options, Queue};
 
 const DATA: u64 = 4 << 20;
 const ROOM: u32 = 4096;
@@ -131,6 +131,47 @@ fn two_ports_are_served() -> Result<()> {
     }
     guest.say(SECOND_OUTPUT, b"one line\n")?;
     ensure!(std::fs::read(&log)? == b"one line\n");
+    Ok(())
+}
+
+/// A driver that waits for its output in a loop, as Linux's does, is not interrupted for it; one that sleeps is.
+#[test]
+fn who_looks_is_not_called() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let socket = folder.path().join("v");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_atoll-console"));
+    command.arg("--socket").arg(&socket).arg("--port").arg(format!("a=file:{}", folder.path().join("log").display()));
+    let _process = Process(command.spawn()?);
+    let mut driver = Driver::connected(Options { queues: 4, ..Options::default() }, connect(&socket)?)?;
+    let (ring, guest) = driver.queue(OUTPUT)?;
+    let print = |ring: &mut Queue| -> Result<()> {
+        ring.ask_for_call(guest);
+        let _ = ring.call.read();
+        ring.add(guest, &[(DATA, 1)], &[]).context("a full queue")?;
+        ring.publish(guest)
+    };
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        ensure!(Instant::now() < deadline, "this machine is too slow to look in time");
+        print(ring)?;
+        let published = Instant::now();
+        while ring.take(guest).is_none() {
+            ensure!(Instant::now() < deadline, "a line is not taken");
+            std::hint::spin_loop();
+        }
+        ring.ask_for_call(guest);
+        // Another time, if this thread did not run when it had to look.
+        if published.elapsed() < Duration::from_millis(8) {
+            break;
+        }
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    ensure!(ring.call.read().is_err(), "called for what was seen");
+    print(ring)?;
+    while ring.call.read().is_err() {
+        ensure!(Instant::now() < deadline, "not called for what was not seen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use io_uring::squeue;
 use thiserror::Error;
@@ -139,6 +139,13 @@ pub trait QueueHandler: Send + 'static {
     /// the avail ring holds from the used index on, and none has to be recorded while it is in flight.
     fn completes_in_order(&self) -> bool {
         false
+    }
+
+    /// How long a driver that waits for its requests in a loop may take to see that they are done: only then it is
+    /// interrupted, unless it has seen it. To one that has, an interrupt comes from nowhere; Linux counts those, and after
+    /// a hundred thousand it takes the interrupt for broken and switches it off.
+    fn grace(&self) -> Duration {
+        Duration::ZERO
     }
 
     /// The operation that was pushed for `head` has ended with `result`, a negated errno on failure.

@@ -84,6 +84,8 @@ pub(crate) struct QueueThread<H, M: GuestMemory> {
     malformed: u64,
     /// What the handler is blocked by is being polled.
     sink_watched: bool,
+    /// When the guest is to be interrupted, if it has not seen by then what is done ([`QueueHandler::grace`]).
+    call_at: Option<Instant>,
     /// For the handler; the meter counts in the same part.
     figures: Part,
     meter: Meter,
@@ -117,6 +119,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             waited_for_storage: false,
             malformed: 0,
             sink_watched: false,
+            call_at: None,
             meter: Meter::new(figures.clone()),
             figures,
             toll,
@@ -142,7 +145,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         let completed = self.finish()?;
         let taken = self.take()?;
         if completed || taken {
-            self.announce();
+            self.announce_in_time();
             // A few operations wait for the sleep, which submits them in the same system call.
             if self.uring.queued() >= SUBMIT_AT {
                 self.uring.submit()?;
@@ -248,7 +251,21 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         }
     }
 
+    /// At once, or when the guest has had its time to see it by itself. One that leaves half a ring unseen does not look.
+    fn announce_in_time(&mut self) {
+        let grace = self.handler.grace();
+        if grace.is_zero() {
+            return self.announce();
+        }
+        let now = Instant::now();
+        let looks = |running: &Running<M>| running.ring.unseen().is_some_and(|unseen| unseen < running.ring.size() / 2);
+        if !self.running.as_ref().is_some_and(looks) || *self.call_at.get_or_insert(now + grace) <= now {
+            self.announce();
+        }
+    }
+
     fn announce(&mut self) {
+        self.call_at = None;
         if let Some(running) = &mut self.running {
             match running.ring.notify() {
                 Ok(false) => {}
@@ -261,6 +278,9 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     /// Nothing to do: spin a little, then ask for a kick and sleep.
     fn idle(&mut self) -> Result<(), UringError> {
         let open = self.gate.is_open();
+        if self.call_at.is_some_and(|at| at <= Instant::now()) {
+            self.announce();
+        }
         if let Some(sink) = self.handler.blocked() {
             if !self.sink_watched {
                 self.uring.watch_once(sink, libc::POLLOUT, TAG_SINK << TAG_SHIFT)?;
@@ -273,7 +293,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         {
             if let Some(until) = self.toll.until() {
                 // No kick is asked for: what the guest adds comes behind the request that waits.
-                self.uring.submit_and_wait_until(until)?;
+                self.uring.submit_and_wait_until(self.call_at.map_or(until, |at| at.min(until)))?;
                 self.meter.woken();
                 return Ok(());
             }
@@ -300,6 +320,11 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                 Ok(true) => return Ok(()),
                 Err(e) => self.check(Err(e)),
             }
+        }
+        if let Some(at) = self.call_at {
+            self.uring.submit_and_wait_until(at)?;
+            self.meter.woken();
+            return Ok(());
         }
         let idle = self.outstanding == 0;
         let before = Instant::now();

@@ -370,6 +370,12 @@ impl<M: GuestMemory> Ring<M> {
         Ok(wanted)
     }
 
+    /// How many finished requests the guest has not seen yet, where it says how far it has looked (EVENT_IDX).
+    pub fn unseen(&self) -> Option<u16> {
+        let event = self.event_idx.then(|| self.areas.used_event().ok())??;
+        Some(self.next_used.wrapping_sub(event)).filter(|unseen| *unseen <= self.size())
+    }
+
     /// Interrupts the guest without asking.
     pub fn interrupt(&self) {
         if self.continued && strikes(Sabotage::ForgetCall) {

@@ -34,7 +34,9 @@ fn pause(figures: &PauseFigures) -> Value {
         "whole_us": micros(figures.whole),
         "vcpus_us": micros(figures.vcpus),
         "slowest_drain_us": slowest.map_or(0, |(_, took)| micros(*took)),
+        "slowest_request_us": figures.slowest_request.map(micros),
         "devices_us": devices,
+        "interrupts_us": micros(figures.interrupts),
     })
 }
 

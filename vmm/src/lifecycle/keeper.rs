@@ -304,7 +304,10 @@ impl Keeper {
                 match live.machine.pause(PauseLimits::default()) {
                     Ok(figures) => {
                         self.enter(State::Paused(config, live));
-                        self.story.tell("vm", "paused", [("took_us", figures.whole.as_micros().to_string())]);
+                        let took = ("took_us", figures.whole.as_micros().to_string());
+                        let slowest = figures.slowest_request.map(|took| took.as_micros().to_string());
+                        let slowest = slowest.map(|took| ("slowest_request_us", took));
+                        self.story.tell("vm", "paused", std::iter::once(took).chain(slowest));
                         self.last_pause = Some(figures);
                         Ok(())
                     }

@@ -67,6 +67,9 @@ pub trait DeviceLife: Send {
     /// Ends it: no process, thread or file is left behind, and nothing touches guest memory afterwards. By `deadline`
     /// the device uses force.
     fn stop(&mut self, deadline: Instant) -> Result<(), LifeError>;
+    /// vCPUs stand: a [`Self::pause`] is about to follow. Begins with it, and waits for nothing: all devices drain at the
+    /// same time. [`Self::resume`] undoes this too.
+    fn begin_pause(&mut self) {}
     /// vCPUs stand: finishes what is in flight by `deadline` and touches guest memory no more until [`Self::resume`].
     ///
     /// # Errors

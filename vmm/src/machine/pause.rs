@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::{LifeError, Machine};
+use crate::metrics::{DeviceSnapshot, Snapshot};
 
 /// How long each step may take.
 #[derive(Clone, Copy, Debug)]
 pub struct PauseLimits {
     /// All vCPUs stand. A vCPU may wait for a device's answer, which has a deadline of its own.
     pub vcpus: Duration,
-    /// One device has finished what was in flight.
+    /// Each device has finished what was in flight.
     pub device: Duration,
     /// Interrupts have arrived.
     pub interrupts: Duration,
@@ -38,8 +39,13 @@ impl Default for PauseLimits {
 pub struct PauseFigures {
     /// From the wish until all vCPUs stood.
     pub vcpus: Duration,
-    /// How long each device took to drain: its slowest request in flight, and the conversation about it.
+    /// How long after all were asked each device had drained: its slowest request in flight, and the conversation about it.
     pub devices: Vec<(String, Duration)>,
+    /// How long it took, when all devices had drained, until their interrupts had arrived.
+    pub interrupts: Duration,
+    /// The slowest request that was completed from the wish until all devices had drained, from taken to completed, as the
+    /// device's process measured it, within a quarter. `None` when there was none, or nobody to measure it.
+    pub slowest_request: Option<Duration>,
     /// All of it.
     pub whole: Duration,
 }
@@ -89,14 +95,19 @@ impl Machine {
     /// # Errors
     /// When a step is late; then the machine runs on.
     pub fn pause(&mut self, limits: PauseLimits) -> Result<PauseFigures, PauseError> {
+        let before = self.figures().snapshot();
         let begin = Instant::now();
         let mut figures = PauseFigures::default();
         let paused = self.stand(limits).and_then(|()| {
             figures.vcpus = begin.elapsed();
             self.drain(limits, &mut figures.devices)?;
-            self.settle_interrupts(limits)
+            let drained = Instant::now();
+            let settled = self.settle_interrupts(limits);
+            figures.interrupts = drained.elapsed();
+            settled
         });
         figures.whole = begin.elapsed();
+        figures.slowest_request = slowest_request(&before, &self.figures().snapshot());
         match paused {
             Ok(()) => {
                 self.freeze_unplugs();
@@ -139,22 +150,24 @@ impl Machine {
         }
     }
 
-    /// Devices stop in the reverse order of their start. When one is late, those before it go on.
+    /// All devices are asked, the last one first, and then waited for: they drain at the same time. When one is late, all
+    /// go on.
     fn drain(&mut self, limits: PauseLimits, took: &mut Vec<(String, Duration)>) -> Result<(), PauseError> {
-        for at in (0..self.devices.len()).rev() {
-            let (rest, drained) = self.devices.split_at_mut(at + 1);
-            let Some(device) = rest.last_mut() else { continue };
-            let begin = Instant::now();
+        self.devices.iter_mut().rev().for_each(|device| device.life.begin_pause());
+        let begin = Instant::now();
+        let mut failed = None;
+        for device in self.devices.iter_mut().rev() {
             match device.life.pause(begin + limits.device) {
                 Ok(()) => took.push((device.name.clone(), begin.elapsed())),
                 Err(source) => {
-                    let device = device.name.clone();
-                    undo(drained);
-                    return Err(PauseError::Device { device, limit: limits.device, source });
+                    failed = Some((device.name.clone(), source));
+                    break;
                 }
             }
         }
-        Ok(())
+        let Some((device, source)) = failed else { return Ok(()) };
+        undo(&mut self.devices);
+        Err(PauseError::Device { device, limit: limits.device, source })
     }
 
     fn settle_interrupts(&mut self, limits: PauseLimits) -> Result<(), PauseError> {
@@ -168,7 +181,16 @@ impl Machine {
     }
 }
 
-/// Lets devices go on that had been drained already.
+/// The slowest request that was completed between two looks at the figures.
+fn slowest_request(before: &Snapshot, after: &Snapshot) -> Option<Duration> {
+    let of = |device: &DeviceSnapshot| {
+        let earlier = before.devices.iter().find(|earlier| earlier.id == device.id)?;
+        device.total().latency.since(&earlier.total().latency).longest()
+    };
+    after.devices.iter().filter_map(of).max()
+}
+
+/// Lets devices go on that had been asked to drain.
 fn undo(drained: &mut [super::BuiltDevice]) {
     for device in drained {
         if let Err(error) = device.life.resume() {

@@ -42,6 +42,13 @@ impl Histogram {
         new
     }
 
+    /// No request took longer, within a quarter of it; none without a request.
+    pub fn longest(&self) -> Option<Duration> {
+        let bucket = self.0.iter().rposition(|requests| *requests > 0)?;
+        // The last bucket has no end: what is there took at least as long as the one before says.
+        bucket_end(bucket).or_else(|| bucket_end(bucket.checked_sub(1)?)).map(Duration::from_nanos)
+    }
+
     /// The latency that this share of all requests (0 to 1) did not exceed, within a quarter of its value; none without a
     /// request.
     pub fn quantile(&self, share: f64) -> Option<Duration> {
@@ -99,6 +106,9 @@ mod tests {
         assert!((8.0..12.6).contains(&us(0.99)), "{}", us(0.99));
         assert!((2500.0..3700.0).contains(&us(1.0)), "{}", us(1.0));
         assert_eq!(Histogram::default().quantile(0.5), None);
+        assert!((3000.0..3700.0).contains(&(histogram.longest().unwrap().as_nanos() as f64 / 1000.0)));
+        assert_eq!(Histogram::default().longest(), None);
+        assert!(of(&[(u64::MAX, 1)]).longest().unwrap() > Duration::from_secs(10));
         assert!(of(&[(u64::MAX, 3)]).quantile(0.5).unwrap() > Duration::from_secs(10));
         assert!(of(&[(0, 3)]).quantile(0.0).unwrap() < Duration::from_nanos(257));
     }

@@ -199,6 +199,9 @@ impl DeviceLife for VhostLife {
         self.device.stop(deadline);
         Ok(())
     }
+    fn begin_pause(&mut self) {
+        self.device.begin_pause();
+    }
     fn pause(&mut self, deadline: Instant) -> Result<(), LifeError> {
         self.device.pause(deadline).map_err(|error| self.failed("pause", error))
     }

@@ -493,6 +493,13 @@ impl VhostDevice {
         };
         lock(&self.shared.queues).iter().map(report).collect()
     }
+    /// Begins what [`Self::pause`] waits for. [`Self::resume`] undoes it.
+    pub fn begin_pause(&self) {
+        if self.shared.gate.close() {
+            // A thread that is not there any more is noticed by who waits.
+            self.shared.send(Request::Pause);
+        }
+    }
     /// Takes the rings from the backend by `deadline`, when it has completed what it had begun; kicks pile up meanwhile.
     /// Never waits for a backend that is gone, only a while for the proof that its last writes are done.
     ///

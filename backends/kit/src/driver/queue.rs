@@ -174,6 +174,12 @@ impl Queue {
         Some((head, len))
     }
 
+    /// Says how far the used ring was looked at: a call is wanted for what is completed behind it.
+    pub fn ask_for_call(&self, guest: &Guest) {
+        guest.store(self.avail + 4 + 2 * u64::from(self.size), self.next_used.to_le());
+        fence(Ordering::SeqCst);
+    }
+
     /// Asks for a call at the next completion and waits for it; returns at once when there is one already.
     pub fn wait(&mut self, guest: &Guest, timeout: Duration) -> Result<()> {
         self.wait_for_call(guest, timeout).map(drop)
@@ -181,8 +187,7 @@ impl Queue {
 
     /// Like [`Queue::wait`], and says what came: a guest that is not interrupted would sleep for ever.
     pub fn wait_for_call(&mut self, guest: &Guest, timeout: Duration) -> Result<Woken> {
-        guest.store(self.avail + 4 + 2 * u64::from(self.size), self.next_used.to_le());
-        fence(Ordering::SeqCst);
+        self.ask_for_call(guest);
         if u16::from_le(guest.load(self.used + 2)) != self.next_used {
             return Ok(Woken::Already);
         }
