@@ -470,7 +470,7 @@ fn bad_disks_are_named() -> Result<()> {
         (own(&path), folder.path(), "ended with exit status 1 before it was ready"),
         (own(&path), nowhere, "install it beside atoll"),
         (foreign(&folder.path().join("gone")), programs, "nobody listens"),
-        (foreign(&silent), programs, "did not answer GET_FEATURES within 5s"),
+        (foreign(&silent), programs, "did not answer GET_FEATURES within 5 s"),
     ];
     for (config, programs, expected) in cases {
         let shown = format!("{config:?}");

@@ -8,7 +8,7 @@ use xtask::lives;
 /// judged by the soak alone: other tests run beside this one.
 #[test]
 fn pauses_are_not_noticed() -> Result<()> {
-    let outcome = lives::pauses(20, 0x5eed)?;
+    let outcome = lives::pauses(20, 0x5eed, |_, _| {})?;
     assert!(outcome.judged.ok() && outcome.judged.frames() > 100, "{:?}", outcome.judged);
     assert!(outcome.clock_drift_us_max < lives::CLOCK_DRIFT_US_MAX, "{outcome:?}");
     Ok(())

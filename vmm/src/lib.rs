@@ -10,6 +10,7 @@ pub mod config;
 pub mod cpu;
 pub mod doorbell;
 pub mod irq;
+mod lasted;
 pub mod lifecycle;
 pub mod machine;
 pub mod memory;

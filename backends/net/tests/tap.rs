@@ -169,6 +169,6 @@ fn mistakes_with_interfaces_are_named() -> Result<()> {
     let (_, text) = fails(&["--socket", other.to_str().unwrap(), "--tap", &name, "--queue-pairs", "2"]);
     assert!(text.contains("multi_queue") || text.contains("in use"), "{text}");
     let (_, text) = fails(&["--socket", other.to_str().unwrap(), "--tap", "lo"]);
-    assert!(text.contains("cannot be a TAP"), "{text}");
+    assert!(text.contains("is there and is no TAP"), "{text}");
     Ok(())
 }

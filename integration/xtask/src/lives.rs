@@ -19,7 +19,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// What a pause may take beyond its slowest request in flight.
+/// What a pause may take, unless a request in flight takes longer.
 pub const PAUSE_US_MAX: u64 = 50_000;
 /// How far the guest's clock may move against the host's.
 pub const CLOCK_DRIFT_US_MAX: u64 = 10_000;
@@ -34,14 +34,39 @@ const LIFE_US: u64 = 400_000;
 /// One pause, as the VMM measured it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Pause {
-    /// From the request to the last device drained.
+    /// From the request to the last interrupt delivered.
     pub whole_us: u64,
-    /// The slowest request in flight, as the device that waited for it measured it.
-    pub slowest_drain_us: u64,
+    /// The slowest request in flight, as its device's process measured it, within a quarter; 0 when there was none.
+    pub slowest_request_us: u64,
     /// Until the vCPUs stood.
     pub vcpus_us: u64,
+    /// From then until the last device had drained.
+    pub drain_us: u64,
+    /// From then until their interrupts had arrived.
+    pub interrupts_us: u64,
     /// As the client saw it, over the socket.
     pub answer_us: u64,
+}
+
+impl Pause {
+    /// Whether it was there in time: within the limit, or as soon as the slowest request in flight allowed.
+    pub fn in_time(&self) -> bool {
+        self.whole_us < PAUSE_US_MAX || self.whole_us <= self.slowest_request_us
+    }
+}
+
+/// Both figures, for people.
+impl std::fmt::Display for Pause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ms = |us: u64| us as f64 / 1000.0;
+        let Self { whole_us, slowest_request_us, vcpus_us, drain_us, interrupts_us, .. } = *self;
+        write!(f, "paused after {:.1} ms, slowest request in flight {:.1} ms", ms(whole_us), ms(slowest_request_us))?;
+        if !self.in_time() {
+            let steps = (ms(vcpus_us), ms(drain_us), ms(interrupts_us));
+            write!(f, "; late: vCPUs {:.1} ms, devices {:.1} ms, interrupts {:.1} ms", steps.0, steps.1, steps.2)?;
+        }
+        Ok(())
+    }
 }
 
 /// What came of pauses of one machine.
@@ -87,8 +112,8 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Pauses and resumes a guest under load `count` times, at moments that `seed` says.
-pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
+/// Pauses and resumes a guest under load `count` times, at moments that `seed` says; each is told as it comes.
+pub fn pauses(count: u32, seed: u64, told: impl Fn(u32, &Pause)) -> Result<Pauses> {
     let mut laden = Laden::boot(seed, count)?;
     let at_first = Ahead::sharp(laden.console())?;
     ensure!(at_first.wrong() < CLOCK_ERROR_MAX, "the guest's clock starts {:?} off", at_first.wrong());
@@ -96,18 +121,26 @@ pub fn pauses(count: u32, seed: u64) -> Result<Pauses> {
     let mut dice = Dice::new(mix(seed, 0x70_6175_7365));
     let mut pauses = Vec::new();
     let mut clock = Duration::ZERO;
-    for pause in 1..=count {
+    for number in 1..=count {
         std::thread::sleep(Duration::from_micros(dice.below(20_000)));
         let asked = Instant::now();
         laden.vm.put("vm.pause", None)?;
         let answer_us = micros(asked.elapsed());
         let last = laden.vm.get("inspect/last_pause")?;
         let figure = |name: &str| last.get(name).and_then(Value::as_u64).with_context(|| format!("no {name}: {last}"));
-        let (whole_us, slowest_drain_us) = (figure("whole_us")?, figure("slowest_drain_us")?);
-        pauses.push(Pause { whole_us, slowest_drain_us, vcpus_us: figure("vcpus_us")?, answer_us });
+        let pause = Pause {
+            whole_us: figure("whole_us")?,
+            slowest_request_us: last.get("slowest_request_us").and_then(Value::as_u64).unwrap_or(0),
+            vcpus_us: figure("vcpus_us")?,
+            drain_us: figure("slowest_drain_us")?,
+            interrupts_us: figure("interrupts_us")?,
+            answer_us,
+        };
+        told(number, &pause);
+        pauses.push(pause);
         std::thread::sleep(Duration::from_micros(dice.below(10_000)));
         laden.vm.put("vm.resume", None)?;
-        if pause % CLOCK_EVERY == 0 {
+        if number % CLOCK_EVERY == 0 {
             clock = clock.max(Ahead::ask(laden.console())?.apart(at_first));
         }
     }

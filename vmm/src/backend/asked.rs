@@ -14,6 +14,7 @@ use thiserror::Error;
 use super::event::SpawnError;
 use super::launch::start;
 use super::spec::PassedFd;
+use crate::lasted::Lasted;
 
 /// Most bytes of an answer.
 const ANSWER_BYTES_MAX: usize = 8 << 10;
@@ -58,7 +59,7 @@ pub fn ask(name: &str, exe: &PathBuf, args: &[OsString], fd: PassedFd, within: D
                 let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
                 let mut watched = [PollFd::from_borrowed_fd(child.output.as_fd(), PollFlags::IN)];
                 if left.is_zero() || matches!(poll(&mut watched, Some(&timeout)), Ok(0)) {
-                    break Err(format!("nothing within {within:?}"));
+                    break Err(format!("nothing within {}", Lasted(within)));
                 }
             }
             Err(Errno::INTR) => {}

@@ -10,6 +10,8 @@ use atoll_protocol::{DeviceId, Generation, QueueIndex};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
+use crate::lasted::Lasted;
+
 /// Something that the spawner saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendEvent {
@@ -126,10 +128,10 @@ impl fmt::Display for BackendExit {
                 GoodbyeReason::Config(reason) | GoodbyeReason::Resource(reason) | GoodbyeReason::Peer(reason),
             ) => return write!(f, "ended{when}: {reason}"),
             ExitCause::NeverHello(waited) => {
-                write!(f, "said nothing within {waited:?} and was killed: is its binary a backend of this release?")?;
+                write!(f, "said nothing within {} and was killed: is its binary a backend of this release?", Lasted(*waited))?;
             }
             ExitCause::NeverReady(waited) => {
-                write!(f, "was not ready within {waited:?} and was killed: look at its log")?;
+                write!(f, "was not ready within {} and was killed: look at its log", Lasted(*waited))?;
             }
             ExitCause::Wrong(what) => write!(f, "was killed{when} because {what}")?,
             ExitCause::HungUp => write!(f, "closed its sidecar{when} and was killed")?,

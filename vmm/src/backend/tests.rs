@@ -192,8 +192,8 @@ fn failures_to_start_are_explained() {
     };
     let cases = [
         ("dies at once", "ended with exit status 3 before it was ready; its last words: giving up"),
-        ("silent", "said nothing within 300ms and was killed: is its binary a backend of this release?"),
-        ("never ready", "was not ready within 2s and was killed: look at its log"),
+        ("silent", "said nothing within 300 ms and was killed: is its binary a backend of this release?"),
+        ("never ready", "was not ready within 2 s and was killed: look at its log"),
         ("bad config", "ended before it was ready: no such file: give the disk another path"),
     ];
     for (part, expected) in cases {

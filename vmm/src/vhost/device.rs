@@ -34,6 +34,7 @@ use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::config::Track;
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
+use crate::lasted::Lasted;
 use crate::lifecycle::{QueueReport, Story};
 use crate::memory::GuestMemory;
 use crate::metrics::{DeviceMeter, Phase};
@@ -134,7 +135,8 @@ pub struct DeviceStatus {
 pub enum PauseError {
     /// The backend keeps the rings. The device goes on as if it had not been asked.
     #[error(
-        "the backend did not give the rings back within {waited:?}: {in_flight} requests are in flight; try again when it is less busy"
+        "the backend did not give the rings back within {}: {in_flight} requests are in flight; try again when it is less busy",
+        Lasted(*.waited)
     )]
     Late {
         /// How long it had.

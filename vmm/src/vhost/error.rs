@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use crate::lasted::Lasted;
+
 /// One step of a conversation; ring steps carry the ring's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(
@@ -87,8 +89,8 @@ pub enum ConversationError {
     },
     /// The backend is there and silent. The connection has been cut; a new one may do better.
     #[error(
-        "the backend did not answer {step} within {:?}: look whether it is stopped or serves another front end",
-        in_milliseconds(*.waited)
+        "the backend did not answer {step} within {}: look whether it is stopped or serves another front end",
+        Lasted(*.waited)
     )]
     Silent {
         /// What it was asked.
@@ -125,11 +127,6 @@ pub enum ConversationError {
         #[source]
         source: io::Error,
     },
-}
-
-/// For people: what is left of a longer deadline has nine digits.
-fn in_milliseconds(time: Duration) -> Duration {
-    Duration::from_millis(u64::try_from((time.as_micros() + 500) / 1000).unwrap_or(u64::MAX))
 }
 
 impl ConversationError {

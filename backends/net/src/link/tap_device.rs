@@ -45,7 +45,13 @@ pub enum TapError {
     /// Somebody else has it open.
     #[error("interface {0} is in use by another process: stop that one or choose another interface")]
     Busy(String),
-    /// It was made for another number of queues, or is no TAP.
+    /// It is something else: a card of the host, a bridge, a TUN.
+    #[error(
+        "interface {0} is there and is no TAP: give the name of one, or one that is not taken yet (`ip tuntap add tap0 mode tap \
+         user $USER`; to put the guest into {0}'s network, make {0} and a TAP ports of one bridge)"
+    )]
+    NoTap(String),
+    /// It was made for another number of queues.
     #[error(
         "interface {name} cannot be a TAP with {pairs} queue pairs: make it with `ip tuntap add {name} mode tap{flag}`"
     )]
@@ -150,6 +156,14 @@ fn exists(name: &str) -> bool {
     Path::new("/sys/class/net").join(name).exists()
 }
 
+/// Whether the interface of this name is a TAP.
+fn is_tap(name: &str) -> bool {
+    // A file that only TUN and TAP interfaces have: flags in hexadecimal digits.
+    let flags = std::fs::read_to_string(Path::new("/sys/class/net").join(name).join("tun_flags")).unwrap_or_default();
+    let flags = i32::from_str_radix(flags.trim().trim_start_matches("0x"), 16).unwrap_or(0);
+    flags & libc::IFF_TAP != 0
+}
+
 fn queue(name: &str, pairs: u16, existed: bool) -> Result<File, TapError> {
     let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN).map_err(|e| {
         if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ENXIO) {
@@ -175,6 +189,7 @@ fn queue(name: &str, pairs: u16, existed: bool) -> Result<File, TapError> {
             hint: if pairs > 1 { " (with `multi_queue` at its end)" } else { "" },
         },
         Some(libc::EBUSY) => TapError::Busy(name.to_owned()),
+        Some(libc::EINVAL) if existed && !is_tap(name) => TapError::NoTap(name.to_owned()),
         Some(libc::EINVAL) => {
             TapError::Shape { name: name.to_owned(), pairs, flag: if pairs > 1 { " multi_queue" } else { "" } }
         }

@@ -11,7 +11,7 @@ use atoll_vmm::config::{ConsoleConfig, ConsoleMode};
 use atoll_vmm::machine::EscapeFilter;
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::target::Machine;
+use crate::target::{self, Aftermath, Machine};
 use crate::terminal::{self, RawTerminal};
 
 /// Bytes that are carried at once.
@@ -39,19 +39,27 @@ fn far_end(name: &str, port: Option<&ConsoleConfig>) -> anyhow::Result<OwnedFd> 
 
 /// `console`.
 pub(crate) fn console(name: &str) -> anyhow::Result<()> {
-    let info = Machine::find(name)?.info()?;
+    let socket = target::socket(name)?;
+    let info = Machine::at(&socket)?.info()?;
     let far = File::from(far_end(name, info.config.serial.as_ref())?);
     if stdin().is_terminal() {
         let _ = writeln!(stderr(), "attached to {name}; Ctrl-A x detaches");
     }
     terminal::restore_on_signals();
     let raw = RawTerminal::enter();
-    let relayed = relay(&far).map(drop);
+    let relayed = relay(&far);
     drop(raw);
     if stdin().is_terminal() {
         let _ = writeln!(stderr(), "\ndetached from {name}");
     }
-    relayed
+    if relayed? == Parted::Escape {
+        return Ok(());
+    }
+    match target::aftermath(&socket) {
+        Aftermath::Ended => Ok(()),
+        Aftermath::Runs => anyhow::bail!("{name} runs on and has closed this line: is somebody else attached to it?"),
+        Aftermath::Vanished => Err(target::vanished(name)),
+    }
 }
 
 /// Why bytes are carried no more.
@@ -100,7 +108,9 @@ pub(crate) fn relay(far: &File) -> anyhow::Result<Parted> {
             typing = count > 0;
             passed.clear();
             let left = filter.pass(chunk.get(..count).unwrap_or_default(), &mut passed);
-            to.write_all(&passed).context("the machine takes no more input")?;
+            if to.write_all(&passed).is_err() {
+                return Ok(Parted::Machine);
+            }
             if left {
                 return Ok(Parted::Escape);
             }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use atoll_vmm::api::{Client, Method, own_inherited};
+use atoll_vmm::api::{Client, ClientError, Method, own_inherited};
 use atoll_vmm::config::{ConsoleConfig, DeviceConfig, bytes_of};
 use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::described;
-use crate::target::{Machine, ROOT};
+use crate::target::{self, Machine, ROOT};
 use crate::{run::RunError, table};
 
 /// How long `ps` waits for each machine.
@@ -223,7 +223,7 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
 
 /// `remove`.
 pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
-    let socket = crate::target::socket(name)?;
+    let socket = target::socket(name)?;
     Machine::at(&socket)?.put("vm.remove-device", Some(&json!({ "id": id })))?;
     if wait_s == 0 {
         return Ok(());
@@ -274,16 +274,20 @@ pub(crate) fn fault(name: &str, id: &str, fault: atoll_vmm::vhost::Fault, seed: 
 /// `events`.
 pub(crate) fn events(name: &str) -> anyhow::Result<()> {
     let mut events = Machine::find(name)?.into_client().events()?;
+    // Whoever ends says so first.
+    let mut told = false;
     loop {
         match events.next(Duration::from_secs(3600)) {
             Ok(Some(event)) => {
+                told |= (event.source.as_str(), event.event.as_str()) == ("vmm", "shutdown");
                 let line = format!("{}\n", serde_json::to_string(&event)?);
                 if stdout().write_all(line.as_bytes()).and_then(|()| stdout().flush()).is_err() {
                     return Ok(());
                 }
             }
             Ok(None) => {}
-            Err(atoll_vmm::api::ClientError::Cut) => return Ok(()),
+            Err(ClientError::Cut) if told => return Ok(()),
+            Err(ClientError::Cut) => return Err(target::vanished(name)),
             Err(error) => return Err(error.into()),
         }
     }

@@ -1,11 +1,12 @@
 //! Which machine a command is for, and how it is asked.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use atoll_vmm::api::{Client, Method};
-use atoll_vmm::lifecycle::{DeviceReport, VmInfo};
+use atoll_vmm::api::{Client, ClientError, Method};
+use atoll_vmm::lifecycle::{DeviceReport, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -14,6 +15,9 @@ use serde_json::Value;
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// How long it may take to carry something out: pausing and plugging wait for devices.
 const DEED_MAX: Duration = Duration::from_secs(200);
+
+/// How long a machine whose serial line has ended is given to end too.
+const AFTERMATH_MAX: Duration = Duration::from_secs(3);
 
 /// Paths of the API.
 pub(crate) const ROOT: &str = "/api/v1";
@@ -39,6 +43,43 @@ pub(crate) fn named_or_only(name: Option<&str>) -> anyhow::Result<String> {
             let names: Vec<_> = running.iter().chain([&vm]).map(|vm| vm.name.as_str()).collect();
             anyhow::bail!("several machines run; name one of {}", names.join(", "))
         }
+    }
+}
+
+/// Its virtual machine monitor has ended without a word.
+pub(crate) fn vanished(name: &str) -> anyhow::Error {
+    anyhow::anyhow!("the process of {name} is gone without having said why: it was killed, or it crashed; its log may tell")
+}
+
+/// What became of a machine whose serial line has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Aftermath {
+    /// It was switched off, or its process ended as it should.
+    Ended,
+    /// It runs on.
+    Runs,
+    /// Its process is gone and has left its socket behind.
+    Vanished,
+}
+
+/// Looks what became of the machine that serves `socket`, for as long as it seems to run on.
+pub(crate) fn aftermath(socket: &Path) -> Aftermath {
+    let deadline = Instant::now() + AFTERMATH_MAX;
+    loop {
+        match Client::connect(socket) {
+            Err(ClientError::Connect { source, .. }) if source.kind() == ErrorKind::NotFound => return Aftermath::Ended,
+            Err(_) => return Aftermath::Vanished,
+            // While it ends it may not answer any more.
+            Ok(client) => match Machine(client.with_patience(AFTERMATH_MAX)).info() {
+                Ok(info) if matches!(info.state, VmState::Running | VmState::Paused) => {}
+                Ok(_) => return Aftermath::Ended,
+                Err(_) => {}
+            },
+        }
+        if Instant::now() >= deadline {
+            return Aftermath::Runs;
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 

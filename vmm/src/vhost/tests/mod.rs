@@ -304,7 +304,7 @@ fn handshake_fails_in_words() {
     assert!(matches!(error, ConversationError::Refused { step: Step::GetConfig }), "{error}");
     assert_eq!(error.to_string(), "the backend refused GET_CONFIG");
     let error = connect_with(spoiled("GET_FEATURES", Misdeed::Silence));
-    assert!(error.to_string().starts_with("the backend did not answer GET_FEATURES within 200ms"), "{error}");
+    assert!(error.to_string().starts_with("the backend did not answer GET_FEATURES within 200 ms"), "{error}");
 }
 
 /// Answers that cannot be right, and features that are missing, are named.
