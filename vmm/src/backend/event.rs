@@ -128,7 +128,11 @@ impl fmt::Display for BackendExit {
                 GoodbyeReason::Config(reason) | GoodbyeReason::Resource(reason) | GoodbyeReason::Peer(reason),
             ) => return write!(f, "ended{when}: {reason}"),
             ExitCause::NeverHello(waited) => {
-                write!(f, "said nothing within {} and was killed: is its binary a backend of this release?", Lasted(*waited))?;
+                write!(
+                    f,
+                    "said nothing within {} and was killed: is its binary a backend of this release?",
+                    Lasted(*waited)
+                )?;
             }
             ExitCause::NeverReady(waited) => {
                 write!(f, "was not ready within {} and was killed: look at its log", Lasted(*waited))?;

@@ -48,7 +48,9 @@ pub(crate) fn named_or_only(name: Option<&str>) -> anyhow::Result<String> {
 
 /// Its virtual machine monitor has ended without a word.
 pub(crate) fn vanished(name: &str) -> anyhow::Error {
-    anyhow::anyhow!("the process of {name} is gone without having said why: it was killed, or it crashed; its log may tell")
+    anyhow::anyhow!(
+        "the process of {name} is gone without having said why: it was killed, or it crashed; its log may tell"
+    )
 }
 
 /// What became of a machine whose serial line has ended.
@@ -67,7 +69,9 @@ pub(crate) fn aftermath(socket: &Path) -> Aftermath {
     let deadline = Instant::now() + AFTERMATH_MAX;
     loop {
         match Client::connect(socket) {
-            Err(ClientError::Connect { source, .. }) if source.kind() == ErrorKind::NotFound => return Aftermath::Ended,
+            Err(ClientError::Connect { source, .. }) if source.kind() == ErrorKind::NotFound => {
+                return Aftermath::Ended;
+            }
             Err(_) => return Aftermath::Vanished,
             // While it ends it may not answer any more.
             Ok(client) => match Machine(client.with_patience(AFTERMATH_MAX)).info() {
