@@ -76,7 +76,8 @@ impl<H: QueueHandler, M: GuestMemory> InletThread<H, M> {
                 return Ok(());
             }
             self.reap()?;
-            if !self.fill()? {
+            // A command whose wake-up has been reaped already has nothing else that would end the sleep.
+            if !self.fill()? && !self.mailbox.pending.load(Ordering::Acquire) {
                 self.uring.submit_and_wait()?;
             }
         }

@@ -276,7 +276,13 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     }
 
     /// Nothing to do: spin a little, then ask for a kick and sleep.
+    ///
+    /// A command may have come since the mailbox was looked at, and its wake-up have been reaped with other completions:
+    /// nothing would end the sleep.
     fn idle(&mut self) -> Result<(), UringError> {
+        if self.mailbox.pending.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let open = self.gate.is_open();
         if self.call_at.is_some_and(|at| at <= Instant::now()) {
             self.announce();
@@ -436,6 +442,72 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
             running.discards =
                 !enabled && (running.enabled || running.discards) && self.handler.discards_when_disabled();
             running.enabled = enabled;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
+    use std::sync::mpsc::{RecvTimeoutError, channel, sync_channel};
+    use std::time::Duration;
+
+    use rustix::event::EventfdFlags;
+
+    use super::*;
+    use crate::stats::StatsPage;
+    use crate::worker::Command;
+
+    struct Nothing;
+
+    impl QueueHandler for Nothing {
+        fn opcodes(&self) -> &'static [u8] {
+            &[]
+        }
+        fn started(&mut self, _size: u16) {}
+        fn stopped(&mut self) {}
+        fn request<M: GuestMemory>(&mut self, _io: &mut Io<'_>, _mem: &M, _chain: &Chain) -> Progress {
+            Progress::Done { written: 0 }
+        }
+        fn completion<M: GuestMemory>(&mut self, _io: &mut Io<'_>, _mem: &M, _head: u16, _result: i32) -> Progress {
+            Progress::Done { written: 0 }
+        }
+    }
+
+    /// One successor in some thousand did not answer SET_VRING_ENABLE, and was replaced after five seconds: the command had come
+    /// after its queue thread looked into the mailbox, and before the thread reaped the wake-up among its completions.
+    #[test]
+    fn a_command_whose_wake_up_was_reaped_is_heard() {
+        let (done, is_done) = channel();
+        std::thread::spawn(move || {
+            let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+            let pulse = Arc::new(QueuePulse::new(wake.try_clone().unwrap()));
+            let mailbox = Arc::new(Mailbox::<crate::memory::GuestRam> {
+                commands: Mutex::new(VecDeque::new()),
+                pending: AtomicBool::new(false),
+                wake,
+            });
+            let uring = open(&Nothing, &mailbox).unwrap();
+            let figures = StatsPage::private(1).unwrap().part(0).unwrap();
+            let (inbox, gate) = (Arc::clone(&mailbox), Gate::opened());
+            let mut thread = QueueThread::new(0, uring, Nothing, inbox, pulse, gate, (figures, Toll::new(None)));
+            // As in its first sleep: the mailbox is being watched.
+            thread.uring.submit().unwrap();
+            let (reply, answer) = sync_channel(1);
+            mailbox.send(Command::Enable(true, reply));
+            assert!(!thread.step().unwrap(), "the wake-up is no work");
+            assert!(!thread.uring.deliverable(), "it has been reaped");
+            thread.idle().unwrap();
+            mailbox.pending.store(false, Ordering::Release);
+            assert!(obey(&mut thread).unwrap());
+            let _ = done.send(answer.try_recv().is_ok());
+        });
+        match is_done.recv_timeout(Duration::from_secs(60)) {
+            Ok(obeyed) => assert!(obeyed),
+            Err(RecvTimeoutError::Timeout) => panic!("it sleeps with a command in its mailbox"),
+            Err(RecvTimeoutError::Disconnected) => panic!("the thread has failed"),
         }
     }
 }

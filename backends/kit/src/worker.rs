@@ -33,7 +33,7 @@ pub struct QueuePulse {
 }
 
 impl QueuePulse {
-    fn new(wake: OwnedFd) -> Self {
+    pub(crate) fn new(wake: OwnedFd) -> Self {
         let zero = || AtomicU64::new(0);
         Self { taken: zero(), completed: zero(), asked: zero(), seen: zero(), wake }
     }
@@ -97,6 +97,14 @@ pub(crate) struct Mailbox<M> {
     pub(crate) commands: Mutex<VecDeque<Command<M>>>,
     pub(crate) pending: AtomicBool,
     pub(crate) wake: OwnedFd,
+}
+
+impl<M> Mailbox<M> {
+    pub(crate) fn send(&self, command: Command<M>) {
+        self.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(command);
+        self.pending.store(true, Ordering::Release);
+        wake(&self.wake);
+    }
 }
 
 /// A thread that owns a ring and does what the conversation wants.
@@ -279,14 +287,8 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
         wake(&self.mailbox.wake);
     }
 
-    fn send(&self, command: Command<M>) {
-        self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(command);
-        self.mailbox.pending.store(true, Ordering::Release);
-        self.wake();
-    }
-
     fn ask<T>(&self, command: Command<M>, answer: &Receiver<T>) -> Result<T, WorkerGone> {
-        self.send(command);
+        self.mailbox.send(command);
         answer.recv().map_err(|_| WorkerGone(self.index))
     }
 
@@ -323,9 +325,7 @@ impl<M: GuestMemory + Send + Sync + 'static> Worker<M> {
 
 impl<M: GuestMemory> Drop for Worker<M> {
     fn drop(&mut self) {
-        self.mailbox.commands.lock().unwrap_or_else(PoisonError::into_inner).push_back(Command::Quit);
-        self.mailbox.pending.store(true, Ordering::Release);
-        wake(&self.mailbox.wake);
+        self.mailbox.send(Command::Quit);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
