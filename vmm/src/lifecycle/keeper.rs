@@ -478,7 +478,12 @@ impl Keeper {
         }
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
-                Some(life) => life.inject(fault, seed).map_err(failed),
+                Some(life) => {
+                    life.inject(fault, seed).map_err(failed)?;
+                    let told = [("id", id.to_owned()), ("fault", fault.name().to_owned()), ("seed", seed.to_string())];
+                    self.story.tell("device", "fault", told);
+                    Ok(())
+                }
                 None => Err(no_device(id)),
             },
             other => Err(other.not_running()),

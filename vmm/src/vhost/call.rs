@@ -73,10 +73,12 @@ impl CallPath {
     pub(super) fn event(&self) -> &EventFd {
         self.relayed.as_ref().map_or(&self.target, RelayedEvent::source)
     }
-    /// Interrupts the driver once, on behalf of a backend that may have died before it did.
+    /// Interrupts the driver once, on behalf of a backend that may have died before it did. What stands in the backend's
+    /// way does not stand in this one's.
     pub(super) fn signal(&self) {
+        let event = if self.has_vector { &self.target } else { self.event() };
         // Fails only when the count is full, and then it is signalled.
-        let _ = self.event().write(1);
+        let _ = event.write(1);
     }
     /// Calls that the relay has seen, while interposed.
     pub(super) fn count(&self) -> Option<u64> {

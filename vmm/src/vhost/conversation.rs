@@ -3,16 +3,19 @@
 //! The `vhost` crate's front end blocks, and retries for ever what a socket timeout would interrupt. So it lives on its
 //! own thread, which publishes each [`Step`] before it takes it; whoever waits for the thread keeps a copy of the socket
 //! and shuts it down when a step takes longer than it may. That ends the step, the thread's unit of work and the
-//! conversation: a half-done negotiation is thrown away, never continued.
+//! conversation: a half-done negotiation is thrown away, never continued. The end of the backend's process does the same at
+//! once: its socket may be open all the same, because somebody else has a copy of it.
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Protocol};
 
@@ -23,6 +26,9 @@ use crate::seccomp::{self, ThreadClass};
 
 /// Rings that a conversation may name before the backend has said how many it has.
 const RINGS_MAX: u64 = 256;
+
+/// How long what is left of a unit may take once its socket is shut: each of its steps fails at once.
+const AFTER_THE_CUT: Duration = Duration::from_secs(2);
 
 type Unit = Box<dyn FnOnce(&mut Wire) + Send>;
 
@@ -93,6 +99,15 @@ impl Wire {
     }
 }
 
+/// Why a conversation was cut in the middle of a unit.
+#[derive(Clone, Copy)]
+enum Cut {
+    /// A step took too long, or the device ends.
+    Late(Step),
+    /// The process that would answer has ended.
+    Dead(Step),
+}
+
 /// The waiting end.
 pub(super) struct Conversation {
     units: Option<SyncSender<Unit>>,
@@ -100,6 +115,10 @@ pub(super) struct Conversation {
     progress: Arc<Mutex<Progress>>,
     step_limit: Duration,
     ending: Ending,
+    /// Raised when a unit is done.
+    done: Arc<OwnedFd>,
+    /// Readable once the process that would answer has ended.
+    process: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -112,6 +131,7 @@ impl Conversation {
         socket.set_nonblocking(false)?;
         let kept = socket.try_clone()?;
         let progress = Arc::new(Mutex::new(Progress { step: Step::Idle, since: Instant::now() }));
+        let done = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let mut wire = Wire {
             socket: socket.try_clone()?,
             frontend: Frontend::from_stream(socket, RINGS_MAX),
@@ -126,7 +146,17 @@ impl Conversation {
             }
         })?;
         let ending = Arc::clone(ending);
-        Ok(Self { units: Some(units), socket: kept, progress, step_limit, ending, thread: Some(thread) })
+        let (units, thread) = (Some(units), Some(thread));
+        Ok(Self { units, socket: kept, progress, step_limit, ending, done, process: None, thread })
+    }
+
+    /// Ends its waits as soon as `process`, which answers at the other end, has ended: a descriptor that is readable then.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub(super) fn end_with(&mut self, process: impl AsFd) -> io::Result<()> {
+        self.process = Some(process.as_fd().try_clone_to_owned()?);
+        Ok(())
     }
 
     /// The socket, to watch for a hang-up.
@@ -134,19 +164,30 @@ impl Conversation {
         &self.socket
     }
 
-    /// Has the thread do one unit of work, and waits for it as long as its steps are in time. After an error the
-    /// conversation is over.
+    /// Has the thread do one unit of work, and waits for it as long as its steps are in time and its process lives. After an
+    /// error the conversation is over.
     ///
     /// # Errors
-    /// What the unit says, or [`ConversationError::Silent`] when a step was too slow.
+    /// What the unit says, [`ConversationError::Silent`] when a step was too slow, or [`ConversationError::Gone`].
     pub(super) fn perform<T: Send + 'static>(
         &mut self,
         unit: impl FnOnce(&mut Wire) -> Result<T, ConversationError> + Send + 'static,
     ) -> Result<T, ConversationError> {
+        /// Wakes whoever waits, also when the unit panics.
+        struct Done(Arc<OwnedFd>);
+        impl Drop for Done {
+            fn drop(&mut self) {
+                let _ = rustix::io::write(&*self.0, &1_u64.to_ne_bytes());
+            }
+        }
         let over = || ConversationError::Gone { step: Step::Idle, reason: "the conversation is over".into() };
         let (answer, result) = sync_channel(1);
         let started = Instant::now();
+        let done = Done(Arc::clone(&self.done));
         let unit: Unit = Box::new(move |wire| {
+            // Dropped last, after the answer was sent or its sender is gone.
+            let _done = done;
+            let answer = answer;
             let _ = answer.send(unit(wire));
         });
         self.units.as_ref().ok_or_else(over)?.send(unit).map_err(|_| over())?;
@@ -154,26 +195,32 @@ impl Conversation {
         let mut patience = Patience::new(self.step_limit, &self.ending);
         let mut watched = started;
         let outcome = loop {
+            match result.try_recv() {
+                Ok(outcome) => break outcome,
+                Err(TryRecvError::Disconnected) => break Err(over()),
+                Err(TryRecvError::Empty) => {}
+            }
             let progress = lock(&self.progress);
             let (step, since) = (progress.step, progress.since.max(started));
             drop(progress);
-            if since != watched {
+            if cut.is_none() && since != watched {
                 watched = since;
                 patience = Patience::new(self.step_limit, &self.ending);
             }
-            let received = match patience.slice() {
-                Some(slice) => result.recv_timeout(slice),
-                None => {
-                    // The socket is shut: what is left of the unit fails by itself, at once.
-                    cut = Some(step);
-                    self.hang_up();
-                    result.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            match patience.slice() {
+                Some(slice) => {
+                    if self.wait(slice, cut.is_none()) && cut.is_none() {
+                        let step = lock(&self.progress).step;
+                        (cut, patience) = (Some(Cut::Dead(step)), self.cut());
+                    }
                 }
-            };
-            match received {
-                Ok(outcome) => break outcome,
-                Err(RecvTimeoutError::Disconnected) => break Err(over()),
-                Err(RecvTimeoutError::Timeout) => {}
+                None if cut.is_none() => (cut, patience) = (Some(Cut::Late(step)), self.cut()),
+                None => {
+                    // Nothing that it could wait for is left. Whoever joined it would wait, too.
+                    tracing::error!(%step, "a conversation does not end after its socket was shut: its thread is left behind");
+                    (self.units, self.thread) = (None, None);
+                    break Err(over());
+                }
             }
         };
         *lock(&self.progress) = Progress { step: Step::Idle, since: Instant::now() };
@@ -183,8 +230,32 @@ impl Conversation {
                 self.hang_up();
                 Err(error)
             }
-            (_, Some(step)) => Err(ConversationError::Silent { step, waited: self.step_limit }),
+            (_, Some(Cut::Late(step))) => Err(ConversationError::Silent { step, waited: self.step_limit }),
+            (_, Some(Cut::Dead(step))) => {
+                Err(ConversationError::Gone { step, reason: "its process has ended in the middle of it".into() })
+            }
         }
+    }
+
+    /// Shuts the socket: what is left of the unit fails by itself, at once. Gives the patience for that, which nothing ends.
+    fn cut(&mut self) -> Patience {
+        self.hang_up();
+        Patience::new(AFTER_THE_CUT, &Ending::default())
+    }
+
+    /// Waits for the unit, no longer than `slice`. True when the process has ended and the unit is not done.
+    fn wait(&self, slice: Duration, mind_the_process: bool) -> bool {
+        let mut fds = vec![PollFd::new(&*self.done, PollFlags::IN)];
+        fds.extend(self.process.iter().filter(|_| mind_the_process).map(|process| PollFd::new(process, PollFlags::IN)));
+        let time = Timespec::try_from(slice).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 20_000_000 });
+        // An error (a signal) is a wait that was shorter.
+        let _ = poll(&mut fds, Some(&time));
+        let ended = |fd: Option<&PollFd<'_>>| fd.is_some_and(|fd| !fd.revents().is_empty());
+        let (done, dead) = (ended(fds.first()), ended(fds.get(1)));
+        if done {
+            let _ = rustix::io::read(&*self.done, &mut [0; 8]);
+        }
+        dead && !done
     }
 
     /// From now on its waits end when that is raised.

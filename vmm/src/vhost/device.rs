@@ -330,6 +330,9 @@ pub(super) fn greet(
     let (requests, backends_end) = BackChannel::new()?;
     let Incarnation { socket, mut process } = lock(&parts.source).connect(generation, &mut patience)?;
     let mut conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
+    if let Some(process) = &process {
+        conversation.end_with(process.ended())?;
+    }
     let wish = parts.class.config();
     let greeted = conversation
         .perform(move |wire| session::handshake(wire, wish, &backends_end))

@@ -3,6 +3,14 @@
 //! A fault is what the world may do by itself: a process dies or stands still, a signal is late or lost, a connection
 //! breaks, a backend talks nonsense. How long and how often follows from a seed. Signals are late or lost in the doorbells'
 //! and calls' interposed paths, so it is the same on both CPUs; when a fault is over, the path passes everything on.
+//!
+//! | fault | what the guest sees | what ends it |
+//! |---|---|---|
+//! | `kill`, `disconnect`, `garbage` | requests that take some milliseconds longer | a successor |
+//! | `stop` | requests that take as long as the process stands | by itself; a successor after `stall_timeout` |
+//! | `delay`, `slow` | slower requests | by itself |
+//! | `drop-kick` | a request that nobody takes | its next kick; a successor after `stall_timeout` |
+//! | `drop-call` | a request that is done, and nobody says so | the next call, which a driver that hears of used buffers by index (EVENT_IDX) may never get; the next recovery, which calls every ring |
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -102,7 +110,7 @@ pub enum FaultError {
 }
 
 /// A number below `bound` that follows from a seed (SplitMix64).
-fn roll(seed: u64, bound: u64) -> u64 {
+pub(super) fn roll(seed: u64, bound: u64) -> u64 {
     let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -13,7 +13,7 @@ use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarFeatures, Sidec
 use atoll_protocol::{DeviceId, Generation};
 
 use super::patience::Patience;
-use super::source::{BackendProcess, BackendSource, EndIsEnough, Fence, Incarnation, SourceError};
+use super::source::{BackendProcess, BackendSource, EndIsEnough, Fence, Incarnation, SourceError, is_readable};
 use crate::backend::{
     BackendEvent, BackendExit, BackendSpec, Child, Ending, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
     WatchLimits,
@@ -243,6 +243,9 @@ impl BackendProcess for ChildProcess {
         loop {
             if let Some(bytes) = bytes.take() {
                 return Ok(bytes);
+            }
+            if is_readable(self.ended()) {
+                return Err("its process has ended".into());
             }
             let slice = patience.slice().ok_or("it does not say what size its device has")?;
             bytes = self.measured.told.wait_timeout(bytes, slice).unwrap_or_else(PoisonError::into_inner).0;

@@ -2,7 +2,9 @@
 
 mod by_hand;
 mod fake;
+mod faults;
 mod hostile;
+mod mortal;
 mod offers;
 mod outages;
 mod pauses;
