@@ -13,5 +13,6 @@ pub mod hostile;
 pub mod net_bench;
 pub mod peers;
 pub mod plugs;
+pub mod restarts;
 pub mod verify;
 pub use xtask::processes;

@@ -124,6 +124,92 @@ fn a_quarantined_disk_fails_reboots_and_goes() -> Result<()> {
     power_off(vm)
 }
 
+/// Writes the guest's data to the second disk, a block at a time, and says so; the data is compared when all is over.
+fn begin_writing(vm: &mut Operated) -> Result<()> {
+    let write =
+        "dd if=/tmp/data of=/dev/vdb bs=4k count=64 oflag=direct conv=fsync 2>/dev/null; echo wri\"\"tten=$?.\n";
+    Ok(vm.console.send(write)?)
+}
+
+fn written(vm: &mut Operated, what: &str) -> Result<()> {
+    vm.console.expect("written=0.", STEP).with_context(|| format!("{what}: the writer goes on"))?;
+    vm.console.expect(images::PROMPT, STEP)?;
+    vm.console.run("echo 3 > /proc/sys/vm/drop_caches; cmp -n 262144 /tmp/data /dev/vdb", STEP)?;
+    Ok(())
+}
+
+/// Everything that `atoll fault` can do is done to a disk while a stock guest writes to it: the guest sees requests that
+/// take longer, and nothing else. The disk beside it, whose owner wants it unplugged when it cannot be had again, is lost for good:
+/// the guest lets it go.
+#[test]
+fn every_fault_is_survived_and_a_disk_that_was_given_up_leaves() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let image = |name: &str| -> Result<std::path::PathBuf> {
+        let path = folder.path().join(name);
+        File::create(&path)?.set_len(IMAGE)?;
+        Ok(path)
+    };
+    let (data, spare) = (image("data")?, image("spare")?);
+    let data = format!("path={},id=data,stall_timeout=2", data.display());
+    let gone = format!("path={},id=spare,on_failure=unplug", spare.display());
+    let mut vm = boot(folder.path(), false, &["--allow-faults", "--disk", &data, "--disk", &gone])?;
+    vm.console.run("dd if=/dev/urandom of=/tmp/data bs=64k count=4 2>/dev/null", STEP)?;
+    let lives = |vm: &Operated| -> Result<u64> {
+        let report = device(vm, "data")?.context("it is there")?;
+        report["generation"].as_u64().context("a generation")
+    };
+    // Of the seeds, 6 loses one signal and makes one late, so that what follows is the same in each run.
+    for (fault, successors) in [
+        ("delay", 0..=0),
+        ("slow", 0..=0),
+        // A process that stands for less than a stall's time goes on by itself; on a host that is slower, it is replaced.
+        ("stop", 0..=1),
+        ("kill", 1..=1),
+        ("disconnect", 1..=1),
+        ("garbage", 1..=1),
+        // Its request is taken by the successor, two seconds later.
+        ("drop-kick", 1..=1),
+    ] {
+        let before = lives(&vm)?;
+        vm.put("vm.fault-device", Some(&json!({ "id": "data", "fault": fault, "seed": 6 })))?;
+        begin_writing(&mut vm)?;
+        written(&mut vm, fault)?;
+        await_device(&vm, "data", state("running"))?;
+        let after = lives(&vm)? - before;
+        ensure!(successors.contains(&after), "{fault}: {after} successors");
+    }
+    // A call is lost: the request is done, and nobody has said so. The next recovery does.
+    let before = lives(&vm)?;
+    vm.put("vm.fault-device", Some(&json!({ "id": "data", "fault": "drop-call", "seed": 6 })))?;
+    begin_writing(&mut vm)?;
+    let idle = |device: Option<&Value>| {
+        let queues = device.and_then(|device| device["queues"].as_array());
+        queues.is_some_and(|queues| queues.iter().all(|queue| queue["in_flight"] == 0))
+    };
+    // Whether the request has come yet cannot be seen, so the connection is broken until the writer goes on.
+    let mut recoveries = 0;
+    while vm.console.expect("written=0.", Duration::from_secs(3)).is_err() {
+        ensure!(recoveries < 10, "the writer never goes on");
+        await_device(&vm, "data", idle)?;
+        vm.put("vm.fault-device", Some(&json!({ "id": "data", "fault": "disconnect" })))?;
+        recoveries += 1;
+    }
+    vm.console.expect(images::PROMPT, STEP)?;
+    ensure!(recoveries > 0 && lives(&vm)? == before + recoveries, "{recoveries} recoveries");
+    vm.console.run("echo 3 > /proc/sys/vm/drop_caches; cmp -n 262144 /tmp/data /dev/vdb", STEP)?;
+    let log = vm.console.run("dmesg", STEP)?;
+    ensure!(!log.contains("I/O error") && !log.contains("blocked for more"), "the guest noticed:\n{log}");
+
+    vm.console.run("[ -e /dev/vdc ]", STEP)?;
+    File::options().write(true).open(&spare)?.set_len(IMAGE / 2)?;
+    vm.put("vm.fault-device", Some(&json!({ "id": "spare", "fault": "kill" })))?;
+    await_device(&vm, "spare", |device| device.is_none()).context("the guest lets it go")?;
+    vm.console.run("[ ! -e /dev/vdc ] && [ -e /dev/vdb ]", STEP)?;
+    begin_writing(&mut vm)?;
+    written(&mut vm, "beside an unplugged disk")?;
+    power_off(vm)
+}
+
 /// Another storage daemon on the same image and socket, as soon as the last one has let go of the image.
 fn restart(image: &Path, folder: &Path) -> Result<Peer> {
     let deadline = Instant::now() + STEP;

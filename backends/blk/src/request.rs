@@ -19,7 +19,9 @@ use atoll_kit::jail::Profile;
 use atoll_kit::limit::Cost;
 use atoll_kit::memory::{Direction, Segment, Segments, Transfer};
 use atoll_kit::stats::Figures;
-use atoll_kit::step::{Sabotage, Step, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, wrote_through};
+use atoll_kit::step::{
+    Sabotage, Step, fails, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, wrote_through,
+};
 use atoll_kit::{Progress, QueueHandler};
 use io_uring::{opcode, squeue, types};
 use rustix::fs::FallocateFlags;
@@ -209,6 +211,7 @@ impl QueueHandler for BlkQueue {
     }
 
     fn completion<M: GuestMemory>(&mut self, io: &mut Io<'_>, mem: &M, head: u16, result: i32) -> Progress {
+        let result = fails().map_or(result, |errno| -errno);
         let ended = self.go_on(io, mem, head, result);
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return Progress::Done { written: 0 } };
         match ended {
@@ -330,6 +333,7 @@ impl BlkQueue {
                 (Engine::Inline, true) => storage.write_inline(transfer, offset, self.shared.write_through()),
                 _ => Ok(()),
             };
+            let moved = fails().map_or(moved, |errno| Err(std::io::Error::from_raw_os_error(errno)));
             transfer.landed(mem);
             if let Some(image) = image.filter(|_| write) {
                 if self.shared.write_through() {
@@ -403,7 +407,9 @@ impl BlkQueue {
         match storage.engine() {
             Engine::Null => Ok(Some(1)),
             Engine::Inline => {
-                storage.flush_inline().map_err(|e| io_error(storage.name(), &e))?;
+                let flushed = fails()
+                    .map_or_else(|| storage.flush_inline(), |errno| Err(std::io::Error::from_raw_os_error(errno)));
+                flushed.map_err(|e| io_error(storage.name(), &e))?;
                 sync_ended();
                 step(Step::Flush);
                 Ok(Some(1))

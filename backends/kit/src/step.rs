@@ -168,17 +168,21 @@ pub mod word {
     pub const DURABLE_BYTES: usize = 9;
     /// Flushes that have ended.
     pub const FLUSHES: usize = 10;
+    /// The kernel's number of the error that operations on the image end with.
+    pub const ERROR: usize = 11;
+    /// So many of them, counted down.
+    pub const ERRORS_LEFT: usize = 12;
     /// How often each step was passed, from here on.
     pub const PASSED: usize = 16;
 }
 
 #[cfg(feature = "steps")]
 pub use armed::{
-    begin, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
+    begin, fails, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
 };
 #[cfg(not(feature = "steps"))]
 pub use nothing::{
-    begin, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
+    begin, fails, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
 };
 
 #[cfg(not(feature = "steps"))]
@@ -201,6 +205,11 @@ mod nothing {
     #[inline(always)]
     pub const fn strikes(_sabotage: Sabotage) -> bool {
         false
+    }
+    /// How the operation that ends now has failed, if it is told to: never in a product.
+    #[inline(always)]
+    pub const fn fails() -> Option<i32> {
+        None
     }
     /// The fence fell after this long. Nothing in a product.
     #[inline(always)]
@@ -315,6 +324,14 @@ mod armed {
         let hit = (page.word(word::OPPORTUNITIES).fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(period);
         page.word(word::STRIKES).fetch_add(u64::from(hit), Ordering::Relaxed);
         hit
+    }
+
+    /// How the operation on the image that ends now has failed (an errno), if it is told to.
+    pub fn fails() -> Option<i32> {
+        let page = page()?;
+        let left = page.word(word::ERRORS_LEFT);
+        left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).ok()?;
+        i32::try_from(page.word(word::ERROR).load(Ordering::Acquire)).ok()
     }
 
     /// The fence fell after this long.

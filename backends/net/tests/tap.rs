@@ -147,6 +147,47 @@ fn passed_queues_are_used_as_the_guest_asks() -> Result<()> {
     Ok(())
 }
 
+/// Somebody deletes the interface while the guest uses it: what it sends goes nowhere and its buffers come back, nothing spins and
+/// nothing ends; the log says so. A successor makes the interface anew.
+#[test]
+fn an_interface_that_is_taken_away_costs_frames_and_nothing_else() -> Result<()> {
+    if !permitted("z")? {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let name = name("g");
+    let args = ["--tap", &name, "--host-ip", "198.18.79.1", "--host-mask", "255.255.255.0"];
+    let mut net = Net::listen(folder.path(), &args)?;
+    let mut guest = net.guest(NetOptions::default())?;
+    let frame = [&ALL[..], &mac(1), &[8, 0], &[0; 46]].concat();
+    guest.send(&frame)?;
+    let deleted = std::process::Command::new("ip").args(["link", "delete", &name]).output()?;
+    anyhow::ensure!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+    let used = processor_ms(net.child.id())?;
+    let began = std::time::Instant::now();
+    for _ in 0..300 {
+        // Returns when its descriptor has come back.
+        guest.send(&frame)?;
+    }
+    std::thread::sleep(std::time::Duration::from_millis(1000).saturating_sub(began.elapsed()));
+    let (used, wall) = (processor_ms(net.child.id())? - used, began.elapsed().as_millis() as u64);
+    anyhow::ensure!(used < wall / 2, "{used} of {wall} ms: it spins");
+    anyhow::ensure!(net.child.try_wait()?.is_none(), "it has ended");
+    drop(guest);
+    drop(net);
+    let mut net = Net::listen(folder.path(), &args)?;
+    net.guest(NetOptions::default())?.send(&frame)?;
+    Ok(())
+}
+
+/// What a process has used of a processor so far.
+fn processor_ms(pid: u32) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().context("a name")?.split_ascii_whitespace().collect();
+    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok()).context("a time");
+    Ok((ticks(11)? + ticks(12)?) * 10)
+}
+
 /// A mistake with an interface is one line that says what to do.
 #[test]
 fn mistakes_with_interfaces_are_named() -> Result<()> {

@@ -81,6 +81,17 @@ impl Page {
         self.word(word::SABOTAGE).store(sabotage as u64 + 1, Ordering::Release);
     }
 
+    /// The next `count` operations on the image end with `errno`.
+    pub fn fail(&self, count: u64, errno: i32) {
+        self.word(word::ERROR).store(u64::from(errno.unsigned_abs()), Ordering::Release);
+        self.word(word::ERRORS_LEFT).store(count, Ordering::Release);
+    }
+
+    /// Operations that are still to fail.
+    pub fn failures_left(&self) -> u64 {
+        self.get(word::ERRORS_LEFT)
+    }
+
     /// How often each step was passed.
     pub fn passed(&self, step: Step) -> u64 {
         self.get(word::PASSED + step as usize)

@@ -197,6 +197,15 @@ enum Soak {
         #[arg(long)]
         state: Option<PathBuf>,
     },
+    /// The process of an idle disk is killed: what is left of it?
+    Restarts {
+        /// How often.
+        #[arg(long, default_value = "10000")]
+        count: NonZeroU32,
+        /// Where to keep what is done, so that a run that was broken off goes on; in the cache by default.
+        #[arg(long)]
+        state: Option<PathBuf>,
+    },
     /// Differential cases of the software CPU.
     Cpu {
         /// Passed on.
@@ -289,6 +298,7 @@ fn main() -> Result<ExitCode> {
             Soak::Pauses { count, seed, state } => soak::pauses(count.get(), seed, state.as_deref())?,
             Soak::Reboots { count, seed, state } => soak::reboots(count.get(), seed, state.as_deref())?,
             Soak::Plugs { count, seed, kernel, state } => soak::plugs(count.get(), seed, &kernel, state.as_deref())?,
+            Soak::Restarts { count, state } => soak::restarts(count.get(), state.as_deref())?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
             Soak::Chaos { kills, seed, state, arguments } => chaos::soak(kills, seed, &arguments, state.as_deref())?,
         },

@@ -46,6 +46,29 @@ pub fn plugs(count: u32, seed: u64, kernel: &str, state: Option<&Path>) -> Resul
     Ok(())
 }
 
+/// Restarts of one program.
+const RESTARTS_A_PROGRAM: u32 = 1000;
+
+/// `cargo xtask soak restarts`: an idle disk's process dies and dies; prints one JSON line.
+pub fn restarts(count: u32, state: Option<&Path>) -> Result<()> {
+    place::build_programs()?;
+    let mut progress: Progress<Value> = Progress::open("restarts", state, 0, count)?;
+    for size in parts(count, RESTARTS_A_PROGRAM).skip(progress.parts.len()) {
+        let mut command = Command::new(place::program("restart-soak")?);
+        let output = command.args(["--count", &size.to_string()]).stderr(std::process::Stdio::inherit()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let last = said.lines().last().context("restart-soak says nothing")?;
+        if !output.status.success() {
+            bail!("restart-soak ended with {}: {last}", output.status);
+        }
+        progress.add(serde_json::from_str(last)?)?;
+    }
+    let commit = progress.commit().to_owned();
+    let programs = progress.finish();
+    println!("{}", json!({ "soak": "restarts", "commit": commit, "count": count, "programs": programs }));
+    Ok(())
+}
+
 /// A small generator (xorshift64*): the seed alone says when a run stops its VMM.
 struct Dice(u64);
 

@@ -27,6 +27,7 @@ use super::listen::own;
 use super::reply::braceless_json;
 use super::wire::{self, WireError};
 use crate::lifecycle::{Heard, Story, StoryEvent, Subscription};
+use crate::seccomp::{self, ThreadClass};
 
 /// Bytes of an object at most.
 pub const EVENT_MAX: usize = 4094;
@@ -123,9 +124,12 @@ impl EventMonitor {
         let (story, subscription) = (story.clone(), story.subscribe());
         let thread = thread::Builder::new()
             .name("event-monitor".into())
-            .spawn(move || match writer.write_all(&story, &subscription) {
-                Ok(()) | Err(WireError::Late) => {}
-                Err(error) => tracing::warn!(%error, "nobody reads the event monitor any more"),
+            .spawn(move || {
+                seccomp::enter(ThreadClass::Operator);
+                match writer.write_all(&story, &subscription) {
+                    Ok(()) | Err(WireError::Late) => {}
+                    Err(error) => tracing::warn!(%error, "nobody reads the event monitor any more"),
+                }
             })
             .map_err(MonitorError::Thread)?;
         Ok(Self { end, thread: Some(thread) })

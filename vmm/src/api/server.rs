@@ -17,6 +17,7 @@ use super::listen::Listener;
 use super::reply::{Reply, Status};
 use super::wire;
 use crate::lifecycle::{Story, VmControl};
+use crate::seccomp::{self, ThreadClass};
 
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 64;
@@ -104,7 +105,10 @@ impl ApiServer {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let accepting = {
             let (shared, wake) = (Arc::clone(&shared), Arc::clone(&wake));
-            thread::Builder::new().name("api".into()).spawn(move || accept(&listener, &wake, &shared))?
+            thread::Builder::new().name("api".into()).spawn(move || {
+                seccomp::enter(ThreadClass::Operator);
+                accept(&listener, &wake, &shared);
+            })?
         };
         Ok(Self { shared, wake, accepting: Some(accepting) })
     }
@@ -200,6 +204,7 @@ fn welcome(socket: UnixStream, shared: &Arc<Shared>) {
     let seat = Seat { shared: Arc::clone(shared), number };
     let theirs = Arc::clone(&socket);
     let spawned = thread::Builder::new().name(format!("api-{}", number % 1000)).spawn(move || {
+        seccomp::inherit(ThreadClass::Operator);
         connection::converse(&theirs, &seat.shared);
     });
     if let Err(error) = spawned {

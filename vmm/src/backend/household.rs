@@ -15,6 +15,7 @@ use super::spawner::Spawner;
 use super::supervisor::{Supervisor, SupervisorMail};
 use crate::actor::{Address, Clock, Ending, Surroundings, Tree};
 use crate::metrics::Registry;
+use crate::seccomp::{self, ThreadClass};
 
 /// One per VMM process; it outlives the machines that a reset makes one after the other.
 #[derive(Debug)]
@@ -60,7 +61,12 @@ impl Household {
     /// The kernel has no thread or descriptor left.
     pub fn new(clock: Arc<dyn Clock>) -> io::Result<Self> {
         // Actors decide and hand on; one thread is enough, and vCPUs are never on it.
-        let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("actors").enable_time().build()?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("actors")
+            .on_thread_start(|| seccomp::enter(ThreadClass::Events))
+            .enable_time()
+            .build()?;
         let tree = Tree::new("vmm", runtime.handle().clone(), |ended| match &ended.ending {
             Ending::Finished | Ending::Stopped => tracing::debug!(actor = &*ended.actor, "ended"),
             ending => tracing::error!(actor = &*ended.actor, ?ending, "an actor did not end as it should"),

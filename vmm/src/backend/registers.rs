@@ -27,6 +27,7 @@ use super::spec::{BackendSpec, PassedFd, WatchLimits};
 use super::supervisor::{Recovery, SupervisorMail};
 use crate::actor::remote::{AttachError, Remote, RemoteShape};
 use crate::actor::{Address, TellError};
+use crate::seccomp::{self, ThreadClass};
 
 /// How long an incarnation may take to attach once it is ready.
 const ATTACH_MAX: Duration = Duration::from_secs(5);
@@ -139,7 +140,10 @@ impl RegisterBackend {
             keeper.end(Instant::now());
             return Err(error);
         }
-        let thread = std::thread::Builder::new().name(format!("keeper{}", device.0)).spawn(move || keeper.run(&taken));
+        let thread = std::thread::Builder::new().name(format!("keeper{}", device.0)).spawn(move || {
+            seccomp::enter(ThreadClass::Device);
+            keeper.run(&taken);
+        });
         match thread {
             Ok(thread) => Ok(Self { remote, device, supervisor, orders, thread: Some(thread) }),
             Err(source) => {

@@ -352,6 +352,61 @@ fn play_vmm() {
     }
 }
 
+/// Processes whose command line has `token` in it. One between fork and exec has its parent's.
+fn processes_with(token: &str) -> Vec<String> {
+    let all = std::fs::read_dir("/proc").expect("processes").flatten();
+    all.filter(|entry| {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        line.windows(token.len()).any(|part| part == token.as_bytes())
+    })
+    .map(|entry| entry.file_name().to_string_lossy().into_owned())
+    .collect()
+}
+
+/// The VMM is killed while it does nothing but start children: at any moment between a fork and the end of its exec. However
+/// far a child has come, it goes too.
+#[test]
+fn a_vmm_killed_between_fork_and_exec_leaves_nobody() {
+    const NAME: &str = "backend::tests::a_vmm_killed_between_fork_and_exec_leaves_nobody";
+    let part = std::env::var(PART).unwrap_or_default();
+    if let Some(token) = part.strip_prefix("vmm ") {
+        return spawn_for_ever(token);
+    }
+    for round in 0..25_u32 {
+        let token = format!("fork-and-exec-{}-{round}", std::process::id());
+        let mut vmm = Command::new(std::env::current_exe().expect("this binary"))
+            .args([NAME, "--exact", "--nocapture", "--", &token])
+            .env(PART, format!("vmm {token}"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("started");
+        let output = BufReader::new(vmm.stdout.take().expect("piped"));
+        assert!(output.lines().map_while(Result::ok).any(|line| line.contains("spawning")), "it begins");
+        std::thread::sleep(Duration::from_micros(u64::from(round) * 797 % 9000));
+        vmm.kill().expect("killed");
+        vmm.wait().expect("reaped");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while let left @ [_, ..] = &*processes_with(&token) {
+            assert!(Instant::now() < deadline, "they outlive their VMM: {left:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "it plays a process that another one waits for")]
+fn spawn_for_ever(token: &str) {
+    let spawner = spawner();
+    println!("spawning");
+    let mut children = Vec::new();
+    for generation in 1..200 {
+        let mut spec = spec("silent", generation);
+        spec.args.push(token.into());
+        let (sink, events) = mpsc::channel(1);
+        children.push((spawner.spawn(spec, sink).expect("started"), events));
+    }
+    std::thread::park();
+}
+
 /// The end of the VMM in order: everybody is asked, who does not go is killed, nobody is left, nobody new is started.
 #[test]
 fn shutdown_leaves_nobody() {

@@ -45,7 +45,6 @@ const EVERYBODY: &[i64] = &[
     // Answered with an error, too, but for those who look after devices: the C library reads a setting of the kernel when it
     // gives memory back, and takes no for an answer.
     libc::SYS_openat,
-    libc::SYS_preadv2,
     libc::SYS_rseq,
     libc::SYS_set_robust_list,
     // Telling the time from a file's size, as logs that go to files do.
@@ -110,8 +109,9 @@ const MADVICES: &[libc::c_int] =
 const PRCTLS: &[libc::c_int] = &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_VMA, PR_GET_AUXV];
 /// Linux 6.4.
 const PR_GET_AUXV: libc::c_int = 0x4155_5856;
-/// Terminals and sockets: blocking or not, bytes there, attributes.
-const LINE_IOCTLS: &[libc::c_ulong] = &[libc::FIONBIO, libc::FIONREAD, libc::TCGETS, libc::TIOCGWINSZ];
+/// Terminals and sockets: blocking or not, bytes there, attributes, which are put back at the end.
+const LINE_IOCTLS: &[libc::c_ulong] =
+    &[libc::FIONBIO, libc::FIONREAD, libc::TCGETS, libc::TCSETS, libc::TCSETSW, libc::TCSETSF, libc::TIOCGWINSZ];
 
 pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
@@ -173,9 +173,17 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
         ThreadClass::Line => {
             freely(&mut rules, SOCKETS);
             freely(&mut rules, EVENTS);
-            freely(&mut rules, &[libc::SYS_accept4]);
+            // A signal that asks for the end is awaited like a key.
+            freely(&mut rules, &[libc::SYS_accept4, libc::SYS_rt_sigtimedwait]);
             let ioctls: Result<_, _> = LINE_IOCTLS.iter().map(|request| when(1, Compare::Eq, *request)).collect();
             rules.insert(libc::SYS_ioctl, ioctls?);
+        }
+        ThreadClass::Operator => {
+            freely(&mut rules, SOCKETS);
+            freely(&mut rules, EVENTS);
+            // The socket's name goes with its last connection.
+            freely(&mut rules, &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat]);
+            rules.insert(libc::SYS_ioctl, vec![when(1, Compare::Eq, libc::FIONBIO)?]);
         }
     }
     Ok(rules)

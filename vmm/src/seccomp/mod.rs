@@ -3,13 +3,14 @@
 //! A guest drives vCPU threads, and a device process the thread that talks with it: whoever breaks into one of them finds a
 //! kernel that answers a short list of calls. The filter belongs to the thread and is put on as its first act, after what
 //! needs more (making a vCPU) is done. Threads that the list of [`ThreadClass`] lacks have none: the machine's keeper,
-//! which opens what a configuration names, and the spawner, whose filter would be inherited by every program that it
-//! starts, the device processes' jails and passt's own among them.
+//! which opens what a configuration names and asks jailed programs about images, and the spawner: their filters would be
+//! inherited by every program that they start, and forbid it to jail itself.
 //!
 //! A forbidden call is not carried out: it ends the VMM with SIGSYS, after a line that names thread and call
 //! ([`Mode::Enforce`]), or is told to the kernel's log ([`Mode::Log`]). The program chooses once, before it makes a machine;
 //! a library that nobody asked has no filters.
 
+mod calls;
 mod lists;
 mod trap;
 
@@ -58,13 +59,16 @@ pub enum ThreadClass {
     Talk,
     /// Looks after a device: reconnects, recovers, drains.
     Device,
-    /// Moves bytes between a serial port and its host end.
+    /// Moves bytes between a serial port, or a terminal, and its other end.
     Line,
+    /// Hears an operator: requests to the API, and the events that are told to whoever listens.
+    Operator,
 }
 
 impl ThreadClass {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::SoftVcpu, Self::KvmVcpu, Self::Events, Self::Talk, Self::Device, Self::Line];
+    pub const ALL: [Self; 7] =
+        [Self::SoftVcpu, Self::KvmVcpu, Self::Events, Self::Talk, Self::Device, Self::Line, Self::Operator];
 
     /// What people know it by.
     #[must_use]
@@ -76,6 +80,7 @@ impl ThreadClass {
             Self::Talk => "talk",
             Self::Device => "device",
             Self::Line => "line",
+            Self::Operator => "operator",
         }
     }
 
@@ -128,18 +133,27 @@ pub fn mode() -> Mode {
 /// # Errors
 /// All of [`FilterError`]; nothing is filtered then.
 pub fn choose(mode: Mode) -> Result<(), FilterError> {
+    try_out(mode)?;
+    if mode == Mode::Enforce {
+        trap::install().map_err(FilterError::Handler)?;
+    }
+    MODE.store(mode as u8, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Whether this host has what `mode` needs, tried on a thread of no use.
+///
+/// # Errors
+/// [`FilterError::Make`], [`FilterError::Kernel`].
+pub fn try_out(mode: Mode) -> Result<(), FilterError> {
     if mode != Mode::Off {
         for class in ThreadClass::ALL {
             programs(class, mode)?;
-        }
-        if mode == Mode::Enforce {
-            trap::install().map_err(FilterError::Handler)?;
         }
         let trial = std::thread::Builder::new().name("trial".into()).spawn(move || put_on(ThreadClass::Events, mode));
         let tried = trial.map_err(|error| FilterError::Kernel(error.to_string()))?.join();
         tried.unwrap_or_else(|_| Err(FilterError::Kernel("the trial panicked".into())))?;
     }
-    MODE.store(mode as u8, Ordering::Relaxed);
     Ok(())
 }
 
@@ -151,12 +165,20 @@ pub fn enter(class: ThreadClass) {
     }
     match put_on(class, mode) {
         Ok(()) => {
+            trap::remember(class);
             if let Some(count) = FILTERED.get(class as usize) {
                 count.fetch_add(1, Ordering::Relaxed);
             }
         }
         // It worked on the trial: only memory can be lacking.
         Err(error) => tracing::error!(%error, "a thread runs without its filter"),
+    }
+}
+
+/// The calling thread was started by one of `class`, whose filter it has: its last words are to say so.
+pub fn inherit(class: ThreadClass) {
+    if mode() != Mode::Off {
+        trap::remember(class);
     }
 }
 

@@ -1,7 +1,20 @@
 //! The last words of a process that made a forbidden call.
 #![allow(unsafe_code, reason = "a signal handler")]
 
+use std::cell::Cell;
 use std::io;
+
+use super::{ThreadClass, calls};
+
+thread_local! {
+    /// What the calling thread's filter is for. It needs neither memory nor a destructor, so a handler can read it.
+    static CLASS: Cell<Option<ThreadClass>> = const { Cell::new(None) };
+}
+
+/// The calling thread has the filter of `class`.
+pub(super) fn remember(class: ThreadClass) {
+    CLASS.set(Some(class));
+}
 
 /// Where the number of the call is in what the kernel says about SIGSYS: after signal, error, code and the call's address.
 const CALL_AT: usize = 24;
@@ -23,7 +36,7 @@ pub(super) fn install() -> io::Result<()> {
 
 /// A line that is put together without the heap.
 struct Line {
-    bytes: [u8; 256],
+    bytes: [u8; 320],
     used: usize,
 }
 
@@ -60,10 +73,19 @@ extern "C" fn tell(_signal: libc::c_int, info: *const libc::siginfo_t, _context:
         libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr());
         info.cast::<u8>().add(CALL_AT).cast::<i32>().read()
     };
-    let mut line = Line { bytes: [0; 256], used: 0 };
+    let mut line = Line { bytes: [0; 320], used: 0 };
     line.add(b"atoll: the thread ");
     line.add(name.split(|byte| *byte == 0).next().unwrap_or_default());
+    if let Ok(Some(class)) = CLASS.try_with(Cell::get) {
+        line.add(b" (class ");
+        line.add(class.name().as_bytes());
+        line.add(b")");
+    }
     line.add(b" made system call ");
+    if let Some(call) = calls::name(call.unsigned_abs()) {
+        line.add(call.as_bytes());
+        line.add(b", number ");
+    }
     line.number(call.unsigned_abs());
     line.add(b", which its filter forbids: a bug, or somebody has broken in. --seccomp log lets it pass and logs it\n");
     // SAFETY: the line is there; the signal, whose action is the usual one again, ends the process.

@@ -12,7 +12,7 @@ use atoll_vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
 use atoll_vmm::lifecycle::{Controller, Home, Settings, Story, VmControl, VmError, VmmEnd};
 use atoll_vmm::machine::{MachineEnd, MachineEvent, StopCause};
 use atoll_vmm::rundir::{API_SOCKET, RunDir, RunRoot};
-use atoll_vmm::seccomp;
+use atoll_vmm::seccomp::{self, ThreadClass};
 
 use crate::cli::RunArgs;
 use crate::console;
@@ -176,10 +176,13 @@ fn carry_console(controller: &Arc<Controller>) -> anyhow::Result<()> {
     };
     let far = File::options().read(true).write(true).custom_flags(libc::O_NOCTTY).open(&path)?;
     let events = controller.events();
-    std::thread::Builder::new().name("console".into()).spawn(move || match console::relay(&far) {
-        Ok(console::Parted::Escape) => events.tell(MachineEvent::Stop(StopCause::Escape)),
-        Ok(console::Parted::Machine) => {}
-        Err(error) => tracing::warn!("the terminal and the virtio console have parted: {error:#}"),
+    std::thread::Builder::new().name("console".into()).spawn(move || {
+        seccomp::enter(ThreadClass::Line);
+        match console::relay(&far) {
+            Ok(console::Parted::Escape) => events.tell(MachineEvent::Stop(StopCause::Escape)),
+            Ok(console::Parted::Machine) => {}
+            Err(error) => tracing::warn!("the terminal and the virtio console have parted: {error:#}"),
+        }
     })?;
     Ok(())
 }

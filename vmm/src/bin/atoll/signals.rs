@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use std::time::Duration;
 
 use atoll_vmm::machine::{EventSender, MachineEvent, StopCause};
+use atoll_vmm::seccomp::{self, ThreadClass};
 use vmm_sys_util::signal::block_signal;
 
 use crate::terminal;
@@ -62,6 +63,7 @@ pub(crate) fn wait(limit: Option<Duration>) -> Option<i32> {
 /// Starts the thread that waits for them.
 pub(crate) fn listen(events: EventSender) -> std::io::Result<()> {
     let listen = move || {
+        seccomp::enter(ThreadClass::Line);
         let set = set(&[]);
         let mut asked = false;
         loop {

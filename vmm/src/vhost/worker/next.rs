@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use atoll_devices::virtio::DeviceOffer;
 
 use super::Session;
+use crate::seccomp::{self, ThreadClass};
 use crate::vhost::device::{ConnectError, Shared, greet};
 use crate::vhost::parts::Makers;
 use crate::vhost::patience::Ending;
@@ -38,6 +39,7 @@ impl Preparation {
         let (makers, shared, ending) = (makers.clone(), Arc::clone(shared), Ending::default());
         let heard = Arc::clone(&ending);
         let thread = std::thread::Builder::new().name(format!("next-{}", shared.name)).spawn(move || {
+            seccomp::inherit(ThreadClass::Device);
             // Whoever began it keeps the other end until it has joined this thread.
             let _ = told.send(greet(&makers, generation, &heard));
             shared.wake();

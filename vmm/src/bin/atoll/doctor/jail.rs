@@ -9,6 +9,8 @@ use std::process::{Command, Stdio};
 
 use atoll_protocol::jail::{JailLayer, JailOutcome};
 
+use atoll_vmm::seccomp;
+
 use super::Check;
 
 /// Since which version of landlock a layer is whole.
@@ -25,7 +27,7 @@ const NAMESPACES: [(&str, libc::c_int); 5] = [
 
 /// What device processes are jailed with.
 pub(super) fn checks() -> Vec<Check> {
-    let mut checks = vec![landlock(landlock_version()), seccomp(), ring(), user_namespaces()];
+    let mut checks = vec![landlock(landlock_version()), filters(), ring(), user_namespaces()];
     checks.push(namespaces());
     let whole = checks.iter().all(Check::is_ok);
     checks.push(if whole {
@@ -63,11 +65,24 @@ fn landlock(version: i64) -> Check {
     }
 }
 
-fn seccomp() -> Check {
+fn filters() -> Check {
     let actions = fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
     if actions.contains("kill_process") {
         let logs = if actions.contains("log") { " and filters that log (--seccomp=log)" } else { "" };
-        Check::ok("seccomp", format!("filters that kill{logs}"))
+        match seccomp::try_out(seccomp::Mode::Enforce) {
+            Ok(()) => {
+                let classes = seccomp::ThreadClass::ALL.len();
+                Check::ok(
+                    "seccomp",
+                    format!("filters that kill{logs}; the VMM has one for each of {classes} classes of threads"),
+                )
+            }
+            Err(error) => Check::warn(
+                "seccomp",
+                format!("filters that kill{logs}, and none for the VMM's threads"),
+                error.to_string(),
+            ),
+        }
     } else {
         let remedy = JailLayer::Calls.remedy(JailOutcome::KernelLacks);
         Check::fail("seccomp", "the kernel has no filters", remedy)
