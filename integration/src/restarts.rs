@@ -42,9 +42,9 @@ fn numbers(census: &Census) -> [u64; 4] {
     [census.descriptors, census.threads, census.processes, census.memory_kib]
 }
 
-/// Kills the process of an idle disk `count` times, with the programs in `programs` and the policy as it is shipped.
-/// Before and afterwards the disk must answer.
-pub fn run(programs: &Path, count: u64, mut done: impl FnMut(u64)) -> Result<Outcome> {
+/// Kills the process of an idle disk `count` times, with the programs in `programs` and the policy as it is shipped; then
+/// leaves the last one alone for `idle`, in which it must not die. Before and afterwards the disk must answer.
+pub fn run(programs: &Path, count: u64, idle: Duration, mut done: impl FnMut(u64)) -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("image");
     File::create(&path)?.set_len(IMAGE)?;
@@ -63,6 +63,9 @@ pub fn run(programs: &Path, count: u64, mut done: impl FnMut(u64)) -> Result<Out
         done(number);
     }
     let after = Census::take()?;
+    let (pid, lost) = (rig.status().pid, rig.lost());
+    std::thread::sleep(idle);
+    ensure!((rig.status().pid, rig.lost()) == (pid, lost), "an idle process ended: {:?}", rig.status());
     answers(&mut driver).context("after")?;
     ensure!(rig.needs_reset() == 0, "the driver was told to reset its device");
     let back = Spread::of(&back);

@@ -12,9 +12,9 @@ use atoll_vmm::actor::remote::RemoteRegion;
 use atoll_vmm::actor::{Parked, RealClock, StopSignal, park_access};
 use atoll_vmm::backend::{Household, RegisterBackend, UartBuilder, UartLine, UartOutput};
 use rustix::process::Signal;
-use xtask::console::Console;
 use xtask::demo::{BOOT_LIMIT, Demo, KernelForm};
 use xtask::images;
+use xtask::operated::Operated;
 
 const STEP: Duration = Duration::from_secs(20);
 const DATA: u64 = 0;
@@ -256,7 +256,8 @@ fn a_guest_prints_to_a_port_elsewhere() -> Result<()> {
     let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
     let mut command = demo.command(&guest)?;
     command.arg("--serial2").arg(format!("file={}", printed.display()));
-    let mut console = Console::spawn(&mut command)?;
+    let mut vm = Operated::spawn(&mut command, folder.path())?;
+    let console = &mut vm.console;
     console.prompt(BOOT_LIMIT)?;
     let found = console.run("dmesg | grep ttyS1", STEP)?;
     ensure!(found.contains("is a 16550A"), "{found}");
@@ -266,8 +267,22 @@ fn a_guest_prints_to_a_port_elsewhere() -> Result<()> {
         expected.push_str(&format!("round {round}\r\n"));
         processes::signal(processes::child_named(console.pid(), "atoll-uart", STEP)?, Signal::KILL)?;
     }
-    console.send("poweroff -f\n")?;
-    let (status, errors) = console.wait(STEP)?;
+    // The operator hears of it as of any device that is a process.
+    let deadline = Instant::now() + STEP;
+    loop {
+        let devices = vm.get("devices")?;
+        let port = devices.as_array().and_then(|all| all.iter().find(|device| device["id"] == "serial1"));
+        let port = port.with_context(|| format!("it is not listed: {devices}"))?;
+        ensure!(port["kind"] == "uart" && port["recovery"] == "idle-only", "{port}");
+        if port["restarts"] == 3 && port["state"] == "running" && port["pid"].is_u64() {
+            ensure!(port["last_exit"].as_str().is_some_and(|exit| exit.contains("signal 9")), "{port}");
+            break;
+        }
+        ensure!(Instant::now() < deadline, "it stays {port}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    vm.console.send("poweroff -f\n")?;
+    let (status, errors) = vm.console.wait(STEP)?;
     ensure!(status.success(), "{status}: {errors}");
     assert_eq!(std::fs::read_to_string(&printed)?, expected);
     Ok(())

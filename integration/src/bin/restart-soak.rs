@@ -2,6 +2,7 @@
 //! left behind.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Result;
 use atoll_integration::restarts::run;
@@ -14,12 +15,16 @@ struct Cli {
     /// How often
     #[arg(long, default_value_t = 50)]
     count: u64,
+    /// How long the last one is left alone
+    #[arg(long, default_value_t = 0)]
+    idle_seconds: u64,
 }
 
 #[allow(clippy::print_stdout, clippy::print_stderr, reason = "progress for people and a line for programs")]
 fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
-    let outcome = run(&place::release(), cli.count.max(1), |done| {
+    let idle = Duration::from_secs(cli.idle_seconds);
+    let outcome = run(&place::release(), cli.count.max(1), idle, |done| {
         if done.is_multiple_of(100) {
             eprintln!("{done} of {}", cli.count);
         }

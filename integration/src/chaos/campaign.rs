@@ -156,14 +156,20 @@ impl Scene {
                 (rig, Box::new(load))
             }
             Class::Rng => {
-                let config = RngConfig { src: "/dev/urandom".into(), id: None, on_failure: OnFailure::default() };
+                let config = RngConfig {
+                    src: "/dev/urandom".into(),
+                    id: None,
+                    stall_timeout: None,
+                    on_failure: OnFailure::default(),
+                };
                 let mut rig = house.device(&DeviceConfig::Rng(config), EntropyLoad::MEMORY)?;
                 let load = EntropyLoad::start(&mut rig)?;
                 (rig, Box::new(load))
             }
             Class::Console => {
                 let output = folder.path().join("output");
-                let config = ConsoleConfig { mode: ConsoleMode::File, file: Some(output.clone()), socket: None };
+                let config =
+                    ConsoleConfig { mode: ConsoleMode::File, file: Some(output.clone()), ..ConsoleConfig::default() };
                 let mut rig = house.device(&DeviceConfig::Console(config), ConsoleLoad::MEMORY)?;
                 let load = ConsoleLoad::start(&mut rig, &output)?;
                 (rig, Box::new(load))

@@ -64,7 +64,7 @@ impl Household {
         let runtime = Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("actors")
-            .on_thread_start(|| seccomp::enter(ThreadClass::Events))
+            .on_thread_start(|| seccomp::enter(ThreadClass::Actors))
             .enable_time()
             .build()?;
         let tree = Tree::new("vmm", runtime.handle().clone(), |ended| match &ended.ending {

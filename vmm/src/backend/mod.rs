@@ -20,6 +20,7 @@ mod policy;
 mod registers;
 mod spawner;
 mod spec;
+mod standing;
 mod supervisor;
 mod uart;
 mod watch;

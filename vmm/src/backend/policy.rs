@@ -8,6 +8,7 @@
 //! business, not that of a restart.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::time::Duration;
 
 use atoll_protocol::Generation;
@@ -83,6 +84,16 @@ pub enum QuarantineReason {
     StartFailures(u32),
     /// It said that its configuration cannot work.
     Config(String),
+}
+
+impl fmt::Display for QuarantineReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::CrashLoop(count) => write!(f, "it crashed {count} times without progress"),
+            Self::StartFailures(count) => write!(f, "its successor did not get ready {count} times in a row"),
+            Self::Config(why) => write!(f, "its configuration cannot work: {why}"),
+        }
+    }
 }
 
 /// What is to be done.

@@ -24,9 +24,11 @@ use super::household::{Generations, Household};
 use super::policy::{PolicyConfig, QuarantineReason};
 use super::spawner::{Child, Spawner};
 use super::spec::{BackendSpec, PassedFd, WatchLimits};
+use super::standing::Standing;
 use super::supervisor::{Recovery, SupervisorMail};
 use crate::actor::remote::{AttachError, Remote, RemoteShape};
 use crate::actor::{Address, TellError};
+use crate::lifecycle::DeviceReport;
 use crate::seccomp::{self, ThreadClass};
 
 /// How long an incarnation may take to attach once it is ready.
@@ -93,6 +95,8 @@ enum Order {
 
 /// A served device. Dropping it ends the process at once.
 pub struct RegisterBackend {
+    name: String,
+    standing: Arc<Standing>,
     remote: Arc<Remote>,
     device: DeviceId,
     supervisor: Address<SupervisorMail>,
@@ -119,13 +123,16 @@ impl RegisterBackend {
         let remote = Arc::new(remote.map_err(host)?);
         let supervisor = household.supervisor().clone();
         let (orders, taken) = sync_channel(16);
-        let recovery = HandOn { remote: Arc::clone(&remote), answered: 0, orders: orders.clone() };
+        let standing = Arc::<Standing>::default();
+        let (remote_too, told) = (Arc::clone(&remote), Arc::clone(&standing));
+        let recovery = HandOn { remote: remote_too, standing: told, answered: 0, orders: orders.clone() };
         let generation = household.generations().first(device);
         let adopt = SupervisorMail::Adopt { device, generation, config, recovery: Box::new(recovery) };
         let _ = household.runtime().block_on(supervisor.tell(adopt));
         let name = process.name.clone();
         let mut keeper = Keeper {
             process,
+            standing: Arc::clone(&standing),
             remote: Arc::clone(&remote),
             spawner: household.spawner().clone(),
             supervisor: supervisor.clone(),
@@ -145,7 +152,7 @@ impl RegisterBackend {
             keeper.run(&taken);
         });
         match thread {
-            Ok(thread) => Ok(Self { remote, device, supervisor, orders, thread: Some(thread) }),
+            Ok(thread) => Ok(Self { name, standing, remote, device, supervisor, orders, thread: Some(thread) }),
             Err(source) => {
                 release();
                 Err(RegisterError::Host { name, source })
@@ -157,6 +164,12 @@ impl RegisterBackend {
     #[must_use]
     pub fn remote(&self) -> &Remote {
         &self.remote
+    }
+
+    /// What an operator is told of it.
+    #[must_use]
+    pub fn report(&self) -> DeviceReport {
+        self.standing.report(&self.name)
     }
 
     /// Asks the process to end, kills it at `deadline`, and waits for its end.
@@ -182,6 +195,7 @@ impl Drop for RegisterBackend {
 struct HandOn {
     remote: Arc<Remote>,
     /// Accesses that all incarnations up to the last one have answered.
+    standing: Arc<Standing>,
     answered: u64,
     orders: SyncSender<Order>,
 }
@@ -196,7 +210,8 @@ impl Recovery for HandOn {
         let answered = self.remote.counts().answered;
         std::mem::replace(&mut self.answered, answered) < answered
     }
-    fn quarantine(&mut self, _reason: &QuarantineReason) {
+    fn quarantine(&mut self, reason: &QuarantineReason) {
+        self.standing.given_up(reason.to_string());
         self.remote.give_up();
     }
     fn stalled(&mut self, generation: Generation, _queue: Option<QueueIndex>) {
@@ -207,13 +222,15 @@ impl Recovery for HandOn {
 
 /// Tells the device's thread how a start went, and the supervisor everything.
 struct Ears {
+    standing: Arc<Standing>,
     supervisor: Address<SupervisorMail>,
     start: Mutex<Option<SyncSender<Result<(), BackendExit>>>>,
 }
 
 impl EventSink for Ears {
     fn offer(&self, event: BackendEvent) -> Offer {
-        let outcome = match &event.kind {
+        let kind = event.kind.clone();
+        let outcome = match &kind {
             EventKind::Ready { .. } => Some(Ok(())),
             EventKind::Exited(exit) => Some(Err(exit.clone())),
             _ => None,
@@ -222,6 +239,12 @@ impl EventSink for Ears {
             self.supervisor.try_tell(SupervisorMail::Backend(event))
         {
             return Offer::Full(event);
+        }
+        // Once only: an event that finds no room is offered again.
+        match &kind {
+            EventKind::Ready { jail, .. } => self.standing.ready(jail),
+            EventKind::Exited(exit) => self.standing.exited(exit),
+            _ => {}
         }
         if let Some(outcome) = outcome
             && let Some(start) = self.start.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -235,6 +258,7 @@ impl EventSink for Ears {
 /// The device's thread.
 struct Keeper {
     process: RegisterProcess,
+    standing: Arc<Standing>,
     remote: Arc<Remote>,
     spawner: Spawner,
     supervisor: Address<SupervisorMail>,
@@ -288,8 +312,9 @@ impl Keeper {
             limits: self.process.limits,
         };
         let (start, started) = sync_channel(1);
-        let ears = Ears { supervisor: self.supervisor.clone(), start: Mutex::new(Some(start)) };
-        let child = self.spawner.spawn(spec, ears)?;
+        let (standing, supervisor) = (Arc::clone(&self.standing), self.supervisor.clone());
+        let child = self.spawner.spawn(spec, Ears { standing, supervisor, start: Mutex::new(Some(start)) })?;
+        self.standing.started(generation, child.pid());
         self.child = Some(child.clone());
         // The spawner's own deadlines end this wait; ours is for a spawner that does not keep up.
         let wait = self.process.limits.ready.saturating_mul(2).saturating_add(ATTACH_MAX);

@@ -20,6 +20,7 @@ use super::policy::PolicyConfig;
 use super::registers::{RegisterBackend, RegisterProcess};
 use super::spec::{PassedFd, WatchLimits, beside_this_binary};
 use crate::actor::remote::RemoteShape;
+use crate::lifecycle::DeviceReport;
 use crate::machine::layout::{COM2, COM2_GSI};
 use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
 
@@ -180,5 +181,8 @@ impl DeviceLife for UartLife {
     fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
         self.0.stop(deadline);
         Ok(())
+    }
+    fn report(&self) -> Option<DeviceReport> {
+        Some(self.0.report())
     }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use super::{ConsoleMode, DeviceConfig, DiskConfig, ImageType, NetConfig, Track, VmConfig};
+use super::{ConsoleMode, DeviceConfig, DiskConfig, ImageType, NetConfig, OnFailure, Track, VmConfig};
 use crate::unix_socket::PATH_BYTES_MAX;
 
 /// Most request queues of a disk, and pairs of a network card times two.
@@ -104,6 +104,9 @@ impl VmConfig {
                 name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
             if !served {
                 return wrong(name, "the second serial port leads to a file, a pty or is off".into());
+            }
+            if name != "console" && (port.stall_timeout.is_some() || port.on_failure != OnFailure::default()) {
+                return wrong(name, "stall_timeout and on_failure are for virtio devices: leave them out here".into());
             }
             match port.mode {
                 ConsoleMode::Tty => {

@@ -241,6 +241,9 @@ pub struct FsConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(default, skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -262,6 +265,9 @@ pub struct VsockConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(default, skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -303,6 +309,9 @@ pub struct RngConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(default, skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
 }
 
 /// Where a port leads.
@@ -340,6 +349,12 @@ pub struct ConsoleConfig {
     /// The socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
+    /// What becomes of a virtio console when its backend cannot be had again.
+    #[serde(default, skip_serializing_if = "OnFailure::is_default")]
+    pub on_failure: OnFailure,
+    /// Seconds for which a queue of a virtio console may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stall_timeout: Option<u32>,
 }
 
 /// One device, as it can be built or plugged in.
@@ -377,6 +392,8 @@ pub enum DeviceKind {
     Rng,
     /// Console.
     Console,
+    /// A serial port that is a process; nobody plugs it.
+    Uart,
     /// Any other.
     Generic,
 }
@@ -391,6 +408,7 @@ impl DeviceKind {
             Self::Vsock => "vsock",
             Self::Rng => "rng",
             Self::Console => "console",
+            Self::Uart => "uart",
             Self::Generic => "generic",
         }
     }
@@ -432,7 +450,7 @@ impl DeviceConfig {
             Self::Vsock(vsock) => vsock.on_failure,
             Self::Rng(rng) => rng.on_failure,
             Self::Generic(device) => device.on_failure,
-            Self::Console(_) => OnFailure::default(),
+            Self::Console(console) => console.on_failure,
         }
     }
 
@@ -442,7 +460,10 @@ impl DeviceConfig {
             Self::Disk(disk) => disk.stall_timeout,
             Self::Net(net) => net.stall_timeout,
             Self::Generic(device) => device.stall_timeout,
-            Self::Fs(_) | Self::Vsock(_) | Self::Rng(_) | Self::Console(_) => None,
+            Self::Fs(fs) => fs.stall_timeout,
+            Self::Vsock(vsock) => vsock.stall_timeout,
+            Self::Rng(rng) => rng.stall_timeout,
+            Self::Console(console) => console.stall_timeout,
         };
         let seconds = seconds.unwrap_or(STALL_TIMEOUT_SECONDS);
         (seconds != 0).then_some(Duration::from_secs(seconds.into()))

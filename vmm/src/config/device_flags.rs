@@ -226,7 +226,7 @@ impl FsConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["tag", "socket", "num_queues", "queue_size", "on_failure", "track", "id"];
+            let keys = ["tag", "socket", "num_queues", "queue_size", "stall_timeout", "on_failure", "track", "id"];
             let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
@@ -234,6 +234,7 @@ impl FsConfig {
                 socket: options.need("socket")?,
                 num_queues: options.get("num_queues")?,
                 queue_size: options.get("queue_size")?,
+                stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
             })
@@ -249,13 +250,14 @@ impl VsockConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["cid", "socket", "vhost_user", "on_failure", "track", "id"];
+            let keys = ["cid", "socket", "vhost_user", "stall_timeout", "on_failure", "track", "id"];
             let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
                 cid: options.need("cid")?,
                 socket: options.need("socket")?,
                 vhost_user: options.on("vhost_user")?,
+                stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
             })
@@ -325,8 +327,13 @@ impl RngConfig {
             return Ok(None);
         }
         let read = || {
-            let options = Options::parse(text, &["src", "on_failure", "id"], &PLACE)?;
-            Ok(Self { src: options.need("src")?, id: options.get("id")?, on_failure: on_failure(&options)? })
+            let options = Options::parse(text, &["src", "stall_timeout", "on_failure", "id"], &PLACE)?;
+            Ok(Self {
+                src: options.need("src")?,
+                id: options.get("id")?,
+                stall_timeout: options.get("stall_timeout")?,
+                on_failure: on_failure(&options)?,
+            })
         };
         device(option, text, read, DeviceConfig::Rng).map(Some)
     }

@@ -102,21 +102,37 @@ impl ConsoleConfig {
     /// # Errors
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
-        let read = || match text {
-            "off" => Ok(Self::of(ConsoleMode::Off)),
-            "null" => Ok(Self::of(ConsoleMode::Null)),
-            "tty" => Ok(Self::of(ConsoleMode::Tty)),
-            "pty" => Ok(Self::of(ConsoleMode::Pty)),
-            "socket" => Ok(Self::of(ConsoleMode::Socket)),
-            _ if text.starts_with("file=") => {
-                let file = Options::parse(text, &["file"], &[])?.need("file")?;
-                Ok(Self { file: Some(file), ..Self::of(ConsoleMode::File) })
-            }
-            _ if text.starts_with("socket=") => {
-                let socket = Options::parse(text, &["socket"], &[])?.need("socket")?;
-                Ok(Self { socket: Some(socket), ..Self::of(ConsoleMode::Socket) })
-            }
-            _ => Err(KeyError::Choice { valid: "tty, pty, socket, socket=PATH, file=PATH, null or off" }),
+        // What else there is to say of a virtio console; a serial port has no process of that kind.
+        let more: &[&'static str] = if option == "--console" { &["stall_timeout", "on_failure"] } else { &[] };
+        let read = || {
+            let (options, mut port) = if text.starts_with("file=") {
+                let options = Options::parse(text, &[&["file"], more].concat(), &[])?;
+                let file = Some(options.need("file")?);
+                (options, Self { file, ..Self::of(ConsoleMode::File) })
+            } else if text.starts_with("socket=") {
+                let options = Options::parse(text, &[&["socket"], more].concat(), &[])?;
+                let socket = Some(options.need("socket")?);
+                (options, Self { socket, ..Self::of(ConsoleMode::Socket) })
+            } else {
+                let (mode, rest) = text.split_once(',').map_or((text, None), |(mode, rest)| (mode, Some(rest)));
+                let mode = match mode {
+                    "off" => ConsoleMode::Off,
+                    "null" => ConsoleMode::Null,
+                    "tty" => ConsoleMode::Tty,
+                    "pty" => ConsoleMode::Pty,
+                    "socket" => ConsoleMode::Socket,
+                    _ => {
+                        return Err(KeyError::Choice {
+                            valid: "tty, pty, socket, socket=PATH, file=PATH, null or off",
+                        });
+                    }
+                };
+                let Some(rest) = rest else { return Ok(Self::of(mode)) };
+                (Options::parse(rest, more, &[])?, Self::of(mode))
+            };
+            port.stall_timeout = options.get("stall_timeout")?;
+            port.on_failure = options.get("on_failure").map(Option::unwrap_or_default)?;
+            Ok(port)
         };
         named(option, text, read())
     }
@@ -125,6 +141,7 @@ impl ConsoleConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::OnFailure;
 
     #[test]
     fn machines_are_described() {
@@ -136,6 +153,11 @@ mod tests {
         assert_eq!(serial("file=/tmp/x").file, Some("/tmp/x".into()));
         assert_eq!(serial("socket=/tmp/y").socket, Some("/tmp/y".into()));
         assert_eq!(serial("pty").mode, ConsoleMode::Pty);
+        let console = |text| ConsoleConfig::from_flag("--console", text).unwrap();
+        for (text, mode) in [("pty", ConsoleMode::Pty), ("file=/tmp/x", ConsoleMode::File)] {
+            let port = console(&format!("{text},stall_timeout=5,on_failure=wait"));
+            assert_eq!((port.mode, port.stall_timeout, port.on_failure), (mode, Some(5), OnFailure::Wait));
+        }
     }
 
     /// One line each, beginning with the option as it was given.
@@ -147,6 +169,7 @@ mod tests {
             (CpusConfig::from_flag("--cpus", "boot=0").unwrap_err(), "1 to 255"),
             (CpusConfig::from_flag("--cpus", "boot=1,max=4").unwrap_err(), "the same number"),
             (CpusConfig::from_flag("--cpus", "boot=1,affinity=[0@1]").unwrap_err(), "taskset"),
+            (ConsoleConfig::from_flag("--serial", "pty,stall_timeout=5").unwrap_err(), "no key 'stall_timeout'"),
             (ConsoleConfig::from_flag("--serial", "teletype").unwrap_err(), "tty, pty"),
             (ConsoleConfig::from_flag("--serial", "file=").unwrap_err(), "file needs a value"),
         ];

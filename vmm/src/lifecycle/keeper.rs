@@ -27,7 +27,7 @@ use super::report::{DeviceReport, DeviceState, RecoveryClass, VmInfo, VmState};
 use super::roster;
 use super::story::Story;
 use crate::backend::Household;
-use crate::config::{DeviceConfig, VmConfig};
+use crate::config::{DeviceConfig, DeviceKind, VmConfig};
 use crate::machine::{
     EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseFigures, PauseLimits, Rebuilt,
     failure,
@@ -514,10 +514,13 @@ impl Keeper {
             queues: Vec::new(),
         };
         let listed = config.devices();
-        Ok(listed
+        let mut all: Vec<DeviceReport> = listed
             .iter()
             .map(|device| reports.remove(device.id().unwrap_or_default()).unwrap_or_else(|| idle(device)))
-            .collect())
+            .collect();
+        // What is part of the board: a serial port that is a process.
+        all.extend(reports.into_values().filter(|report| report.kind == DeviceKind::Uart));
+        Ok(all)
     }
 
     pub(super) fn metrics(&mut self) -> String {

@@ -115,7 +115,12 @@ mod tests {
     fn every_device_has_a_name_of_its_own() {
         let mut config = VmConfig {
             disks: Some(vec![disk(None), disk(Some("_disk0")), disk(None)]),
-            rng: Some(RngConfig { src: "/dev/urandom".into(), id: None, on_failure: OnFailure::Error }),
+            rng: Some(RngConfig {
+                src: "/dev/urandom".into(),
+                id: None,
+                stall_timeout: None,
+                on_failure: OnFailure::Error,
+            }),
             ..VmConfig::default()
         };
         name_devices(&mut config);
@@ -124,7 +129,7 @@ mod tests {
 
         let error = add(&mut config, DeviceConfig::Disk(disk(Some("_disk2")))).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Duplicate);
-        let rng = RngConfig { src: "/dev/random".into(), id: None, on_failure: OnFailure::Error };
+        let rng = RngConfig { src: "/dev/random".into(), id: None, stall_timeout: None, on_failure: OnFailure::Error };
         assert_eq!(add(&mut config, DeviceConfig::Rng(rng)).unwrap_err().kind, ErrorKind::Duplicate);
         assert!(remove(&mut config, "_disk1") && !remove(&mut config, "_disk1"));
         let again = add(&mut config, DeviceConfig::Disk(disk(None))).unwrap();

@@ -65,6 +65,10 @@ const SOCKETS: &[i64] = &[
     libc::SYS_setsockopt,
 ];
 
+/// Clients come to a socket with a name, which goes with the socket if it is still its own.
+const LISTENER: &[i64] =
+    &[libc::SYS_accept4, libc::SYS_statx, libc::SYS_newfstatat, libc::SYS_unlink, libc::SYS_unlinkat];
+
 /// What a vCPU does to ask another process for a register.
 const QUESTIONS: &[i64] = &[libc::SYS_futex_waitv, libc::SYS_sendmsg, libc::SYS_shutdown];
 
@@ -80,6 +84,7 @@ const INCARNATION: &[i64] = &[
     libc::SYS_socket,
     libc::SYS_socketpair,
     libc::SYS_connect,
+    libc::SYS_pipe2,
     // An image that grows; an in-flight region that is cleared.
     libc::SYS_fallocate,
     libc::SYS_fsync,
@@ -174,15 +179,19 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
             freely(&mut rules, SOCKETS);
             freely(&mut rules, EVENTS);
             // A signal that asks for the end is awaited like a key.
-            freely(&mut rules, &[libc::SYS_accept4, libc::SYS_rt_sigtimedwait]);
+            freely(&mut rules, LISTENER);
+            freely(&mut rules, &[libc::SYS_rt_sigtimedwait]);
             let ioctls: Result<_, _> = LINE_IOCTLS.iter().map(|request| when(1, Compare::Eq, *request)).collect();
             rules.insert(libc::SYS_ioctl, ioctls?);
+        }
+        ThreadClass::Actors => {
+            freely(&mut rules, SOCKETS);
+            freely(&mut rules, EVENTS);
         }
         ThreadClass::Operator => {
             freely(&mut rules, SOCKETS);
             freely(&mut rules, EVENTS);
-            // The socket's name goes with its last connection.
-            freely(&mut rules, &[libc::SYS_accept4, libc::SYS_unlink, libc::SYS_unlinkat]);
+            freely(&mut rules, LISTENER);
             rules.insert(libc::SYS_ioctl, vec![when(1, Compare::Eq, libc::FIONBIO)?]);
         }
     }

@@ -61,14 +61,24 @@ pub enum ThreadClass {
     Device,
     /// Moves bytes between a serial port, or a terminal, and its other end.
     Line,
+    /// Decides what becomes of devices on the bus and cuts their connections; carries out nothing itself.
+    Actors,
     /// Hears an operator: requests to the API, and the events that are told to whoever listens.
     Operator,
 }
 
 impl ThreadClass {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::SoftVcpu, Self::KvmVcpu, Self::Events, Self::Talk, Self::Device, Self::Line, Self::Operator];
+    pub const ALL: [Self; 8] = [
+        Self::SoftVcpu,
+        Self::KvmVcpu,
+        Self::Events,
+        Self::Talk,
+        Self::Device,
+        Self::Line,
+        Self::Actors,
+        Self::Operator,
+    ];
 
     /// What people know it by.
     #[must_use]
@@ -80,6 +90,7 @@ impl ThreadClass {
             Self::Talk => "talk",
             Self::Device => "device",
             Self::Line => "line",
+            Self::Actors => "actors",
             Self::Operator => "operator",
         }
     }

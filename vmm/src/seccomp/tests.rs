@@ -46,7 +46,7 @@ fn forbidden_calls_end_the_process_with_a_word() {
         "soft-vcpu remove",
         "events exec",
         "talk remove",
-        "line remove",
+        "line socket",
         "operator socket",
         "operator exec",
         "device exec",

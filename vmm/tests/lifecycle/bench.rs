@@ -54,7 +54,11 @@ impl Bench {
         VmConfig {
             memory: MemoryConfig { size: 32 << 20, ..MemoryConfig::default() },
             payload: PayloadConfig { kernel: Some(kernel(self.folder(), write)), ..PayloadConfig::default() },
-            serial: Some(ConsoleConfig { mode: ConsoleMode::File, file: Some(self.text()), socket: None }),
+            serial: Some(ConsoleConfig {
+                mode: ConsoleMode::File,
+                file: Some(self.text()),
+                ..ConsoleConfig::default()
+            }),
             platform: PlatformConfig { cpu: CpuChoice::Soft, ..PlatformConfig::default() },
             ..VmConfig::default()
         }

@@ -205,8 +205,17 @@ impl Profile {
     };
 
     /// All of them.
-    pub const ALL: [&'static Self; 8] =
-        [&Self::BLK, &Self::NET, &Self::NET_TAP, &Self::RNG, &Self::CONSOLE, &Self::VSOCK, &Self::UART, &Self::GENERIC];
+    pub const ALL: [&'static Self; 9] = [
+        &Self::BLK,
+        &Self::PROBE,
+        &Self::NET,
+        &Self::NET_TAP,
+        &Self::RNG,
+        &Self::CONSOLE,
+        &Self::VSOCK,
+        &Self::UART,
+        &Self::GENERIC,
+    ];
 
     /// Whether it drives rings.
     pub(super) fn has_rings(&self) -> bool {

@@ -343,7 +343,8 @@ pub(crate) struct RunArgs {
     /// Second serial port, served by a process of its own: file=PATH, pty (its name is logged) or off.
     #[arg(long, value_name = "WHERE")]
     pub(crate) serial2: Option<String>,
-    /// virtio console: off (when left out), null, tty, pty, file=PATH or socket[=PATH].
+    /// virtio console: off (when left out), null, tty, pty, file=PATH or socket[=PATH], and behind it what becomes of it
+    /// when its process does not come back, as for disks: pty,stall_timeout=10,on_failure=wait.
     #[arg(long, value_name = "WHERE")]
     pub(crate) console: Option<String>,
     /// Which CPU runs the guest: auto when left out.

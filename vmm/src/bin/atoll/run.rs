@@ -196,7 +196,7 @@ fn begin(controller: &Controller, described: &Described, name: &str) -> Result<(
     let mut vm = described.vm.clone();
     if let Some(console) = vm.console.as_mut().filter(|console| console.mode == ConsoleMode::Tty) {
         // Its process has no terminal: it gets a pseudo terminal, and this one carries bytes.
-        *console = ConsoleConfig::of(ConsoleMode::Pty);
+        console.mode = ConsoleMode::Pty;
     }
     controller.create(vm)?;
     controller.boot()?;

@@ -161,7 +161,12 @@ fn impossible_devices_are_refused() {
     let config = console(ConsoleMode::Tty);
     let Err(error) = factory.builder(&config) else { panic!("{config:?} was accepted") };
     assert!(error.is_unsupported() && error.to_string().contains("--serial"), "{error}");
-    let rng = DeviceConfig::Rng(RngConfig { src: "/dev/urandom".into(), id: None, on_failure: OnFailure::Error });
+    let rng = DeviceConfig::Rng(RngConfig {
+        src: "/dev/urandom".into(),
+        id: None,
+        stall_timeout: None,
+        on_failure: OnFailure::Error,
+    });
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng0");
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng1");
     household.shutdown(std::time::Duration::from_secs(1));

@@ -1,0 +1,111 @@
+//! What an operator is told of a device that is registers in a process.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use atoll_protocol::Generation;
+use atoll_protocol::jail::JailedLayer;
+
+use super::event::{BackendExit, ExitCause};
+use crate::config::DeviceKind;
+use crate::lifecycle::{DeviceReport, DeviceState, RecoveryClass};
+
+/// The process as it was last heard of; the device's thread, the spawner and the supervisor write here.
+#[derive(Debug, Default)]
+pub(super) struct Standing(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    generation: u64,
+    pid: Option<u32>,
+    serves: bool,
+    given_up: Option<String>,
+    lost: u64,
+    jail: Vec<JailedLayer>,
+    last_exit: Option<String>,
+    last_lines: Vec<String>,
+}
+
+impl Standing {
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An incarnation was started.
+    pub(super) fn started(&self, generation: Generation, pid: u32) {
+        let mut known = self.lock();
+        (known.generation, known.pid, known.given_up) = (generation.0, Some(pid), None);
+    }
+
+    /// It is ready.
+    pub(super) fn ready(&self, jail: &[JailedLayer]) {
+        let mut known = self.lock();
+        (known.serves, known.jail) = (true, jail.to_vec());
+    }
+
+    /// It has ended.
+    pub(super) fn exited(&self, exit: &BackendExit) {
+        let mut known = self.lock();
+        let served = std::mem::take(&mut known.serves);
+        known.lost += u64::from(served && exit.cause != ExitCause::Asked);
+        known.pid = None;
+        (known.last_exit, known.last_lines) = (Some(exit.to_string()), exit.last_stderr.clone());
+    }
+
+    /// There will be no other.
+    pub(super) fn given_up(&self, why: String) {
+        self.lock().given_up = Some(why);
+    }
+
+    /// For people. A successor begins with its registers as at power-on, so only an idle port comes back as it was.
+    pub(super) fn report(&self, id: &str) -> DeviceReport {
+        let known = self.lock();
+        let (state, reason) = match (&known.given_up, known.serves) {
+            (Some(why), _) => (DeviceState::Quarantined, Some(why.clone())),
+            (None, true) => (DeviceState::Running, None),
+            (None, false) => (DeviceState::Recovering, known.last_exit.clone()),
+        };
+        DeviceReport {
+            id: id.to_owned(),
+            kind: DeviceKind::Uart,
+            bdf: None,
+            state,
+            reason,
+            generation: known.generation,
+            restarts: known.lost,
+            recovery: RecoveryClass::IdleOnly,
+            pid: known.pid,
+            jail: known.jail.iter().map(|layer| (layer.layer.to_string(), layer.outcome.to_string())).collect(),
+            last_exit: known.last_exit.clone(),
+            last_lines: known.last_lines.clone(),
+            queues: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::event::ExitStatus;
+
+    #[test]
+    fn lives_are_told() {
+        let standing = Standing::default();
+        standing.started(Generation(1), 77);
+        standing.ready(&[]);
+        let report = standing.report("serial1");
+        assert_eq!((report.state, report.pid, report.restarts), (DeviceState::Running, Some(77), 0));
+        let last_stderr = vec!["ouch".to_owned()];
+        let (status, cause) = (ExitStatus::Signal(9), ExitCause::Unknown);
+        let exit = BackendExit { name: "serial1".into(), status, cause, was_ready: true, last_stderr };
+        standing.exited(&exit);
+        let report = standing.report("serial1");
+        assert_eq!((report.state, report.pid, report.restarts), (DeviceState::Recovering, None, 1));
+        assert_eq!(report.last_lines, ["ouch"]);
+        standing.started(Generation(2), 78);
+        standing.exited(&exit);
+        standing.given_up("it crashes and crashes".into());
+        let report = standing.report("serial1");
+        // One that was never ready was not lost.
+        assert_eq!((report.state, report.generation, report.restarts), (DeviceState::Quarantined, 2, 1));
+    }
+}
