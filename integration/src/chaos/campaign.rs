@@ -16,8 +16,8 @@ use atoll_vmm::config::{
 };
 use atoll_vmm::vhost::DeviceState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::OwnedFd;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
 use xtask::processes;
 
 use super::census::Census;
@@ -36,6 +36,8 @@ use super::tap::Tap;
 const STEPS_KILLS_MIN: u64 = 200;
 /// How often a kill waits for work to be in flight.
 const ATTEMPTS: u32 = 16;
+/// How long a stopped process may take to stand still.
+const STOP_MAX: Duration = Duration::from_secs(1);
 /// How long a killed process may take to go, an aimed kill to come, and a device to go on.
 const REAP_MAX: Duration = Duration::from_secs(5);
 const AIM_MAX: Duration = Duration::from_secs(2);
@@ -135,7 +137,7 @@ pub struct Scene {
 }
 
 /// Where images are that need no disk.
-pub(super) fn memory() -> &'static Path {
+pub fn memory() -> &'static Path {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { memory } else { Path::new("/tmp") }
 }
@@ -150,7 +152,12 @@ impl Scene {
             Class::Blk => {
                 let path = image.insert(folder.path().join("image"));
                 make_image(plan.image, path)?;
-                let config = DiskConfig { num_queues: Some(2), direct: plan.direct, ..disk(plan.image, path) };
+                let config = DiskConfig {
+                    num_queues: Some(2),
+                    queue_size: Some(DiskLoad::QUEUE_SIZE),
+                    direct: plan.direct,
+                    ..disk(plan.image, path)
+                };
                 let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
                 let load = DiskLoad::start(&mut rig, plan.seed, 2)?;
                 (rig, Box::new(load))
@@ -225,6 +232,24 @@ fn make_image(image: Image, path: &Path) -> Result<()> {
     }
 }
 
+/// Stops a process, all its threads. False when it has ended, or does not stand still.
+fn stop(process: &OwnedFd) -> bool {
+    if pidfd_send_signal(process, Signal::STOP).is_err() {
+        return false;
+    }
+    // What is seen stays to be seen, for whoever reaps it.
+    let look = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+    let deadline = Instant::now() + STOP_MAX;
+    while Instant::now() < deadline {
+        match waitid(WaitId::PidFd(process.as_fd()), look) {
+            Ok(None) => std::hint::spin_loop(),
+            Ok(Some(status)) => return status.stopped(),
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
 fn ended(process: &OwnedFd, within: Duration) -> bool {
     let limit = Timespec::try_from(within).ok();
     matches!(poll(&mut [PollFd::new(process, PollFlags::IN)], limit.as_ref()), Ok(1..))
@@ -276,6 +301,8 @@ pub struct Campaign<'a> {
     round: u64,
     /// The last kill left I/O behind for longer than the kernel does.
     lingered: bool,
+    /// Requests issued when the process that is to die by itself was last seen alive.
+    issued_alive: u64,
 }
 
 impl<'a> Campaign<'a> {
@@ -287,7 +314,7 @@ impl<'a> Campaign<'a> {
         }
         let scene = Scene::open(plan, programs)?;
         let dice = Dice::new(mix(plan.seed, 0x6b69_6c6c));
-        Ok(Self { plan, page, scene, dice, tally: Tally::default(), round: 0, lingered: false })
+        Ok(Self { plan, page, scene, dice, tally: Tally::default(), round: 0, lingered: false, issued_alive: 0 })
     }
 
     /// Until the kills are done, or something hangs.
@@ -396,6 +423,9 @@ impl<'a> Campaign<'a> {
         if self.is_over() {
             return Ok(());
         }
+        // Most of them find a long queue; some the usual one.
+        let long = self.dice.below(4) > 0;
+        self.scene.load.lengthen(long);
         match aim {
             Aim::Random => self.kill(false)?,
             Aim::Linger => self.kill_lingering()?,
@@ -405,6 +435,7 @@ impl<'a> Campaign<'a> {
             }
             Aim::Step(step, depth) => self.kill_at(step, depth)?,
         }
+        self.scene.load.lengthen(false);
         if !self.is_over() {
             self.lingered = aim == Aim::Linger;
             self.recover(aim.is_at_start())?;
@@ -415,24 +446,31 @@ impl<'a> Campaign<'a> {
     /// A kill from outside while the device runs, soon after requests were handed over. Begins the stall.
     fn kill(&mut self, and_again: bool) -> Result<()> {
         let process = self.scene.running()?;
-        self.be_busy()?;
+        self.be_busy(&process)?;
         self.strike(&process, if and_again { "first-of-two" } else { "random" })
     }
 
-    /// Returns when requests are in flight, more than will be done by the time at which a signal arrives.
-    fn be_busy(&mut self) -> Result<()> {
+    /// Returns when requests are in flight: more than will be done by the time at which a signal arrives. Most of the time
+    /// the process is stopped then, and looked at: what is unanswered now is unanswered when it is killed.
+    fn be_busy(&mut self, process: &OwnedFd) -> Result<()> {
         let window = Duration::from_nanos(self.dice.below(60_000));
+        let held = self.dice.below(4) > 0;
         for left in (0..ATTEMPTS).rev() {
             self.scene.load.turn()?;
+            self.scene.load.poll()?;
             self.scene.load.push()?;
             // The last attempts take what they get.
             let moment = Instant::now() + window * left / ATTEMPTS;
             while Instant::now() < moment {
                 std::hint::spin_loop();
             }
-            if self.scene.load.pending()? > left {
+            if self.scene.load.pending()? <= left {
+                continue;
+            }
+            if !held || !stop(process) || self.scene.load.pending()? > 0 {
                 break;
             }
+            let _ = pidfd_send_signal(process, Signal::CONT);
         }
         Ok(())
     }
@@ -458,7 +496,7 @@ impl<'a> Campaign<'a> {
         let process = self.scene.running()?;
         let image = self.scene.image.clone().context("an image")?;
         let copy = copy_of_descriptor(&process, self.scene.rig.status().pid.unwrap_or_default(), &image);
-        self.be_busy()?;
+        self.be_busy(&process)?;
         let Some(copy) = copy else { return self.strike(&process, "random") };
         self.strike(&process, "linger")?;
         let used = self.scene.load.used()?;
@@ -489,7 +527,7 @@ impl<'a> Campaign<'a> {
                 && !ended(&process, Duration::ZERO)
             {
                 if self.scene.rig.status().pid.is_some() {
-                    self.be_busy()?;
+                    self.be_busy(&process)?;
                 }
                 return self.strike(&process, "start");
             }
@@ -507,7 +545,7 @@ impl<'a> Campaign<'a> {
             Step::Handshake => {
                 // Only a successor gets there.
                 page.arm(step, depth);
-                self.be_busy()?;
+                self.be_busy(&process)?;
                 self.strike(&process, "first-of-two")?;
             }
             Step::Replay => {
@@ -515,6 +553,10 @@ impl<'a> Campaign<'a> {
                 page.arm(Step::Done, 1 + self.dice.below(12));
                 self.await_death(page, Step::Done, lost)?;
                 page.arm(step, depth);
+            }
+            Step::ConfigWrite | Step::Reset => {
+                page.arm(step, depth);
+                return self.die_of_message(page, step);
             }
             _ => page.arm(step, depth),
         }
@@ -530,28 +572,28 @@ impl<'a> Campaign<'a> {
     /// Plays until a process dies at the step that it was told; `lost` backends were lost before.
     fn await_death(&mut self, page: &Page, step: Step, lost: u64) -> Result<()> {
         let deadline = Instant::now() + AIM_MAX;
-        let mut died = page.died_at();
+        let mut died = self.look(page);
         while died.is_none() && Instant::now() < deadline && !self.is_over() {
-            match step {
-                Step::Reset => return self.die_in_reset(page),
-                Step::ConfigWrite => self.scene.load.write_config(&mut self.scene.rig)?,
-                // The successor is through: it will not die there any more.
-                Step::Replay | Step::Handshake if self.is_through(lost) => break,
-                _ => {}
+            // The successor is through: it will not die there any more.
+            if matches!(step, Step::Replay | Step::Handshake) && self.is_through(lost) {
+                break;
             }
             // Seldom a wait: the death shall be seen before a successor has completed anything. But interrupts are only
             // asked for in a wait.
             died = if step == Step::Call { None } else { self.crowd(page)? };
             if died.is_none() {
                 self.scene.load.push()?;
+                died = self.look(page);
+            }
+            if died.is_none() {
                 self.scene.load.turn()?;
-                died = page.died_at();
+                died = self.look(page);
             }
         }
         page.disarm();
         if died.is_some() {
             let now = Instant::now();
-            let pending = self.scene.load.pending()?;
+            let pending = self.pending_at_death()?;
             self.tally.kill(pending, step.name());
             self.scene.load.poll()?;
             if !matches!(step, Step::Replay | Step::Handshake) {
@@ -564,40 +606,64 @@ impl<'a> Campaign<'a> {
     /// Hands over requests one after the other as there is room, so that there is always one behind those under way.
     fn crowd(&mut self, page: &Page) -> Result<Option<Step>> {
         let moment = Instant::now() + CROWD;
-        while Instant::now() < moment && page.died_at().is_none() {
+        while Instant::now() < moment && self.look(page).is_none() {
             self.scene.load.push()?;
             self.scene.load.poll()?;
         }
-        Ok(page.died_at())
+        Ok(self.look(page))
     }
 
-    /// The guest resets the device, which dies of it; then the guest begins anew.
-    fn die_in_reset(&mut self, page: &Page) -> Result<()> {
+    /// Whether the process has died at its step. What was issued before it was seen alive, it could see.
+    fn look(&mut self, page: &Page) -> Option<Step> {
+        let issued = self.scene.load.issued();
+        let died = page.died_at();
+        if died.is_none() {
+            self.issued_alive = issued;
+        }
+        died
+    }
+
+    /// Requests that were unanswered when it died: what was issued since it was last seen alive does not count.
+    fn pending_at_death(&mut self) -> Result<u32> {
+        let since = self.scene.load.issued().saturating_sub(self.issued_alive);
+        Ok(self.scene.load.pending()?.saturating_sub(u32::try_from(since).unwrap_or(u32::MAX)))
+    }
+
+    /// The guest resets the device, or writes its configuration, in the middle of its work, and it dies of that message.
+    fn die_of_message(&mut self, page: &Page, step: Step) -> Result<()> {
         self.scene.load.turn()?;
-        self.scene.load.push()?;
-        // Its threads find the reset and the requests at the same moment, and the one with the requests comes second.
+        // Its threads find the message and the requests at the same moment, and those with the requests come second.
         let process = self.scene.running()?;
-        let signal = |signal| pidfd_send_signal(&process, signal);
-        signal(Signal::STOP)?;
+        stop(&process);
         scheduling::queues_last(self.scene.rig.status().pid.unwrap_or_default())?;
+        self.scene.load.poll()?;
         self.scene.load.push()?;
-        let answer = self.scene.rig.begin_reset();
+        let answer = match step {
+            Step::Reset => Some(self.scene.rig.begin_reset()),
+            _ => self.scene.load.write_config(&mut self.scene.rig),
+        };
+        let killed = Instant::now();
         std::thread::sleep(MESSAGE);
-        signal(Signal::CONT)?;
+        let _ = pidfd_send_signal(&process, Signal::CONT);
         let deadline = Instant::now() + AIM_MAX;
         while page.died_at().is_none() && Instant::now() < deadline {
             std::hint::spin_loop();
         }
         page.disarm();
         let pending = self.scene.load.pending()?;
-        if page.died_at().is_none() {
+        let died = page.died_at().is_some();
+        if !died {
             // Its queues would stand still on a busy machine.
-            let _ = signal(Signal::KILL);
+            let _ = pidfd_send_signal(&process, Signal::KILL);
         }
-        await_answer(answer)?;
-        self.scene.load.begin_anew(&mut self.scene.rig)?;
-        if page.died_at().is_some() {
-            self.tally.kill(pending, Step::Reset.name());
+        answer.map_or(Ok(()), await_answer)?;
+        if step == Step::Reset {
+            self.scene.load.begin_anew(&mut self.scene.rig)?;
+        } else {
+            self.scene.load.killed(killed);
+        }
+        if died {
+            self.tally.kill(pending, step.name());
         }
         Ok(())
     }

@@ -132,7 +132,11 @@ impl ConsoleLoad {
 
 impl Load for ConsoleLoad {
     fn push(&mut self) -> Result<()> {
-        while self.requests.len() < DEPTH && self.print()? {}
+        for _ in 0..self.requests.room(DEPTH, usize::from(SIZE)) {
+            if !self.print()? {
+                break;
+            }
+        }
         let (queue, guest) = self.driver.queue(TRANSMIT)?;
         queue.publish(guest)
     }
@@ -158,6 +162,12 @@ impl Load for ConsoleLoad {
     fn completed(&self) -> u64 {
         self.requests.completed()
     }
+    fn issued(&self) -> u64 {
+        self.requests.issued()
+    }
+    fn lengthen(&mut self, long: bool) {
+        self.requests.lengthen(long);
+    }
     fn killed(&mut self, at: Instant) {
         self.breaks += 1;
         self.requests.killed(at);
@@ -172,9 +182,6 @@ impl Load for ConsoleLoad {
         self.breaks += 1;
         self.requests.forget();
         self.driver = rig.start(options())?;
-        Ok(())
-    }
-    fn write_config(&mut self, _rig: &mut Rig) -> Result<()> {
         Ok(())
     }
     fn is_broken(&mut self) -> Result<bool> {

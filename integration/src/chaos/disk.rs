@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use atoll_devices::Answer;
 use atoll_kit::driver::Driver;
 use atoll_verify::blk::workload::Mix;
 use atoll_verify::blk::{Verdict, Violation, Workload};
@@ -18,6 +19,8 @@ const WRITEBACK_AT: u32 = 32;
 const SEGMENT: u64 = 4000;
 /// Requests in flight.
 const DEPTH: usize = 64;
+/// And in a long queue.
+const DEPTH_LONG: usize = 320;
 
 /// How long a request may take before it counts as lost.
 pub const REQUEST_MAX: Duration = Duration::from_secs(20);
@@ -34,12 +37,21 @@ pub struct DiskLoad {
 impl DiskLoad {
     /// Guest memory that such a load needs, in bytes.
     pub const MEMORY: u64 = 16 << 20;
+    /// Entries of each queue.
+    pub const QUEUE_SIZE: u16 = 1024;
     /// Bytes of the image, which must hold zeroes.
     pub const IMAGE: u64 = 1 << 20;
 
     /// Starts the load of `seed` on a disk of `queues` queues.
     pub fn start(rig: &mut Rig, seed: u64, queues: u16) -> Result<Self> {
-        let style = Style { queues, queue_size: 256, depth: DEPTH, deadline: REQUEST_MAX, segment: SEGMENT };
+        let style = Style {
+            queues,
+            queue_size: Self::QUEUE_SIZE,
+            depth: DEPTH,
+            depth_long: DEPTH_LONG,
+            deadline: REQUEST_MAX,
+            segment: SEGMENT,
+        };
         let load = Workload { sectors: Self::IMAGE / 512, mix: Mix::FULL, ..Workload::new(seed) };
         let driver = rings(rig, style, &load)?;
         let player = Player::over(load, style, driver, Some(rig.deaths()));
@@ -78,6 +90,12 @@ impl Load for DiskLoad {
     fn completed(&self) -> u64 {
         self.player.completed()
     }
+    fn issued(&self) -> u64 {
+        self.player.issued()
+    }
+    fn lengthen(&mut self, long: bool) {
+        self.player.lengthen(long);
+    }
     fn killed(&mut self, at: Instant) {
         self.player.killed(at);
     }
@@ -91,9 +109,9 @@ impl Load for DiskLoad {
         let driver = rings(rig, self.style, &self.load)?;
         self.player.begin_anew(driver)
     }
-    fn write_config(&mut self, rig: &mut Rig) -> Result<()> {
+    fn write_config(&mut self, rig: &mut Rig) -> Option<Answer> {
         self.write_through = !self.write_through;
-        rig.write_config(WRITEBACK_AT, &[u8::from(!self.write_through)])
+        Some(rig.begin_write_config(WRITEBACK_AT, &[u8::from(!self.write_through)]))
     }
     fn is_broken(&mut self) -> Result<bool> {
         self.player.settle()?;

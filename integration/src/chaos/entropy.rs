@@ -11,7 +11,7 @@ use super::requests::{Requests, pending, place};
 use super::rig::Rig;
 use super::stall::StallWatch;
 
-const SIZE: u16 = 64;
+const SIZE: u16 = 256;
 /// Buffers in flight.
 const DEPTH: usize = 60;
 /// Bytes of a buffer, and of what lies between two.
@@ -81,7 +81,11 @@ impl EntropyLoad {
 
 impl Load for EntropyLoad {
     fn push(&mut self) -> Result<()> {
-        while self.requests.len() < DEPTH && self.ask()? {}
+        for _ in 0..self.requests.room(DEPTH, usize::from(SIZE)) {
+            if !self.ask()? {
+                break;
+            }
+        }
         let (queue, guest) = self.driver.queue(0)?;
         queue.publish(guest)
     }
@@ -108,6 +112,12 @@ impl Load for EntropyLoad {
     fn completed(&self) -> u64 {
         self.requests.completed()
     }
+    fn issued(&self) -> u64 {
+        self.requests.issued()
+    }
+    fn lengthen(&mut self, long: bool) {
+        self.requests.lengthen(long);
+    }
     fn killed(&mut self, at: Instant) {
         self.requests.killed(at);
     }
@@ -120,9 +130,6 @@ impl Load for EntropyLoad {
     fn begin_anew(&mut self, rig: &mut Rig) -> Result<()> {
         self.requests.forget();
         self.driver = rig.start(options())?;
-        Ok(())
-    }
-    fn write_config(&mut self, _rig: &mut Rig) -> Result<()> {
         Ok(())
     }
     fn is_broken(&mut self) -> Result<bool> {

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use atoll_devices::Answer;
 use serde::Serialize;
 
 use super::rig::Rig;
@@ -22,6 +23,10 @@ pub trait Load {
     fn used(&mut self) -> Result<u64>;
     /// Requests that were completed so far.
     fn completed(&self) -> u64;
+    /// Requests that were made so far: all of them are in the rings.
+    fn issued(&self) -> u64;
+    /// From now on asks for more at a time, in heaps: a device has some left whenever it has just done some. Or as usual.
+    fn lengthen(&mut self, _long: bool) {}
     /// The backend is killed now.
     fn killed(&mut self, at: Instant);
     /// How the last kill was felt.
@@ -30,8 +35,10 @@ pub trait Load {
     fn is_stuck(&self) -> bool;
     /// The guest has reset its device, in the middle of everything, and begins anew.
     fn begin_anew(&mut self, rig: &mut Rig) -> Result<()>;
-    /// The guest writes the configuration space, where its class has a field for that.
-    fn write_config(&mut self, rig: &mut Rig) -> Result<()>;
+    /// The guest begins to write the configuration space, where its class has a field for that.
+    fn write_config(&mut self, _rig: &mut Rig) -> Option<Answer> {
+        None
+    }
     /// Awaits everything that is in flight and looks at what can be looked at by now. Whether a promise is broken already.
     fn is_broken(&mut self) -> Result<bool>;
     /// Something was found from outside.

@@ -170,6 +170,9 @@ impl Load for NetLoad {
     fn completed(&self) -> u64 {
         self.taken
     }
+    fn issued(&self) -> u64 {
+        self.talkers.iter().map(Talker::sent).sum()
+    }
     fn killed(&mut self, at: Instant) {
         self.deaths += 1;
         let heads = self.guest.queue(TRANSMIT).map(|(queue, _)| queue.heads_in_flight()).unwrap_or_default();
@@ -186,9 +189,6 @@ impl Load for NetLoad {
         self.stall = StallWatch::default();
         self.guest = NetGuest::over(rig.start(options().driver())?, options());
         self.guest.fill_all()
-    }
-    fn write_config(&mut self, _rig: &mut Rig) -> Result<()> {
-        Ok(())
     }
     fn is_broken(&mut self) -> Result<bool> {
         Ok(self.stuck || self.findings.broken() > 0 || self.talkers.iter().any(|talker| talker.heard().corrupted > 0))

@@ -21,6 +21,8 @@ pub struct Requests<T> {
     stall: StallWatch,
     stuck: bool,
     completed: u64,
+    issued: u64,
+    long: bool,
 }
 
 /// One that was completed.
@@ -36,7 +38,15 @@ pub struct Completed<T> {
 impl<T> Requests<T> {
     /// None yet.
     pub fn new(index: usize) -> Self {
-        Self { index, in_flight: HashMap::new(), stall: StallWatch::default(), stuck: false, completed: 0 }
+        Self {
+            index,
+            in_flight: HashMap::new(),
+            stall: StallWatch::default(),
+            stuck: false,
+            completed: 0,
+            issued: 0,
+            long: false,
+        }
     }
 
     /// Requests in flight.
@@ -52,6 +62,25 @@ impl<T> Requests<T> {
     /// Requests that were completed.
     pub fn completed(&self) -> u64 {
         self.completed
+    }
+
+    /// Requests that were made.
+    pub fn issued(&self) -> u64 {
+        self.issued
+    }
+
+    /// More at a time from now on, in heaps; or as usual.
+    pub fn lengthen(&mut self, long: bool) {
+        self.long = long;
+    }
+
+    /// How many more to make now, of `usual` at a time or `most` in heaps.
+    pub fn room(&self, usual: usize, most: usize) -> usize {
+        match self.len() {
+            len if !self.long => usual.saturating_sub(len),
+            len if len <= most / 2 => most - len,
+            _ => 0,
+        }
     }
 
     /// A deadline was missed.
@@ -77,6 +106,7 @@ impl<T> Requests<T> {
 
     /// A request was made available.
     pub fn added(&mut self, head: u16, request: T, findings: &mut Findings) {
+        self.issued += 1;
         if self.in_flight.insert(head, (request, Instant::now())).is_some() {
             findings.duplicated += 1;
             findings.say(format!("head {head} was given back while its request was in flight"));

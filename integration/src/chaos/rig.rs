@@ -179,9 +179,9 @@ impl Rig {
         self.frontend.intent(Intent::Reset)
     }
 
-    /// The driver writes the configuration space.
-    pub fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<()> {
-        self.ask(Intent::ConfigWrite { offset, data: data.to_vec() })
+    /// The driver begins to write the configuration space; the answer says when it is done.
+    pub fn begin_write_config(&mut self, offset: u32, data: &[u8]) -> Answer {
+        self.frontend.intent(Intent::ConfigWrite { offset, data: data.to_vec() })
     }
 
     fn ask(&mut self, intent: Intent) -> Result<()> {

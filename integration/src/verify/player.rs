@@ -35,6 +35,8 @@ pub struct Style {
     pub queue_size: u16,
     /// Operations in flight.
     pub depth: usize,
+    /// And where the queues are long ([`Player::lengthen`]).
+    pub depth_long: usize,
     /// How long an operation may take.
     pub deadline: Duration,
     /// Operations between two settlements; the judge remembers all of them until then.
@@ -43,7 +45,14 @@ pub struct Style {
 
 impl Default for Style {
     fn default() -> Self {
-        Self { queues: 2, queue_size: 128, depth: 24, deadline: Duration::from_secs(20), segment: 20_000 }
+        Self {
+            queues: 2,
+            queue_size: 128,
+            depth: 24,
+            depth_long: 24,
+            deadline: Duration::from_secs(20),
+            segment: 20_000,
+        }
     }
 }
 
@@ -69,7 +78,7 @@ impl Style {
     }
 
     fn buffers(&self) -> usize {
-        2 * self.depth + 2
+        2 * self.depth.max(self.depth_long) + 2
     }
 }
 
@@ -110,6 +119,8 @@ pub struct Player {
     /// Completions that came with nobody interrupted for them.
     uncalled: u64,
     completed: u64,
+    issued: u64,
+    long: bool,
 }
 
 /// Says how many backends a device has lost so far.
@@ -145,6 +156,8 @@ impl Player {
             stall: StallWatch::default(),
             uncalled: 0,
             completed: 0,
+            issued: 0,
+            long: false,
         };
         player.lay_out();
         player
@@ -202,6 +215,16 @@ impl Player {
         self.completed
     }
 
+    /// Requests that were put into the rings.
+    pub fn issued(&self) -> u64 {
+        self.issued
+    }
+
+    /// From now on more operations at a time, made in heaps when half of them are done; or as usual.
+    pub fn lengthen(&mut self, long: bool) {
+        self.long = long;
+    }
+
     /// Completions that came with nobody interrupted for them.
     pub fn uncalled(&self) -> u64 {
         self.uncalled
@@ -242,7 +265,11 @@ impl Player {
 
     /// Invokes what there is room for.
     pub fn push(&mut self) -> Result<()> {
-        while self.in_flight.len() < self.style.depth {
+        let depth = if self.long { self.style.depth_long } else { self.style.depth };
+        if self.long && self.in_flight.len() > depth / 2 {
+            return Ok(());
+        }
+        while self.in_flight.len() < depth {
             let operation = self.load.operation(self.next);
             if !self.invoke(operation)? {
                 break;
@@ -485,6 +512,7 @@ impl Player {
         let buffer = Buffer { at: buffer.at, owner: operation.id };
         let before = self.in_flight.insert((index, head), InFlight { operation, buffer, since: Instant::now() });
         ensure!(before.is_none(), "head {head} of queue {index} was given out twice");
+        self.issued += 1;
         Ok(true)
     }
 
