@@ -4,7 +4,8 @@
 //! lies in a file. Only what changes tables goes through a lock: writes to what is not allocated yet
 //! ([`Image::allocate`]) and stretches that become zero ([`Image::clear`]). These say which change they were; the
 //! request may be completed once [`Image::settle`] has carried that change out: then it is in the file, and the death of
-//! this process takes nothing of it away. One call of it serves all requests of a batch.
+//! this process takes nothing of it away. One call of it serves all requests of a batch. Requests that only meet what
+//! another one has changed wait for that change too ([`Image::last_change`]).
 //!
 //! Clusters that a guest discards stay allocated to it, as zero clusters, and their space is given back to the host: so
 //! data that is under way to a cluster can never land in somebody else's.
@@ -23,6 +24,7 @@ use super::file::{Align, ImageFile, Role};
 use super::header::{Header, HeaderError};
 use super::store::TableStore;
 use super::tables::Tables;
+use super::unsettled::Unsettled;
 use crate::storage::unsupported;
 
 /// Most images that may stand on each other.
@@ -171,6 +173,7 @@ pub struct Image {
     access: FormatAccess<ImageFile>,
     pub(super) store: Arc<TableStore>,
     ledger: Mutex<Ledger>,
+    unsettled: Unsettled,
     version: u32,
     cluster: u64,
     bytes: u64,
@@ -268,6 +271,7 @@ impl Image {
             access: FormatAccess::new(image),
             store,
             ledger: Mutex::default(),
+            unsettled: Unsettled::new(cluster),
             version: header.version,
             cluster,
             bytes: header.bytes,
@@ -322,6 +326,12 @@ impl Image {
         Ok((place, found))
     }
 
+    /// The change that made a stretch, whose place was asked for before, what it is now; none when that is in the file.
+    /// Nothing that was done there counts before it is settled.
+    pub fn last_change(&self, offset: u64, len: u64) -> Change {
+        self.unsettled.last(offset..offset.saturating_add(len))
+    }
+
     /// Reads, whatever lies there.
     pub fn read(&self, out: &mut [u8], offset: u64) -> io::Result<()> {
         self.access.read(out, offset)
@@ -356,9 +366,10 @@ impl Image {
             self.store.data_written();
         }
         written?;
-        self.access.commit_data_mapping(prepared)?;
         ledger.made.0 += 1;
         let change = ledger.made;
+        self.unsettled.note(offset..offset + len, change);
+        self.access.commit_data_mapping(prepared)?;
         if gives_up || self.store.is_urgent() {
             // What was given up must not be used again before that is in the file.
             self.settle_all(&mut ledger)?;
@@ -430,8 +441,9 @@ impl Image {
         let gives_up = held.is_none();
         let mut at = first;
         while at < last {
-            let (done_at, done) = self.access.inner().ensure_zero_mapping(at, last - at)?;
             ledger.made.0 += 1;
+            self.unsettled.note(at..last, ledger.made);
+            let (done_at, done) = self.access.inner().ensure_zero_mapping(at, last - at)?;
             if done == 0 || done_at != at {
                 return Err(io::Error::other("a cluster cannot be made zero"));
             }
@@ -464,6 +476,7 @@ impl Image {
             if part == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            change = change.max(self.last_change(at, found));
             at += match mapping {
                 Mapping::Zero { .. } => found,
                 Mapping::Raw { storage, offset, writable: true, .. } => {
@@ -493,6 +506,7 @@ impl Image {
         self.access.flush()?;
         self.store.settle()?;
         ledger.settled = ledger.made;
+        self.unsettled.settled(ledger.made);
         Ok(())
     }
 

@@ -12,3 +12,4 @@ mod journal;
 mod power;
 pub mod store;
 pub mod tables;
+mod unsettled;

@@ -1,7 +1,8 @@
 //! Requests to an image whose disk does not lie in one piece: each goes on from piece to piece, where the image says
 //! that its bytes are. Pieces in files go the same way as requests to a raw image; a piece that must be allocated first
-//! is written on the spot. A request that changed tables waits for one empty turn of the ring: by then all requests of
-//! its batch have been begun, and the first of them carries out the changes of all.
+//! is written on the spot. A request that changed tables, or went where somebody else's change is not in the file yet,
+//! waits for one empty turn of the ring: by then all requests of its batch have been begun, and the first of them carries
+//! out the changes of all.
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
@@ -172,6 +173,9 @@ impl BlkQueue {
             let (place, len) =
                 image.place(slot.offset, slot.left, writes(slot)).map_err(|e| io_error(storage.name(), &e))?;
             let len = len.min(slot.left);
+            if let Work::Mapped(journey) = &mut slot.work {
+                journey.change = journey.change.max(image.last_change(slot.offset, len));
+            }
             if piece(io, mem, head, storage, image, slot, (&place, len))? {
                 return Ok(false);
             }
