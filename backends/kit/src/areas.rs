@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{AtomicAccess, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::course::Shared;
 use crate::memory::OutOfRange;
 
 /// Bytes of a descriptor.
@@ -207,52 +208,55 @@ impl<M: GuestMemory> Areas<M> {
         self.desc.addr
     }
 
-    /// How far the guest has made requests available. What it wrote before is seen after it.
-    #[inline]
-    pub(crate) fn avail_index(&self) -> Result<u16, OutOfRange> {
-        self.avail.load_u16(&self.mem, 2, Ordering::Acquire)
-    }
-
-    /// The guest's flags: whether it wants interrupts, without EVENT_IDX.
-    pub(crate) fn avail_flags(&self) -> Result<u16, OutOfRange> {
-        self.avail.load_u16(&self.mem, 0, Ordering::Relaxed)
-    }
-
-    /// The head that was made available as number `index`.
-    #[inline]
-    pub(crate) fn avail_head(&self, index: u16) -> Result<u16, OutOfRange> {
-        self.avail.load_u16(&self.mem, 4 + 2 * self.slot(index), Ordering::Relaxed)
-    }
-
-    /// After which used index the guest wants an interrupt, with EVENT_IDX.
-    pub(crate) fn used_event(&self) -> Result<u16, OutOfRange> {
-        self.avail.load_u16(&self.mem, 4 + 2 * usize::from(self.size), Ordering::Relaxed)
-    }
-
     /// The used index.
     pub(crate) fn used_index(&self) -> Result<u16, OutOfRange> {
         self.used.load_u16(&self.mem, 2, Ordering::Acquire)
     }
 
-    /// Says that everything before `index` is in the used ring. What was written before is seen before it.
+    #[cold]
+    fn set_used_slowly(&self, first: u16, done: &[(u16, u32)]) -> Result<(), OutOfRange> {
+        for (number, (head, written)) in (0..).map(|n: u16| first.wrapping_add(n)).zip(done) {
+            let bytes = (u64::from(*head) | u64::from(*written) << 32).to_le_bytes();
+            self.mem.write_slice(&bytes, self.used.at(4 + 8 * self.slot(number))?).map_err(|_| OutOfRange)?;
+        }
+        Ok(())
+    }
+}
+
+impl<M: GuestMemory> Shared for Areas<M> {
     #[inline]
-    pub(crate) fn set_used_index(&self, index: u16) -> Result<(), OutOfRange> {
+    fn avail_index(&self) -> Result<u16, OutOfRange> {
+        self.avail.load_u16(&self.mem, 2, Ordering::Acquire)
+    }
+
+    fn avail_flags(&self) -> Result<u16, OutOfRange> {
+        self.avail.load_u16(&self.mem, 0, Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn avail_head(&self, index: u16) -> Result<u16, OutOfRange> {
+        self.avail.load_u16(&self.mem, 4 + 2 * self.slot(index), Ordering::Relaxed)
+    }
+
+    fn used_event(&self) -> Result<u16, OutOfRange> {
+        self.avail.load_u16(&self.mem, 4 + 2 * usize::from(self.size), Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn set_used_index(&mut self, index: u16) -> Result<(), OutOfRange> {
         self.used.store_u16(&self.mem, 2, index, Ordering::Release)
     }
 
-    /// Tells the guest whether kicks are wanted, without EVENT_IDX.
-    pub(crate) fn set_used_flags(&self, flags: u16) -> Result<(), OutOfRange> {
+    fn set_used_flags(&mut self, flags: u16) -> Result<(), OutOfRange> {
         self.used.store_u16(&self.mem, 0, flags, Ordering::Relaxed)
     }
 
-    /// Tells the guest after which avail index a kick is wanted, with EVENT_IDX.
-    pub(crate) fn set_avail_event(&self, index: u16) -> Result<(), OutOfRange> {
+    fn set_avail_event(&mut self, index: u16) -> Result<(), OutOfRange> {
         self.used.store_u16(&self.mem, 4 + 8 * usize::from(self.size), index, Ordering::Relaxed)
     }
 
-    /// Writes entries (head, bytes written) of the used ring, from number `first` on. At most a ring full.
     #[inline]
-    pub(crate) fn set_used(&self, first: u16, done: &[(u16, u32)]) -> Result<(), OutOfRange> {
+    fn set_used(&mut self, first: u16, done: &[(u16, u32)]) -> Result<(), OutOfRange> {
         let Some(host) = &self.used.host else { return self.set_used_slowly(first, done) };
         let mut number = first;
         for (head, written) in done {
@@ -267,15 +271,6 @@ impl<M: GuestMemory> Areas<M> {
         mark(host, 4 + 8 * start, 8 * before);
         if done.len() > before {
             mark(host, 4, 8 * (done.len() - before));
-        }
-        Ok(())
-    }
-
-    #[cold]
-    fn set_used_slowly(&self, first: u16, done: &[(u16, u32)]) -> Result<(), OutOfRange> {
-        for (number, (head, written)) in (0..).map(|n: u16| first.wrapping_add(n)).zip(done) {
-            let bytes = (u64::from(*head) | u64::from(*written) << 32).to_le_bytes();
-            self.mem.write_slice(&bytes, self.used.at(4 + 8 * self.slot(number))?).map_err(|_| OutOfRange)?;
         }
         Ok(())
     }

@@ -153,7 +153,7 @@ impl Region {
             return Err(InflightError::QueueSize { queue, region: self.queue_size, ring: ring_size });
         }
         let base = part_bytes(self.queue_size) * usize::from(queue);
-        Ok(Tracker { region: Arc::clone(self), base, queue, ring_size, counter: 0 })
+        Ok(Tracker::new(Part { region: Arc::clone(self), base }, queue, ring_size))
     }
 }
 
@@ -166,14 +166,56 @@ pub struct Recovered {
     pub continued: bool,
 }
 
-/// The record of one queue.
-#[derive(Debug)]
-pub struct Tracker {
-    region: Arc<Region>,
-    base: usize,
+/// A number of the head of a queue's part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Field {
+    /// 1 once it is initialised.
+    Version,
+    /// Entries of the ring.
+    DescNum,
+    /// The head that was put into the used ring last, with which a batch of them begins.
+    LastBatchHead,
+    /// The used index that the record knows.
+    UsedIdx,
+}
+
+/// One queue's part, as its rules read and write it: each write is one step, after which the process may be gone, and what
+/// was written before it is there. Of entries that there are not, nothing is in flight.
+pub trait Record {
+    /// Entries.
+    fn entries(&self) -> u16;
+    /// Reads a number of its head.
+    fn field(&self, field: Field) -> u16;
+    /// Writes one.
+    fn set_field(&mut self, field: Field, value: u16);
+    /// Whether an entry's request is in flight.
+    fn is_in_flight(&self, head: u16) -> bool;
+    /// Writes that down.
+    fn set_in_flight(&mut self, head: u16, value: bool);
+    /// The entry that went into the used ring before this one, in the same batch.
+    fn next(&self, head: u16) -> u16;
+    /// Writes that down.
+    fn set_next(&mut self, head: u16, value: u16);
+    /// When it was taken, counted.
+    fn counter(&self, head: u16) -> u64;
+    /// Writes that down.
+    fn set_counter(&mut self, head: u16, value: u64);
+}
+
+/// The record of one queue, with what its owner knows of it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Tracker<R = Part> {
+    record: R,
     queue: u16,
     ring_size: u16,
     counter: u64,
+}
+
+/// One queue's part of a mapped region.
+#[derive(Debug)]
+pub struct Part {
+    region: Arc<Region>,
+    base: usize,
 }
 
 #[inline]
@@ -186,18 +228,7 @@ fn store(cell: &AtomicU16, value: u16) {
     cell.store(value.to_le(), Ordering::Release);
 }
 
-impl Entry {
-    fn in_flight(&self) -> bool {
-        self.inflight.load(Ordering::Acquire) != 0
-    }
-
-    #[inline]
-    fn set_in_flight(&self, value: bool) {
-        self.inflight.store(u8::from(value), Ordering::Release);
-    }
-}
-
-impl Tracker {
+impl Part {
     #[inline]
     fn head(&self) -> &Head {
         // SAFETY: `base` and a whole part from there on lie within the mapping (`Region::map`, `Region::tracker`), which
@@ -206,69 +237,135 @@ impl Tracker {
         unsafe { &*self.region.map.as_ptr().add(self.base).cast::<Head>() }
     }
 
-    /// The entries of the whole part, also those that the ring does not reach.
-    #[inline]
-    fn entries(&self) -> &[Entry] {
-        // SAFETY: as many entries as the region's queues have lie behind the head in each part (`part_bytes`); for the rest
-        // see `head`.
-        unsafe {
-            let first = self.region.map.as_ptr().add(self.base + HEADER_BYTES).cast::<Entry>();
-            std::slice::from_raw_parts(first, usize::from(self.region.queue_size))
-        }
-    }
-
-    /// The entry of a descriptor of the ring.
+    /// The entry of a descriptor.
     #[inline]
     fn entry(&self, head: u16) -> Option<&Entry> {
-        self.entries().get(usize::from(head)).filter(|_| head < self.ring_size)
+        // SAFETY: as many entries as the region's queues have lie behind the head in each part (`part_bytes`); for the rest
+        // see `head`.
+        let entries = unsafe {
+            let first = self.region.map.as_ptr().add(self.base + HEADER_BYTES).cast::<Entry>();
+            std::slice::from_raw_parts(first, usize::from(self.region.queue_size))
+        };
+        entries.get(usize::from(head))
+    }
+
+    #[inline]
+    fn cell(&self, field: Field) -> &AtomicU16 {
+        let head = self.head();
+        match field {
+            Field::Version => &head.version,
+            Field::DescNum => &head.desc_num,
+            Field::LastBatchHead => &head.last_batch_head,
+            Field::UsedIdx => &head.used_idx,
+        }
+    }
+}
+
+impl Record for Part {
+    fn entries(&self) -> u16 {
+        self.region.queue_size
+    }
+    #[inline]
+    fn field(&self, field: Field) -> u16 {
+        load(self.cell(field))
+    }
+    #[inline]
+    fn set_field(&mut self, field: Field, value: u16) {
+        store(self.cell(field), value);
+    }
+    #[inline]
+    fn is_in_flight(&self, head: u16) -> bool {
+        self.entry(head).is_some_and(|entry| entry.inflight.load(Ordering::Acquire) != 0)
+    }
+    #[inline]
+    fn set_in_flight(&mut self, head: u16, value: bool) {
+        if let Some(entry) = self.entry(head) {
+            entry.inflight.store(u8::from(value), Ordering::Release);
+        }
+    }
+    #[inline]
+    fn next(&self, head: u16) -> u16 {
+        self.entry(head).map_or(0, |entry| load(&entry.next))
+    }
+    #[inline]
+    fn set_next(&mut self, head: u16, value: u16) {
+        if let Some(entry) = self.entry(head) {
+            store(&entry.next, value);
+        }
+    }
+    fn counter(&self, head: u16) -> u64 {
+        self.entry(head).map_or(0, |entry| u64::from_le(entry.counter.load(Ordering::Acquire)))
+    }
+    #[inline]
+    fn set_counter(&mut self, head: u16, value: u64) {
+        if let Some(entry) = self.entry(head) {
+            entry.counter.store(value.to_le(), Ordering::Release);
+        }
+    }
+}
+
+impl<R: Record> Tracker<R> {
+    /// The record of queue `queue`, whose ring has `ring_size` entries.
+    pub fn new(record: R, queue: u16, ring_size: u16) -> Self {
+        Self { record, queue, ring_size, counter: 0 }
+    }
+
+    /// Gives the record away.
+    pub fn into_record(self) -> R {
+        self.record
+    }
+
+    /// Heads whose requests are in flight, also those that the ring does not reach.
+    fn unfinished(&self) -> impl Iterator<Item = u16> {
+        (0..self.record.entries()).filter(|head| self.record.is_in_flight(*head))
     }
 
     /// Reads what a predecessor left, mends the last completion that it may not have finished recording,
     /// and says what must be submitted again. `used` is the index in the used ring.
     pub fn recover(&mut self, used: u16) -> Result<Recovered, InflightError> {
-        let damaged = |what| InflightError::Damaged { queue: self.queue, what };
-        let (part, entries) = (self.head(), self.entries());
-        let version = load(&part.version);
+        let queue = self.queue;
+        let damaged = |what| InflightError::Damaged { queue, what };
+        let version = self.record.field(Field::Version);
         if version == 0 {
-            store(&part.desc_num, self.ring_size);
-            store(&part.last_batch_head, 0);
-            store(&part.used_idx, used);
+            self.record.set_field(Field::DescNum, self.ring_size);
+            self.record.set_field(Field::LastBatchHead, 0);
+            self.record.set_field(Field::UsedIdx, used);
             // All of it, also what this ring does not reach: a later one may be larger.
-            entries.iter().for_each(|entry| entry.set_in_flight(false));
-            store(&part.version, VERSION);
+            self.clear();
+            self.record.set_field(Field::Version, VERSION);
             return Ok(Recovered::default());
         }
         if version != VERSION {
             return Err(damaged("its version is unknown"));
         }
-        let unfinished = || (0..self.region.queue_size).zip(entries).filter(|(_, entry)| entry.in_flight());
-        let desc_num = load(&part.desc_num);
+        let desc_num = self.record.field(Field::DescNum);
         if desc_num != self.ring_size {
-            if unfinished().next().is_some() {
-                return Err(InflightError::QueueSize { queue: self.queue, region: desc_num, ring: self.ring_size });
+            if self.unfinished().next().is_some() {
+                return Err(InflightError::QueueSize { queue, region: desc_num, ring: self.ring_size });
             }
             // The guest has set the ring up anew with another size.
-            store(&part.desc_num, self.ring_size);
+            self.record.set_field(Field::DescNum, self.ring_size);
         }
-        if unfinished().any(|(head, _)| head >= self.ring_size) {
+        if self.unfinished().any(|head| head >= self.ring_size) {
             return Err(damaged("a request lies outside the ring"));
         }
-        let behind = used.wrapping_sub(load(&part.used_idx));
-        if behind != 0 && unfinished().next().is_some() {
+        let behind = used.wrapping_sub(self.record.field(Field::UsedIdx));
+        if behind != 0 && self.unfinished().next().is_some() {
             // The last batch reached the used ring, but its entries were not cleared.
             if behind > self.ring_size {
                 return Err(damaged("its used index is too far from the ring's"));
             }
-            let mut head = load(&part.last_batch_head);
+            let mut head = self.record.field(Field::LastBatchHead);
             for _ in 0..behind {
-                let entry = self.entry(head).ok_or(damaged("its last batch leaves the table"))?;
-                entry.set_in_flight(false);
-                head = load(&entry.next);
+                if head >= self.ring_size {
+                    return Err(damaged("its last batch leaves the table"));
+                }
+                self.record.set_in_flight(head, false);
+                head = self.record.next(head);
             }
         }
-        store(&part.used_idx, used);
-        let counter = |entry: &Entry| u64::from_le(entry.counter.load(Ordering::Acquire));
-        let mut resubmit: Vec<(u64, u16)> = unfinished().map(|(head, entry)| (counter(entry), head)).collect();
+        self.record.set_field(Field::UsedIdx, used);
+        let mut resubmit: Vec<(u64, u16)> = self.unfinished().map(|head| (self.record.counter(head), head)).collect();
         resubmit.sort_unstable();
         if strikes(Sabotage::ReplayOutOfOrder) {
             resubmit.reverse();
@@ -277,32 +374,36 @@ impl Tracker {
         Ok(Recovered { resubmit: resubmit.into_iter().map(|(_, head)| head).collect(), continued: true })
     }
 
+    fn clear(&mut self) {
+        (0..self.record.entries()).for_each(|head| self.record.set_in_flight(head, false));
+    }
+
     /// The same for a device that completes in the order of taking: what a predecessor has recorded as taken is forgotten,
     /// because the avail ring still holds all of it from the used index on. How many those were.
     pub fn recover_in_order(&mut self, used: u16) -> Result<Recovered, InflightError> {
         let recovered = self.recover(used)?;
-        self.entries().iter().for_each(|entry| entry.set_in_flight(false));
+        self.clear();
         Ok(recovered)
     }
 
     /// Records that `head` was taken from the avail ring.
     #[inline]
     pub fn take(&mut self, head: u16) {
-        let counter = self.counter;
-        let Some(entry) = self.entry(head) else { return };
-        entry.counter.store(counter.to_le(), Ordering::Release);
-        entry.set_in_flight(true);
-        self.counter = counter.wrapping_add(1);
+        if head >= self.ring_size {
+            return;
+        }
+        self.record.set_counter(head, self.counter);
+        self.record.set_in_flight(head, true);
+        self.counter = self.counter.wrapping_add(1);
     }
 
     /// Records that `head` is about to enter the used ring, together with those before and after it until
     /// [`Tracker::completed`].
     #[inline]
     pub fn completing(&mut self, head: u16) {
-        if let Some(entry) = self.entry(head) {
-            let part = self.head();
-            entry.next.store(part.last_batch_head.load(Ordering::Relaxed), Ordering::Release);
-            store(&part.last_batch_head, head);
+        if head < self.ring_size {
+            self.record.set_next(head, self.record.field(Field::LastBatchHead));
+            self.record.set_field(Field::LastBatchHead, head);
         }
     }
 
@@ -310,20 +411,20 @@ impl Tracker {
     #[inline]
     pub fn completed(&mut self, heads: impl Iterator<Item = u16>, used: u16) {
         // The index last: until then a successor clears the whole batch.
-        heads.filter_map(|head| self.entry(head)).for_each(|entry| entry.set_in_flight(false));
+        heads.filter(|head| *head < self.ring_size).for_each(|head| self.record.set_in_flight(head, false));
         self.settled(used);
     }
 
     /// Records that the used ring's index is now `used`, for a device without marks.
     #[inline]
     pub fn settled(&mut self, used: u16) {
-        store(&self.head().used_idx, used);
+        self.record.set_field(Field::UsedIdx, used);
     }
 
     /// Records that `head` was not taken after all.
     pub fn give_back(&mut self, head: u16) {
-        if let Some(entry) = self.entry(head) {
-            entry.set_in_flight(false);
+        if head < self.ring_size {
+            self.record.set_in_flight(head, false);
         }
     }
 }
@@ -369,7 +470,7 @@ mod tests {
                 used = 11;
             }
             if died_after >= 3 {
-                tracker.entry(3).unwrap().set_in_flight(false);
+                tracker.record.set_in_flight(3, false);
             }
             if died_after >= 4 {
                 tracker.settled(used);
@@ -382,14 +483,14 @@ mod tests {
 
     #[test]
     fn a_damaged_region_is_refused() {
-        type Damage = (&'static str, fn(&Tracker));
+        type Damage = (&'static str, fn(&mut Tracker));
         let cases: &[Damage] = &[
-            ("unknown version", |t| store(&t.head().version, 7)),
-            ("other queue size", |t| store(&t.head().desc_num, 4)),
-            ("used index far away", |t| store(&t.head().used_idx, 1000)),
+            ("unknown version", |t| t.record.set_field(Field::Version, 7)),
+            ("other queue size", |t| t.record.set_field(Field::DescNum, 4)),
+            ("used index far away", |t| t.record.set_field(Field::UsedIdx, 1000)),
             ("batch outside the table", |t| {
-                store(&t.head().used_idx, 9);
-                store(&t.head().last_batch_head, 4000);
+                t.record.set_field(Field::UsedIdx, 9);
+                t.record.set_field(Field::LastBatchHead, 4000);
             }),
         ];
         for (name, damage) in cases {
@@ -397,7 +498,7 @@ mod tests {
             let mut tracker = region.tracker(0, 8).unwrap();
             tracker.recover(10).unwrap();
             tracker.take(3);
-            damage(&tracker);
+            damage(&mut tracker);
             assert!(region.tracker(0, 8).unwrap().recover(10).is_err(), "{name}");
         }
     }
@@ -422,7 +523,7 @@ mod tests {
     fn a_fresh_region_is_cleared_beyond_a_small_ring() {
         let region = region();
         let small = region.tracker(0, 2);
-        region.tracker(0, 8).unwrap().entry(5).unwrap().set_in_flight(true);
+        region.tracker(0, 8).unwrap().record.set_in_flight(5, true);
         assert_eq!(small.unwrap().recover(0).unwrap(), Recovered::default());
         assert!(region.tracker(0, 8).unwrap().recover(0).unwrap().resubmit.is_empty());
     }

@@ -23,6 +23,7 @@
 mod areas;
 pub mod back_channel;
 pub mod chain;
+pub mod course;
 pub mod device;
 pub mod dirty;
 #[cfg(feature = "driver")]

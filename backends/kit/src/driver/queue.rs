@@ -1,10 +1,11 @@
 //! The driver's half of a split virtqueue (virtio 1.2, section 2.7).
 
+use std::convert::Infallible;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use atoll_devices::virtio::notification::{self, Wish, Words};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -145,18 +146,18 @@ impl Queue {
     /// Publishes what was added and kicks if the device wants it.
     pub fn publish(&mut self, guest: &Guest) -> Result<()> {
         guest.store(self.avail + 2, self.next_avail.to_le());
-        fence(Ordering::SeqCst);
         let old = std::mem::replace(&mut self.published, self.next_avail);
-        let wanted = if self.event_idx {
-            let event = u16::from_le(guest.load(self.used + 4 + 8 * u64::from(self.size)));
-            self.next_avail.wrapping_sub(event).wrapping_sub(1) < self.next_avail.wrapping_sub(old)
-        } else {
-            u16::from_le(guest.load::<u16>(self.used)) & 1 == 0
-        };
+        let Ok(wanted) = notification::is_to_be_woken(&self.words(guest), old, self.next_avail);
         if wanted {
             self.kick.write(1)?;
         }
         Ok(())
+    }
+
+    fn words<'a>(&self, guest: &'a Guest) -> DriverWords<'a> {
+        let size = u64::from(self.size);
+        let (event, wish) = (self.avail + 4 + 2 * size, self.used + 4 + 8 * size);
+        DriverWords { guest, event_idx: self.event_idx, event, wish, used: self.used }
     }
 
     /// Takes one finished request: its head and the bytes written.
@@ -176,8 +177,7 @@ impl Queue {
 
     /// Says how far the used ring was looked at: a call is wanted for what is completed behind it.
     pub fn ask_for_call(&self, guest: &Guest) {
-        guest.store(self.avail + 4 + 2 * u64::from(self.size), self.next_used.to_le());
-        fence(Ordering::SeqCst);
+        let Ok(_) = notification::ask_to_be_woken(&mut self.words(guest), self.next_used);
     }
 
     /// Asks for a call at the next completion and waits for it; returns at once when there is one already.
@@ -187,8 +187,8 @@ impl Queue {
 
     /// Like [`Queue::wait`], and says what came: a guest that is not interrupted would sleep for ever.
     pub fn wait_for_call(&mut self, guest: &Guest, timeout: Duration) -> Result<Woken> {
-        self.ask_for_call(guest);
-        if u16::from_le(guest.load(self.used + 2)) != self.next_used {
+        let Ok(already) = notification::ask_to_be_woken(&mut self.words(guest), self.next_used);
+        if already {
             return Ok(Woken::Already);
         }
         #[allow(unsafe_code, reason = "EventFd lends no borrowed descriptor")]
@@ -231,5 +231,33 @@ impl Queue {
     /// Requests that were published and not taken back.
     pub fn outstanding(&self) -> u16 {
         self.published.wrapping_sub(self.next_used)
+    }
+}
+
+/// The driver's view of the words by which it and the device wake each other.
+struct DriverWords<'a> {
+    guest: &'a Guest,
+    event_idx: bool,
+    /// Guest addresses of what the driver asks for, of what the device asks for, and of the used ring.
+    event: u64,
+    wish: u64,
+    used: u64,
+}
+
+impl Words for DriverWords<'_> {
+    type Error = Infallible;
+    fn ask(&mut self, next: u16) -> std::result::Result<(), Infallible> {
+        self.guest.store(self.event, next.to_le());
+        Ok(())
+    }
+    fn wish(&self) -> std::result::Result<Wish, Infallible> {
+        Ok(if self.event_idx {
+            Wish::Past(u16::from_le(self.guest.load(self.wish)))
+        } else {
+            Wish::Always(u16::from_le(self.guest.load::<u16>(self.used)) & 1 == 0)
+        })
+    }
+    fn shown(&self) -> std::result::Result<u16, Infallible> {
+        Ok(u16::from_le(self.guest.load(self.used + 2)))
     }
 }

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};

@@ -3,12 +3,14 @@
 //! Only the two rings are there. Descriptors and buffers stay in the guest's RAM, so a head means the same on both sides.
 //! Each incarnation of a backend gets a fresh memory: what a dead one still writes goes nowhere.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
+use atoll_devices::virtio::notification::{self, Wish, Words};
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 use vhost::VhostUserMemoryRegionInfo;
@@ -156,15 +158,8 @@ impl DriverRing {
             return false;
         }
         self.memory.store(self.place.available_ring + INDEX, self.pushed, Ordering::Release);
-        // The index must be seen before the backend's wish is read.
-        fence(Ordering::SeqCst);
-        if self.event_idx {
-            let at = self.place.used_ring + HEADER + 8 * u64::from(self.size);
-            let event = self.memory.load(at, Ordering::Relaxed);
-            self.pushed.wrapping_sub(event).wrapping_sub(1) < self.pushed.wrapping_sub(before)
-        } else {
-            self.memory.load(self.place.used_ring, Ordering::Relaxed) & NO_NOTIFY == 0
-        }
+        let Ok(wanted) = notification::is_to_be_woken(self, before, self.pushed);
+        wanted
     }
 
     /// The next completion: what the backend calls its head, and the bytes written.
@@ -191,11 +186,30 @@ impl DriverRing {
 
     /// Asks to be called for the next completion; whether there is one already.
     pub(super) fn listen(&mut self) -> bool {
+        let popped = self.popped;
+        let Ok(already) = notification::ask_to_be_woken(self, popped);
+        already
+    }
+}
+
+impl Words for DriverRing {
+    type Error = Infallible;
+    fn ask(&mut self, next: u16) -> Result<(), Infallible> {
         if self.event_idx {
             let at = self.place.available_ring + HEADER + 2 * u64::from(self.size);
-            self.memory.store(at, self.popped, Ordering::Relaxed);
+            self.memory.store(at, next, Ordering::Relaxed);
         }
-        fence(Ordering::SeqCst);
-        self.memory.load(self.place.used_ring + INDEX, Ordering::Acquire) != self.popped
+        Ok(())
+    }
+    fn wish(&self) -> Result<Wish, Infallible> {
+        Ok(if self.event_idx {
+            let at = self.place.used_ring + HEADER + 8 * u64::from(self.size);
+            Wish::Past(self.memory.load(at, Ordering::Relaxed))
+        } else {
+            Wish::Always(self.memory.load(self.place.used_ring, Ordering::Relaxed) & NO_NOTIFY == 0)
+        })
+    }
+    fn shown(&self) -> Result<u16, Infallible> {
+        Ok(self.memory.load(self.place.used_ring + INDEX, Ordering::Acquire))
     }
 }
