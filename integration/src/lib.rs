@@ -14,5 +14,6 @@ pub mod net_bench;
 pub mod peers;
 pub mod plugs;
 pub mod restarts;
+pub mod track_bench;
 pub mod verify;
 pub use xtask::processes;

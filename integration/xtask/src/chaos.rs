@@ -7,8 +7,8 @@ use anyhow::{Context, Result, bail};
 use atoll_verify::dice::mix;
 use serde_json::{Map, Value, json};
 
-use crate::place;
 use crate::progress::Progress;
+use crate::{packages, place};
 
 /// Kills of one campaign of a long run.
 const KILLS_A_PART: u32 = 1000;
@@ -22,6 +22,7 @@ pub fn run(arguments: &[String]) -> Result<()> {
 
 /// `cargo xtask bench stall`: how long a kill is felt, beside the floor of the same run.
 pub fn stall(kills: u32) -> Result<()> {
+    packages::ensure_peers(&["qemu-system-x86_64", "qemu-storage-daemon", "mkfs.ext4"])?;
     place::build_programs()?;
     place::build_steps()?;
     let folder = tempfile::tempdir_in(place::release())?;

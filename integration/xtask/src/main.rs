@@ -118,11 +118,23 @@ enum Bench {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// How long a kill of a disk's process is felt, beside the start of an empty one.
+    /// How long a kill of a disk's process is felt, beside the start of an empty one, and by guests beside QEMU's.
     Stall {
         /// Kills of each stratum.
         #[arg(long, default_value_t = 100)]
         kills: u32,
+        /// Kills of each guest's disk, on Atoll and on QEMU with its fastest reconnect setting; 0 for no guests.
+        #[arg(long, default_value_t = 5)]
+        guest_kills: u32,
+        /// A short run, of less than three minutes once everything is built.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// What it costs for each batch of requests when the VMM keeps account of them (`track=shadow`).
+    Track {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// `atoll-blk` beside qemu-storage-daemon.
     Blk {
@@ -291,7 +303,14 @@ fn main() -> Result<ExitCode> {
             Bench::Net { arguments } => bench::net(&arguments)?,
             Bench::Blk { arguments } => bench::blk(&arguments)?,
             Bench::Bus { arguments } => bench::bus(&arguments)?,
-            Bench::Stall { kills } => chaos::stall(kills)?,
+            Bench::Stall { kills, guest_kills, quick } => {
+                let (kills, guest_kills) = if quick { (20, guest_kills.min(3)) } else { (kills, guest_kills) };
+                chaos::stall(kills)?;
+                if guest_kills > 0 {
+                    bench::reconnect::run(guest_kills, 9)?;
+                }
+            }
+            Bench::Track { arguments } => bench::track(&arguments)?,
         },
         Task::Soak { what } => match what {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,

@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod memory;
+pub mod reconnect;
 pub mod spread;
 pub mod wire;
 
@@ -36,4 +37,10 @@ pub fn blk(arguments: &[String]) -> Result<()> {
 pub fn bus(arguments: &[String]) -> Result<()> {
     place::build_programs()?;
     place::run(Command::new(place::program("bus-bench")?).args(arguments))
+}
+
+/// What `track=shadow` costs: a program of the integration room.
+pub fn track(arguments: &[String]) -> Result<()> {
+    place::build_programs()?;
+    place::run(Command::new(place::program("track-bench")?).args(arguments))
 }

@@ -1,0 +1,27 @@
+//! `cargo xtask bench track`: what `track=shadow` costs for each batch of requests.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use atoll_integration::track_bench;
+use clap::Parser;
+
+/// Measures a disk with rings that the VMM copies beside one without.
+#[derive(Parser)]
+struct Cli {
+    /// Rounds of each side
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Milliseconds of each measurement
+    #[arg(long, default_value_t = 300)]
+    measure_ms: u64,
+}
+
+#[allow(clippy::print_stdout, reason = "a table for people and a line for programs")]
+fn main() -> Result<()> {
+    let Cli { rounds, measure_ms } = Cli::parse();
+    let report = track_bench::run(rounds, Duration::from_millis(measure_ms))?;
+    print!("{}", report.table());
+    println!("{}", serde_json::to_string(&report)?);
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! What it costs when the VMM keeps account of requests (`track=shadow`): the same backend twice behind the shipped front
+//! end, on an image in memory, once with rings that the VMM copies and once with the guest's own. A batch is made available
+//! at once and awaited as a whole; the two sides are measured in turn, round by round, so that a busy host meets both.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use atoll_kit::driver::disk::{self, Kind};
+use atoll_kit::driver::{Driver, Options};
+use atoll_vmm::config::{DeviceConfig, DiskConfig, Track};
+use serde::Serialize;
+use xtask::place;
+
+use crate::chaos::rig::{House, Rig};
+
+const BLOCK: u32 = 4096;
+const BLOCKS: u64 = 1024;
+const MEMORY: u64 = 16 << 20;
+/// Where the buffers are.
+const BUFFERS: u64 = 1 << 20;
+const SIZE: u16 = 256;
+/// How long a request may take.
+const REQUEST_MAX: Duration = Duration::from_secs(20);
+
+/// One batch size.
+#[derive(Debug, Clone, Serialize)]
+pub struct Depth {
+    /// Requests of a batch.
+    pub requests: usize,
+    /// A batch on the guest's own rings, in microseconds: the median of all rounds.
+    pub untracked_us: f64,
+    /// The same with rings that the VMM copies.
+    pub shadow_us: f64,
+    /// The difference.
+    pub cost_us: f64,
+    /// The median of the rounds' ratios.
+    pub ratio: f64,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Always "track".
+    pub bench: &'static str,
+    /// Rounds.
+    pub rounds: usize,
+    /// By batch size.
+    pub batches: Vec<Depth>,
+}
+
+impl Report {
+    /// For people.
+    pub fn table(&self) -> String {
+        let mut table =
+            String::from("| requests a batch | untracked us | shadow us | cost us | ratio |\n|---|---|---|---|---|\n");
+        for one in &self.batches {
+            let Depth { requests, untracked_us, shadow_us, cost_us, ratio } = one;
+            table += &format!("| {requests} | {untracked_us:.1} | {shadow_us:.1} | {cost_us:.1} | {ratio:.2} |\n");
+        }
+        table
+    }
+}
+
+struct Side {
+    driver: Driver,
+    _rig: Rig,
+    _image: tempfile::NamedTempFile,
+}
+
+impl Side {
+    fn start(house: &House, track: Track) -> Result<Self> {
+        let image = tempfile::NamedTempFile::new_in(crate::chaos::campaign::memory())?;
+        std::fs::write(image.path(), vec![0x5a; (BLOCKS * u64::from(BLOCK)) as usize])?;
+        let config = DiskConfig { path: Some(image.path().to_owned()), track, ..DiskConfig::default() };
+        let mut rig = house.device(&DeviceConfig::Disk(config), MEMORY)?;
+        let options = Options { queues: 1, size: SIZE, memory: MEMORY as usize, ..Options::default() };
+        Ok(Self { driver: rig.start(options)?, _rig: rig, _image: image })
+    }
+
+    /// The mean time of a batch of reads, in microseconds.
+    fn measure(&mut self, requests: usize, time: Duration) -> Result<f64> {
+        let (queue, guest) = self.driver.queue(0)?;
+        let (began, mut batches) = (Instant::now(), 0_u32);
+        while began.elapsed() < time {
+            for number in 0..requests as u64 {
+                let sector = (u64::from(batches) * 37 + number) % BLOCKS * u64::from(BLOCK) / 512;
+                let at = BUFFERS + number * u64::from(BLOCK);
+                disk::add(queue, guest, Kind::In, sector, &[(at, BLOCK)]).context("a free descriptor")?;
+            }
+            queue.publish(guest)?;
+            for _ in 0..requests {
+                let (head, _) = queue.take_within(guest, REQUEST_MAX)?;
+                ensure!(disk::status(queue, guest, head) == 0, "a request failed");
+            }
+            batches += 1;
+        }
+        Ok(began.elapsed().as_secs_f64() * 1e6 / f64::from(batches.max(1)))
+    }
+}
+
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_unstable_by(f64::total_cmp);
+    let middle = all.get(all.len() / 2).copied().unwrap_or_default();
+    (middle * 100.0).round() / 100.0
+}
+
+/// Measures `rounds` rounds of `time` for each side and batch size.
+pub fn run(rounds: usize, time: Duration) -> Result<Report> {
+    let house = House::new(&place::release())?;
+    let mut untracked = Side::start(&house, Track::Auto)?;
+    let mut shadow = Side::start(&house, Track::Shadow)?;
+    let mut batches = Vec::new();
+    for requests in [1, 8, 32] {
+        let (mut without, mut with, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..rounds.max(1) {
+            let (one, other) = (untracked.measure(requests, time)?, shadow.measure(requests, time)?);
+            without.push(one);
+            with.push(other);
+            ratios.push(other / one);
+        }
+        let (untracked_us, shadow_us) = (median(without), median(with));
+        let cost_us = ((shadow_us - untracked_us) * 100.0).round() / 100.0;
+        batches.push(Depth { requests, untracked_us, shadow_us, cost_us, ratio: median(ratios) });
+    }
+    Ok(Report { bench: "track", rounds, batches })
+}
