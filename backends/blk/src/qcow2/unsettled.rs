@@ -60,13 +60,15 @@ impl Unsettled {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::qcow2::file::Align;
-    use crate::qcow2::image::{Chain, Format, Image, Layer, Place};
     use std::fs::File;
     use std::os::unix::fs::FileExt;
     use std::process::Command;
     use std::sync::Arc;
+
+    use imago::StorageExt;
+
+    use crate::qcow2::file::Align;
+    use crate::qcow2::image::{Chain, Format, Image, Layer, Place};
 
     fn open(path: &std::path::Path) -> Image {
         let file = File::options().read(true).write(true).open(path).unwrap();
