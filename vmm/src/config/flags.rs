@@ -154,8 +154,11 @@ mod tests {
         assert_eq!(serial("socket=/tmp/y").socket, Some("/tmp/y".into()));
         assert_eq!(serial("pty").mode, ConsoleMode::Pty);
         let console = |text| ConsoleConfig::from_flag("--console", text).unwrap();
-        for (text, mode) in [("pty", ConsoleMode::Pty), ("file=/tmp/x", ConsoleMode::File)] {
-            let port = console(&format!("{text},stall_timeout=5,on_failure=wait"));
+        for (text, mode) in [
+            ("pty,stall_timeout=5,on_failure=wait", ConsoleMode::Pty),
+            ("file=/tmp/x,on_failure=wait,stall_timeout=5", ConsoleMode::File),
+        ] {
+            let port = console(text);
             assert_eq!((port.mode, port.stall_timeout, port.on_failure), (mode, Some(5), OnFailure::Wait));
         }
     }

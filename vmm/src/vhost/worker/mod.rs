@@ -67,6 +67,9 @@ const STOP_FENCE: Duration = Duration::from_secs(1);
 /// How long its process may take to end by itself when its device stops for good.
 const STOP_GRACE: Duration = Duration::from_secs(2);
 
+/// How long calls may take through the relay when their way has just been switched.
+const FLUSH_TIME: Duration = Duration::from_millis(100);
+
 /// What outlives a board: everything that is agreed with the backend and promised to the guest.
 pub(super) struct Past {
     /// What the guest is shown.
@@ -381,6 +384,10 @@ impl Worker {
         };
         // Only now: the other end may have signalled the old way until it was told of the new one.
         drop(old);
+        // What the backend said on being told has gone through when whoever asked for the switch hears of it.
+        if !relay.flush(Instant::now() + FLUSH_TIME) {
+            tracing::debug!(device = self.shared.name, "the relay is slow");
+        }
         told.map_err(|error| {
             let reason = error.to_string();
             self.lose(&error);
