@@ -260,7 +260,8 @@ impl Image {
         let (tables_role, data_role) = if chain.read_only {
             (Role::Fixed, Role::Fixed)
         } else {
-            (Role::Tables(Arc::clone(&store)), Role::Data(Arc::clone(&store), host_bytes.into()))
+            let reached = host_bytes.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
+            (Role::Tables(Arc::clone(&store)), Role::Data(Arc::clone(&store), reached.into()))
         };
         let tables_file = ImageFile::new(Arc::clone(&top.file), tables_role, chain.align);
         let mut image = Qcow2::<ImageFile>::open_image(tables_file, !chain.read_only).map_err(read)?;
@@ -369,7 +370,11 @@ impl Image {
         ledger.made.0 += 1;
         let change = ledger.made;
         self.unsettled.note(offset..offset + len, change);
-        self.access.commit_data_mapping(prepared)?;
+        let reached = end.checked_next_multiple_of(self.cluster).ok_or(io::ErrorKind::InvalidData)?;
+        let committed = self.access.commit_data_mapping(prepared);
+        // From now on anything of the cluster may be written in place, without a word.
+        file.reached(reached);
+        committed?;
         if gives_up || self.store.is_urgent() {
             // What was given up must not be used again before that is in the file.
             self.settle_all(&mut ledger)?;

@@ -254,3 +254,32 @@ fn a_loss_of_power_leaves_a_sound_image_with_all_that_was_flushed() {
     }
     assert!(losses(true, &recipes()[2].2, true).is_err(), "an image without order was not noticed");
 }
+
+/// The last cluster of a file was written in part, and its rest by a second write; it was made zero, and written in part
+/// again. The rest was taken for a place that nobody had ever written to, was not made zero, and the second write was back.
+/// A campaign found it.
+#[test]
+fn what_was_made_zero_does_not_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let disk = DISK.to_string();
+    let (ok, said) = qemu_img(folder, &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "disk", &disk]);
+    assert!(ok, "{said}");
+    for reopened in [false, true] {
+        let mut image = open(folder, "disk", false, false);
+        write(&image, 0, &[1; 512]);
+        if reopened {
+            drop(image);
+            image = open(folder, "disk", false, false);
+        }
+        write(&image, 2048, &[2; 1024]);
+        let (change, rest) = image.clear(0, 4096, Clear::Zero).unwrap();
+        assert!(rest.is_empty());
+        image.settle(change).unwrap();
+        write(&image, 0, &[3; 1536]);
+        let found = content(&image);
+        assert_eq!((found[1535], &found[1536..4096]), (3, &[0; 2560][..]), "reopened: {reopened}");
+        let (change, _) = image.clear(0, 4096, Clear::Zero).unwrap();
+        image.settle(change).unwrap();
+    }
+}
