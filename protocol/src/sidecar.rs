@@ -60,6 +60,8 @@ impl SidecarFeatures {
     pub const INFLIGHT: Self = Self(4);
     /// Understands [`SidecarOrder::Measure`].
     pub const MEASURE: Self = Self(8);
+    /// Understands [`SidecarOrder::StartBeside`].
+    pub const BESIDE: Self = Self(16);
 
     /// Whether all bits of `other` are here.
     #[must_use]
@@ -195,6 +197,14 @@ words! {
         Exit => Idempotent,
         /// What the device stands on may have another size: look, and say [`SidecarReport::Measured`].
         Measure => Idempotent,
+        /// As [`SidecarOrder::Start`], but another process serves the device: lock nothing, touch nothing that both would,
+        /// prepare everything else and say ready. The lock is taken when the front end hands over the first ring.
+        StartBeside {
+            /// Which incarnation this is.
+            generation: Generation,
+            /// Milliseconds between two progress reports; 0: none.
+            progress_ms: u32,
+        } => Idempotent,
     }
 }
 message_of_words!(SidecarOrder, SidecarOrder);

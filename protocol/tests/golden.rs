@@ -103,6 +103,7 @@ fn sidecar_orders() -> Vec<SidecarOrder> {
         SidecarOrder::Quiesce,
         SidecarOrder::Exit,
         SidecarOrder::Measure,
+        SidecarOrder::StartBeside { generation: GENERATION, progress_ms: 1000 },
     ]
 }
 

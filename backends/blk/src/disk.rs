@@ -3,8 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use atoll_kit::device_state::StateError;
 use atoll_kit::limit::Limiter;
 use atoll_kit::{ConfigError, Device, QueueLayout};
+use atoll_protocol::saved::{self, Saved, SavedType};
+use serde::{Deserialize, Serialize};
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -42,6 +45,20 @@ impl Shared {
     pub fn write_through(&self) -> bool {
         self.write_through.load(Ordering::Relaxed)
     }
+}
+
+/// What a disk tells its successor.
+#[derive(Debug, Serialize, Deserialize)]
+struct DiskState {
+    /// Its size, for a successor that sees another one.
+    bytes: u64,
+    /// The cache mode that the driver has chosen.
+    writeback: bool,
+}
+
+impl Saved for DiskState {
+    const TYPE: SavedType = SavedType(0x0001_0002);
+    const VERSION: u16 = 1;
 }
 
 /// A disk.
@@ -169,6 +186,22 @@ impl Device for Disk {
             Err(error) => tracing::error!(%error, "the disk keeps its size"),
         }
         Some(storage.bytes())
+    }
+
+    fn save(&self, state: Vec<u8>) -> Result<Vec<u8>, StateError> {
+        let disk = DiskState { bytes: self.shared.storage.bytes(), writeback: self.writeback };
+        Ok(saved::save(&disk, state)?)
+    }
+
+    fn restore<'a>(&mut self, state: &'a [u8]) -> Result<&'a [u8], StateError> {
+        let (disk, rest) = saved::restore::<DiskState>(state)?;
+        let bytes = self.shared.storage.bytes();
+        if disk.bytes != bytes {
+            return Err(StateError::Other(format!("served {} bytes, the image has {bytes} here", disk.bytes)));
+        }
+        self.writeback = disk.writeback;
+        self.choose_cache();
+        Ok(rest)
     }
 
     fn limiter(&self, _index: u16) -> Option<Arc<Limiter>> {

@@ -232,6 +232,13 @@ impl Storage {
         Ok(())
     }
 
+    /// Learns the size of a qcow2 image from its header and nothing else: another process serves it.
+    pub fn read_header(&self) -> Result<(), OpenError> {
+        let Some(chain) = &self.chain else { return Ok(()) };
+        self.bytes.store(Image::size(chain)?, Ordering::Release);
+        Ok(())
+    }
+
     /// The qcow2 image, if it is one.
     pub fn image(&self) -> Option<&Image> {
         self.image.get()

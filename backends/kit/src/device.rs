@@ -10,6 +10,7 @@ use vm_memory::GuestMemory;
 
 use crate::back_channel::BackChannel;
 use crate::chain::Chain;
+use crate::device_state::StateError;
 use crate::inlet::{Buffers, Inlet};
 use crate::limit::{Cost, Limiter};
 use crate::memory::GuestRam;
@@ -62,6 +63,23 @@ pub trait Device: Send + 'static {
     /// says how many bytes it is. None for a device without a size.
     fn measure(&mut self) -> Option<u64> {
         None
+    }
+
+    /// Appends what the device knows and its rings do not say to `state`, each value in its envelope
+    /// ([`atoll_protocol::saved`]). Its rings are stopped.
+    ///
+    /// # Errors
+    /// When it cannot be written down.
+    fn save(&self, state: Vec<u8>) -> Result<Vec<u8>, StateError> {
+        Ok(state)
+    }
+
+    /// Takes what a predecessor has said so, which may be of an older build and is hostile input; gives what is left.
+    ///
+    /// # Errors
+    /// When it is not what this device can go on from; then nothing has changed.
+    fn restore<'a>(&mut self, state: &'a [u8]) -> Result<&'a [u8], StateError> {
+        Ok(state)
     }
 
     /// How to tell the front end that the configuration space has changed, for a device that changes it by itself. Called

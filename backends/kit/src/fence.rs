@@ -70,6 +70,11 @@ pub trait Fence: Send {
     /// Raises the fence, waiting at most `wait` for a predecessor. It falls by itself when the process has
     /// gone and its last I/O is over.
     fn raise(&self, wait: Duration) -> Result<(), FenceError>;
+
+    /// Learns what a front end asks before there are rings, while a predecessor serves: nothing that it could change.
+    fn glance(&self) -> Result<(), FenceError> {
+        Ok(())
+    }
 }
 
 /// Nothing is stored, so nothing can land late.

@@ -22,15 +22,18 @@
 
 mod areas;
 pub mod back_channel;
+pub mod bad_build;
 pub mod chain;
 pub mod course;
 pub mod device;
+pub mod device_state;
 pub mod dirty;
 #[cfg(feature = "driver")]
 pub mod driver;
 mod early_enable;
 pub mod fence;
 mod hand;
+mod hold;
 pub mod inflight;
 pub mod inlet;
 mod inlet_thread;

@@ -22,8 +22,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use thiserror::Error;
 
+use crate::bad_build::{self, Bad};
 use crate::device::Device;
 use crate::fence::{Fence, FenceError};
+use crate::hold::Hold;
 use crate::jail::{Jail, SocketFile};
 use crate::session::{self, Conversation, EndOfTalk};
 use crate::sidecar::{Orders, Reports, Sidecar, SidecarError, Started};
@@ -259,7 +261,7 @@ pub fn run_all<D: Device>(devices: Vec<D>, service: Service) -> Result<(), Serve
     let ports = Ports::start(&conversations)?;
     let layers = jail.lock(parts.into())?;
     tell_jail(layers, reports.as_ref())?;
-    let outcome = raise(&gate, started, reports.as_ref(), &*fence).and_then(|()| {
+    let outcome = prepare(&gate, started, fence, &conversations, reports.as_ref()).and_then(|()| {
         if let Some(serving) = &serving {
             serving.store(true, Ordering::Release);
         }
@@ -300,21 +302,32 @@ fn end_on_panic() {
     }));
 }
 
-/// Waits for the start, raises the fence, opens the gate and says ready.
-fn raise(
-    gate: &Gate,
+/// Waits for the start, raises the fence, opens the gate and says ready. Beside a process that serves the fence is left
+/// for the first ring.
+fn prepare<D: Device>(
+    gate: &Arc<Gate>,
     started: Option<Receiver<Started>>,
+    fence: Box<dyn Fence>,
+    conversations: &[Talk<D>],
     reports: Option<&Reports>,
-    fence: &dyn Fence,
 ) -> Result<(), ServeError> {
     let started = started.map(|started| started.recv().map_err(|_| ServeError::NeverStarted)).transpose()?;
     let successor = started.is_some_and(|started| started.generation.0 > 1);
-    if !(successor && strikes(Sabotage::SkipFence)) {
-        let began = Instant::now();
-        fence.raise(if successor { FENCE_WAIT_SUCCESSOR } else { FENCE_WAIT })?;
-        fence_took(began.elapsed());
+    bad_build::fail(None, Some(Bad::HangsBeforeReady));
+    match conversations {
+        [conversation] if started.is_some_and(|started| started.beside) => {
+            fence.glance()?;
+            session::lock(conversation).hold(Hold::new(fence, Arc::clone(gate)));
+        }
+        _ => {
+            if !(successor && strikes(Sabotage::SkipFence)) {
+                let began = Instant::now();
+                fence.raise(if successor { FENCE_WAIT_SUCCESSOR } else { FENCE_WAIT })?;
+                fence_took(began.elapsed());
+            }
+            gate.open();
+        }
     }
-    gate.open();
     if let (Some(reports), Some(started)) = (reports, started) {
         reports.send(&SidecarReport::Ready { generation: started.generation })?;
     }

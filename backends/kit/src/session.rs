@@ -3,7 +3,8 @@
 //! One [`Conversation`] lives as long as the process and serves front ends one after another. Between them it is
 //! reset: all rings stopped, memory unmapped, the log forgotten.
 //!
-//! Offered: MQ, CONFIG, REPLY_ACK, INFLIGHT_SHMFD, LOG_SHMFD, CONFIGURE_MEM_SLOTS, BACKEND_REQ and RESET_DEVICE. Not offered,
+//! Offered: MQ, CONFIG, REPLY_ACK, INFLIGHT_SHMFD, LOG_SHMFD, CONFIGURE_MEM_SLOTS, BACKEND_REQ, RESET_DEVICE and
+//! DEVICE_STATE. Not offered,
 //! because the `vhost` crate delivers no such message: STATUS, IOTLB (and with it ACCESS_PLATFORM) and in-band
 //! notifications. A request that cannot be right is answered with a failure when the front end wants an answer, and
 //! ends the conversation.
@@ -30,9 +31,12 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RIN
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::back_channel::{self, BackChannel};
+use crate::bad_build::{self, Bad};
 use crate::device::Device;
+use crate::device_state::{self, StateError, Transfer};
 use crate::dirty::DirtyLog;
 use crate::early_enable;
+use crate::hold::Hold;
 use crate::inflight::{self, Region};
 use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
 use crate::ring::{RingConfig, RingError};
@@ -82,6 +86,10 @@ enum Refused {
     Worker(#[from] WorkerGone),
     #[error(transparent)]
     Config(#[from] crate::device::ConfigError),
+    #[error(transparent)]
+    Fence(#[from] crate::fence::FenceError),
+    #[error("its state: {0}")]
+    State(#[from] StateError),
 }
 
 impl From<Refused> for VhostError {
@@ -120,6 +128,10 @@ pub struct Conversation<D: Device> {
     features: u64,
     protocol: VhostUserProtocolFeatures,
     back_channel: BackChannel,
+    /// A predecessor serves until the first ring comes.
+    hold: Option<Hold>,
+    /// The front end's word is awaited that a state was moved.
+    transfer: Option<Transfer>,
 }
 
 /// How a conversation ended.
@@ -164,7 +176,25 @@ impl<D: Device> Conversation<D> {
             features: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             back_channel,
+            hold: None,
+            transfer: None,
         })
+    }
+
+    /// Another process serves the device until the first ring is handed over.
+    pub(crate) fn hold(&mut self, hold: Hold) {
+        self.hold = Some(hold);
+    }
+
+    /// The first ring comes: the predecessor has ended.
+    fn take_place(&mut self) -> Result<(), Refused> {
+        if let Some(hold) = &self.hold {
+            bad_build::fail(Some(Bad::DiesAtSwitch), Some(Bad::HangsAtSwitch));
+            hold.release()?;
+            self.hold = None;
+            self.device.features_acked(self.features);
+        }
+        Ok(())
     }
 
     /// The queue threads.
@@ -223,11 +253,16 @@ impl<D: Device> Conversation<D> {
         self.features = 0;
         self.protocol = VhostUserProtocolFeatures::empty();
         self.back_channel.set(None);
-        self.device.reset();
+        self.transfer = None;
+        // What a predecessor shares with us is as it wants it.
+        if self.hold.is_none() {
+            self.device.reset();
+        }
     }
 
     fn offered(&self) -> u64 {
-        self.device.features() | EVENT_IDX | INDIRECT | VERSION_1 | LOG_ALL | PROTOCOL
+        let offered = self.device.features() | EVENT_IDX | INDIRECT | VERSION_1 | LOG_ALL | PROTOCOL;
+        if bad_build::is(Bad::OffersLess) { offered & !INDIRECT } else { offered }
     }
 
     fn stop_all(&mut self) -> Result<(), WorkerGone> {
@@ -250,6 +285,7 @@ impl<D: Device> Conversation<D> {
     }
 
     fn start(&mut self, index: u16, kick: OwnedFd) -> Result<(), Refused> {
+        self.take_place()?;
         let features = self.features;
         let mem = self.table.ram().cloned().ok_or(Refused::NoMemory(index))?;
         let addresses =
@@ -283,6 +319,39 @@ impl<D: Device> Conversation<D> {
         worker.start(RingStart { mem, config, kick, call, err, enabled: queue.enabled })??;
         queue.running = true;
         Ok(())
+    }
+
+    fn begin_transfer(&mut self, direction: VhostTransferStateDirection) -> Result<File, StateError> {
+        self.transfer = None;
+        if self.queues.iter().any(|queue| queue.running) {
+            return Err(StateError::Running);
+        }
+        match direction {
+            VhostTransferStateDirection::SAVE => {
+                let file = device_state::give(&self.device, self.features)?;
+                self.transfer = Some(Transfer::Given);
+                Ok(file)
+            }
+            VhostTransferStateDirection::LOAD => {
+                let file = device_state::memory()?;
+                self.transfer = Some(Transfer::Taken(file.try_clone()?));
+                Ok(file)
+            }
+        }
+    }
+
+    fn end_transfer(&mut self) -> Result<(), StateError> {
+        match self.transfer.take() {
+            None => Err(StateError::Nothing),
+            Some(Transfer::Given) => Ok(()),
+            Some(Transfer::Taken(_)) if bad_build::is(Bad::RefusesState) => {
+                Err(StateError::Other("is not trusted".into()))
+            }
+            Some(Transfer::Taken(file)) => {
+                let offered = self.offered();
+                device_state::take(&mut self.device, offered, &file)
+            }
+        }
     }
 
     fn memory_changed(&mut self) -> Result<(), Refused> {
@@ -367,7 +436,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
         }
         self.features = features;
         self.log.switch(features & LOG_ALL != 0);
-        self.device.features_acked(features);
+        if self.hold.is_none() {
+            self.device.features_acked(features);
+        }
         if features & PROTOCOL == 0 {
             // Without the protocol's own features rings are enabled from the start.
             for (queue, worker) in self.queues.iter_mut().zip(&self.workers) {
@@ -384,6 +455,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> VhostResult<Option<Vec<VhostUserMemoryRegionBase>>> {
+        bad_build::fail(None, Some(Bad::HangsAfterHandshake));
         self.table.replace(regions, files, &self.log).map_err(Refused::from)?;
         self.memory_changed()?;
         Ok(None)
@@ -469,7 +541,8 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::RESET_DEVICE)
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
@@ -552,15 +625,17 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
 
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
+        direction: VhostTransferStateDirection,
+        phase: VhostTransferStatePhase,
         _fd: File,
     ) -> VhostResult<Option<File>> {
-        Err(VhostError::InvalidOperation("this device has no state beyond its rings"))
+        // The one phase that there is.
+        let VhostTransferStatePhase::STOPPED = phase;
+        Ok(self.begin_transfer(direction).map(Some).map_err(Refused::from)?)
     }
 
     fn check_device_state(&mut self) -> VhostResult<()> {
-        Err(VhostError::InvalidOperation("this device has no state beyond its rings"))
+        Ok(self.end_transfer().map_err(Refused::from)?)
     }
 
     fn get_shmem_config(&mut self) -> VhostResult<VhostUserShMemConfig> {

@@ -18,6 +18,7 @@ use atoll_protocol::{FrameReader, FrameSocket, FrameWriter, PROTOCOL_VERSION, So
 use atoll_protocol::{Generation, ProcessId, QueueIndex};
 use thiserror::Error;
 
+use crate::bad_build::{self, Bad};
 use crate::worker::QueuePulse;
 
 /// How long the supervisor may take to take a report.
@@ -69,6 +70,8 @@ pub struct Sidecar {
 pub struct Started {
     /// Which incarnation this is.
     pub generation: Generation,
+    /// Another one serves.
+    pub beside: bool,
 }
 
 /// What the sidecar's thread asks of the process.
@@ -88,7 +91,8 @@ pub trait Orders: Send + 'static {
 impl Sidecar {
     /// Says hello on an inherited descriptor.
     pub fn hello(fd: OwnedFd, class: DeviceClass) -> Result<Self, SidecarError> {
-        let features = SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT;
+        let features =
+            SidecarFeatures::PROGRESS | SidecarFeatures::QUIESCE | SidecarFeatures::INFLIGHT | SidecarFeatures::BESIDE;
         let measures = if class == DeviceClass::Block { SidecarFeatures::MEASURE } else { SidecarFeatures::default() };
         let features = features | measures;
         Self::introduce(fd, class, features)
@@ -96,6 +100,7 @@ impl Sidecar {
 
     /// Says hello for a device that is no vhost-user device, and can what `features` say.
     pub fn introduce(fd: OwnedFd, class: DeviceClass, features: SidecarFeatures) -> Result<Self, SidecarError> {
+        bad_build::fail(Some(Bad::DiesAtStart), Some(Bad::HangsBeforeHello));
         let (reader, writer) = FrameSocket::new(fd).split();
         let reports = Reports { writer: Arc::new(Mutex::new(writer)) };
         reports.send(&SidecarReport::Hello {
@@ -143,7 +148,12 @@ fn attend(mut sidecar: Sidecar, queues: &[Arc<QueuePulse>], orders: &impl Orders
             Ok(SidecarOrder::Start { generation, progress_ms }) => {
                 running = true;
                 interval = (progress_ms > 0).then(|| Duration::from_millis(progress_ms.into()));
-                let _ = start.try_send(Started { generation });
+                let _ = start.try_send(Started { generation, beside: false });
+            }
+            Ok(SidecarOrder::StartBeside { generation, progress_ms }) => {
+                running = true;
+                interval = (progress_ms > 0).then(|| Duration::from_millis(progress_ms.into()));
+                let _ = start.try_send(Started { generation, beside: true });
             }
             Ok(SidecarOrder::Ping { nonce }) => {
                 // Silence is the truth about a queue thread that hangs.

@@ -172,17 +172,21 @@ pub mod word {
     pub const ERROR: usize = 11;
     /// So many of them, counted down.
     pub const ERRORS_LEFT: usize = 12;
+    /// What is wrong with the build, from 1 ([`Bad`](crate::bad_build::Bad)); 0: nothing.
+    pub const BUILD: usize = 13;
     /// How often each step was passed, from here on.
     pub const PASSED: usize = 16;
 }
 
 #[cfg(feature = "steps")]
 pub use armed::{
-    begin, fails, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
+    begin, build, die, fails, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late,
+    wrote_through,
 };
 #[cfg(not(feature = "steps"))]
 pub use nothing::{
-    begin, fails, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late, wrote_through,
+    begin, build, die, fails, fence_took, postpone, step, strikes, swap_sectors, sync_begins, sync_ended, write_late,
+    wrote_through,
 };
 
 #[cfg(not(feature = "steps"))]
@@ -198,6 +202,14 @@ mod nothing {
     /// Looks for the page. Nothing in a product.
     #[inline(always)]
     pub fn begin() {}
+    /// What is wrong with the build: in a product nothing that we know.
+    #[inline(always)]
+    pub const fn build() -> u64 {
+        0
+    }
+    /// Never in a product.
+    #[inline(always)]
+    pub fn die() {}
     /// This moment is reached. Nothing in a product.
     #[inline(always)]
     pub fn step(_step: Step) {}
@@ -297,20 +309,33 @@ mod armed {
         PAGE.get_or_init(Page::open);
     }
 
+    /// What is wrong with the build.
+    pub fn build() -> u64 {
+        page().map_or(0, |page| page.word(word::BUILD).load(Ordering::Acquire))
+    }
+
+    /// Ends the process here.
+    pub fn die() {
+        // SAFETY: system calls without pointers. The jail allows these.
+        unsafe {
+            libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGKILL);
+        }
+    }
+
     /// This moment is reached: the process dies here when it is told to.
     pub fn step(step: Step) {
         let Some(page) = page() else { return };
         page.word(word::PASSED + step as usize).fetch_add(1, Ordering::Relaxed);
+        if step == Step::Fetch && crate::bad_build::is(crate::bad_build::Bad::DiesAtFirstRequest) {
+            die();
+        }
         if page.word(word::ARMED).load(Ordering::Acquire) != step as u64 + 1 {
             return;
         }
         if page.word(word::COUNTDOWN).fetch_sub(1, Ordering::AcqRel) == 1 {
             page.word(word::ARMED).store(0, Ordering::Release);
             page.word(word::DIED_AT).store(step as u64 + 1, Ordering::Release);
-            // SAFETY: system calls without pointers. The jail allows these.
-            unsafe {
-                libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGKILL);
-            }
+            die();
         }
     }
 

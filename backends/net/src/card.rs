@@ -7,16 +7,18 @@
 use std::sync::Arc;
 
 use atoll_kit::back_channel::BackChannel;
+use atoll_kit::device_state::StateError;
 use atoll_kit::inlet::Inlet;
 use atoll_kit::limit::Limiter;
 use atoll_kit::memory::GuestRam;
 use atoll_kit::{ConfigError, Device, QueueLayout};
+use atoll_protocol::saved;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
-use crate::face::Face;
+use crate::face::{Face, Told};
 use crate::filter::{Mac, is_group};
 use crate::header::{Features, Offloads};
 use crate::link::Link;
@@ -132,6 +134,16 @@ impl<L: Link> Device for Card<L> {
         self.face.reset(self.look.mac);
         self.link.negotiated(Features::default());
         (self.link.spreader())(1);
+    }
+
+    fn save(&self, state: Vec<u8>) -> Result<Vec<u8>, StateError> {
+        Ok(saved::save(&self.face.told(), state)?)
+    }
+
+    fn restore<'a>(&mut self, state: &'a [u8]) -> Result<&'a [u8], StateError> {
+        let (told, rest) = saved::restore::<Told>(state)?;
+        self.face.believe(told)?;
+        Ok(rest)
     }
 
     fn back_channel(&mut self, channel: &BackChannel) {

@@ -5,17 +5,33 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use atoll_kit::back_channel::BackChannel;
+use atoll_kit::device_state::StateError;
 use atoll_kit::limit::{Cost, Limiter};
 use atoll_kit::stats::Figures;
+use atoll_protocol::saved::{Saved, SavedType};
+use serde::{Deserialize, Serialize};
 
 use crate::capture::Capture;
-use crate::filter::Filter;
+use crate::filter::{Filter, Rules, TABLE_MAX, is_group};
 use crate::header::{Features, Offloads};
 
 /// Counts a frame that was dropped. The places of these counters are those of `class_counters` for network cards.
 pub fn dropped(figures: Figures<'_>, bytes: u64) {
     figures.class(0, 1);
     figures.class(1, bytes);
+}
+
+/// What a driver has said on the control queue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Told {
+    pairs: u16,
+    pairs_seen: u16,
+    rules: Rules,
+}
+
+impl Saved for Told {
+    const TYPE: SavedType = SavedType(0x0001_0003);
+    const VERSION: u16 = 1;
 }
 
 /// Where frames of a card are written down.
@@ -126,6 +142,30 @@ impl Face {
     #[inline]
     pub fn admit(&self, bytes: u64) -> Result<(), Instant> {
         self.limiter.as_ref().map_or(Ok(()), |limiter| limiter.admit(Cost { bytes, operations: 1 }))
+    }
+
+    /// What the driver has said on the control queue, for a successor.
+    pub fn told(&self) -> Told {
+        Told {
+            pairs: self.pairs.load(Ordering::Relaxed),
+            pairs_seen: self.pairs_seen.load(Ordering::Relaxed),
+            rules: self.filter.rules(),
+        }
+    }
+
+    /// Takes over what a driver has said to a predecessor.
+    pub fn believe(&self, told: Told) -> Result<(), StateError> {
+        let Told { pairs, pairs_seen, rules } = told;
+        if pairs.max(pairs_seen) > self.pairs_max {
+            return Err(StateError::Other(format!("used {pairs} queue pairs, here are {}", self.pairs_max)));
+        }
+        if rules.single.len().max(rules.groups.len()) > TABLE_MAX || is_group(&rules.own) {
+            return Err(StateError::Other("had an address table that no driver can have set up".to_owned()));
+        }
+        self.pairs.store(pairs, Ordering::Relaxed);
+        self.pairs_seen.store(pairs_seen, Ordering::Relaxed);
+        self.filter.change(|now| *now = rules);
+        Ok(())
     }
 
     /// As if no driver had touched it.

@@ -6,6 +6,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{PoisonError, RwLock};
 
+use serde::{Deserialize, Serialize};
+
 /// An Ethernet address.
 pub type Mac = [u8; 6];
 
@@ -18,7 +20,7 @@ pub fn is_group(mac: &Mac) -> bool {
 }
 
 /// What a driver has said.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rules {
     /// The card's own address.
     pub own: Mac,
@@ -76,6 +78,11 @@ impl Filter {
         let mut rules = self.rules.write().unwrap_or_else(PoisonError::into_inner);
         change(&mut rules);
         self.everything.store(rules.promiscuous, Ordering::Relaxed);
+    }
+
+    /// What the driver has said so far.
+    pub fn rules(&self) -> Rules {
+        self.rules.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The card's own address.

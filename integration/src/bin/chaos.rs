@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail};
 use atoll_integration::chaos::campaign::{Campaign, Class, Image, Plan};
 use atoll_integration::chaos::page::Page;
 use atoll_integration::chaos::sabotage::{Caught, commit};
+use atoll_integration::chaos::upgrades::Builds;
 use atoll_integration::chaos::{power, strata, tap};
+use atoll_kit::bad_build::Bad;
 use atoll_kit::step::Sabotage;
 use clap::Parser;
 use xtask::place;
@@ -46,6 +48,15 @@ struct Cli {
     /// Measures how long a kill is felt, stratum by stratum, with --kills kills each; --folder knows direct I/O.
     #[arg(long)]
     stall: bool,
+    /// Has a spare process wait beside the one that is killed, for --stall.
+    #[arg(long, requires = "stall")]
+    standby: bool,
+    /// Puts one build in the place of another this often, and kills now and then.
+    #[arg(long, value_name = "COUNT", conflicts_with_all = ["sabotage", "power_loss", "stall", "shipped"])]
+    upgrades: Option<u64>,
+    /// Tries every build that will not do, too.
+    #[arg(long, requires = "upgrades")]
+    bad_builds: bool,
 }
 
 /// Each fault in turn; whether all were found.
@@ -73,7 +84,21 @@ fn sabotage(name: &str, kills: u64, seed: u64) -> Result<bool> {
 
 #[allow(clippy::print_stdout, clippy::print_stderr, reason = "a table for people and a line for programs")]
 fn main() -> Result<ExitCode> {
-    let Cli { device, kills, seed, image, direct, folder, shipped, sabotage: fault, power_loss, stall } = Cli::parse();
+    let Cli {
+        device,
+        kills,
+        seed,
+        image,
+        direct,
+        folder,
+        shipped,
+        sabotage: fault,
+        power_loss,
+        stall,
+        standby,
+        upgrades,
+        bad_builds,
+    } = Cli::parse();
     if let Some(name) = fault {
         return Ok(if sabotage(&name, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
@@ -84,7 +109,7 @@ fn main() -> Result<ExitCode> {
     }
     if stall {
         let folder = folder.context("--stall needs --folder, on a file system that knows direct I/O")?;
-        let strata = strata::measure(&place::steps(), &folder, kills, seed)?;
+        let strata = strata::measure(&place::steps(), &folder, kills, seed, standby)?;
         print!("{}", strata.table());
         println!("{}", serde_json::to_string(&strata)?);
         return Ok(if strata.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -93,6 +118,16 @@ fn main() -> Result<ExitCode> {
         tap::leave_network()?;
     }
     let plan = Plan { class: device, kills, seed, image, direct, folder, sabotage: None };
+    if let Some(count) = upgrades {
+        let mut builds = Builds::open(&plan, &place::steps())?;
+        builds.run(count)?;
+        if bad_builds {
+            Bad::ALL.into_iter().try_for_each(|bad| builds.refuse(bad))?;
+        }
+        let outcome = builds.finish()?;
+        println!("{}", serde_json::to_string(&outcome)?);
+        return Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     let page = if shipped { None } else { Some(Page::new(&place::steps(), None)?) };
     let outcome = Campaign::new(&plan, page.as_ref(), &place::release())?.run()?;
     eprint!("{}", outcome.table());

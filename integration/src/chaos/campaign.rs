@@ -24,7 +24,7 @@ use super::census::Census;
 use super::console::ConsoleLoad;
 use super::disk::DiskLoad;
 use super::entropy::EntropyLoad;
-use super::load::Load;
+use super::load::{Findings, Load};
 use super::net::NetLoad;
 use super::outcome::{Frame, Outcome, Tally};
 use super::page::Page;
@@ -105,7 +105,7 @@ impl Plan {
         }
     }
 
-    fn program(&self) -> &'static str {
+    pub(super) fn program(&self) -> &'static str {
         match self.class {
             Class::Blk => "atoll-blk",
             Class::Net => "atoll-net",
@@ -128,8 +128,8 @@ impl Plan {
 
 /// A device under load, with all that it needs.
 pub struct Scene {
-    rig: Rig,
-    load: Box<dyn Load>,
+    pub(super) rig: Rig,
+    pub(super) load: Box<dyn Load>,
     house: House,
     image: Option<PathBuf>,
     _folder: tempfile::TempDir,
@@ -191,6 +191,15 @@ impl Scene {
             }
         };
         Ok(Self { rig, load, house, image, _folder: folder, _tap: tap })
+    }
+
+    /// Awaits everything that is in flight, and ends the device.
+    pub(super) fn finish(self) -> Result<Findings> {
+        let Self { rig, load, house, image: _, _folder, _tap } = self;
+        let findings = load.finish()?;
+        drop(rig);
+        drop(house);
+        Ok(findings)
     }
 
     /// The backend's process, as soon as it serves.

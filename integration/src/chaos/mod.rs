@@ -3,7 +3,8 @@
 //!
 //! [`campaign`] kills and judges; [`rig`] is the device without a guest; [`load`] is what a class's guest does ([`disk`],
 //! [`net`], [`entropy`], [`console`]). [`page`] is how a test build of the device processes is told where to die and which
-//! fault to commit; [`power`] is the other claim, the loss of power. [`strata`] measures how long a kill is felt.
+//! fault to commit; [`power`] is the other claim, the loss of power. [`strata`] measures how long a kill is felt. [`upgrades`]
+//! puts one build in the place of another, again and again.
 
 pub mod campaign;
 pub mod census;
@@ -22,3 +23,4 @@ pub mod scheduling;
 pub mod stall;
 pub mod strata;
 pub mod tap;
+pub mod upgrades;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use atoll_kit::bad_build::Bad;
 use atoll_kit::step::{DURABLE_NAME, PAGE_BYTES, PAGE_NAME, Sabotage, Step, word};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
@@ -90,6 +91,11 @@ impl Page {
     /// Operations that are still to fail.
     pub fn failures_left(&self) -> u64 {
         self.get(word::ERRORS_LEFT)
+    }
+
+    /// The programs of this folder are such a build from now on.
+    pub fn spoil(&self, bad: Option<Bad>) {
+        self.word(word::BUILD).store(bad.map_or(0, |bad| bad as u64 + 1), Ordering::Release);
     }
 
     /// How often each step was passed.

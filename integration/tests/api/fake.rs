@@ -11,7 +11,7 @@ use atoll_vmm::config::{DeviceConfig, VmConfig};
 use atoll_vmm::lifecycle::{
     DeviceReport, DeviceState, ErrorKind, Plugged, RecoveryClass, Story, VmControl, VmError, VmInfo, VmState,
 };
-use atoll_vmm::vhost::Fault;
+use atoll_vmm::vhost::{Fault, UpgradeOrder};
 
 /// What the machine was asked and what it has.
 #[derive(Default)]
@@ -148,6 +148,9 @@ impl VmControl for Fake {
     fn fault_device(&self, id: &str, _fault: Fault, _seed: u64) -> Result<(), VmError> {
         self.revive_device(id)
     }
+    fn upgrade_device(&self, id: &str, _order: UpgradeOrder) -> Result<u64, VmError> {
+        self.revive_device(id).map(|()| 2)
+    }
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let book = self.created("revive_device")?;
         match book.devices.iter().any(|(other, _)| other == id) {
@@ -173,6 +176,8 @@ impl VmControl for Fake {
             restarts: 0,
             recovery: RecoveryClass::Full,
             pid: None,
+            exe: None,
+            standby: None,
             last_exit: None,
             last_lines: Vec::new(),
             jail: BTreeMap::new(),

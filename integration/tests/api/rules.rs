@@ -118,6 +118,7 @@ fn nothing_is_there(tour: &mut Tour) {
     tour.put("vm.remove-device", &json!({ "id": "d" }), 404).why();
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 }), 404).why();
     tour.put("vm.revive-device", &json!({ "id": "d" }), 404).why();
+    tour.put("vm.upgrade-device", &json!({ "id": "d", "exe": "/bin/true" }), 404).why();
     tour.put("vm.fault-device", &json!({ "id": "d", "fault": "kill" }), 404).why();
     tour.put("vm.resize", &json!({ "desired_vcpus": 2 }), 404).why();
     let metrics = tour.get("/metrics", 200);
@@ -154,6 +155,7 @@ fn a_life(tour: &mut Tour) {
     tour.put("vm.resize", &json!({ "desired_vcpus": 2 }), 204);
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 << 20 }), 204);
     tour.put("vm.revive-device", &json!({ "id": "d" }), 204);
+    tour.put("vm.upgrade-device", &json!({ "id": "d", "exe": "/bin/true", "step_ms": 5 }), 200);
     tour.put("vm.fault-device", &json!({ "id": "d", "fault": "drop-kick", "seed": 7 }), 204);
     tour.put("vm.remove-device", &json!({ "id": "g" }), 204);
     for name in READS {
@@ -181,6 +183,7 @@ fn mistakes(tour: &mut Tour) {
         ),
         ("vm.remove-device", "id", json!({ "id": 7 })),
         ("vm.revive-device", "id", json!({})),
+        ("vm.upgrade-device", "exe", json!({ "id": "d" })),
         ("vm.fault-device", "fault", json!({ "id": "d", "fault": "melt" })),
         ("vm.resize-disk", "desired_size", json!({ "id": "d" })),
         ("vm.resize", "desired_vcpus", json!({ "desired_vcpus": 3 })),
@@ -225,6 +228,7 @@ fn faults(tour: &mut Tour) {
         let body = match name {
             "vm.create" => Some(config()),
             "vm.remove-device" | "vm.revive-device" => Some(json!({ "id": "d" })),
+            "vm.upgrade-device" => Some(json!({ "id": "d", "exe": "/bin/true" })),
             "vm.fault-device" => Some(json!({ "id": "d", "fault": "kill" })),
             "vm.resize-disk" => Some(json!({ "id": "d", "desired_size": 1 })),
             "vm.resize" => Some(json!({})),

@@ -60,6 +60,52 @@ pub fn soak(kills: u32, seed: u64, arguments: &[String], state: Option<&Path>) -
     Ok(())
 }
 
+/// Upgrades of one device of a long run.
+const UPGRADES_A_PART: u32 = 50;
+
+/// `cargo xtask soak upgrades`: two builds take turns under load, of a disk and of a card alternately; prints one JSON line.
+pub fn upgrades(count: u32, seed: u64, state: Option<&Path>) -> Result<()> {
+    place::build_programs()?;
+    place::build_steps()?;
+    let mut progress: Progress<Value> = Progress::open("upgrades", state, seed, count)?;
+    let parts = count.div_ceil(UPGRADES_A_PART);
+    for part in progress.parts.len() as u32..parts {
+        let size = UPGRADES_A_PART.min(count - part * UPGRADES_A_PART);
+        let device = if part % 2 == 0 { "blk" } else { "net" };
+        let mut command = Command::new(place::program("chaos")?);
+        command.args(["--device", device, "--upgrades", &size.to_string()]);
+        command.args(["--seed", &mix(seed, part.into()).to_string()]);
+        // Once for each class.
+        command.args((part < 2).then_some("--bad-builds"));
+        let output = command.stderr(Stdio::inherit()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let last = said.lines().last().with_context(|| format!("part {part} ends without a word"))?;
+        if !output.status.success() {
+            bail!("part {part}: {last}");
+        }
+        progress.add(serde_json::from_str(last)?)?;
+        eprintln!("part {} of {parts}", part + 1);
+    }
+    let commit = progress.commit().to_owned();
+    let of = |device: &str, parts: &[Value]| {
+        let of: Vec<Value> = parts
+            .iter()
+            .filter(|part| part["device"].as_str().is_some_and(|name| name.starts_with(device)))
+            .cloned()
+            .collect();
+        let mut sums = sums(&of);
+        sums.remove("chaos");
+        Value::Object(sums)
+    };
+    let all = progress.finish();
+    let (blk, net) = (of("blk", &all), of("net", &all));
+    println!(
+        "{}",
+        json!({ "soak": "upgrades", "commit": commit, "seed": seed, "count": count, "blk": blk, "net": net })
+    );
+    Ok(())
+}
+
 /// Counts of all parts added up, tables too; of durations and other fractions the largest.
 fn sums(parts: &[Value]) -> Map<String, Value> {
     let mut sums = Map::new();

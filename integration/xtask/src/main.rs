@@ -218,6 +218,18 @@ enum Soak {
         #[arg(long)]
         state: Option<PathBuf>,
     },
+    /// Two builds of a disk's and of a card's process take turns under load, each verified; prints one JSON line.
+    Upgrades {
+        /// How often.
+        #[arg(long, default_value = "500")]
+        count: NonZeroU32,
+        /// What the loads do follows from it.
+        #[arg(long, default_value_t = 0x5eed)]
+        seed: u64,
+        /// Where to keep what is done, so that a run that was broken off goes on; in the cache by default.
+        #[arg(long)]
+        state: Option<PathBuf>,
+    },
     /// Differential cases of the software CPU.
     Cpu {
         /// Passed on.
@@ -319,6 +331,7 @@ fn main() -> Result<ExitCode> {
             Soak::Plugs { count, seed, kernel, state } => soak::plugs(count.get(), seed, &kernel, state.as_deref())?,
             Soak::Restarts { count, state } => soak::restarts(count.get(), state.as_deref())?,
             Soak::Cpu { arguments } => soak::cpu(&arguments)?,
+            Soak::Upgrades { count, seed, state } => chaos::upgrades(count.get(), seed, state.as_deref())?,
             Soak::Chaos { kills, seed, state, arguments } => chaos::soak(kills, seed, &arguments, state.as_deref())?,
         },
         Task::Verify { what } => return verify(what),

@@ -1,6 +1,8 @@
 //! JSON bodies of requests. Keys that are not known are ignored, as clients of several ages send them; a value of the wrong
 //! type is refused with the name of its key.
 
+use std::path::PathBuf;
+
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -61,6 +63,18 @@ pub(super) struct FaultDevice {
     /// How long and how often follows from it.
     #[serde(default)]
     pub(super) seed: u64,
+}
+
+/// Which program shall serve a device.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+pub(super) struct UpgradeDevice {
+    /// Its name.
+    pub(super) id: String,
+    /// The program: its absolute path on this host.
+    pub(super) exe: PathBuf,
+    /// Milliseconds that it may take for each word while the guest waits; 40 when left out.
+    #[serde(default)]
+    pub(super) step_ms: Option<u32>,
 }
 
 /// How big a disk shall be.

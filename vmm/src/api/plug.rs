@@ -1,16 +1,18 @@
 //! Devices that are plugged in, pulled out and changed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::body::{self, FaultDevice, RemoveDevice, ResizeDisk, ReviveDevice};
+use super::body::{self, FaultDevice, RemoveDevice, ResizeDisk, ReviveDevice, UpgradeDevice};
 use super::machine::{done, refuse};
 use super::reply::{Reply, Status};
 use super::routes::{Asked, Good, Route, Served, of, put};
 use super::server::Api;
 use crate::config::{Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VsockConfig};
-use crate::lifecycle::{Plugged, VmError};
+use crate::lifecycle::{Plugged, Upgraded, VmError};
+use crate::vhost::{SWITCH_STEP, UpgradeOrder};
 
 /// The resources of this file.
 pub(super) fn routes() -> Vec<Route> {
@@ -64,6 +66,19 @@ pub(super) fn routes() -> Vec<Route> {
         )
         .takes::<ReviveDevice>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
+        put(
+            "/api/v1/vm.upgrade-device",
+            "Puts another program in the place of the one that serves a device; the guest does not notice.",
+            Good::Json(of::<Upgraded>),
+            |api, _, asked| {
+                let UpgradeDevice { id, exe, step_ms } = body::decode(asked.body)?;
+                let step = step_ms.map_or(SWITCH_STEP, |ms| Duration::from_millis(ms.into()));
+                let generation = api.control.upgrade_device(&id, UpgradeOrder { exe, step })?;
+                Ok(Reply::json(&Upgraded { generation }).into())
+            },
+        )
+        .takes::<UpgradeDevice>()
+        .refuses(MISTAKES),
         put(
             "/api/v1/vm.fault-device",
             "Does to a device what the world may do, for a test; needs platform.allow_faults.",

@@ -128,6 +128,8 @@ enum Phase {
 pub struct RestartPolicy {
     config: PolicyConfig,
     generation: Generation,
+    /// The last number that any incarnation got.
+    issued: Generation,
     phase: Phase,
     /// Crashes without progress, oldest first.
     crashes: VecDeque<Moment>,
@@ -144,6 +146,7 @@ impl RestartPolicy {
         Self {
             config,
             generation: first,
+            issued: first,
             phase: Phase::Starting,
             crashes: VecDeque::new(),
             idle_crashes: VecDeque::new(),
@@ -248,7 +251,7 @@ impl RestartPolicy {
     }
 
     fn recover(&mut self, now: Moment, delay: Duration) -> Decision {
-        self.generation = self.generation.next();
+        self.generation = self.issue();
         let at = now.after(delay);
         self.phase = Phase::Recovering { at };
         self.due(now)
@@ -274,7 +277,7 @@ impl RestartPolicy {
     /// The guest was reset, or an operator asked for it: a device that was given up, or waits, starts afresh.
     pub fn revive(&mut self) -> Decision {
         match self.phase {
-            Phase::Quarantined => self.generation = self.generation.next(),
+            Phase::Quarantined => self.generation = self.issue(),
             Phase::Recovering { .. } => {}
             Phase::Starting | Phase::Running | Phase::Ended => return Decision::Nothing,
         }
@@ -288,6 +291,36 @@ impl RestartPolicy {
     /// Whoever judges this incarnation found that no restart can help.
     pub fn give_up(&mut self) {
         self.phase = Phase::Quarantined;
+    }
+
+    /// A number for an incarnation that is made beside the present one; nobody else gets it.
+    pub fn issue(&mut self) -> Generation {
+        self.issued = self.issued.next();
+        self.issued
+    }
+
+    /// An incarnation that was made beside takes the place of the present one, or of the one that was to be started.
+    pub fn adopt(&mut self, generation: Generation) {
+        (self.generation, self.phase, self.ever_ready, self.start_failures) = (generation, Phase::Running, true, 0);
+    }
+
+    /// An incarnation that is being made beside is waited for in place of the one that was to be started.
+    pub fn expect(&mut self, generation: Generation) {
+        (self.generation, self.phase) = (generation, Phase::Starting);
+    }
+
+    /// The present incarnation gave way to another build, which will not do: its own build comes back at once. That is
+    /// nobody's crash.
+    pub fn replace(&mut self) -> Decision {
+        self.generation = self.issue();
+        self.phase = Phase::Starting;
+        Decision::Start(self.generation)
+    }
+
+    /// How long to wait before what failed `times` in a row is tried again.
+    #[must_use]
+    pub fn delay(&self, times: u32) -> Duration {
+        self.backoff(times)
     }
 
     /// The same, but the device is to wait for a better one: the next attempt comes after the longest delay.

@@ -309,6 +309,7 @@ impl Keeper {
             args: self.process.args.clone(),
             env: Vec::new(),
             fds,
+            beside: false,
             limits: self.process.limits,
         };
         let (start, started) = sync_channel(1);

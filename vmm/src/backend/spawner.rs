@@ -334,7 +334,7 @@ impl Nursery {
     fn bear(&mut self, spec: BackendSpec, sink: Box<dyn EventSink>, now: Moment) -> Result<Born, SpawnError> {
         let (name, device, generation) = (spec.name.clone(), spec.device, spec.generation);
         let policy = *self.jail.lock().unwrap_or_else(PoisonError::into_inner);
-        let watch = Watch::new(spec.class, generation, spec.limits, now).jailed(policy);
+        let watch = Watch::new(spec.class, generation, spec.limits, now).jailed(policy).beside(spec.beside);
         let Launched { process, pidfd, sidecar, output } = launch(spec, policy)?;
         let pid = process.id();
         tracing::info!(name, %device, generation = generation.0, pid, "device process started");

@@ -72,6 +72,8 @@ pub struct BackendSpec {
     pub env: Vec<(OsString, OsString)>,
     /// Descriptors to inherit.
     pub fds: Vec<PassedFd>,
+    /// It is started beside one that serves the device: it locks nothing before it is given rings.
+    pub beside: bool,
     /// Deadlines.
     pub limits: WatchLimits,
 }

@@ -74,6 +74,8 @@ impl Standing {
             restarts: known.lost,
             recovery: RecoveryClass::IdleOnly,
             pid: known.pid,
+            exe: None,
+            standby: None,
             jail: known.jail.iter().map(|layer| (layer.layer.to_string(), layer.outcome.to_string())).collect(),
             last_exit: known.last_exit.clone(),
             last_lines: known.last_lines.clone(),

@@ -35,6 +35,7 @@ fn spec(part: &str, generation: u64) -> BackendSpec {
             .to_vec(),
         env: vec![(PART.into(), part.into())],
         fds: Vec::new(),
+        beside: false,
         limits,
     }
 }

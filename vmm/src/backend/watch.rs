@@ -51,6 +51,8 @@ struct QueueWatch {
 pub struct Watch {
     class: DeviceClass,
     generation: Generation,
+    /// It is started beside one that serves.
+    beside: bool,
     limits: WatchLimits,
     phase: Phase,
     features: SidecarFeatures,
@@ -79,6 +81,7 @@ impl Watch {
         Self {
             class,
             generation,
+            beside: false,
             limits,
             phase: Phase::Silent,
             features: SidecarFeatures::default(),
@@ -97,6 +100,12 @@ impl Watch {
     #[must_use]
     pub fn jailed(self, policy: JailPolicy) -> Self {
         Self { policy, ..self }
+    }
+
+    /// Whether it is started beside another process that serves the device.
+    #[must_use]
+    pub fn beside(self, beside: bool) -> Self {
+        Self { beside, ..self }
     }
 
     /// Whether it has ever been ready.
@@ -187,11 +196,19 @@ impl Watch {
         if class != self.class {
             return wrong(&format!("it serves a {class} device where a {} device belongs", self.class));
         }
+        if self.beside && !features.contains(SidecarFeatures::BESIDE) {
+            return wrong("it cannot wait beside a process that serves (no BESIDE on its sidecar)");
+        }
         self.features = features;
         self.phase = Phase::Preparing;
         self.since = now;
         let progress_ms = u32::try_from(self.limits.progress.as_millis()).unwrap_or(u32::MAX);
-        vec![WatchAction::Order(SidecarOrder::Start { generation: self.generation, progress_ms })]
+        let generation = self.generation;
+        vec![WatchAction::Order(if self.beside {
+            SidecarOrder::StartBeside { generation, progress_ms }
+        } else {
+            SidecarOrder::Start { generation, progress_ms }
+        })]
     }
 
     /// The last moment at which a process that is not jailed as it should be has not seen anything of the guest's.

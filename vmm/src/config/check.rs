@@ -159,6 +159,20 @@ impl DeviceConfig {
                     .into(),
             );
         }
+        if self.standby() && foreign {
+            return Err(
+                "standby=on is for device processes that this machine starts: start a second one of your own".into()
+            );
+        }
+        if let Self::Net(net) = self
+            && net.standby
+            && net.fds.is_none()
+            && net.descriptors.0.is_empty()
+        {
+            return Err(
+                "standby=on needs the card's TAP as descriptors (fd=), which two processes can have at a time".into()
+            );
+        }
         match self {
             Self::Disk(disk) => disk.check_kind(),
             Self::Net(net) => net.check_kind(),

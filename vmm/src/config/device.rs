@@ -131,6 +131,9 @@ pub struct DiskConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// A spare process waits beside the one that serves, and takes its place at once when it dies.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub standby: bool,
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
@@ -195,6 +198,9 @@ pub struct NetConfig {
     /// What becomes of it when its backend cannot be had again.
     #[serde(skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
+    /// A spare process waits beside the one that serves, and takes its place at once when it dies.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub standby: bool,
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
@@ -268,6 +274,9 @@ pub struct VsockConfig {
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
+    /// A spare process waits beside the one that serves, and takes its place at once when it dies.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub standby: bool,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -438,6 +447,16 @@ impl DeviceConfig {
             Self::Rng(rng) => rng.id.as_deref(),
             Self::Console(_) => Some("_console"),
             Self::Generic(device) => device.id.as_deref(),
+        }
+    }
+
+    /// Whether a spare process waits beside the one that serves.
+    pub fn standby(&self) -> bool {
+        match self {
+            Self::Disk(disk) => disk.standby,
+            Self::Net(net) => net.standby,
+            Self::Vsock(vsock) => vsock.standby,
+            Self::Rng(_) | Self::Fs(_) | Self::Console(_) | Self::Generic(_) => false,
         }
     }
 

@@ -133,6 +133,7 @@ impl DiskConfig {
             "vhost_user",
             "socket",
             "stall_timeout",
+            "standby",
             "on_failure",
             "track",
             "id",
@@ -153,6 +154,7 @@ impl DiskConfig {
                 vhost_socket: options.get("socket")?,
                 rate_limiter_config: limits(&options)?,
                 stall_timeout: options.get("stall_timeout")?,
+                standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
             })
@@ -184,6 +186,7 @@ impl NetConfig {
             "pcap",
             "fd",
             "stall_timeout",
+            "standby",
             "on_failure",
             "track",
             "id",
@@ -209,6 +212,7 @@ impl NetConfig {
                 pcap: options.get("pcap")?,
                 rate_limiter_config: limits(&options)?,
                 stall_timeout: options.get("stall_timeout")?,
+                standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
                 fds: options.get("fd")?,
@@ -250,7 +254,7 @@ impl VsockConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["cid", "socket", "vhost_user", "stall_timeout", "on_failure", "track", "id"];
+            let keys = ["cid", "socket", "vhost_user", "stall_timeout", "standby", "on_failure", "track", "id"];
             let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
@@ -258,6 +262,7 @@ impl VsockConfig {
                 socket: options.need("socket")?,
                 vhost_user: options.on("vhost_user")?,
                 stall_timeout: options.get("stall_timeout")?,
+                standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
             })
@@ -421,6 +426,7 @@ mod tests {
             ("path=a,on_failure=panic", "error, wait or unplug"),
             ("path=a,stall_timeout=soon", "stall_timeout"),
             ("path=a,track=shadow", "keeps that record by itself"),
+            ("vhost_user=on,socket=s,standby=on", "start a second one"),
         ];
         for (text, expected) in cases {
             let error = DiskConfig::from_flag("--disk", text).unwrap_err().to_string();

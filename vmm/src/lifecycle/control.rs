@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
 use crate::config::{DeviceConfig, VmConfig};
-use crate::vhost::Fault;
+use crate::vhost::{Fault, UpgradeOrder};
 
 /// Name of a device: the user's, or one that Atoll made up.
 pub type DeviceId = String;
@@ -52,6 +52,9 @@ pub trait VmControl: Send + Sync {
     /// Gives a device that was quarantined, or that waits for its backend, another chance at once. Nothing happens to one that
     /// is well.
     fn revive_device(&self, id: &str) -> Result<(), VmError>;
+    /// Puts a process of another program in the place of the one that serves a device, without the guest noticing. Returns
+    /// when it has served for a while, with its generation; on any failure the old one carries on.
+    fn upgrade_device(&self, id: &str, order: UpgradeOrder) -> Result<u64, VmError>;
     /// Does to a device what the world may do; only where the machine was started with leave for it.
     fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError>;
     /// The configuration as it is now, and the state.

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::control::{Plugged, VmControl};
-use super::error::VmError;
+use super::error::{ErrorKind, VmError};
 use super::keeper::{Keeper, View, no_machine};
 use super::mailbox::{Event, Mailbox, Post};
 use super::report::{DeviceReport, VmInfo};
@@ -20,7 +20,7 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, StopCause};
-use crate::vhost::Fault;
+use crate::vhost::{Fault, UpgradeError, UpgradeOrder};
 
 /// Requests that touch no device.
 const QUICK: Duration = Duration::from_secs(5);
@@ -168,6 +168,13 @@ impl VmControl for Controller {
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let id = id.to_owned();
         self.mailbox.ask("vm.revive-device", DEVICES, move |keeper| keeper.revive_device(&id))
+    }
+    fn upgrade_device(&self, id: &str, order: UpgradeOrder) -> Result<u64, VmError> {
+        let name = id.to_owned();
+        let begun = self.mailbox.ask("vm.upgrade-device", QUICK, move |keeper| keeper.upgrade_device(&name, order))?;
+        // The machine's thread does other things meanwhile; the device's thread has a deadline for each step.
+        let outcome = begun.recv().unwrap_or(Err(UpgradeError::Stopped));
+        outcome.map_err(|error| VmError::new(ErrorKind::Failed, format!("device '{id}' was not upgraded: {error}")))
     }
     fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {
         let id = id.to_owned();

@@ -32,7 +32,7 @@ use crate::machine::{
     EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseFigures, PauseLimits, Rebuilt,
     failure,
 };
-use crate::vhost::Fault;
+use crate::vhost::{Fault, UpgradeOrder, UpgradeOutcome};
 
 /// What is known without asking the thread.
 #[derive(Default)]
@@ -470,6 +470,16 @@ impl Keeper {
         }
     }
 
+    pub(super) fn upgrade_device(&mut self, id: &str, order: UpgradeOrder) -> Result<UpgradeOutcome, VmError> {
+        match &mut self.state {
+            State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
+                Some(life) => life.upgrade(order).map_err(failed),
+                None => Err(no_device(id)),
+            },
+            other => Err(other.not_running()),
+        }
+    }
+
     pub(super) fn fault_device(&mut self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {
         if !self.state.config().is_some_and(|config| config.platform.allow_faults) {
             let what =
@@ -508,6 +518,8 @@ impl Keeper {
             restarts: 0,
             recovery: RecoveryClass::None,
             pid: None,
+            exe: None,
+            standby: None,
             jail: BTreeMap::new(),
             last_exit: None,
             last_lines: Vec::new(),

@@ -19,5 +19,5 @@ mod story;
 pub use control::{DeviceId, Plugged, VmControl};
 pub use controller::{Controller, Ended, Home, Settings, VmmEnd};
 pub use error::{ErrorKind, VmError};
-pub use report::{DeviceReport, DeviceState, QueueReport, RecoveryClass, VmInfo, VmState};
+pub use report::{DeviceReport, DeviceState, QueueReport, RecoveryClass, Standby, Upgraded, VmInfo, VmState};
 pub use story::{Heard, Story, StoryEvent, Subscription};

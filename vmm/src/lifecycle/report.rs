@@ -80,6 +80,23 @@ pub struct QueueReport {
     pub calls: Option<u64>,
 }
 
+/// A spare process of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Standby {
+    /// It is being started.
+    Coming,
+    /// It waits.
+    Ready,
+}
+
+/// What an upgrade has come to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Upgraded {
+    /// Which incarnation of the backend serves the device now.
+    pub generation: u64,
+}
+
 /// One device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DeviceReport {
@@ -104,6 +121,12 @@ pub struct DeviceReport {
     /// Process id of the backend, where it is ours.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+    /// The program that serves it, where that is ours; an upgrade changes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exe: Option<String>,
+    /// The spare process that waits for the death of the one that serves, where one is wanted (`standby=on`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby: Option<Standby>,
     /// What became of each layer of the backend's jail: applied, kernel-lacks-it, not-permitted or off. Left out where
     /// nobody knows: somebody else's program, or none.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

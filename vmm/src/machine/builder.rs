@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::Board;
 use crate::lifecycle::DeviceReport;
-use crate::vhost::Fault;
+use crate::vhost::{Fault, UpgradeOrder, UpgradeOutcome};
 
 /// Why a device could not be built. The message names the device; the source names the remedy.
 #[derive(Debug, Error)]
@@ -107,6 +107,14 @@ pub trait DeviceLife: Send {
     fn revive(&mut self) -> Result<(), LifeError> {
         let source = "the device has no process that could be started again".into();
         Err(LifeError { device: "device".into(), step: "revive", source })
+    }
+    /// Begins to put a process of another program in the place of the one that serves it; what comes of that comes later.
+    ///
+    /// # Errors
+    /// When there is no process behind it, or it cannot be replaced.
+    fn upgrade(&mut self, _order: UpgradeOrder) -> Result<UpgradeOutcome, LifeError> {
+        let source = "the device has no process that could be replaced".into();
+        Err(LifeError { device: "device".into(), step: "be upgraded", source })
     }
     /// What an operator is told about it; `None` for devices without a process.
     fn report(&self) -> Option<DeviceReport> {

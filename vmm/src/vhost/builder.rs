@@ -9,14 +9,15 @@ use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 
 use super::call::Transport;
-use super::device::{Connected, DeviceState, Recovery, VhostDevice};
+use super::device::{Connected, DeviceState, Recovery, Spare, VhostDevice};
 use super::fault::Fault;
 use super::kinds::{Host, Kind};
 use super::parts::{Care, DeviceParts, Limits};
+use super::upgrade::{UpgradeOrder, UpgradeOutcome};
 use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable, Relay};
-use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Story};
+use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Standby, Story};
 use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent};
 use crate::memory::GuestMemory;
 use crate::metrics::Registry;
@@ -219,6 +220,10 @@ impl DeviceLife for VhostLife {
         Ok(())
     }
 
+    fn upgrade(&mut self, order: UpgradeOrder) -> Result<UpgradeOutcome, LifeError> {
+        self.device.begin_upgrade(order).map_err(|error| self.failed("be upgraded", error))
+    }
+
     fn report(&self) -> Option<DeviceReport> {
         let status = self.device.status();
         let (state, reason) = match status.state {
@@ -242,6 +247,12 @@ impl DeviceLife for VhostLife {
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,
             },
             pid: status.pid,
+            exe: status.exe.map(|exe| exe.display().to_string()),
+            standby: match status.spare {
+                Spare::Off => None,
+                Spare::Coming => Some(Standby::Coming),
+                Spare::Ready { .. } => Some(Standby::Ready),
+            },
             jail: status.jail.iter().map(|layer| (layer.layer.to_string(), layer.outcome.to_string())).collect(),
             last_exit: status.last_exit,
             last_lines: status.last_lines,

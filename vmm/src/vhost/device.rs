@@ -29,7 +29,9 @@ use super::patience::{Ending, Patience};
 use super::recovery::Rules;
 use super::rings::RingPosition;
 use super::session;
-use super::source::{Incarnation, SourceError};
+use super::source::{Incarnation, SourceError, Start};
+pub(super) use super::status::{DeviceState, DeviceStatus, Recovery, Spare};
+use super::upgrade::{UpgradeError, UpgradeOrder, UpgradeOutcome};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::config::Track;
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
@@ -72,62 +74,6 @@ impl ConnectError {
             Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => false,
         }
     }
-}
-
-/// How completely the device survives its backend's death.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recovery {
-    /// Every request completes exactly once.
-    Full,
-    /// Only when nothing was in flight: the backend keeps no record.
-    IdleOnly,
-}
-
-/// What the device is at.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DeviceState {
-    /// A backend is there; the driver has not started the device.
-    Idle,
-    /// The backend serves the driver.
-    Running,
-    /// The backend is gone; another one is on its way.
-    Recovering {
-        /// What became of it.
-        why: String,
-    },
-    /// The backend is gone, and none is to be had; it is waited for without limit.
-    Waiting {
-        /// Why there is none.
-        why: String,
-    },
-    /// No backend serves the driver until it resets the device.
-    Quarantined {
-        /// Why.
-        why: String,
-    },
-    /// The machine has stopped it.
-    Stopped,
-}
-
-/// The device's state for an operator.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceStatus {
-    /// What it is at.
-    pub state: DeviceState,
-    /// Which incarnation of the backend serves it, from 1.
-    pub generation: u64,
-    /// Backends that it has lost.
-    pub lost: u64,
-    /// What happens when it loses this one.
-    pub recovery: Recovery,
-    /// Process id of the backend, where it is ours and there is one.
-    pub pid: Option<u32>,
-    /// How the backend's jail came out; empty where nobody knows.
-    pub jail: Vec<JailedLayer>,
-    /// How the last one ended.
-    pub last_exit: Option<String>,
-    /// What it wrote last, the newest line last.
-    pub last_lines: Vec<String>,
 }
 
 /// A device did not pause or go on.
@@ -190,6 +136,11 @@ pub(super) enum Request {
     },
     /// The operator wants a device back that was given up.
     Revive,
+    /// The operator has a new program for it.
+    Upgrade {
+        order: UpgradeOrder,
+        answer: SyncSender<Result<u64, UpgradeError>>,
+    },
     /// A fault was asked for: the connection breaks, or the backend says what follows from a seed.
     Break {
         nonsense: Option<u64>,
@@ -213,6 +164,7 @@ impl Request {
                 | Self::Pause
                 | Self::Resume { .. }
                 | Self::Revive
+                | Self::Upgrade { .. }
                 | Self::Leave { .. }
                 | Self::Stop { .. }
         )
@@ -324,11 +276,17 @@ pub(super) fn tell_jail(story: &Story, name: &str, generation: u64, jail: &[Jail
 pub(super) fn greet(
     parts: &Makers,
     generation: u64,
+    start: &Start,
     ending: &Ending,
 ) -> Result<(Box<Session>, DeviceOffer), ConnectError> {
     let mut patience = Patience::new(parts.limits.start, ending);
     let (requests, backends_end) = BackChannel::new()?;
-    let Incarnation { socket, mut process } = lock(&parts.source).connect(generation, &mut patience)?;
+    let mut source = lock(&parts.source);
+    let Incarnation { socket, mut process } = match start {
+        Start::Alone => source.connect(generation, &mut patience)?,
+        Start::Beside { exe } => source.connect_beside(generation, exe.as_deref(), &mut patience)?,
+    };
+    drop(source);
     let mut conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
     if let Some(process) = &process {
         conversation.end_with(process.ended())?;
@@ -353,7 +311,10 @@ pub(super) fn greet(
         Err(source) => {
             conversation.hang_up();
             let end = process.as_mut().map(|process| process.kill(Instant::now() + parts.limits.step));
-            let mut backend = lock(&parts.source).describe();
+            let mut backend = match start {
+                Start::Beside { exe: Some(exe) } => exe.display().to_string(),
+                Start::Beside { exe: None } | Start::Alone => lock(&parts.source).describe(),
+            };
             if let Some(end) = end {
                 backend = format!("{backend} ({end})");
             }
@@ -426,20 +387,33 @@ impl VhostDevice {
     pub fn connect(parts: DeviceParts) -> Result<Connected, ConnectError> {
         let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } =
             parts;
-        let (fence, foreign) = (source.fence(), source.is_foreign());
-        let makers = Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits, track };
+        let (fence, foreign, build) = (source.fence(), source.is_foreign(), source.build());
+        let makers =
+            Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits, track, build };
         let ending = Ending::default();
-        let (session, offer) = greet(&makers, 1, &ending)?;
+        let (session, offer) = greet(&makers, 1, &Start::Alone, &ending)?;
         let (recovery, pid, jail) = (session.recovery(), session.pid(), session.jail());
         tell_jail(&story, &makers.name, 1, &jail);
         let state = DeviceState::Idle;
         let (last_exit, last_lines) = (None, Vec::new());
-        let status = DeviceStatus { state, generation: 1, lost: 0, recovery, pid, jail, last_exit, last_lines };
+        let spare = if care.standby && makers.build.is_some() { Spare::Coming } else { Spare::Off };
+        let exe = makers.build.as_ref().map(|build| build.exe());
+        let status =
+            DeviceStatus { state, generation: 1, lost: 0, spare, exe, recovery, pid, jail, last_exit, last_lines };
         let mut policy = care.policy;
         if foreign {
             (policy.start_failures_max, policy.start_backoff_max) = (None, FOREIGN_LOOK);
         }
-        let rules = Rules { policy, on_failure, fence: limits.fence, stall: care.stall, debugged: care.debugged };
+        let rules = Rules {
+            policy,
+            on_failure,
+            fence: limits.fence,
+            stall: care.stall,
+            debugged: care.debugged,
+            // Of what cannot be started beside itself there is no spare.
+            standby: care.standby && makers.build.is_some(),
+            probation: limits.probation,
+        };
         let parts = Parts { makers, fence, memory, relay, limits, story, meter, clock };
         Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
     }
@@ -554,6 +528,31 @@ impl VhostDevice {
     /// Gives a device that was given up, or that waits, another chance at once.
     pub fn revive(&self) {
         self.shared.send(Request::Revive);
+    }
+    /// Begins to put a process of another program in the place of the present one, without the driver noticing: it is made
+    /// ready beside it first. What comes is its generation once it has served for a while, or why the old one carries on.
+    ///
+    /// # Errors
+    /// When the program cannot even be tried.
+    pub fn begin_upgrade(&self, order: UpgradeOrder) -> Result<UpgradeOutcome, UpgradeError> {
+        let unfit = |reason: String| UpgradeError::Program { exe: order.exe.clone(), reason };
+        let there = order.exe.metadata().map_err(|error| unfit(error.to_string()))?;
+        if !order.exe.is_absolute() || !there.is_file() {
+            return Err(unfit("give the absolute path of a program".into()));
+        }
+        let (answer, outcome) = sync_channel(1);
+        if !self.shared.send(Request::Upgrade { order, answer }) {
+            return Err(UpgradeError::Stopped);
+        }
+        Ok(outcome)
+    }
+    /// [`VhostDevice::begin_upgrade`], and waits for what comes of it.
+    ///
+    /// # Errors
+    /// All of [`UpgradeError`]; the old program carries on then.
+    pub fn upgrade(&self, order: UpgradeOrder) -> Result<u64, UpgradeError> {
+        // The device's thread has deadlines for everything, and hangs up when it ends.
+        self.begin_upgrade(order)?.recv().unwrap_or(Err(UpgradeError::Stopped))
     }
     /// Does to it what the world may do (`fault`).
     ///

@@ -37,6 +37,8 @@ pub enum Step {
     SetVringKick(u16),
     SetVringEnable(u16),
     GetVringBase(u16),
+    SetDeviceStateFd,
+    CheckDeviceState,
     Measure,
     BackendRequest,
 }
@@ -67,6 +69,8 @@ impl fmt::Display for Step {
             Self::SetVringKick(ring) => ("SET_VRING_KICK", Some(ring)),
             Self::SetVringEnable(ring) => ("SET_VRING_ENABLE", Some(ring)),
             Self::GetVringBase(ring) => ("GET_VRING_BASE", Some(ring)),
+            Self::SetDeviceStateFd => ("SET_DEVICE_STATE_FD", None),
+            Self::CheckDeviceState => ("CHECK_DEVICE_STATE", None),
             Self::Measure => ("the measuring of its image", None),
         };
         match ring {

@@ -161,11 +161,12 @@ impl DeviceFactory {
             number: DeviceId(self.numbers.fetch_add(1, Ordering::Relaxed)),
             name: id,
             meter: None,
+            shareable: device.is_shareable(),
         };
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
         let (on_failure, track) = (config.on_failure(), config.track());
         let debugged = self.debugged.contains(&host.name);
-        let care = Care { stall: config.stall_timeout(), debugged, ..Care::default() };
+        let care = Care { stall: config.stall_timeout(), debugged, standby: config.standby(), ..Care::default() };
         Ok(VhostBuilder { kind, device, host, story, registry, on_failure, track, care })
     }
 

@@ -27,10 +27,14 @@ pub fn offerable(backend: u64) -> u64 {
     backend & (!RESERVED | SERVED)
 }
 
-/// Protocol features that this front end speaks. DEVICE_STATE and CONFIGURE_MEM_SLOTS follow with the features that need
-/// them.
+/// Protocol features that this front end speaks. CONFIGURE_MEM_SLOTS follows with the feature that needs it.
 pub(super) fn spoken() -> Protocol {
-    Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIG | Protocol::INFLIGHT_SHMFD | Protocol::BACKEND_REQ
+    Protocol::MQ
+        | Protocol::REPLY_ACK
+        | Protocol::CONFIG
+        | Protocol::INFLIGHT_SHMFD
+        | Protocol::BACKEND_REQ
+        | Protocol::DEVICE_STATE
 }
 
 /// Protocol features that a successor must have when its predecessor had them. The others are not felt by the guest.

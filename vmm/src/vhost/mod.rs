@@ -14,6 +14,7 @@ mod class;
 mod config_space;
 mod conversation;
 mod device;
+mod device_state;
 mod error;
 mod factory;
 mod fault;
@@ -32,6 +33,8 @@ mod shadow;
 mod source;
 mod spawned;
 mod standin;
+mod status;
+mod upgrade;
 mod worker;
 
 #[cfg(test)]
@@ -40,9 +43,7 @@ mod tests;
 pub use back_channel::{BackChannel, ChannelError, Heard};
 pub use call::Transport;
 pub use class::{ConfigWish, DeviceClass};
-pub use device::{
-    ConnectError, Connected, DeviceState, DeviceStatus, PauseError, Recovery, SwitchError, VhostDevice, VhostFrontend,
-};
+pub use device::{ConnectError, Connected, PauseError, SwitchError, VhostDevice, VhostFrontend};
 pub use error::{ConversationError, Step};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use fault::{Fault, FaultError};
@@ -51,7 +52,11 @@ pub use kinds::{ChainError, ConsoleError, DiskError, NetError, UserError, switch
 pub use parts::{Care, DeviceParts, Limits};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;
-pub use source::{BackendProcess, BackendSource, EndIsEnough, ExternalSocket, Fence, Incarnation, SourceError, Unseen};
+pub use source::{
+    BackendProcess, BackendSource, Build, EndIsEnough, ExternalSocket, Fence, Incarnation, SourceError, Start, Unseen,
+};
 pub use spawned::{MakeDescriptors, SpawnedBackend};
 pub use standin::{RecordError, unfinished};
+pub use status::{DeviceState, DeviceStatus, Recovery, Spare};
+pub use upgrade::{SWITCH_STEP, UpgradeError, UpgradeOrder, UpgradeOutcome};
 pub use worker::ResizeError;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::class::DeviceClass;
-use super::source::{BackendSource, Fence};
+use super::source::{BackendSource, Build, Fence};
 use crate::actor::{Clock, RealClock};
 use crate::backend::PolicyConfig;
 use crate::config::{OnFailure, Track};
@@ -22,6 +22,8 @@ pub struct Limits {
     pub step: Duration,
     /// GET_VRING_BASE, for which a backend finishes what is in flight.
     pub drain: Duration,
+    /// How long a new build must serve before the old one is forgotten.
+    pub probation: Duration,
     /// A guest's reset waits so long for a successor to have passed the fence of a dead backend.
     pub fence: Duration,
 }
@@ -32,6 +34,7 @@ impl Default for Limits {
             start: Duration::from_secs(10),
             step: Duration::from_secs(5),
             drain: Duration::from_secs(10),
+            probation: Duration::from_millis(250),
             fence: Duration::from_secs(10),
         }
     }
@@ -74,6 +77,8 @@ pub struct Care {
     pub debugged: bool,
     /// How patient to be with crashes.
     pub policy: PolicyConfig,
+    /// A spare process waits beside the one that serves.
+    pub standby: bool,
 }
 
 /// A queue that stands for this long with work in it does not come back by itself.
@@ -81,7 +86,7 @@ const STALL: Duration = Duration::from_secs(30);
 
 impl Default for Care {
     fn default() -> Self {
-        Self { stall: Some(STALL), debugged: false, policy: PolicyConfig::default() }
+        Self { stall: Some(STALL), debugged: false, policy: PolicyConfig::default(), standby: false }
     }
 }
 
@@ -100,6 +105,15 @@ pub(super) struct Makers {
     pub(super) source: Arc<Mutex<Box<dyn BackendSource>>>,
     pub(super) limits: Limits,
     pub(super) track: Track,
+    /// What its processes are made of, where that can be changed.
+    pub(super) build: Option<Arc<Build>>,
+}
+
+impl Makers {
+    /// Whether its backends see rings of the VMM's instead of the driver's.
+    pub(super) fn is_shadowed(&self) -> bool {
+        self.track == Track::Shadow
+    }
 }
 
 /// [`DeviceParts`] as the device's thread has them.

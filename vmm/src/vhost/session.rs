@@ -123,15 +123,56 @@ pub(super) struct StartPlan {
     /// Where its rings are, when they are not the driver's.
     pub(super) shadow: Option<Arc<RingMemory>>,
     pub(super) rings: Vec<RingPlan>,
+    pub(super) known: Known,
+}
+
+/// What can be told before there are rings.
+#[derive(Clone)]
+pub(super) struct Preface {
+    /// What the driver accepted, where there is one.
+    pub(super) features: Option<u64>,
+    pub(super) memory: GuestMemory,
+    /// The record of requests in flight, where there is one already.
+    pub(super) inflight: Option<Arc<InflightRegion>>,
+}
+
+/// What a backend was told already.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Known {
+    pub(super) features: bool,
+    pub(super) memory: bool,
+    pub(super) inflight: bool,
+}
+
+/// Says everything that comes before the rings.
+pub(super) fn brief(wire: &mut Wire, preface: Preface) -> Result<(), ConversationError> {
+    if let Some(features) = preface.features {
+        let wanted = features | PROTOCOL_FEATURES;
+        wire.tell(Step::SetFeatures, |frontend| frontend.set_features(wanted))?;
+    }
+    let table = preface.memory.memory_table();
+    wire.tell(Step::SetMemTable, |frontend| frontend.set_mem_table(&table))?;
+    if let Some(region) = preface.inflight.filter(|_| wire.protocol().contains(Protocol::INFLIGHT_SHMFD)) {
+        let (message, descriptor) = region.message();
+        wire.tell(Step::SetInflightFd, |frontend| frontend.set_inflight_fd(&message, descriptor))?;
+    }
+    if !wire.acknowledges() {
+        wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
+    }
+    Ok(())
 }
 
 /// Hands the driver's rings to the backend. Gives back the record of requests in flight where the backend keeps one.
 pub(super) fn start(wire: &mut Wire, plan: StartPlan) -> Result<Option<Arc<InflightRegion>>, ConversationError> {
     let wanted = plan.features | PROTOCOL_FEATURES;
-    wire.tell(Step::SetFeatures, |frontend| frontend.set_features(wanted))?;
-    let mut table = plan.memory.memory_table();
-    table.extend(plan.shadow.iter().map(|memory| memory.table_entry()));
-    wire.tell(Step::SetMemTable, |frontend| frontend.set_mem_table(&table))?;
+    if !plan.known.features {
+        wire.tell(Step::SetFeatures, |frontend| frontend.set_features(wanted))?;
+    }
+    if !plan.known.memory {
+        let mut table = plan.memory.memory_table();
+        table.extend(plan.shadow.iter().map(|memory| memory.table_entry()));
+        wire.tell(Step::SetMemTable, |frontend| frontend.set_mem_table(&table))?;
+    }
     let keeps_record = wire.protocol().contains(Protocol::INFLIGHT_SHMFD);
     let inflight = match plan.inflight {
         InflightPlan::Keep(region) if keeps_record => Some(region),
@@ -140,7 +181,7 @@ pub(super) fn start(wire: &mut Wire, plan: StartPlan) -> Result<Option<Arc<Infli
         }
         _ => None,
     };
-    if let Some(region) = &inflight {
+    if let Some(region) = inflight.as_ref().filter(|_| !plan.known.inflight) {
         let (message, descriptor) = region.message();
         wire.tell(Step::SetInflightFd, |frontend| frontend.set_inflight_fd(&message, descriptor))?;
     }

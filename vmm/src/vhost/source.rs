@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use atoll_protocol::jail::JailedLayer;
@@ -62,6 +62,37 @@ pub struct Incarnation {
     pub socket: UnixStream,
     /// Its process, where it is ours.
     pub process: Option<Box<dyn BackendProcess>>,
+}
+
+/// How an incarnation is started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// After its predecessor: it is not ready before nothing of that one is under way.
+    Alone,
+    /// Beside one that serves: it is ready when everything is but that, and touches nothing that both would.
+    Beside {
+        /// Another program than that of the others.
+        exe: Option<PathBuf>,
+    },
+}
+
+/// The program that a device's processes are made of; an upgrade makes it another one.
+#[derive(Debug)]
+pub struct Build(Mutex<PathBuf>);
+
+impl Build {
+    /// The program at `exe`.
+    pub fn new(exe: PathBuf) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(exe)))
+    }
+    /// Where it is.
+    pub fn exe(&self) -> PathBuf {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    /// Another one from now on; gives the one before.
+    pub(super) fn set(&self, exe: PathBuf) -> PathBuf {
+        std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), exe)
+    }
 }
 
 /// A backend process that the VMM started.
@@ -131,6 +162,23 @@ pub trait BackendSource: Send {
     /// # Errors
     /// If there is none while `patience` lasts.
     fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError>;
+    /// Starts one beside an earlier one that serves, of the present build or of the one at `exe`.
+    ///
+    /// # Errors
+    /// If there is none while `patience` lasts, or there cannot be two.
+    fn connect_beside(
+        &mut self,
+        _generation: u64,
+        _exe: Option<&Path>,
+        _patience: &mut Patience,
+    ) -> Result<Incarnation, SourceError> {
+        let source = "a second process cannot be started beside the one that serves this device".into();
+        Err(SourceError::Start { hopeless: true, source })
+    }
+    /// What its processes are made of, where one can be started beside another.
+    fn build(&self) -> Option<Arc<Build>> {
+        None
+    }
     /// How to name it in a log.
     fn describe(&self) -> String;
     /// How to see that the last writes of one that has ended are done.

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,7 +13,9 @@ use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarFeatures, Sidec
 use atoll_protocol::{DeviceId, Generation};
 
 use super::patience::Patience;
-use super::source::{BackendProcess, BackendSource, EndIsEnough, Fence, Incarnation, SourceError, is_readable};
+use super::source::{
+    BackendProcess, BackendSource, Build, EndIsEnough, Fence, Incarnation, SourceError, Start, is_readable,
+};
 use crate::backend::{
     BackendEvent, BackendExit, BackendSpec, Child, Ending, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
     WatchLimits,
@@ -32,7 +34,9 @@ pub struct SpawnedBackend {
     /// What the process must say that it serves.
     pub class: DeviceClass,
     /// Its binary.
-    pub exe: PathBuf,
+    pub build: Arc<Build>,
+    /// What it is started with can be had by two processes at a time.
+    pub shareable: bool,
     /// Its arguments, without those of descriptors.
     pub args: Vec<OsString>,
     /// What each incarnation inherits besides its sockets.
@@ -97,10 +101,14 @@ fn is_hopeless(exit: &BackendExit) -> bool {
     matches!(exit.cause, ExitCause::Goodbye(GoodbyeReason::Config(_)) | ExitCause::Unjailed(_))
 }
 
-impl BackendSource for SpawnedBackend {
-    fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
+impl SpawnedBackend {
+    fn start(&self, generation: u64, start: &Start, patience: &mut Patience) -> Result<Incarnation, SourceError> {
         let failed =
             |hopeless, source: Box<dyn std::error::Error + Send + Sync>| SourceError::Start { hopeless, source };
+        let exe = match start {
+            Start::Beside { exe: Some(exe) } => exe.clone(),
+            Start::Beside { exe: None } | Start::Alone => self.build.exe(),
+        };
         let (socket, childs_socket) = UnixStream::pair().map_err(|error| failed(false, error.into()))?;
         let mut fds = vec![PassedFd { flag: "--vhost-fd".into(), fd: OwnedFd::from(childs_socket) }];
         fds.extend((self.descriptors)().map_err(|error| failed(false, error))?);
@@ -113,7 +121,8 @@ impl BackendSource for SpawnedBackend {
             device: self.device,
             generation: Generation(generation),
             class: self.class,
-            exe: self.exe.clone(),
+            exe: exe.clone(),
+            beside: matches!(start, Start::Beside { .. }),
             args: self.args.clone(),
             env: Vec::new(),
             fds,
@@ -149,8 +158,25 @@ impl BackendSource for SpawnedBackend {
         let end = process.kill(Instant::now() + KILL_TIME);
         Err(failed(false, format!("the backend of {} did not get ready in time ({end})", self.name).into()))
     }
+}
+
+impl BackendSource for SpawnedBackend {
+    fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
+        self.start(generation, &Start::Alone, patience)
+    }
+    fn connect_beside(
+        &mut self,
+        generation: u64,
+        exe: Option<&Path>,
+        patience: &mut Patience,
+    ) -> Result<Incarnation, SourceError> {
+        self.start(generation, &Start::Beside { exe: exe.map(Path::to_owned) }, patience)
+    }
+    fn build(&self) -> Option<Arc<Build>> {
+        self.shareable.then(|| Arc::clone(&self.build))
+    }
     fn describe(&self) -> String {
-        self.exe.display().to_string()
+        self.build.exe().display().to_string()
     }
     fn fence(&self) -> Arc<dyn Fence> {
         Arc::new(EndIsEnough)

@@ -285,6 +285,11 @@ impl Image {
         Ok(opened)
     }
 
+    /// Bytes of the disk, by the header of an image that somebody may be serving: that never changes.
+    pub fn size(chain: &Chain) -> Result<u64, ImageError> {
+        header_of(&chain.top, chain.align).map(|(header, _)| header.bytes)
+    }
+
     /// Bytes of the disk.
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -129,6 +129,22 @@ pub(crate) enum Command {
         #[arg(value_name = "ID")]
         id: String,
     },
+    /// Puts another build in the place of the process that serves a device, while the guest runs. The new one is started
+    /// and tried beside the old one; on any failure the old one carries on, and what failed is said.
+    #[command(after_help = "Example:\n  atoll upgrade web _disk0 --exe /usr/lib/atoll-next/atoll-blk")]
+    Upgrade {
+        #[command(flatten)]
+        vm: Target,
+        /// The device, as `atoll info` names it.
+        #[arg(value_name = "ID")]
+        id: String,
+        /// The new program. A process that is started after a crash is of this program, too, from then on.
+        #[arg(long, value_name = "FILE")]
+        exe: PathBuf,
+        /// How long it may take for each word while the guest waits, in milliseconds; then the old one comes back.
+        #[arg(long, value_name = "MS", default_value_t = 40)]
+        step_ms: u32,
+    },
     /// Does to a device what the world may do: kill, stop, delay, drop-kick, drop-call, slow, disconnect or garbage. Only for
     /// a machine that was started with --allow-faults.
     #[command(after_help = "Example:\n  atoll fault web _disk0 kill")]
@@ -315,8 +331,8 @@ pub(crate) struct RunArgs {
     /// A disk: path=FILE[,image_type=raw|qcow2][,backing_files=on][,readonly=on][,direct=on][,serial=TEXT][,num_queues=N]
     /// [,queue_size=N][,id=NAME], or an external backend: vhost_user=true,socket=PATH[,track=shadow]. Limits:
     /// bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and bw_one_time_burst, ops_one_time_burst. With
-    /// on_failure=error|wait|unplug for a backend that cannot be had again. Several may follow one flag, and it may be
-    /// repeated.
+    /// on_failure=error|wait|unplug for a backend that cannot be had again; standby=on keeps a spare process beside the one
+    /// that serves. Several may follow one flag, and it may be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
     /// A network card: user=on[,forward=2222:22+udp:5353:53] (no rights needed), tap=NAME[,ip=A,mask=M], fd=[3,4],

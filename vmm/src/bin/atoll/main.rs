@@ -192,6 +192,7 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::AddDevice(device) => plug("add-device", device),
         Command::Remove { vm, id, wait } => done(operate::remove(&vm.name, id, *wait)),
         Command::Revive { vm, id } => done(operate::revive(&vm.name, id)),
+        Command::Upgrade { vm, id, exe, step_ms } => done(operate::upgrade(&vm.name, id, exe, *step_ms)),
         Command::Fault { vm, id, fault, seed } => done(operate::fault(&vm.name, id, *fault, *seed)),
         Command::ResizeDisk { vm, id, size } => operate::resize_disk(&vm.name, id, size).map(|()| 0),
         Command::Events(vm) => done(operate::events(&vm.name)),

@@ -2,7 +2,7 @@
 
 use std::io::{self, Write, stdout};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -265,6 +265,17 @@ pub(crate) fn revive(name: &str, id: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// `upgrade`.
+pub(crate) fn upgrade(name: &str, id: &str, exe: &Path, step_ms: u32) -> anyhow::Result<()> {
+    let exe = exe.canonicalize().map_err(|error| anyhow::anyhow!("{}: {error}", exe.display()))?;
+    let body = json!({ "id": id, "exe": exe, "step_ms": step_ms });
+    let answer = Machine::find(name)?.put("vm.upgrade-device", Some(&body))?;
+    let generation = answer.as_ref().and_then(|answer| answer["generation"].as_u64()).unwrap_or_default();
+    let line = format!("{id} is served by {} now (generation {generation})\n", exe.display());
+    stdout().write_all(line.as_bytes())?;
+    Ok(())
+}
+
 /// `fault`.
 pub(crate) fn fault(name: &str, id: &str, fault: atoll_vmm::vhost::Fault, seed: u64) -> anyhow::Result<()> {
     Machine::find(name)?.put("vm.fault-device", Some(&json!({ "id": id, "fault": fault, "seed": seed })))?;
@@ -320,6 +331,8 @@ mod tests {
             restarts: 1,
             recovery: RecoveryClass::IdleOnly,
             pid: Some(7),
+            exe: None,
+            standby: None,
             jail: std::collections::BTreeMap::new(),
             last_exit: Some("signal 9".into()),
             last_lines: Vec::new(),

@@ -111,6 +111,7 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
         "P99",
         "IN FLIGHT",
         "PID",
+        "SPARE",
         "GENERATION",
         "RESTARTS",
     ];
@@ -138,6 +139,7 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
             latency(0.99),
             in_flight.to_string(),
             or_dash(device.pid.map(|pid| pid.to_string())),
+            or_dash(device.standby.map(|spare| word(serde_json::to_value(spare)))),
             device.generation.to_string(),
             device.restarts.to_string(),
         ]);
@@ -268,6 +270,8 @@ mod tests {
             restarts: 1,
             recovery: RecoveryClass::Full,
             pid: Some(77),
+            exe: None,
+            standby: None,
             jail: std::collections::BTreeMap::new(),
             last_exit: Some("signal 9".into()),
             last_lines: Vec::new(),
@@ -295,7 +299,8 @@ mod tests {
         };
         assert_eq!(line("web"), ["web:", "running,", "cpu", "soft,", "memory", "512M"]);
         assert_eq!(line("vcpu0"), ["vcpu0", "guest", "2.0k", "-", "-", "648"]);
-        let disk = ["_disk0", "running", "full", "2.0k", "7.8MB", "0B", "32", "us", "63", "us", "3", "77", "2", "1"];
+        let disk =
+            ["_disk0", "running", "full", "2.0k", "7.8MB", "0B", "32", "us", "63", "us", "3", "77", "-", "2", "1"];
         assert_eq!(line("_disk0 "), disk);
         assert!(text.ends_with("_disk0: signal 9\n"), "{text}");
         assert!(on_screen(&text, 10, 24).lines().all(|line| line.chars().filter(|c| !c.is_control()).count() < 20));

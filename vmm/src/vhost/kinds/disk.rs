@@ -19,7 +19,7 @@ use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::features::BLK_MQ;
 use crate::vhost::patience::Patience;
 use crate::vhost::session::Capabilities;
-use crate::vhost::source::{BackendSource, ExternalSocket, Fence, Incarnation, SourceError};
+use crate::vhost::source::{BackendSource, Build, ExternalSocket, Fence, Incarnation, SourceError};
 use crate::vhost::worker::ResizeError;
 
 /// Bytes of a virtio sector (virtio 1.2, 5.2.4).
@@ -225,6 +225,17 @@ impl Fence for ImageFence {
 impl BackendSource for ImageBackends {
     fn connect(&mut self, generation: u64, patience: &mut Patience) -> Result<Incarnation, SourceError> {
         self.backends.connect(generation, patience)
+    }
+    fn connect_beside(
+        &mut self,
+        generation: u64,
+        exe: Option<&Path>,
+        patience: &mut Patience,
+    ) -> Result<Incarnation, SourceError> {
+        self.backends.connect_beside(generation, exe, patience)
+    }
+    fn build(&self) -> Option<Arc<Build>> {
+        self.backends.build()
     }
     fn describe(&self) -> String {
         self.backends.describe()

@@ -36,7 +36,7 @@ pub(super) use rng::Rng;
 pub(super) use vsock::Vsock;
 
 use super::class::DeviceClass;
-use super::source::BackendSource;
+use super::source::{BackendSource, Build};
 use super::spawned::{MakeDescriptors, SpawnedBackend};
 use crate::backend::{Spawner, beside_this_binary};
 use crate::metrics::DeviceMeter;
@@ -56,6 +56,10 @@ pub(super) trait Kind: Send {
     fn own_queues(&self) -> Option<u16> {
         None
     }
+    /// Whether two processes of ours can have what it stands on at a time, while only one of them touches it.
+    fn is_shareable(&self) -> bool {
+        true
+    }
     /// Opens what the device needs and says where its backends come from.
     fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError>;
 }
@@ -71,6 +75,8 @@ pub(super) struct Host {
     pub(super) name: String,
     /// Counts what the process does.
     pub(super) meter: Option<Arc<DeviceMeter>>,
+    /// Two processes can have what the device stands on at a time.
+    pub(super) shareable: bool,
 }
 
 impl Host {
@@ -91,12 +97,14 @@ impl Host {
         args: Vec<OsString>,
         descriptors: MakeDescriptors,
     ) -> Result<Box<dyn BackendSource>, KindError> {
-        let exe = self.program(program)?;
+        let build = Build::new(self.program(program)?);
+        let shareable = self.shareable;
         Ok(Box::new(SpawnedBackend {
             name: self.name.clone(),
             device: self.number,
             class,
-            exe,
+            build,
+            shareable,
             args,
             descriptors,
             meter: self.meter.clone(),

@@ -225,6 +225,10 @@ impl Kind for Net {
         };
         ours.then_some(2 * self.pairs + 1)
     }
+    fn is_shareable(&self) -> bool {
+        // Each incarnation has a passt of its own, or opens the interface by its name: there is one at a time.
+        !matches!(self.way, Way::User(_) | Way::Tap(_))
+    }
     fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
         let mut args = self.arguments();
         let descriptors = match &self.way {

@@ -7,8 +7,8 @@ use crate::vhost::device::Recovery;
 /// nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::vhost) enum Event {
-    /// An incarnation that was to be started is there, was greeted, and offers what the guest was shown. Whatever serves
-    /// says so only when nothing of its predecessor is under way any more.
+    /// An incarnation that was to be started is there, was greeted, and offers what the guest was shown. One that was not
+    /// started beside another says so only when nothing of its predecessor is under way any more.
     Greeted { generation: u64, recovery: Recovery },
     /// It could not be started, or greeted; nothing of it is left.
     NotStarted { generation: u64, failure: Failure },
@@ -52,6 +52,14 @@ pub(in crate::vhost) enum Event {
     Arrive,
     /// The operator wants it back.
     Revive,
+    /// The operator wants another build in the present one's place.
+    Upgrade,
+    /// What the device knows has moved from the present backend to the new build's.
+    Transferred { generation: u64 },
+    /// It has not: the new one does not take it, or is gone. The present one has lost nothing.
+    NotTransferred { generation: u64, why: String },
+    /// What a spare was told of the device is not true any more.
+    Outdated,
     /// Time has passed.
     Time,
 }
@@ -76,6 +84,15 @@ pub(in crate::vhost) struct End {
     pub(in crate::vhost) unfinished: bool,
 }
 
+/// Which program an incarnation is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum Build {
+    /// That of the backend that serves.
+    Present,
+    /// That which is to replace it.
+    New,
+}
+
 /// Why rings are taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::vhost) enum TakeBack {
@@ -85,6 +102,8 @@ pub(in crate::vhost) enum TakeBack {
     Pause,
     /// The board goes.
     Leave,
+    /// A new build is to take its place.
+    Upgrade,
 }
 
 /// What an operator hears of.
@@ -100,6 +119,16 @@ pub(in crate::vhost) enum Tale {
     Stalled { what: String },
     /// Nobody could show that a dead backend's writes are done.
     FenceGivenUp,
+    /// A new build is being tried.
+    UpgradeStarted { generation: u64 },
+    /// It serves, and so will its successors.
+    Upgraded { generation: u64 },
+    /// The old build carries on, or is back.
+    UpgradeRefused { why: String },
+    /// A spare waits.
+    SpareReady { generation: u64 },
+    /// The spare is gone; there will be another.
+    SpareLost { generation: u64, why: String },
 }
 
 /// Something is to be done, in the order given.
@@ -107,6 +136,17 @@ pub(in crate::vhost) enum Tale {
 pub(in crate::vhost) enum Action {
     /// Start or reach this incarnation and greet it; tell `Greeted` or `NotStarted`.
     Spawn { generation: u64 },
+    /// The same beside the one that serves: of the new build, or of the present one.
+    SpawnBeside { generation: u64, build: Build },
+    /// One that was greeted is the device's backend from now on, and its build that of its successors.
+    Promote { generation: u64 },
+    /// End one that was started beside, whatever it is at. It never had rings; nobody waits for its end.
+    DropBeside { generation: u64 },
+    /// Move what the device knows from one backend to the other; neither has rings. Tell `Transferred` or
+    /// `NotTransferred`, or `Lost` of the first.
+    Transfer { from: u64, to: u64 },
+    /// The build before the last one promoted is that of the successors again.
+    Revert,
     /// Hang up, kill it, reap it; tell `Ended`, once it has.
     Kill { generation: u64 },
     /// Look for the proof that nothing of the dead is under way; tell `FencePassed`.
@@ -139,6 +179,17 @@ pub(in crate::vhost) enum Action {
     AskUnplug,
     /// Tell the story.
     Tell(Tale),
+}
+
+/// What a spare is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::vhost) enum SpareState {
+    /// None is wanted.
+    Off,
+    /// It is wanted, and not there yet.
+    Coming,
+    /// It waits.
+    Ready(u64),
 }
 
 /// What the device is at.

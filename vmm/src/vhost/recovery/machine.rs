@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use atoll_protocol::Generation;
 
+use super::beside::{Standby, Upgrade};
 use super::event::{Action, End, Event, Failure, State, TakeBack, Tale};
 use super::stall::{Sample, StallWatch};
 use crate::actor::Moment;
@@ -24,33 +25,41 @@ pub(in crate::vhost) struct Rules {
     pub(in crate::vhost) stall: Option<Duration>,
     /// Somebody debugs the backend: one that stands is told of and left alone.
     pub(in crate::vhost) debugged: bool,
+    /// A spare waits beside the backend.
+    pub(in crate::vhost) standby: bool,
+    /// How long a new build must serve before the old one is forgotten.
+    pub(in crate::vhost) probation: Duration,
 }
 
 /// A backend that is there.
 #[derive(Clone, Debug)]
-struct Present {
-    generation: u64,
-    recovery: Recovery,
-    dying: Option<Verdict>,
+pub(super) struct Present {
+    pub(super) generation: u64,
+    pub(super) recovery: Recovery,
+    pub(super) dying: Option<Verdict>,
 }
 
 /// What comes after a backend's end.
 #[derive(Clone, Debug)]
-enum Verdict {
+pub(super) enum Verdict {
     Restart,
     GiveUp(String),
+    /// A new build takes its place.
+    Replaced,
+    /// It is a new build that did not do; the old one comes back.
+    RollBack(String),
 }
 
 /// Who has the driver's rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rings {
+pub(super) enum Rings {
     Home,
     Out(u64),
     Substituted,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fence {
+pub(super) enum Fence {
     Clear,
     /// Something of a dead backend may be under way; that is believed until then.
     Pending(Moment),
@@ -65,7 +74,7 @@ struct Driver {
 }
 
 #[derive(Clone, Debug)]
-enum Trouble {
+pub(super) enum Trouble {
     None,
     Recovering(String),
     Waiting(String),
@@ -75,21 +84,25 @@ enum Trouble {
 /// The state of one device's recovery.
 #[derive(Clone, Debug)]
 pub(in crate::vhost) struct Machine {
-    rules: Rules,
-    policy: RestartPolicy,
-    present: Option<Present>,
-    coming: Option<u64>,
+    pub(super) rules: Rules,
+    pub(super) policy: RestartPolicy,
+    pub(super) present: Option<Present>,
+    pub(super) coming: Option<u64>,
+    /// It was started beside a backend that lived: that it is there says nothing of the fence.
+    pub(super) coming_beside: bool,
+    pub(super) upgrade: Option<Upgrade>,
+    pub(super) standby: Standby,
     again_at: Option<Moment>,
-    rings: Rings,
-    fence: Fence,
+    pub(super) rings: Rings,
+    pub(super) fence: Fence,
     driver: Option<Driver>,
     paused: bool,
-    leaving: bool,
-    settling: bool,
+    pub(super) leaving: bool,
+    pub(super) settling: bool,
     resets_owed: bool,
     activation_owed: bool,
     stall_told: bool,
-    trouble: Trouble,
+    pub(super) trouble: Trouble,
     lost: u64,
     stalls: StallWatch,
     actions: Vec<Action>,
@@ -105,6 +118,9 @@ impl Machine {
             policy,
             present: Some(Present { generation: Generation::FIRST.0, recovery, dying: None }),
             coming: None,
+            coming_beside: false,
+            upgrade: None,
+            standby: Standby::new(),
             again_at: None,
             rings: Rings::Home,
             fence: Fence::Clear,
@@ -154,7 +170,7 @@ impl Machine {
             Fence::Pending(until) => Some(until),
         };
         let again = self.again_at.filter(|_| !self.leaving);
-        again.into_iter().chain(fence).min()
+        again.into_iter().chain(fence).chain(self.beside_due_at()).min()
     }
     /// What it is at.
     pub(in crate::vhost) fn state(&self) -> State {
@@ -171,7 +187,11 @@ impl Machine {
     /// Takes an event; gives what is to be done, in order.
     pub(in crate::vhost) fn on(&mut self, event: Event, now: Moment) -> Vec<Action> {
         match event {
-            Event::Greeted { generation, recovery } => self.greeted(generation, recovery),
+            Event::Greeted { generation, recovery } => {
+                if !self.greeted_beside(generation, recovery) {
+                    self.greeted(generation, recovery);
+                }
+            }
             Event::NotStarted { generation, failure } => self.not_started(generation, failure, now),
             Event::HandedOver { generation } if self.rings == Rings::Out(generation) => self.handed_over(now),
             Event::HandOverFailed { generation, failure } if self.rings == Rings::Out(generation) => match failure {
@@ -188,7 +208,11 @@ impl Machine {
                 self.stalls.end();
                 self.clear_up();
             }
-            Event::Lost { generation, why } => self.lose(generation, Verdict::Restart, why, now),
+            Event::Lost { generation, why } => {
+                if !self.lose_beside(generation, &why, now) {
+                    self.lose(generation, Verdict::Restart, why, now);
+                }
+            }
             Event::Ended { generation, end } => self.ended(generation, &end, now),
             Event::Sampled { samples, spared } => self.sampled(&samples, spared, now),
             Event::Stalled { generation, what, spared } => self.stalled(generation, what, spared, now),
@@ -217,6 +241,8 @@ impl Machine {
             Event::Leave => {
                 self.leaving = true;
                 (self.resets_owed, self.activation_owed) = (false, false);
+                self.cancel_upgrade("the machine starts again", now);
+                self.stop_preparing_a_spare();
                 self.forget_driver(TakeBack::Leave);
                 self.revive(now);
                 self.clear_up();
@@ -224,16 +250,25 @@ impl Machine {
             Event::Stop => {
                 self.leaving = true;
                 (self.resets_owed, self.activation_owed) = (false, false);
+                self.cancel_upgrade("the machine ends", now);
+                self.drop_spare();
                 self.forget_driver(TakeBack::Leave);
             }
             Event::Arrive => {
                 (self.leaving, self.paused) = (false, false);
                 // Whoever prepared it is gone with the last board.
                 if let Some(generation) = self.coming {
+                    self.coming_beside = false;
                     self.actions.push(Action::Spawn { generation });
                 }
             }
             Event::Revive => self.revive(now),
+            Event::Upgrade => self.upgrade(),
+            Event::Transferred { generation } => self.transferred(generation, now),
+            Event::NotTransferred { generation, why } => {
+                self.lose_beside(generation, &why, now);
+            }
+            Event::Outdated => self.renew_spare(now),
             Event::Time => self.time(now),
             // News of an incarnation that has nothing any more.
             Event::HandedOver { .. }
@@ -245,7 +280,7 @@ impl Machine {
         std::mem::take(&mut self.actions)
     }
 
-    fn act(&mut self, action: Action) {
+    pub(super) fn act(&mut self, action: Action) {
         self.actions.push(action);
     }
 
@@ -253,12 +288,15 @@ impl Machine {
         self.present.as_ref().filter(|present| present.dying.is_some()).map(|present| present.generation)
     }
 
-    fn is_quarantined(&self) -> bool {
+    pub(super) fn is_quarantined(&self) -> bool {
         matches!(self.trouble, Trouble::Quarantined(_))
     }
 
     /// Gives the rings to whoever is to have them, if they are here and there is a driver.
-    fn serve(&mut self) {
+    pub(super) fn serve(&mut self) {
+        if self.advance_upgrade() {
+            return;
+        }
         let Some(driver) = self.driver else { return };
         let at_rest = self.rings == Rings::Home && self.fence == Fence::Clear;
         if self.paused || self.leaving || self.settling || self.resets_owed || !at_rest {
@@ -292,7 +330,7 @@ impl Machine {
     }
 
     /// What waits for the rings to be here and for the fence.
-    fn clear_up(&mut self) {
+    pub(super) fn clear_up(&mut self) {
         if self.rings != Rings::Home || self.fence != Fence::Clear {
             return;
         }
@@ -317,16 +355,19 @@ impl Machine {
         }
     }
 
-    fn start(&mut self, generation: Generation) {
+    fn start(&mut self, generation: Generation, now: Moment) {
         self.again_at = None;
-        self.coming = Some(generation.0);
+        if self.use_spare(now) {
+            return;
+        }
+        (self.coming, self.coming_beside) = (Some(generation.0), false);
         self.act(Action::Spawn { generation: generation.0 });
     }
 
-    fn follow(&mut self, decision: Decision, now: Moment) {
+    pub(super) fn follow(&mut self, decision: Decision, now: Moment) {
         match decision {
             Decision::Nothing => {}
-            Decision::Start(generation) => self.start(generation),
+            Decision::Start(generation) => self.start(generation, now),
             Decision::Wait(at) => self.again_at = Some(at),
             Decision::Quarantine(reason) => {
                 let why = match reason {
@@ -357,17 +398,18 @@ impl Machine {
             return;
         }
         self.coming = None;
-        self.policy.ready(Generation(generation));
-        self.present = Some(Present { generation, recovery, dying: None });
-        self.trouble = Trouble::None;
         self.act(Action::Tell(Tale::Restarted { generation }));
-        self.act(Action::ShowConfig);
-        // It could not be ready before that.
-        self.pass_fence();
+        if !self.coming_beside {
+            // It could not be ready before that.
+            self.fence = Fence::Clear;
+        }
+        self.promote(generation, recovery);
     }
 
     fn not_started(&mut self, generation: u64, failure: Failure, now: Moment) {
         if self.coming != Some(generation) {
+            let (Failure::Passing(why) | Failure::Hopeless(why)) = failure;
+            self.lose_beside(generation, &why, now);
             return;
         }
         self.coming = None;
@@ -388,6 +430,7 @@ impl Machine {
         (driver.ran, driver.unfinished) = (true, false);
         self.stalls.begin(now);
         self.stall_told = false;
+        self.renew_probation(now);
         self.act(Action::Kick { call });
         self.complete_activation();
     }
@@ -399,6 +442,13 @@ impl Machine {
             return;
         }
         present.dying = Some(verdict);
+        if self.is_on_probation(generation)
+            && let Some(present) = &mut self.present
+        {
+            present.dying = Some(Verdict::RollBack(why.clone()));
+        } else {
+            self.cancel_upgrade(&format!("the old one was lost meanwhile: {why}"), now);
+        }
         self.lost += 1;
         self.stalls.end();
         if !self.is_quarantined() {
@@ -425,6 +475,12 @@ impl Machine {
                 driver.unfinished = end.unfinished;
             }
         }
+        if matches!(verdict, Verdict::Replaced) {
+            self.replaced(now);
+            return if self.alive().is_none() {
+                self.complete_activation()
+            };
+        }
         self.act(Action::Tell(Tale::Crashed { generation }));
         if self.fence != Fence::Clear {
             self.act(Action::WatchFence);
@@ -436,7 +492,8 @@ impl Machine {
         }
         match verdict {
             Verdict::GiveUp(why) => self.give_up(why, now),
-            Verdict::Restart => {
+            Verdict::RollBack(why) => self.roll_back(why, now),
+            Verdict::Replaced | Verdict::Restart => {
                 let decision = self.policy.exited(Generation(generation), &end.ending, now);
                 self.follow(decision, now);
             }
@@ -456,6 +513,7 @@ impl Machine {
         }
         self.policy.give_up();
         (self.again_at, self.trouble) = (None, Trouble::Quarantined(why.clone()));
+        self.drop_spare();
         self.act(Action::Tell(Tale::Quarantined { why }));
         // A driver that is resetting the device has heard enough.
         if self.driver.is_some() && !self.resets_owed {
@@ -528,7 +586,7 @@ impl Machine {
         self.take_back(why);
     }
 
-    fn take_back(&mut self, why: TakeBack) {
+    pub(super) fn take_back(&mut self, why: TakeBack) {
         match self.rings {
             Rings::Home => {}
             Rings::Out(generation) if self.alive() == Some(generation) => {
@@ -590,5 +648,6 @@ impl Machine {
             let decision = self.policy.due(now);
             self.follow(decision, now);
         }
+        self.time_beside(now);
     }
 }

@@ -15,11 +15,21 @@
 //!                                                   (a stand-in has the rings, once the fence has passed)
 //! ```
 //!
-//! What serves (`present`) and what is being prepared (`coming`) are two things: a successor can be made ready beside a
-//! backend that still runs.
+//! What serves (`present`) and what is being prepared (`coming`) are two things. Beside a backend that runs others can be
+//! made ready ([`beside`]): a spare, which is there at once when the backend is lost, and a new build, which takes its
+//! place:
+//!
+//! ```text
+//!          started, greeted     rings taken back     state moved         old one ended       time passes
+//! Starting ───────────────> Ready ───────────> Stopping ──────> Switching ────────────> Probation ─────────> done
+//!    │                        │                   │                │                      │
+//!    └────────────────────────┴───────────────────┘                └──────────────────────┘
+//!       refused: the old one carries on, on its rings                refused: the old build is started again
+//! ```
 //!
 //! The machine runs in a simulation of its own ([`simulation`]): fake processes, fake time, seeded schedules.
 
+mod beside;
 mod event;
 mod machine;
 #[cfg(test)]
@@ -28,6 +38,6 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-pub(super) use event::{Action, End, Event, Failure, State, TakeBack, Tale};
+pub(super) use event::{Action, Build, End, Event, Failure, SpareState, State, TakeBack, Tale};
 pub(super) use machine::{Machine, Rules};
 pub(super) use stall::Sample;

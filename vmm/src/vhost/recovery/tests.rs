@@ -15,7 +15,9 @@ struct Story {
 
 fn rules() -> Rules {
     let (fence, stall) = (Duration::from_secs(10), Some(Duration::from_secs(30)));
-    Rules { policy: PolicyConfig::default(), on_failure: OnFailure::Error, fence, stall, debugged: false }
+    let (standby, probation) = (false, Duration::from_millis(200));
+    let policy = PolicyConfig::default();
+    Rules { policy, on_failure: OnFailure::Error, fence, stall, debugged: false, standby, probation }
 }
 
 fn end(idle: bool) -> End {
@@ -165,6 +167,94 @@ fn a_queue_that_stands() {
     assert_eq!(stand(&mut stopped, 8), []);
     assert_eq!(stand(&mut stopped, 3600), []);
     assert_eq!((0..3).flat_map(|_| stand(&mut stopped, 8)).collect::<Vec<_>>(), [Action::Kill { generation: 1 }]);
+}
+
+/// A new build is made ready beside the one that serves; the driver's rings are nowhere only between two words, and the
+/// old build is forgotten when the new one has served for a while.
+#[test]
+fn a_new_build_takes_over() {
+    let mut story = Story::running(rules());
+    let tried = story.on(Event::Upgrade);
+    assert_eq!(
+        tried,
+        [
+            Action::Tell(Tale::UpgradeStarted { generation: 2 }),
+            Action::SpawnBeside { generation: 2, build: Build::New }
+        ]
+    );
+    let ready = story.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
+    assert_eq!(ready, [Action::TakeBack { generation: 1, why: TakeBack::Upgrade }]);
+    assert_eq!(story.on(Event::TakenBack { generation: 1 }), [Action::Transfer { from: 1, to: 2 }]);
+    assert_eq!(story.on(Event::Transferred { generation: 2 }), [Action::Kill { generation: 1 }]);
+    assert!(story.machine.is_replaced(1) && story.machine.lost() == 0);
+    let promoted = story.on(Event::Ended { generation: 1, end: end(true) });
+    assert_eq!(promoted, [Action::WatchFence, Action::Promote { generation: 2 }, Action::ShowConfig]);
+    let over = story.on(Event::FencePassed);
+    assert_eq!(over, [Action::Settled, Action::HandOver { generation: 2, continued: true }]);
+    assert_eq!(story.on(Event::HandedOver { generation: 2 }), [Action::Kick { call: true }]);
+    assert_eq!(story.pass(), [Action::Tell(Tale::Upgraded { generation: 2 })]);
+    assert_eq!((story.machine.lost(), story.machine.state()), (0, State::Running));
+}
+
+/// A new build that will not do: before it has anything the old one carries on untouched; when the old one has given its
+/// rings back it gets them again; and when the new one has had them the old build is started anew, at once.
+#[test]
+fn a_new_build_that_will_not_do() {
+    let refused = |actions: &[Action]| {
+        actions.iter().any(|action| matches!(action, Action::Tell(Tale::UpgradeRefused { why }) if why == "bad"))
+    };
+    let hopeless = || Failure::Hopeless("bad".into());
+    let mut early = Story::running(rules());
+    early.on(Event::Upgrade);
+    let actions = early.on(Event::NotStarted { generation: 2, failure: hopeless() });
+    assert!(refused(&actions) && actions.len() == 1 && early.machine.state() == State::Running, "{actions:?}");
+    let mut state = Story::running(rules());
+    state.on(Event::Upgrade);
+    state.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
+    state.on(Event::TakenBack { generation: 1 });
+    let actions = state.on(Event::NotTransferred { generation: 2, why: "bad".into() });
+    assert!(refused(&actions) && actions.contains(&Action::DropBeside { generation: 2 }), "{actions:?}");
+    assert_eq!(actions.last(), Some(&Action::HandOver { generation: 1, continued: true }));
+    let mut late = Story::running(rules());
+    late.on(Event::Upgrade);
+    late.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
+    late.on(Event::TakenBack { generation: 1 });
+    late.on(Event::Transferred { generation: 2 });
+    late.on(Event::Ended { generation: 1, end: end(true) });
+    late.on(Event::FencePassed);
+    assert_eq!(
+        late.on(Event::HandOverFailed { generation: 2, failure: hopeless() }),
+        [Action::Kill { generation: 2 }],
+        "one that refuses does not quarantine the device"
+    );
+    let actions = late.on(Event::Ended { generation: 2, end: end(false) });
+    assert!(refused(&actions) && actions.contains(&Action::Revert), "{actions:?}");
+    assert_eq!(actions.last(), Some(&Action::Spawn { generation: 3 }));
+}
+
+/// With a spare nobody is started when a backend is lost: the spare has the rings as soon as the fence has passed, and the
+/// next spare is made afterwards. One that dies is replaced without anybody noticing.
+#[test]
+fn a_spare_takes_over() {
+    let mut story = Story::running(Rules { standby: true, ..rules() });
+    assert_eq!(story.pass(), [Action::SpawnBeside { generation: 2, build: Build::Present }]);
+    let ready = story.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
+    assert_eq!(ready, [Action::Tell(Tale::SpareReady { generation: 2 })]);
+    let lost = story.on(Event::Lost { generation: 2, why: "gone".into() });
+    assert_eq!(lost.first(), Some(&Action::DropBeside { generation: 2 }));
+    assert_eq!(story.machine.state(), State::Running);
+    assert_eq!(story.pass(), [Action::SpawnBeside { generation: 3, build: Build::Present }]);
+    story.on(Event::Greeted { generation: 3, recovery: Recovery::Full });
+    let actions = story.lose(1, false);
+    assert!(
+        !actions.iter().any(|action| matches!(action, Action::Spawn { .. } | Action::HandOver { .. })),
+        "{actions:?}"
+    );
+    assert!(actions.contains(&Action::Promote { generation: 3 }), "{actions:?}");
+    let over = story.on(Event::FencePassed);
+    assert_eq!(over, [Action::Settled, Action::HandOver { generation: 3, continued: true }]);
+    assert_eq!(story.on(Event::HandedOver { generation: 3 }), [Action::Kick { call: true }]);
+    assert!(matches!(story.pass().as_slice(), [Action::SpawnBeside { generation: 5, build: Build::Present }]));
 }
 
 /// A killed process that does not end (its storage hangs) has no successor before it has, and yet keeps nobody waiting for

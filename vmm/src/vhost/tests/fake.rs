@@ -1,7 +1,7 @@
 //! A backend in a thread: it records every message, and misbehaves where it is told to.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read as _, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -18,7 +18,7 @@ use vhost::vhost_user::{
 };
 
 use crate::vhost::patience::Patience;
-use crate::vhost::source::{BackendSource, Incarnation, SourceError};
+use crate::vhost::source::{BackendSource, Build, Incarnation, SourceError};
 
 /// What to do when a message comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,24 @@ pub(super) enum Misdeed {
     Refuse,
 }
 
+/// The state of a fake.
+pub(super) const STATE: &[u8] = b"what I know";
+
+/// How a fake gives and takes its state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StateChannel {
+    /// By memory of its own.
+    Memory,
+    /// By the channel that it is offered.
+    Offered,
+    /// By a descriptor that is no memory, and on which nothing ever comes.
+    Pipe,
+    /// By memory without end.
+    Long,
+    /// By the channel that it is offered, on which nothing ever comes.
+    Endless,
+}
+
 /// What a fake is like.
 #[derive(Clone, Debug)]
 pub(super) struct Character {
@@ -41,6 +59,8 @@ pub(super) struct Character {
     pub(super) queues: u64,
     pub(super) config: Vec<u8>,
     pub(super) inflight_size: Option<u64>,
+    /// How it gives and takes its state.
+    pub(super) channel: StateChannel,
     /// At the first message whose record starts like this, do that.
     pub(super) misdeed: Option<(String, Misdeed)>,
 }
@@ -53,6 +73,7 @@ impl Default for Character {
             queues: 2,
             config: vec![7; 16],
             inflight_size: None,
+            channel: StateChannel::Memory,
             misdeed: None,
         }
     }
@@ -65,6 +86,9 @@ pub(super) struct Seen {
     pub(super) kicks: Vec<(u8, File)>,
     pub(super) calls: Vec<(u8, File)>,
     pub(super) inflight: Option<File>,
+    /// The state that it was given, and what it keeps open.
+    pub(super) state: Option<File>,
+    pub(super) open: Vec<File>,
 }
 
 pub(super) struct Fake {
@@ -229,14 +253,60 @@ impl VhostUserBackendReqHandlerMut for Fake {
     }
     fn set_device_state_fd(
         &mut self,
-        _direction: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        _fd: File,
+        mut offered: File,
     ) -> Result<Option<File>> {
-        unused()
+        self.hear(format!("SET_DEVICE_STATE_FD {direction:?}"))?;
+        let saves = direction == VhostTransferStateDirection::SAVE;
+        let memory = || File::from(rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap());
+        let mut seen = self.seen.lock().unwrap();
+        let own = match self.character.channel {
+            StateChannel::Offered => {
+                if saves {
+                    offered.write_all(STATE).unwrap();
+                } else {
+                    seen.state = Some(offered);
+                }
+                return Ok(None);
+            }
+            StateChannel::Endless => {
+                seen.open.push(offered);
+                return Ok(None);
+            }
+            StateChannel::Pipe => {
+                let (reader, writer) = std::io::pipe().unwrap();
+                seen.open.push(std::os::fd::OwnedFd::from(writer).into());
+                return Ok(Some(std::os::fd::OwnedFd::from(reader).into()));
+            }
+            StateChannel::Long => {
+                let own = memory();
+                own.set_len(1 << 40).unwrap();
+                return Ok(Some(own));
+            }
+            StateChannel::Memory => memory(),
+        };
+        if saves {
+            (&own).write_all(STATE).unwrap();
+        } else {
+            seen.state = Some(own.try_clone().unwrap());
+        }
+        Ok(Some(own))
     }
     fn check_device_state(&mut self) -> Result<()> {
-        unused()
+        let state = self.seen.lock().unwrap().state.take();
+        if let Some(mut state) = state {
+            let mut bytes = Vec::new();
+            if self.character.channel == StateChannel::Memory {
+                use std::os::unix::fs::FileExt as _;
+                bytes.resize(state.metadata().unwrap().len() as usize, 0);
+                state.read_exact_at(&mut bytes, 0).unwrap();
+            } else {
+                state.read_to_end(&mut bytes).unwrap();
+            }
+            assert_eq!(bytes, STATE);
+        }
+        self.hear("CHECK_DEVICE_STATE".into())
     }
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
         unused()
@@ -319,12 +389,13 @@ pub(super) fn serve(back: UnixStream, character: Character) -> Life {
 pub(super) struct Fakes {
     characters: Vec<Character>,
     lives: Sender<Life>,
+    build: Arc<Build>,
 }
 
 impl Fakes {
     pub(super) fn new(characters: Vec<Character>) -> (Self, Receiver<Life>) {
         let (lives, born) = channel();
-        (Self { characters, lives }, born)
+        (Self { characters, lives, build: Build::new("old".into()) }, born)
     }
 }
 
@@ -334,6 +405,17 @@ impl BackendSource for Fakes {
         let (socket, life) = start(character);
         let _ = self.lives.send(life);
         Ok(Incarnation { socket, process: None })
+    }
+    fn connect_beside(
+        &mut self,
+        generation: u64,
+        _exe: Option<&std::path::Path>,
+        patience: &mut Patience,
+    ) -> std::result::Result<Incarnation, SourceError> {
+        self.connect(generation, patience)
+    }
+    fn build(&self) -> Option<Arc<Build>> {
+        Some(Arc::clone(&self.build))
     }
     fn describe(&self) -> String {
         "a fake".into()

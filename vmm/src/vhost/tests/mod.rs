@@ -9,6 +9,7 @@ mod offers;
 mod outages;
 mod pauses;
 mod unrecorded;
+mod upgrades;
 
 use std::future::Future;
 use std::io::{Read, Write};
@@ -103,6 +104,7 @@ struct Rig {
 
 fn limits() -> Limits {
     Limits {
+        probation: Duration::from_millis(100),
         start: Duration::from_secs(5),
         step: Duration::from_millis(200),
         drain: Duration::from_millis(200),

@@ -4,11 +4,15 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::beside::Greeted;
+use super::next::{Make, Outcome};
 use super::{Event, Failure, Preparation, Session, Shown, Worker};
 use crate::backend::Ending;
-use crate::vhost::device::{ConnectError, DeviceState, tell_jail};
+use crate::vhost::device::{ConnectError, DeviceState, Recovery, Spare, tell_jail};
 use crate::vhost::error::ConversationError;
-use crate::vhost::recovery::{Action, End, State, TakeBack, Tale};
+use crate::vhost::recovery::{Action, End, SpareState, State, TakeBack, Tale};
+use crate::vhost::source::Start;
+use crate::vhost::upgrade::UpgradeError;
 
 /// How long a killed process may take to be reaped before it is waited for beside everything else.
 const REAP: Duration = Duration::from_secs(1);
@@ -63,9 +67,16 @@ impl Worker {
         };
         let (generation, lost, recovery) = (machine.generation(), machine.lost(), machine.recovery());
         let session = self.past.session.as_ref();
+        let spare = match machine.spare() {
+            SpareState::Off => Spare::Off,
+            SpareState::Coming => Spare::Coming,
+            SpareState::Ready(generation) => Spare::Ready { generation },
+        };
+        let exe = self.parts.makers.build.as_ref().map(|build| build.exe());
         let (pid, jail) = (session.and_then(|session| session.pid()), session.map(|session| session.jail()));
         self.shared.update(|status| {
             (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
+            (status.spare, status.exe) = (spare, exe);
             status.jail = jail.unwrap_or_default();
             status.recovery = recovery.unwrap_or(status.recovery);
         });
@@ -74,6 +85,11 @@ impl Worker {
     fn carry_out(&mut self, action: Action, events: &mut VecDeque<Event>) {
         match action {
             Action::Spawn { generation } => self.spawn(generation, events),
+            Action::SpawnBeside { generation, build } => self.spawn_beside(generation, build, events),
+            Action::Promote { generation } => self.promote(generation, events),
+            Action::DropBeside { generation } => self.drop_beside(generation),
+            Action::Transfer { from, to } => self.transfer(from, to, events),
+            Action::Revert => self.revert(),
             Action::Kill { generation } => self.kill(generation, events),
             Action::WatchFence => {
                 // It never had any of the rings.
@@ -136,8 +152,9 @@ impl Worker {
     }
 
     fn spawn(&mut self, generation: u64, events: &mut VecDeque<Event>) {
-        match Preparation::begin(&self.parts.makers, generation, &self.shared) {
-            Ok(next) => self.next = Some(next),
+        let make = Make { generation, start: Start::Alone, preface: None };
+        match Preparation::begin(&self.parts.makers, make, &self.shared) {
+            Ok(next) => self.nexts.push(next),
             Err(error) => {
                 let failure = Failure::Passing(ConnectError::Resource(error).to_string());
                 events.push_back(Event::NotStarted { generation, failure });
@@ -145,47 +162,55 @@ impl Worker {
         }
     }
 
-    /// Whether the successor is ready, or will not be.
+    /// Whether one that is being made is ready, or will not be.
     pub(super) fn look_at_the_next(&mut self) {
-        let Some((generation, outcome)) =
-            self.next.as_mut().and_then(|next| Some((next.generation(), next.outcome()?)))
-        else {
-            return;
-        };
-        self.next = None;
+        let mut done = Vec::new();
+        self.nexts.retain_mut(|next| {
+            let outcome = next.outcome();
+            let over = outcome.is_some();
+            done.extend(outcome.map(|outcome| (next.generation(), next.start().clone(), outcome)));
+            !over
+        });
+        for (generation, start, outcome) in done {
+            let event = match self.examine(generation, start, outcome) {
+                Ok(recovery) => Event::Greeted { generation, recovery },
+                Err(failure) => Event::NotStarted { generation, failure },
+            };
+            self.feed(event);
+            if !self.past.machine.wants(generation) {
+                self.drop_beside(generation);
+            }
+        }
+    }
+
+    /// Whether one that was greeted will do; then it is kept.
+    fn examine(&mut self, generation: u64, start: Start, outcome: Outcome) -> Result<Recovery, Failure> {
         let device = self.shared.name.clone();
-        let failure = match outcome {
-            Ok((mut session, offer)) => {
-                session.conversation.obey(&self.shared.ending);
-                let shown = Shown {
-                    offer: &self.past.shown,
-                    protocol: self.past.protocol,
-                    config: &self.config,
-                    capacity: self.past.capacity,
-                };
-                let fits = shown.compare(session.protocol(), &offer).and_then(|()| self.replay_config(&mut session));
-                match fits {
-                    Ok(()) => {
-                        let recovery = session.recovery();
-                        tell_jail(&self.parts.story, &device, generation, &session.jail());
-                        self.past.session = Some(session);
-                        self.new_config = Some(offer.config);
-                        return self.feed(Event::Greeted { generation, recovery });
-                    }
-                    Err(error) => {
-                        let end = session.give_up(Instant::now() + REAP);
-                        let hopeless = !error.is_gone();
-                        tracing::warn!(device, generation, %error, end, "a backend that will not do");
-                        failure(hopeless, error.to_string())
-                    }
-                }
-            }
-            Err(error) => {
-                tracing::warn!(device, generation, %error, "no backend yet");
-                failure(error.is_hopeless(), error.to_string())
-            }
+        let (mut session, offer) = outcome.map_err(|error| {
+            tracing::warn!(device, generation, %error, "no backend yet");
+            failure(error.is_hopeless(), error.to_string())
+        })?;
+        session.conversation.obey(&self.shared.ending);
+        let shown = Shown {
+            offer: &self.past.shown,
+            protocol: self.past.protocol,
+            config: &self.config,
+            capacity: self.past.capacity,
         };
-        self.feed(Event::NotStarted { generation, failure });
+        let recovery = session.recovery();
+        let jail = session.jail();
+        let beside = start != Start::Alone;
+        let fits = shown.compare(session.protocol(), &offer);
+        // One beside gets what the driver has written when it is promoted.
+        let fits = fits.and_then(|()| if beside { Ok(()) } else { self.replay_config(&mut session) });
+        if let Err(error) = fits {
+            let end = session.give_up(if beside { Instant::now() } else { Instant::now() + REAP });
+            tracing::warn!(device, generation, %error, end, "a backend that will not do");
+            return Err(failure(!error.is_gone(), error.to_string()));
+        }
+        tell_jail(&self.parts.story, &device, generation, &jail);
+        self.past.greeted.push(Greeted::new(generation, session, offer.config, start));
+        Ok(recovery)
     }
 
     fn kill(&mut self, generation: u64, events: &mut VecDeque<Event>) {
@@ -204,6 +229,11 @@ impl Worker {
         let progressed = self.has_progressed();
         let idle = !self.has_requests();
         let mut unfinished = false;
+        let replaced = self.past.machine.is_replaced(generation);
+        if replaced {
+            // It has nothing under way, but what its successor waits for falls with the last that it had open.
+            self.fence = Some(FenceWatch::new(true));
+        }
         if session.has_rings {
             if let Some(driver) = &mut self.driver {
                 driver.take_stock(self.parts.memory.mapped());
@@ -218,6 +248,10 @@ impl Worker {
                 ending = Ending::Config(why);
             }
             lines = process.last_lines();
+        }
+        if replaced {
+            tracing::info!(device = self.shared.name, generation, "the old build has ended");
+            return events.push_back(Event::Ended { generation, end: End { ending, progressed, unfinished } });
         }
         let State::Recovering { why } = self.past.machine.state() else {
             return events.push_back(Event::Ended { generation, end: End { ending, progressed, unfinished } });
@@ -306,8 +340,8 @@ impl Worker {
         self.parts.story.tell("device", event, known.into_iter().chain(reason.map(|reason| ("reason", reason))));
     }
 
-    fn relate(&self, tale: Tale) {
-        let device = &self.shared.name;
+    fn relate(&mut self, tale: Tale) {
+        let device = self.shared.name.clone();
         match tale {
             Tale::Crashed { generation } => {
                 let reason = self.shared.last_exit();
@@ -328,6 +362,28 @@ impl Worker {
             Tale::Stalled { what } => {
                 tracing::warn!(device, what, "the backend stands");
                 self.tell("stalled", None, Some(what));
+            }
+            Tale::UpgradeStarted { generation } => {
+                tracing::info!(device, generation, "another build is tried");
+                self.tell("upgrade-started", Some(generation), None);
+            }
+            Tale::Upgraded { generation } => {
+                tracing::info!(device, generation, "another build serves");
+                self.tell("upgraded", Some(generation), None);
+                self.answer_upgrade(Ok(generation));
+            }
+            Tale::UpgradeRefused { why } => {
+                tracing::warn!(device, why, "the other build will not do");
+                self.tell("upgrade-refused", None, Some(why.clone()));
+                self.answer_upgrade(Err(UpgradeError::Refused(why)));
+            }
+            Tale::SpareReady { generation } => {
+                tracing::info!(device, generation, "a spare process waits");
+                self.tell("spare-ready", Some(generation), None);
+            }
+            Tale::SpareLost { generation, why } => {
+                tracing::warn!(device, generation, why, "the spare process is gone");
+                self.tell("spare-lost", Some(generation), Some(why));
             }
             Tale::FenceGivenUp => {
                 if !self.shared.ending.load(Ordering::Relaxed) {

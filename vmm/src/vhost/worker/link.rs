@@ -2,21 +2,51 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::Instant;
 
 use atoll_protocol::jail::JailedLayer;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
+use vm_memory::GuestMemoryMmap;
 
+use crate::memory::GuestMemory;
 use crate::vhost::back_channel::BackChannel;
 use crate::vhost::conversation::Conversation;
 use crate::vhost::device::Recovery;
-use crate::vhost::session::Capabilities;
+use crate::vhost::error::ConversationError;
+use crate::vhost::inflight::InflightRegion;
+use crate::vhost::session::{self, Capabilities, Known, Preface};
 use crate::vhost::source::{BackendProcess, is_readable};
 
 /// The process that listened at the other end.
 fn peer(socket: &UnixStream) -> Option<OwnedFd> {
     let pid = rustix::net::sockopt::socket_peercred(socket).ok()?.pid;
     rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+}
+
+/// What a backend was told before it was handed rings.
+#[derive(Default)]
+pub(super) struct Told {
+    features: Option<u64>,
+    memory: Option<Arc<GuestMemoryMmap>>,
+    inflight: Option<Arc<InflightRegion>>,
+}
+
+impl Told {
+    /// What of it is still true; asked once, because it is told again from then on.
+    pub(super) fn take(
+        &mut self,
+        features: u64,
+        memory: &GuestMemory,
+        inflight: Option<&Arc<InflightRegion>>,
+    ) -> Known {
+        let Self { features: was_told, memory: known, inflight: region } = std::mem::take(self);
+        Known {
+            features: was_told == Some(features),
+            memory: known.is_some_and(|known| Arc::ptr_eq(&known, memory.mapped())),
+            inflight: region.is_some_and(|region| inflight.is_some_and(|asked| Arc::ptr_eq(&region, asked))),
+        }
+    }
 }
 
 /// One incarnation of the backend, greeted.
@@ -32,6 +62,8 @@ pub(in crate::vhost) struct Session {
     in_order: bool,
     /// Its rings are shadowed: the VMM itself knows what it has taken.
     shadowed: bool,
+    /// What it knows before it is handed rings.
+    pub(super) told: Told,
     /// It was handed the driver's rings, or some of them.
     pub(super) has_rings: bool,
     /// The process at the other end, where it is somebody else's and could be found.
@@ -54,7 +86,32 @@ impl Session {
         let SessionParts { conversation, process, capabilities, requests, served, in_order, shadowed } = parts;
         let requests = capabilities.protocol.contains(Protocol::BACKEND_REQ).then_some(requests);
         let peer = if process.is_none() { peer(conversation.socket()) } else { None };
-        Self { conversation, process, capabilities, requests, served, in_order, shadowed, has_rings: false, peer }
+        Self {
+            conversation,
+            process,
+            capabilities,
+            requests,
+            served,
+            in_order,
+            shadowed,
+            told: Told::default(),
+            has_rings: false,
+            peer,
+        }
+    }
+    /// Tells it what can be told before there are rings, so that it need not be repeated then.
+    ///
+    /// # Errors
+    /// When it does not take it.
+    pub(super) fn brief(&mut self, preface: Preface) -> Result<(), ConversationError> {
+        let told = Told {
+            features: preface.features,
+            memory: Some(Arc::clone(preface.memory.mapped())),
+            inflight: preface.inflight.clone(),
+        };
+        self.conversation.perform(move |wire| session::brief(wire, preface))?;
+        self.told = told;
+        Ok(())
     }
     pub(super) fn protocol(&self) -> Protocol {
         self.capabilities.protocol

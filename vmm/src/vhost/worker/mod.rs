@@ -12,6 +12,7 @@
 //! clearer message, but the backends that exist expect the used index, and one adds to it.) Then every ring is kicked
 //! and called once, because the last kick or call before the death may be lost.
 
+mod beside;
 mod compare;
 mod config;
 mod hands;
@@ -52,6 +53,7 @@ use super::standin::StandIn;
 use crate::actor::Moment;
 use crate::doorbell::{Interposer, RelayedEvent};
 use crate::irq::VectorTable;
+use beside::{Greeted, Upgrade};
 use hands::FenceWatch;
 use next::Preparation;
 use rings::Driver;
@@ -80,6 +82,10 @@ pub(super) struct Past {
     session: Option<Box<Session>>,
     /// One that was killed and has not ended yet.
     dying: Option<Box<Session>>,
+    /// Those that are there and wait to be promoted.
+    greeted: Vec<Greeted>,
+    /// Another build that the operator asked for.
+    upgrade: Option<Upgrade>,
     machine: Machine,
     inflight: Option<Arc<InflightRegion>>,
     /// Sectors that the operator gave it last, if he did: what a successor shows then is no surprise.
@@ -90,7 +96,17 @@ impl Past {
     /// The past of a new device.
     pub(super) fn new(session: Box<Session>, shown: DeviceOffer, rules: Rules) -> Self {
         let (protocol, machine) = (session.protocol(), Machine::new(rules, session.recovery()));
-        Self { shown, protocol, session: Some(session), dying: None, machine, inflight: None, capacity: None }
+        Self {
+            shown,
+            protocol,
+            session: Some(session),
+            dying: None,
+            greeted: Vec::new(),
+            upgrade: None,
+            machine,
+            inflight: None,
+            capacity: None,
+        }
     }
 }
 
@@ -118,8 +134,10 @@ pub(super) struct Worker {
     listen_at: Instant,
     /// The backend says that its configuration space has changed.
     config_is_stale: bool,
-    /// The successor that is being made.
-    next: Option<Preparation>,
+    /// Incarnations that are being made.
+    nexts: Vec<Preparation>,
+    /// Those that nobody wants any more and that have not ended.
+    cancelled: Vec<Preparation>,
     /// The dead are being looked after.
     fence: Option<FenceWatch>,
     /// Stands between the driver's rings and the backend's, where it was asked to.
@@ -156,7 +174,8 @@ impl Worker {
             resets: Vec::new(),
             listen_at: Instant::now(),
             config_is_stale: false,
-            next: None,
+            nexts: Vec::new(),
+            cancelled: Vec::new(),
             fence: None,
             shadow: None,
             ledger: None,
@@ -195,6 +214,7 @@ impl Worker {
                         let _ = answer.send(Ok(()));
                     }
                     Request::Revive => self.feed(Event::Revive),
+                    Request::Upgrade { order, answer } => self.begin_upgrade(order, answer),
                     Request::Break { nonsense } => self.break_conversation(nonsense),
                     Request::Leave { deadline, answer } => self.prepare_to_leave(deadline, answer),
                     Request::Stop { deadline } => return self.stop(deadline),
@@ -228,11 +248,17 @@ impl Worker {
                 }
             }
         }
+        for greeted in &self.past.greeted {
+            fds.extend(greeted.descriptors());
+        }
         if let Some(process) = self.past.dying.as_ref().and_then(|session| session.process.as_ref()) {
             fds.push(PollFd::from_borrowed_fd(process.ended(), PollFlags::IN));
         }
         let moments = [self.past.machine.due_at(), self.past.machine.look_at()];
         moments.into_iter().flatten().for_each(|moment| no_longer_than(clock.nap(moment)));
+        if let Some(nap) = self.spare_nap() {
+            no_longer_than(nap);
+        }
         if let Some(leaving) = &self.leaving {
             no_longer_than(leaving.deadline.saturating_duration_since(now));
         }
@@ -274,6 +300,7 @@ impl Worker {
         }
         self.look_at_the_dead();
         self.look_at_the_next();
+        self.look_beside();
         self.look_at_the_rings();
         if self.past.machine.due_at().is_some_and(|due| due <= self.now()) {
             self.feed(Event::Time);
@@ -412,8 +439,9 @@ impl Worker {
         if !self.past.machine.may_leave() && !cut {
             return None;
         }
-        // The next board's thread makes another one.
-        self.next = None;
+        // The next board's thread makes others.
+        self.nexts.clear();
+        self.cancelled.clear();
         self.leaving.take().map(|leaving| leaving.answer)
     }
 
@@ -424,7 +452,8 @@ impl Worker {
         self.resets.clear();
         let left = deadline.saturating_duration_since(Instant::now());
         self.forget_driver(Event::Stop, STOP_DRAIN.min(left.max(Duration::from_millis(100))));
-        self.next = None;
+        self.nexts.clear();
+        self.cancelled.clear();
         let fenced = deadline.min(Instant::now() + STOP_FENCE);
         while !self.past.machine.may_leave() && Instant::now() < fenced {
             std::thread::sleep(Duration::from_millis(1));

@@ -15,40 +15,67 @@ use crate::seccomp::{self, ThreadClass};
 use crate::vhost::device::{ConnectError, Shared, greet};
 use crate::vhost::parts::Makers;
 use crate::vhost::patience::Ending;
+use crate::vhost::session::Preface;
+use crate::vhost::source::Start;
 
 /// How long one that came too late may take to end.
 const REAP: Duration = Duration::from_secs(2);
 
-type Outcome = Result<(Box<Session>, DeviceOffer), ConnectError>;
+pub(super) type Outcome = Result<(Box<Session>, DeviceOffer), ConnectError>;
+
+/// Which incarnation is to be made, and how.
+#[derive(Clone)]
+pub(super) struct Make {
+    pub(super) generation: u64,
+    pub(super) start: Start,
+    /// What it is told as soon as it is greeted.
+    pub(super) preface: Option<Preface>,
+}
 
 /// An incarnation that is being prepared.
 pub(super) struct Preparation {
-    generation: u64,
+    make: Make,
     ending: Ending,
     outcome: Receiver<Outcome>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Preparation {
-    /// Begins to start and greet incarnation `generation`; the device's thread is woken when that is done.
+    /// Begins to start and greet an incarnation; the device's thread is woken when that is done.
     ///
     /// # Errors
     /// If there is no thread left.
-    pub(super) fn begin(makers: &Makers, generation: u64, shared: &Arc<Shared>) -> io::Result<Self> {
+    pub(super) fn begin(makers: &Makers, make: Make, shared: &Arc<Shared>) -> io::Result<Self> {
         let (told, outcome) = sync_channel(1);
         let (makers, shared, ending) = (makers.clone(), Arc::clone(shared), Ending::default());
-        let heard = Arc::clone(&ending);
+        let (heard, wanted) = (Arc::clone(&ending), make.clone());
         let thread = std::thread::Builder::new().name(format!("next-{}", shared.name)).spawn(move || {
             seccomp::inherit(ThreadClass::Device);
             // Whoever began it keeps the other end until it has joined this thread.
-            let _ = told.send(greet(&makers, generation, &heard));
+            let _ = told.send(prepare(&makers, wanted, &heard));
             shared.wake();
         })?;
-        Ok(Self { generation, ending, outcome, thread: Some(thread) })
+        Ok(Self { make, ending, outcome, thread: Some(thread) })
     }
     /// Which incarnation it is.
     pub(super) fn generation(&self) -> u64 {
-        self.generation
+        self.make.generation
+    }
+    /// How it is being started.
+    pub(super) fn start(&self) -> &Start {
+        &self.make.start
+    }
+    /// Nobody wants it any more: it ends as soon as its thread hears of it.
+    pub(super) fn cancel(&mut self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+    /// Whether one that was cancelled has ended.
+    pub(super) fn is_over(&mut self) -> bool {
+        let Some(outcome) = self.outcome() else { return false };
+        if let Ok((mut session, _)) = outcome {
+            session.give_up(Instant::now());
+        }
+        true
     }
     /// What came of it, once.
     pub(super) fn outcome(&mut self) -> Option<Outcome> {
@@ -61,6 +88,18 @@ impl Preparation {
             }
         }
     }
+}
+
+fn prepare(makers: &Makers, make: Make, ending: &Ending) -> Outcome {
+    let (mut session, offer) = greet(makers, make.generation, &make.start, ending)?;
+    if let Some(preface) = make.preface
+        && let Err(source) = session.brief(preface)
+    {
+        session.give_up(Instant::now() + REAP);
+        let backend = "the process beside the one that serves".to_owned();
+        return Err(ConnectError::Conversation { backend, source });
+    }
+    Ok((session, offer))
 }
 
 impl Drop for Preparation {

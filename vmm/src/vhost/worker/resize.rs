@@ -85,6 +85,7 @@ impl Worker {
         }
         // From here on the new size is the truth, whoever serves it.
         self.past.capacity = Some(bytes / SECTOR);
+        self.outdate_spare();
         for _ in 0..TRIES {
             let Some(session) = &mut self.past.session else { return Ok(()) };
             let Some(process) = &mut session.process else { return Err(ResizeError::NotOurs) };

@@ -139,7 +139,8 @@ impl Worker {
         // What the front end adds to an offer, no backend has to know.
         let features = driver.features & session.capabilities.features;
         let shadow = self.shadow.as_ref().map(|shadow| Arc::clone(shadow.memory()));
-        let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, shadow, rings };
+        let known = session.told.take(features, &self.parts.memory, self.past.inflight.as_ref());
+        let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, shadow, rings, known };
         driver.ran = true;
         driver.bases.clear();
         driver.stocks.clear();

@@ -4,13 +4,15 @@
 //!
 //! A seed that fails is repeated by `run(seed, None)`. That the simulation can fail is shown with mistakes made on purpose.
 
+mod mistake;
 mod rng;
 mod schedule;
 mod world;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use schedule::{Mistake, Outcome, run};
+use mistake::Mistake;
+use schedule::{Outcome, run};
 
 /// Schedules of a test run.
 const SCHEDULES: u64 = 100_000;
@@ -32,6 +34,9 @@ fn run_all(seeds: std::ops::Range<u64>) -> (Outcome, Option<(u64, &'static str)>
             sum.deaths += outcome.deaths;
             sum.quarantines += outcome.quarantines;
             sum.hand_overs += outcome.hand_overs;
+            sum.upgrades += outcome.upgrades;
+            sum.refusals += outcome.refusals;
+            sum.takeovers += outcome.takeovers;
             first = outcome.complaint.map(|complaint| (seed, complaint));
         }
     };
@@ -43,6 +48,9 @@ fn run_all(seeds: std::ops::Range<u64>) -> (Outcome, Option<(u64, &'static str)>
         sum.deaths += more.deaths;
         sum.quarantines += more.quarantines;
         sum.hand_overs += more.hand_overs;
+        sum.upgrades += more.upgrades;
+        sum.refusals += more.refusals;
+        sum.takeovers += more.takeovers;
         (sum, first.or(other))
     })
 }
@@ -55,6 +63,7 @@ fn every_schedule_is_safe_and_comes_to_an_end() {
     // The schedules do what they are for.
     assert!(sum.deaths > SCHEDULES && sum.hand_overs > SCHEDULES && sum.quarantines > SCHEDULES / 10, "{sum:?}");
     assert!(sum.completed as u64 > 2 * SCHEDULES, "{sum:?}");
+    assert!(sum.upgrades > SCHEDULES / 4 && sum.refusals > SCHEDULES / 2 && sum.takeovers > SCHEDULES / 4, "{sum:?}");
 }
 
 /// Each mistake is caught.

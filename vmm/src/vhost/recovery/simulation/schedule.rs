@@ -1,66 +1,19 @@
 //! One schedule: the machine, a world, and whatever a seed lets happen to them; first chaos, then a world that is well
 //! again, in which everything must come to an end.
 
+mod hands;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::super::{Action, End, Event, Failure, Machine, Rules, Sample, State, TakeBack, Tale};
+use super::super::{Event, Failure, Machine, Rules, Sample, SpareState, State};
+use super::mistake::Mistake;
 use super::rng::Rng;
 use super::world::{Life, Vices, World};
 use crate::actor::Moment;
-use crate::backend::{Ending, PolicyConfig};
+use crate::backend::PolicyConfig;
 use crate::config::OnFailure;
 use crate::vhost::device::Recovery;
-
-/// A mistake that the machine's surroundings make on purpose, or a decision of the machine that is not carried out: each
-/// must be noticed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mistake {
-    /// No ring is called after a recovery.
-    SkipCall,
-    /// No ring is kicked after a recovery.
-    SkipKick,
-    /// A successor begins behind everything that is available.
-    ReplayFromAvailable,
-    /// A successor begins at the used index, and forgets what was under way.
-    ReplayWithoutRecord,
-    /// A successor goes on from the used index and does what is marked once more.
-    ReplayTwice,
-    /// Nobody waits for what the dead have under way.
-    SkipFence,
-    /// A process that was killed and has not ended counts as ended.
-    SkipReap,
-    /// A successor that lacks what the guest was shown is taken.
-    SkipCompare,
-    /// A reset leaves the record as it is.
-    KeepRecord,
-    /// The machine does not hear of a pause.
-    SkipPause,
-    /// Nobody tells the driver that its device is there.
-    SkipActivation,
-    /// A stand-in goes on after a successor has come.
-    KeepStandIn,
-    /// A queue that stands is not looked at.
-    SkipLooks,
-}
-
-impl Mistake {
-    pub(super) const ALL: [Self; 13] = [
-        Self::SkipCall,
-        Self::SkipKick,
-        Self::ReplayFromAvailable,
-        Self::ReplayWithoutRecord,
-        Self::ReplayTwice,
-        Self::SkipFence,
-        Self::SkipReap,
-        Self::SkipCompare,
-        Self::KeepRecord,
-        Self::SkipPause,
-        Self::SkipActivation,
-        Self::KeepStandIn,
-        Self::SkipLooks,
-    ];
-}
 
 /// Things that happen in the first half.
 const CHAOS: usize = 400;
@@ -75,6 +28,9 @@ pub(super) struct Outcome {
     pub(super) deaths: u64,
     pub(super) quarantines: u64,
     pub(super) hand_overs: u64,
+    pub(super) upgrades: u64,
+    pub(super) refusals: u64,
+    pub(super) takeovers: u64,
 }
 
 struct Schedule {
@@ -97,6 +53,17 @@ struct Schedule {
     used_at_start: Vec<usize>,
     quarantines: u64,
     hand_overs: u64,
+    /// The build that is started, the one before it, and the one that the operator was told of last.
+    build: u32,
+    former_build: u32,
+    told_build: u32,
+    /// An upgrade that was not answered.
+    upgrading: bool,
+    /// The incarnation that an upgrade has promoted, and what it must know.
+    must_know: Option<(u64, u32)>,
+    upgrades: u64,
+    refusals: u64,
+    takeovers: u64,
 }
 
 fn rules(rng: &mut Rng) -> Rules {
@@ -109,6 +76,8 @@ fn rules(rng: &mut Rng) -> Rules {
         fence: Duration::from_secs(10),
         stall: Some(Duration::from_secs(30)),
         debugged: false,
+        standby: rng.chance(2),
+        probation: Duration::from_millis(200),
     }
 }
 
@@ -118,7 +87,7 @@ pub(super) fn run(seed: u64, mistake: Option<Mistake>) -> Outcome {
     let (rules, full, queues) = (rules(&mut rng), !rng.chance(4), 1 + rng.below(2));
     let recovery = if full { Recovery::Full } else { Recovery::IdleOnly };
     let mut world = World::new(queues, full);
-    world.bear(1, Life::Greeted, Vices::default());
+    world.bear(1, Life::Greeted, Vices::default(), 0);
     world.clear_record();
     let mut schedule = Schedule {
         machine: Machine::new(rules, recovery),
@@ -139,6 +108,14 @@ pub(super) fn run(seed: u64, mistake: Option<Mistake>) -> Outcome {
         used_at_start: vec![0; queues],
         quarantines: 0,
         hand_overs: 0,
+        build: 0,
+        former_build: 0,
+        told_build: 0,
+        upgrading: false,
+        must_know: None,
+        upgrades: 0,
+        refusals: 0,
+        takeovers: 0,
     };
     schedule.activate();
     for _ in 0..CHAOS {
@@ -159,6 +136,9 @@ impl Schedule {
             deaths: self.machine.lost(),
             quarantines: self.quarantines,
             hand_overs: self.hand_overs,
+            upgrades: self.upgrades,
+            refusals: self.refusals,
+            takeovers: self.takeovers,
         }
     }
 
@@ -213,7 +193,13 @@ impl Schedule {
                 }
             }
             60 => self.activate(),
-            61 => self.leave_or_arrive(),
+            61 => {
+                if self.rng.chance(2) {
+                    self.leave_or_arrive();
+                } else {
+                    self.upgrade();
+                }
+            }
             62 => match self.machine.alive() {
                 // A step that was late, or words that cannot be right.
                 Some(generation) if self.rng.chance(4) => self.feed(Event::Lost { generation, why: String::new() }),
@@ -252,12 +238,20 @@ impl Schedule {
             for _ in 0..self.rng.below(if self.chaos { 4 } else { 1 }) {
                 self.world.issue(&mut self.rng);
             }
+            // It tells its backend something that is not in the rings.
+            let word = self.rng.below(1000) as u32;
+            let owner =
+                self.world.processes.iter_mut().find(|process| process.has_rings && process.life == Life::Greeted);
+            if let Some(owner) = owner {
+                owner.knows = word;
+            }
             self.world.reap();
         }
     }
 
     /// The device's thread sees that its backend has ended.
     fn notice(&mut self) {
+        self.notice_beside();
         if let Some(generation) = self.machine.alive()
             && self.world.process(generation).is_none_or(|process| process.ended)
         {
@@ -268,18 +262,23 @@ impl Schedule {
     /// What is being started gets on, or fails.
     fn prepare(&mut self) {
         let fenced = self.world.late.is_empty() || self.is(Mistake::SkipFence) || !self.world.record;
-        let starting = self.world.processes.iter_mut().find(|process| process.life == Life::Starting);
-        let Some(process) = starting else { return };
+        let starting: Vec<u64> = {
+            let starting = self.world.processes.iter().filter(|process| process.life == Life::Starting);
+            starting.map(|process| process.generation).collect()
+        };
+        let chosen = starting.get(self.rng.below(starting.len())).copied();
+        let Some(process) = chosen.and_then(|generation| self.world.process(generation)) else { return };
         let generation = process.generation;
         if process.ended || process.vices.never_ready {
-            (process.life, process.ended) = (Life::Gone, true);
+            process.leave();
             self.feed(Event::NotStarted { generation, failure: Failure::Passing(String::new()) });
-        } else if fenced {
+        } else if fenced || process.beside {
             if process.vices.lacks && self.mistake != Some(Mistake::SkipCompare) {
-                (process.life, process.ended) = (Life::Gone, true);
+                process.leave();
                 return self.feed(Event::NotStarted { generation, failure: Failure::Hopeless(String::new()) });
             }
             process.life = Life::Greeted;
+            process.has_rings |= process.beside && self.mistake == Some(Mistake::HastySpare);
             let recovery = if self.world.record { Recovery::Full } else { Recovery::IdleOnly };
             self.feed(Event::Greeted { generation, recovery });
         }
@@ -349,16 +348,42 @@ impl Schedule {
             self.check_fence("a board left before the fence");
             // Its thread goes, and with it what it was preparing.
             for process in self.world.processes.iter_mut().filter(|process| process.life == Life::Starting) {
-                (process.life, process.ended) = (Life::Gone, true);
+                process.leave();
             }
             (self.leaving, self.gate_closed) = (false, false);
             self.feed(Event::Arrive);
         }
     }
 
+    /// The operator has a new build.
+    fn upgrade(&mut self) {
+        if !self.upgrading && !self.leaving {
+            self.upgrading = true;
+            self.feed(Event::Upgrade);
+        }
+    }
+
+    /// One that waits beside has ended.
+    fn notice_beside(&mut self) {
+        let ended =
+            |process: &&super::world::Process| process.beside && process.ended && process.life != Life::Starting;
+        let ended: Vec<u64> = self.world.processes.iter().filter(ended).map(|process| process.generation).collect();
+        for generation in ended {
+            if self.machine.alive() != Some(generation) {
+                if let Some(process) = self.world.process(generation) {
+                    process.noticed = true;
+                }
+                self.feed(Event::Lost { generation, why: String::new() });
+            }
+        }
+    }
+
     /// News that come late, of somebody who is not there any more.
     fn stale_news(&mut self) {
         let old = self.machine.generation().saturating_sub(1);
+        if self.machine.wants(old) {
+            return;
+        }
         let why = String::new;
         let event = match self.rng.below(6) {
             0 => Event::Greeted { generation: old, recovery: Recovery::Full },
@@ -380,7 +405,7 @@ impl Schedule {
     /// The world is well again.
     fn heal(&mut self) {
         self.chaos = false;
-        let mut quiet = 0;
+        let (mut quiet, mut wishes) = (0, self.rng.below(2));
         for _ in 0..ROUNDS {
             if self.gate_closed {
                 self.pause_or_resume();
@@ -391,6 +416,7 @@ impl Schedule {
             self.world.land(&mut self.rng);
             self.look_at_the_dead();
             self.notice();
+            self.prepare();
             self.prepare();
             // A driver that waits in vain is reset in the end.
             if matches!(self.machine.state(), State::Quarantined { .. }) && !self.leaving {
@@ -405,7 +431,10 @@ impl Schedule {
             if self.world.complaint.is_some() {
                 return;
             }
-            if self.is_done() {
+            if self.is_done() && wishes > 0 {
+                wishes -= 1;
+                self.upgrade();
+            } else if self.is_done() {
                 quiet += 1;
                 if quiet > 2 {
                     return;
@@ -422,6 +451,8 @@ impl Schedule {
             (false, ..) => "a request was never completed",
             (_, true, _) => "a driver's activation never ended",
             (.., 1..) => "a driver's reset never ended",
+            _ if self.upgrading => "an upgrade was never answered",
+            _ if !self.has_its_spare() => "there is no spare, or more than one",
             _ => "the device does not run",
         };
         self.world.complain(about);
@@ -432,6 +463,17 @@ impl Schedule {
             && self.world.all_reaped()
             && !self.activation_open
             && self.resets_open == 0
+            && !self.upgrading
+            && self.has_its_spare()
+    }
+
+    /// Nobody is left but who serves, and its spare.
+    fn has_its_spare(&self) -> bool {
+        match self.machine.spare() {
+            SpareState::Off => self.world.running() == 1,
+            SpareState::Coming => false,
+            SpareState::Ready(_) => self.world.running() == 2,
+        }
     }
 
     fn vices(&mut self) -> Vices {
@@ -446,166 +488,7 @@ impl Schedule {
             refuses_rings: odds(24),
             stuck: odds(12),
             lingers: odds(8),
+            refuses_state: odds(6),
         }
-    }
-
-    /// Notes what a backend leaves that has ended.
-    fn bury(&mut self, generation: u64) -> End {
-        self.world.end(generation);
-        let rings = &self.world.rings;
-        self.seen = rings.iter().map(|ring| ring.available.len()).collect();
-        let waiting = rings.iter().any(super::world::Ring::waiting);
-        let progressed = rings.iter().zip(&self.used_at_start).any(|(ring, used)| ring.used.len() > *used);
-        End { ending: Ending::Crash { idle: !waiting }, progressed, unfinished: waiting }
-    }
-
-    fn carry_out(&mut self, action: &Action, events: &mut VecDeque<Event>) {
-        match *action {
-            Action::Spawn { generation } => {
-                let vices = self.vices();
-                self.world.bear(generation, Life::Starting, vices);
-            }
-            Action::Kill { generation } => {
-                let lingers =
-                    self.world.process(generation).is_some_and(|process| process.vices.lingers && !process.ended);
-                if lingers {
-                    if let Some(process) = self.world.process(generation) {
-                        process.life = Life::Lingering;
-                    }
-                    if !self.is(Mistake::SkipReap) {
-                        return;
-                    }
-                    let end = End { ending: Ending::Crash { idle: false }, progressed: false, unfinished: false };
-                    return events.push_back(Event::Ended { generation, end });
-                }
-                let end = self.bury(generation);
-                events.push_back(Event::Ended { generation, end });
-            }
-            Action::WatchFence => (self.watched, self.given_up_fence) = (true, false),
-            Action::Settled => self.watched = false,
-            Action::HandOver { generation, continued } => self.hand_over(generation, continued, events),
-            Action::Kick { call } => {
-                for ring in &mut self.world.rings {
-                    ring.kicked |= self.mistake != Some(Mistake::SkipKick);
-                    ring.called |= call && self.mistake != Some(Mistake::SkipCall);
-                }
-            }
-            Action::TakeBack { generation, why } => self.take_back(generation, why, events),
-            Action::Employ => {
-                if self.gate_closed {
-                    return events.push_back(Event::Withheld);
-                }
-                self.check_fence("a stand-in took the rings before the fence");
-                if self.world.has_another_owner(None) {
-                    self.world.complain("a stand-in took rings that a backend has");
-                }
-                self.stand_in = true;
-                self.world.fail_outstanding(None);
-                events.push_back(Event::Employed);
-            }
-            Action::Dismiss => self.stand_in = self.is(Mistake::KeepStandIn),
-            Action::Settle => {
-                self.check_fence("requests were failed before the fence");
-                if self.rng.chance(8) && self.chaos {
-                    return events.push_back(Event::Settled(Err(String::new())));
-                }
-                let seen = self.seen.clone();
-                self.world.fail_outstanding(Some(&seen));
-                events.push_back(Event::Settled(Ok(())));
-            }
-            Action::ClearRecord => {
-                if !self.is(Mistake::KeepRecord) {
-                    self.world.clear_record();
-                }
-            }
-            Action::CompleteActivation => self.activation_open &= self.is(Mistake::SkipActivation),
-            Action::CompleteResets => {
-                self.check_fence("a reset was done before the fence");
-                if self.world.has_another_owner(None) && !self.given_up_fence {
-                    self.world.complain("a reset was done while somebody has the rings");
-                }
-                self.resets_open = 0;
-            }
-            Action::Tell(Tale::FenceGivenUp) => self.given_up_fence = true,
-            Action::Tell(Tale::Quarantined { .. }) => self.quarantines += 1,
-            Action::Tell(_) | Action::ShowConfig | Action::NeedsReset | Action::AskUnplug => {}
-        }
-    }
-
-    fn hand_over(&mut self, generation: u64, continued: bool, events: &mut VecDeque<Event>) {
-        if self.gate_closed && !self.is(Mistake::SkipPause) {
-            return events.push_back(Event::Withheld);
-        }
-        if self.gate_closed {
-            self.world.complain("rings were handed out during a pause");
-        }
-        if self.leaving {
-            self.world.complain("rings were handed out while the board goes");
-        }
-        self.check_fence("rings were handed over before the fence");
-        if self.world.has_another_owner(Some(generation)) || self.stand_in {
-            self.world.complain("two have the rings");
-        }
-        let Some(process) = self.world.process(generation) else {
-            return self.world.complain("rings were handed to nobody");
-        };
-        let failed = |failure| Event::HandOverFailed { generation, failure };
-        // Nobody has noticed that yet.
-        if process.ended {
-            return events.push_back(failed(Failure::Passing(String::new())));
-        }
-        if process.life != Life::Greeted {
-            return self.world.complain("rings were handed to one that is not there");
-        }
-        let vices = process.vices;
-        if vices.lacks {
-            return self.world.complain("rings were handed to a backend that lacks what was shown");
-        }
-        self.hand_overs += 1;
-        let (mistake, record) = (self.mistake, self.world.record);
-        self.world.hand_over(generation, |ring| match mistake {
-            _ if !continued => 0,
-            _ if !record => ring.used.len(),
-            Some(Mistake::ReplayFromAvailable) => ring.available.len(),
-            Some(Mistake::ReplayWithoutRecord) => {
-                ring.marks.clear();
-                ring.used.len()
-            }
-            Some(Mistake::ReplayTwice) => {
-                ring.repair();
-                ring.used.len()
-            }
-            _ => ring.repair(),
-        });
-        self.used_at_start = self.world.rings.iter().map(|ring| ring.used.len()).collect();
-        if vices.refuses_rings {
-            return events.push_back(failed(Failure::Hopeless(String::new())));
-        }
-        if vices.dies_at_hand_over {
-            // With what it has begun.
-            for ring in &mut self.world.rings {
-                ring.kicked = true;
-            }
-            for _ in 0..self.rng.below(6) {
-                self.world.step(generation, &mut self.rng);
-            }
-            self.world.end(generation);
-            return events.push_back(failed(Failure::Passing(String::new())));
-        }
-        events.push_back(Event::HandedOver { generation });
-    }
-
-    fn take_back(&mut self, generation: u64, _why: TakeBack, events: &mut VecDeque<Event>) {
-        let lost = Event::Lost { generation, why: String::new() };
-        let Some(process) = self.world.process(generation) else { return events.push_back(lost) };
-        if process.ended || process.vices.stuck || (self.chaos && self.rng.chance(8)) {
-            return events.push_back(lost);
-        }
-        // It finishes what it can see, or what it has begun.
-        while self.world.step(generation, &mut self.rng) {}
-        if let Some(process) = self.world.process(generation) {
-            process.has_rings = false;
-        }
-        events.push_back(Event::TakenBack { generation });
     }
 }

@@ -81,6 +81,7 @@ pub(super) struct Vices {
     pub(super) refuses_rings: bool,
     pub(super) stuck: bool,
     pub(super) lingers: bool,
+    pub(super) refuses_state: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,6 +101,14 @@ pub(super) struct Process {
     pub(super) has_rings: bool,
     /// It has ended by itself, and nobody has noticed.
     pub(super) ended: bool,
+    /// It was started while another one lived, and waits for no fence before it is greeted.
+    pub(super) beside: bool,
+    /// Its end was seen, or wanted.
+    pub(super) noticed: bool,
+    /// What it is made of.
+    pub(super) build: u32,
+    /// What the driver has told it that is not in the rings.
+    pub(super) knows: u32,
     hands: Vec<Hands>,
 }
 
@@ -117,6 +126,13 @@ pub(super) struct World {
     pub(super) complaint: Option<&'static str>,
 }
 
+impl Process {
+    /// It is gone, and everybody knows.
+    pub(super) fn leave(&mut self) {
+        (self.life, self.ended, self.noticed, self.has_rings) = (Life::Gone, true, true, false);
+    }
+}
+
 impl World {
     pub(super) fn new(queues: usize, record: bool) -> Self {
         let rings = vec![Ring::default(); queues];
@@ -131,10 +147,28 @@ impl World {
         self.processes.iter_mut().rev().find(|process| process.generation == generation)
     }
 
-    pub(super) fn bear(&mut self, generation: u64, life: Life, vices: Vices) {
-        self.processes.retain(|process| process.life != Life::Gone);
-        let (has_rings, ended, hands) = (false, false, Vec::new());
-        self.processes.push(Process { generation, life, vices, has_rings, ended, hands });
+    pub(super) fn bear(&mut self, generation: u64, life: Life, vices: Vices, build: u32) {
+        // One whose end nobody has seen is still believed to be there.
+        self.processes.retain(|process| process.life != Life::Gone || !process.noticed);
+        let (has_rings, ended, beside, noticed, knows) = (false, false, false, false, 0);
+        let hands = Vec::new();
+        self.processes.push(Process {
+            generation,
+            life,
+            vices,
+            has_rings,
+            ended,
+            beside,
+            noticed,
+            build,
+            knows,
+            hands,
+        });
+    }
+
+    /// Processes that run, whatever they are at.
+    pub(super) fn running(&self) -> usize {
+        self.processes.iter().filter(|process| process.life != Life::Gone && !process.ended).count()
     }
 
     /// Whether anybody but `generation` could touch the rings.
