@@ -5,20 +5,17 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
 use atoll_blk::disk::Disk;
 use atoll_blk::fence::ImageFence;
 use atoll_blk::qcow2::image::Format;
 use atoll_blk::storage::{Beneath, Source, Storage};
 use atoll_blk::{ImageType, probe};
 use atoll_kit::fence::{Fence, NoFence};
-use atoll_kit::jail::{self, Jail, Profile};
+use atoll_kit::jail::Profile;
 use atoll_kit::limit::{BucketConfig, Limiter};
-use atoll_kit::program::JailArgs;
-use atoll_kit::serve::{self, Listening, Service, Transport};
-use atoll_kit::sidecar::Sidecar;
-use atoll_kit::{logging, signals};
-use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
+use atoll_kit::program::{self, Program, ServeArgs, StartError};
+use atoll_kit::sidecar::Reports;
+use atoll_protocol::sidecar::DeviceClass;
 use clap::{ArgGroup, Parser};
 
 /// A virtio-blk device in a process of its own, served over vhost-user.
@@ -27,15 +24,10 @@ use clap::{ArgGroup, Parser};
 /// `-chardev socket,id=c,path=S,reconnect=1 -device vhost-user-blk-pci,chardev=c` with shared guest memory.
 #[derive(Debug, Parser)]
 #[command(name = "atoll-blk", version)]
-#[command(group(ArgGroup::new("transport").required(true).args(["socket", "vhost_fd", "probe"])))]
 #[command(group(ArgGroup::new("image").required(true).args(["path", "fd", "null"])))]
 struct Cli {
-    /// Listen on this UNIX socket and serve one front end after another
-    #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
-    /// Serve the front end on this inherited, connected socket, and end with it
-    #[arg(long, value_name = "N")]
-    vhost_fd: Option<RawFd>,
+    #[command(flatten)]
+    serve: ServeArgs,
     /// The image: a file or a block device
     #[arg(long, value_name = "FILE")]
     path: Option<PathBuf>,
@@ -58,7 +50,7 @@ struct Cli {
     #[arg(long, value_name = "N")]
     data_fd: Option<RawFd>,
     /// Serve nobody: say what a qcow2 image needs, one line of JSON, and end
-    #[arg(long, requires = "fd")]
+    #[arg(long, requires = "fd", conflicts_with = "transport")]
     probe: bool,
     /// Refuse writes; several processes may then share the image
     #[arg(long)]
@@ -78,17 +70,9 @@ struct Cli {
     /// Limit the requests of all queues together, likewise
     #[arg(long, value_name = "REQUESTS,MS[,BURST]")]
     rate_ops: Option<BucketConfig>,
-    /// The supervisor's channel as an inherited descriptor
-    #[arg(long, value_name = "N")]
-    sidecar_fd: Option<RawFd>,
-    /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
-    #[arg(long, value_name = "N")]
-    stats_fd: Option<RawFd>,
     /// A number of this device's own among all that share the image: it tells a predecessor's lock from others
     #[arg(long, value_name = "N")]
     lock_byte: Option<u32>,
-    #[command(flatten)]
-    jail: JailArgs,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -111,98 +95,55 @@ fn parse_serial(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(e) => return usage(&e),
-    };
-    signals::hold();
-    match start(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            // Not the chain: each error's text has its cause in it.
-            report(&e.to_string());
-            ExitCode::FAILURE
-        }
+impl Program for Cli {
+    type Device = Disk;
+    const NAME: &'static str = "atoll-blk";
+
+    fn class(&self) -> DeviceClass {
+        DeviceClass::Block
+    }
+    fn serve_args(&self) -> &ServeArgs {
+        &self.serve
+    }
+    fn descriptors(&self) -> Vec<RawFd> {
+        [self.fd, self.backing_raw, self.data_fd].into_iter().flatten().chain(self.backing_qcow2.iter().copied()).collect()
+    }
+    fn profile(&self) -> &'static Profile {
+        &Profile::BLK
+    }
+    fn writes_files(&self) -> bool {
+        !self.read_only && self.null.is_none()
+    }
+    fn check(&self) -> Result<(), String> {
+        if self.probe { Ok(()) } else { self.serve.check() }
+    }
+    fn errand(&self) -> Option<Result<(), StartError>> {
+        let fd = self.fd.filter(|_| self.probe)?;
+        Some(probe::run(fd, self.serve.jail.mode()).map_err(Into::into))
+    }
+    fn open(&self, _: Option<&Reports>) -> Result<(Disk, Box<dyn Fence>), StartError> {
+        let source = match (&self.path, self.fd, self.null) {
+            (Some(path), ..) => Source::Path(path.clone()),
+            (_, Some(fd), _) => Source::Fd(fd),
+            (.., Some(bytes)) => Source::Null(bytes),
+            _ => return Err("say what to serve: --path, --fd or --null".into()),
+        };
+        let storage = Arc::new(open(self, &source)?);
+        let fence: Box<dyn Fence> = match storage.file() {
+            None => Box::new(NoFence),
+            Some(_) => {
+                let device = device_byte(self);
+                // A name that is this device's alone: others may stand on the same base.
+                let beneath = device.filter(|_| self.lock_byte.is_some() || self.serve.socket.is_some());
+                Box::new(ImageFence { storage: Arc::clone(&storage), device, beneath })
+            }
+        };
+        let limiter = Limiter::new(self.rate_bytes, self.rate_ops);
+        Ok((Disk::new(storage, self.num_queues, &self.serial).limited(limiter), fence))
     }
 }
 
-/// What clap has to say: help and version as they are, mistakes in one line.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        // With standard output gone there is nobody left to tell.
-        let _ = error.print();
-        return ExitCode::SUCCESS;
-    }
-    let text = error.render().to_string();
-    let first: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
-    let first = first.join(" ");
-    report(&format!("{}; see atoll-blk --help", first.trim_start_matches("error: ")));
-    ExitCode::from(2)
-}
-
-#[allow(clippy::print_stderr, reason = "the one line that says why the program ends")]
-fn report(line: &str) {
-    eprintln!("atoll-blk: {line}");
-}
-
-fn start(cli: &Cli) -> Result<()> {
-    let supervised = cli.sidecar_fd.is_some();
-    let one = [cli.vhost_fd, cli.fd, cli.sidecar_fd, cli.stats_fd, cli.backing_raw, cli.data_fd];
-    let inherited: Vec<RawFd> = one.into_iter().flatten().chain(cli.backing_qcow2.iter().copied()).collect();
-    jail::begin(&inherited, supervised)?;
-    if let (true, Some(fd)) = (cli.probe, cli.fd) {
-        return Ok(probe::run(fd, cli.jail.mode())?);
-    }
-    let sidecar = cli
-        .sidecar_fd
-        .map(|fd| -> Result<Sidecar> {
-            let fd = serve::inherited("--sidecar-fd", fd)?;
-            Ok(Sidecar::hello(fd, DeviceClass::Block)?)
-        })
-        .transpose()?;
-    let reports = sidecar.as_ref().map(|s| s.reports().clone());
-    logging::start(reports.clone());
-    let prepared = prepare(cli);
-    if let (Err(e), Some(reports)) = (&prepared, &reports) {
-        reports.goodbye(GoodbyeReason::Config(e.to_string()));
-    }
-    let (disk, transport, fence) = prepared?;
-    let writes_files = !cli.read_only && cli.null.is_none();
-    let jail = Jail { mode: cli.jail.mode(), profile: &Profile::BLK, supervised, writes_files };
-    let stats = cli.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
-    serve::run(disk, Service { transport, sidecar, fence, jail, stats })?;
-    Ok(())
-}
-
-fn prepare(cli: &Cli) -> Result<(Disk, Transport, Box<dyn Fence>)> {
-    let source = match (&cli.path, cli.fd, cli.null) {
-        (Some(path), ..) => Source::Path(path.clone()),
-        (_, Some(fd), _) => Source::Fd(fd),
-        (.., Some(bytes)) => Source::Null(bytes),
-        _ => bail!("say what to serve: --path, --fd or --null"),
-    };
-    let storage = Arc::new(open(cli, &source)?);
-    let fence: Box<dyn Fence> = match storage.file() {
-        None => Box::new(NoFence),
-        Some(_) => {
-            let device = device_byte(cli);
-            // A name that is this device's alone: others may stand on the same base.
-            let beneath = device.filter(|_| cli.lock_byte.is_some() || cli.socket.is_some());
-            Box::new(ImageFence { storage: Arc::clone(&storage), device, beneath })
-        }
-    };
-    let transport = match (&cli.socket, cli.vhost_fd) {
-        (Some(path), _) => Transport::Listen(Listening::bind(path)?),
-        (None, Some(fd)) => Transport::Connected(serve::inherited("--vhost-fd", fd)?.into()),
-        (None, None) => bail!("say where the front end is: --socket or --vhost-fd"),
-    };
-    let limiter = Limiter::new(cli.rate_bytes, cli.rate_ops);
-    let disk = Disk::new(storage, cli.num_queues, &cli.serial).limited(limiter);
-    Ok((disk, transport, fence))
-}
-
-fn open(cli: &Cli, source: &Source) -> Result<Storage> {
+fn open(cli: &Cli, source: &Source) -> Result<Storage, StartError> {
     let backing = cli.backing_qcow2.iter().map(|fd| (*fd, Format::Qcow2));
     let backing = backing.chain(cli.backing_raw.map(|fd| (fd, Format::Raw))).collect();
     let beneath = Beneath { data: cli.data_fd, backing };
@@ -210,7 +151,7 @@ fn open(cli: &Cli, source: &Source) -> Result<Storage> {
         return Ok(Storage::open_qcow2(source, &beneath, cli.read_only, cli.direct)?);
     }
     if beneath.data.is_some() || !beneath.backing.is_empty() {
-        bail!("only a qcow2 image stands on others: say --image-type qcow2");
+        return Err("only a qcow2 image stands on others: say --image-type qcow2".into());
     }
     let open = if cli.image_type.is_some() { Storage::open } else { Storage::guess };
     Ok(open(source, cli.read_only, cli.direct)?)
@@ -222,7 +163,7 @@ fn device_byte(cli: &Cli) -> Option<u32> {
     if let Some(byte) = cli.lock_byte {
         return Some(byte);
     }
-    match &cli.socket {
+    match &cli.serve.socket {
         Some(path) => {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             let text = path.as_os_str().as_encoded_bytes();
@@ -232,4 +173,8 @@ fn device_byte(cli: &Cli) -> Option<u32> {
         None if cli.read_only => None,
         None => Some(0),
     }
+}
+
+fn main() -> ExitCode {
+    program::main::<Cli>()
 }

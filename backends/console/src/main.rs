@@ -11,6 +11,7 @@ use atoll_kit::fence::{Fence, NoFence};
 use atoll_kit::jail::Profile;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
 use atoll_kit::serve;
+use atoll_kit::sidecar::Reports;
 use atoll_protocol::sidecar::DeviceClass;
 use clap::Parser;
 
@@ -55,7 +56,7 @@ impl Program for Cli {
     fn profile(&self) -> &'static Profile {
         &Profile::CONSOLE
     }
-    fn open(&self) -> Result<(Console, Box<dyn Fence>), StartError> {
+    fn open(&self, _: Option<&Reports>) -> Result<(Console, Box<dyn Fence>), StartError> {
         let mut ports = Vec::new();
         if let Some(fd) = self.port_fd {
             ports.push(Port::stream("console", serve::inherited("--port-fd", fd)?)?);

@@ -14,16 +14,18 @@ use clap::{Args, Parser};
 use crate::device::Device;
 use crate::fence::Fence;
 use crate::jail::{self, Jail, Mode, Profile};
-use crate::serve::{self, Listening, Service, Transport};
-use crate::sidecar::Sidecar;
+use crate::serve::{self, Listening, ServeError, Service, Transport};
+use crate::sidecar::{Reports, Sidecar};
 use crate::{logging, signals};
 
 /// Why a device process cannot begin; the text names the thing and the remedy.
 pub type StartError = Box<dyn Error + Send + Sync>;
 
+const NOWHERE: &str = "say where the front end is: --socket PATH or --vhost-fd N";
+
 /// The options of every device process.
 #[derive(Debug, Args)]
-#[group(id = "transport", required = true, args = ["socket", "vhost_fd"])]
+#[group(id = "transport", args = ["socket", "vhost_fd"])]
 pub struct ServeArgs {
     /// Listen on this UNIX socket and serve one front end after another
     #[arg(long, value_name = "PATH")]
@@ -60,10 +62,35 @@ impl JailArgs {
     }
 }
 
+impl ServeArgs {
+    /// Refuses a command line that does not say where the front end is.
+    ///
+    /// # Errors
+    /// It says so.
+    pub fn check(&self) -> Result<(), String> {
+        if self.socket.is_none() && self.vhost_fd.is_none() { Err(NOWHERE.to_owned()) } else { Ok(()) }
+    }
+}
+
+/// What a process can serve: a device, or what stands for several.
+pub trait Served {
+    /// Serves until there is nobody left to serve.
+    ///
+    /// # Errors
+    /// As [`serve::run`].
+    fn serve(self, service: Service) -> Result<(), ServeError>;
+}
+
+impl<D: Device> Served for D {
+    fn serve(self, service: Service) -> Result<(), ServeError> {
+        serve::run(self, service)
+    }
+}
+
 /// A device that is a process.
 pub trait Program: Parser {
     /// Its device.
-    type Device: Device;
+    type Device: Served;
     /// Its name on the command line.
     const NAME: &'static str;
 
@@ -81,11 +108,23 @@ pub trait Program: Parser {
     fn writes_files(&self) -> bool {
         true
     }
-    /// Opens what it serves, and says how to know that a predecessor's I/O on it is over.
+    /// What contradicts itself on its command line beyond what clap can see.
+    ///
+    /// # Errors
+    /// The mistake, in a line.
+    fn check(&self) -> Result<(), String> {
+        self.serve_args().check()
+    }
+    /// Something else that was asked for than to serve, done in a process that holds nothing but the descriptors named.
+    fn errand(&self) -> Option<Result<(), StartError>> {
+        None
+    }
+    /// Opens what it serves, and says how to know that a predecessor's I/O on it is over. `reports` goes to the supervisor, if
+    /// there is one.
     ///
     /// # Errors
     /// When it cannot be served.
-    fn open(&self) -> Result<(Self::Device, Box<dyn Fence>), StartError>;
+    fn open(&self, reports: Option<&Reports>) -> Result<(Self::Device, Box<dyn Fence>), StartError>;
 }
 
 /// Runs a device process to its end; the exit status is 2 for a mistake on the command line.
@@ -94,6 +133,10 @@ pub fn main<P: Program>() -> ExitCode {
         Ok(program) => program,
         Err(error) => return usage(P::NAME, &error),
     };
+    if let Err(mistake) = program.check() {
+        report(P::NAME, &format!("{mistake}; see {} --help", P::NAME));
+        return ExitCode::from(2);
+    }
     signals::hold();
     match start(&program) {
         Ok(()) => ExitCode::SUCCESS,
@@ -117,8 +160,9 @@ fn usage(name: &str, error: &clap::Error) -> ExitCode {
     ExitCode::from(2)
 }
 
+/// Writes the one line that says why a program ends.
 #[allow(clippy::print_stderr, reason = "the one line that says why the program ends")]
-fn report(name: &str, line: &str) {
+pub fn report(name: &str, line: &str) {
     eprintln!("{name}: {line}");
 }
 
@@ -128,13 +172,16 @@ fn start<P: Program>(program: &P) -> Result<(), StartError> {
     let common = [args.vhost_fd, args.sidecar_fd, args.stats_fd].into_iter().flatten();
     let keep: Vec<RawFd> = common.chain(program.descriptors()).collect();
     jail::begin(&keep, supervised)?;
+    if let Some(outcome) = program.errand() {
+        return outcome;
+    }
     let hello = |fd| -> Result<Sidecar, StartError> {
         Ok(Sidecar::hello(serve::inherited("--sidecar-fd", fd)?, program.class())?)
     };
     let sidecar = args.sidecar_fd.map(hello).transpose()?;
     let reports = sidecar.as_ref().map(|sidecar| sidecar.reports().clone());
     logging::start(reports.clone());
-    let prepared = program.open().and_then(|opened| Ok((opened, transport(args)?)));
+    let prepared = program.open(reports.as_ref()).and_then(|opened| Ok((opened, transport(args)?)));
     if let (Err(error), Some(reports)) = (&prepared, &reports) {
         reports.goodbye(GoodbyeReason::Config(error.to_string()));
     }
@@ -142,13 +189,13 @@ fn start<P: Program>(program: &P) -> Result<(), StartError> {
     let (mode, profile) = (args.jail.mode(), program.profile());
     let jail = Jail { mode, profile, supervised, writes_files: program.writes_files() };
     let stats = args.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
-    Ok(serve::run(device, Service { transport, sidecar, fence, jail, stats })?)
+    Ok(device.serve(Service { transport, sidecar, fence, jail, stats })?)
 }
 
 fn transport(args: &ServeArgs) -> Result<Transport, StartError> {
     match (&args.socket, args.vhost_fd) {
         (Some(path), _) => Ok(Transport::Listen(Listening::bind(path)?)),
         (None, Some(fd)) => Ok(Transport::Connected(serve::inherited("--vhost-fd", fd)?.into())),
-        (None, None) => Err("say where the front end is: --socket or --vhost-fd".into()),
+        (None, None) => Err(NOWHERE.into()),
     }
 }

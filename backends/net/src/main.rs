@@ -4,12 +4,11 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
-use atoll_kit::fence::NoFence;
-use atoll_kit::jail::{self, Jail, Profile};
-use atoll_kit::serve::{self, Listening, Service, Transport};
-use atoll_kit::sidecar::{Reports, Sidecar};
-use atoll_kit::{logging, signals};
+use atoll_kit::fence::{Fence, NoFence};
+use atoll_kit::jail::Profile;
+use atoll_kit::program::{self, Program, ServeArgs, Served, StartError};
+use atoll_kit::serve::{self, ServeError, Service};
+use atoll_kit::sidecar::Reports;
 use atoll_net::capture::Capture;
 use atoll_net::card::{Card, Look};
 use atoll_net::face::{Captures, Face};
@@ -20,47 +19,8 @@ use atoll_net::link::switch::{Port, Switch};
 use atoll_net::link::tap::Tap;
 use atoll_net::link::{Link, tap_device};
 use atoll_net::options::Options;
-use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
+use atoll_protocol::sidecar::DeviceClass;
 use clap::Parser;
-
-fn main() -> ExitCode {
-    let options = match Options::try_parse() {
-        Ok(options) => options,
-        Err(e) => return usage(&e),
-    };
-    if let Err(reason) = options.check() {
-        report(&format!("{reason}; see atoll-net --help"));
-        return ExitCode::from(2);
-    }
-    signals::hold();
-    match start(&options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(e) => {
-            // Not the chain: each error's text has its cause in it.
-            report(&e.to_string());
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// What clap has to say: help and version as they are, mistakes in one line.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        // With standard output gone there is nobody left to tell.
-        let _ = error.print();
-        return ExitCode::SUCCESS;
-    }
-    let text = error.render().to_string();
-    let first: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
-    let first = first.join(" ");
-    report(&format!("{}; see atoll-net --help", first.trim_start_matches("error: ")));
-    ExitCode::from(2)
-}
-
-#[allow(clippy::print_stderr, reason = "the one line that says why the program ends")]
-fn report(line: &str) {
-    eprintln!("atoll-net: {line}");
-}
 
 /// The cards, by what they are plugged into.
 enum Cards {
@@ -70,42 +30,58 @@ enum Cards {
     Nowhere(Card<Nowhere>),
 }
 
-fn start(options: &Options) -> Result<()> {
-    let supervised = options.sidecar_fd.is_some();
-    jail::begin(&options.inherited(), supervised)?;
-    let sidecar = options
-        .sidecar_fd
-        .map(|fd| -> Result<Sidecar> {
-            let fd = serve::inherited("--sidecar-fd", fd)?;
-            Ok(Sidecar::hello(fd, DeviceClass::Net)?)
-        })
-        .transpose()?;
-    let reports = sidecar.as_ref().map(|s| s.reports().clone());
-    logging::start(reports.clone());
-    let prepared = prepare(options, reports.as_ref());
-    if let (Err(e), Some(reports)) = (&prepared, &reports) {
-        reports.goodbye(GoodbyeReason::Config(e.to_string()));
+impl Served for Cards {
+    fn serve(self, service: Service) -> Result<(), ServeError> {
+        match self {
+            Self::Tap(card) => serve::run(card, service),
+            Self::Stream(card) => serve::run(card, service),
+            Self::Switch(cards) => serve::run_all(cards, service),
+            Self::Nowhere(card) => serve::run(card, service),
+        }
     }
-    let (cards, transport) = prepared?;
-    let profile = if matches!(cards, Cards::Tap(_)) { &Profile::NET_TAP } else { &Profile::NET };
-    let jail = Jail { mode: options.jail.mode(), profile, supervised, writes_files: !options.pcap.is_empty() };
-    // Frames that are under way die with the process that holds them: there is nothing to wait for.
-    let stats = options.stats_fd.map(|fd| serve::inherited("--stats-fd", fd)).transpose()?;
-    let service = Service { transport, sidecar, fence: Box::new(NoFence), jail, stats };
-    match cards {
-        Cards::Tap(card) => serve::run(card, service)?,
-        Cards::Stream(card) => serve::run(card, service)?,
-        Cards::Switch(cards) => serve::run_all(cards, service)?,
-        Cards::Nowhere(card) => serve::run(card, service)?,
-    }
-    Ok(())
 }
 
-fn prepare(options: &Options, reports: Option<&Reports>) -> Result<(Cards, Transport)> {
+/// The program's command line: [`Options`], which this crate's library knows too.
+#[derive(Debug, Parser)]
+#[command(name = "atoll-net", version)]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+}
+
+impl Program for Cli {
+    type Device = Cards;
+    const NAME: &'static str = "atoll-net";
+
+    fn class(&self) -> DeviceClass {
+        DeviceClass::Net
+    }
+    fn serve_args(&self) -> &ServeArgs {
+        &self.options.serve
+    }
+    fn descriptors(&self) -> Vec<RawFd> {
+        self.options.inherited()
+    }
+    fn profile(&self) -> &'static Profile {
+        if self.options.tap.is_some() || !self.options.fd.is_empty() { &Profile::NET_TAP } else { &Profile::NET }
+    }
+    fn writes_files(&self) -> bool {
+        !self.options.pcap.is_empty()
+    }
+    fn check(&self) -> Result<(), String> {
+        self.options.check()
+    }
+    /// Frames that are under way die with the process that holds them: there is nothing for a successor to wait for.
+    fn open(&self, reports: Option<&Reports>) -> Result<(Cards, Box<dyn Fence>), StartError> {
+        Ok((cards(&self.options, reports)?, Box::new(NoFence)))
+    }
+}
+
+fn cards(options: &Options, reports: Option<&Reports>) -> Result<Cards, StartError> {
     // First of all: it forks.
     let connector = options.stream.as_ref().map(|path| Connector::start(path)).transpose()?;
     let captures = Recorder::open(options)?;
-    let cards = match (&options.tap, options.stream_fd, connector) {
+    Ok(match (&options.tap, options.stream_fd, connector) {
         (Some(name), ..) => {
             let queues = tap_device::open(name, options.queue_pairs, &options.host_end())?;
             Cards::Tap(card(options, &captures, Tap::new(queues)?))
@@ -116,9 +92,9 @@ fn prepare(options: &Options, reports: Option<&Reports>) -> Result<(Cards, Trans
         }
         (.., Some(connector)) => Cards::Stream(card(options, &captures, Stream::reconnecting(connector))),
         _ if !options.fd.is_empty() => {
-            let own = |fd: &RawFd| Ok(serve::inherited("--fd", *fd)?);
-            let queues = tap_device::adopt(options.fd.iter().map(own).collect::<Result<Vec<OwnedFd>>>()?)?;
-            Cards::Tap(card(options, &captures, Tap::new(queues)?))
+            let own = |fd: &RawFd| serve::inherited("--fd", *fd);
+            let queues = options.fd.iter().map(own).collect::<Result<Vec<OwnedFd>, _>>()?;
+            Cards::Tap(card(options, &captures, Tap::new(tap_device::adopt(queues)?)?))
         }
         _ if options.switch => {
             let faces: Vec<_> = (0..options.ports).map(|port| face(options, &captures, port)).collect();
@@ -129,14 +105,8 @@ fn prepare(options: &Options, reports: Option<&Reports>) -> Result<(Cards, Trans
             Cards::Switch(faces.into_iter().enumerate().map(port).collect())
         }
         _ if options.none => Cards::Nowhere(card(options, &captures, Nowhere)),
-        _ => bail!("say where frames go: --tap, --fd, --stream, --stream-fd, --switch or --none"),
-    };
-    let transport = match (&options.socket, options.vhost_fd) {
-        (Some(path), _) => Transport::Listen(Listening::bind(path)?),
-        (None, Some(fd)) => Transport::Connected(serve::inherited("--vhost-fd", fd)?.into()),
-        (None, None) => bail!("say where the front end is: --socket or --vhost-fd"),
-    };
-    Ok((cards, transport))
+        _ => return Err("say where frames go: --tap, --fd, --stream, --stream-fd, --switch or --none".into()),
+    })
 }
 
 fn look(options: &Options, port: u16) -> Look {
@@ -159,7 +129,7 @@ fn lost(reports: Option<&Reports>) -> Box<dyn Fn() + Send + Sync> {
         let reason = "the other end of --stream-fd is gone: start it again and pass a new connection";
         match &reports {
             Some(reports) => reports.goodbye(GoodbyeReason::Resource(reason.to_owned())),
-            None => report(reason),
+            None => program::report(Cli::NAME, reason),
         }
         std::process::exit(1)
     })
@@ -171,11 +141,11 @@ struct Recorder {
 }
 
 impl Recorder {
-    fn open(options: &Options) -> Result<Self> {
-        let open = |option: &atoll_net::options::CaptureOption| -> Result<_> {
+    fn open(options: &Options) -> Result<Self, StartError> {
+        let open = |option: &atoll_net::options::CaptureOption| -> Result<_, StartError> {
             Ok((option.port, Arc::new(Capture::create(&option.path)?)))
         };
-        Ok(Self { captures: options.pcap.iter().map(open).collect::<Result<_>>()? })
+        Ok(Self { captures: options.pcap.iter().map(open).collect::<Result<_, _>>()? })
     }
 
     /// What is written down of a port. A capture of a whole switch sees each frame once, when it enters.
@@ -191,4 +161,8 @@ impl Recorder {
         }
         captures
     }
+}
+
+fn main() -> ExitCode {
+    program::main::<Cli>()
 }

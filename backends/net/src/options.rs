@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use atoll_kit::limit::{BucketConfig, Limiter};
-use atoll_kit::program::JailArgs;
+use atoll_kit::program::ServeArgs;
 use clap::{ArgGroup, Parser};
 
 use crate::card::PAIRS_MAX;
@@ -23,15 +23,11 @@ pub const PORTS_MAX: u16 = 64;
 /// guest memory.
 #[derive(Debug, Parser)]
 #[command(name = "atoll-net", version)]
-#[command(group(ArgGroup::new("transport").required(true).args(["socket", "vhost_fd"])))]
 #[command(group(ArgGroup::new("link").required(true).args(["tap", "fd", "stream", "stream_fd", "switch", "none"])))]
 pub struct Options {
-    /// Listen on this UNIX socket and serve one front end after another; with --switch several at a time
-    #[arg(long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// Serve the front end on this inherited, connected socket, and end with it
-    #[arg(long, value_name = "N", conflicts_with = "switch")]
-    pub vhost_fd: Option<RawFd>,
+    /// Where the front end is, and who supervises.
+    #[command(flatten)]
+    pub serve: ServeArgs,
 
     /// A TAP interface of the host, made if it is not there and that is permitted
     #[arg(long, value_name = "NAME")]
@@ -45,8 +41,8 @@ pub struct Options {
     /// The same as an inherited, connected socket; the process ends with its other end
     #[arg(long, value_name = "N")]
     pub stream_fd: Option<RawFd>,
-    /// A learning switch: each front end that connects to --socket is a port
-    #[arg(long)]
+    /// A learning switch: each front end that connects to --socket is a port, several at a time
+    #[arg(long, conflicts_with = "vhost_fd")]
     pub switch: bool,
     /// Nothing: frames go nowhere
     #[arg(long)]
@@ -87,16 +83,6 @@ pub struct Options {
     /// Ethernet address of the host's end of --tap
     #[arg(long, value_name = "MAC", requires = "tap", value_parser = parse_mac)]
     pub host_mac: Option<Mac>,
-
-    /// The supervisor's channel as an inherited descriptor
-    #[arg(long, value_name = "N")]
-    pub sidecar_fd: Option<RawFd>,
-    /// A page of figures as an inherited, sealed memfd; who passed it reads what this process counts
-    #[arg(long, value_name = "N")]
-    pub stats_fd: Option<RawFd>,
-    /// The jail.
-    #[command(flatten)]
-    pub jail: JailArgs,
 }
 
 /// A capture: of one port, or of all.
@@ -141,6 +127,7 @@ pub fn parse_mac(text: &str) -> Result<Mac, String> {
 impl Options {
     /// What contradicts itself beyond what clap can see.
     pub fn check(&self) -> Result<(), String> {
+        self.serve.check()?;
         if !self.fd.is_empty() && self.fd.len() != usize::from(self.queue_pairs) {
             return Err(format!("{} queue pairs need as many --fd, not {}", self.queue_pairs, self.fd.len()));
         }
@@ -158,10 +145,9 @@ impl Options {
         }
     }
 
-    /// Descriptors that were inherited.
+    /// The inherited descriptors of its links.
     pub fn inherited(&self) -> Vec<RawFd> {
-        let single = [self.vhost_fd, self.stream_fd, self.sidecar_fd, self.stats_fd];
-        single.into_iter().flatten().chain(self.fd.iter().copied()).collect()
+        self.stream_fd.into_iter().chain(self.fd.iter().copied()).collect()
     }
 
     /// The limits of one direction of one card; each has buckets of its own.
@@ -178,7 +164,7 @@ impl Options {
     /// interface, and differs from port to port.
     pub fn mac(&self, port: u16) -> Mac {
         let given = self.mac.unwrap_or_else(|| {
-            let name = match (&self.socket, &self.tap) {
+            let name = match (&self.serve.socket, &self.tap) {
                 (Some(path), _) => std::path::absolute(path).unwrap_or_else(|_| path.clone()).into_os_string(),
                 (None, Some(tap)) => tap.into(),
                 (None, None) => "atoll".into(),

@@ -16,6 +16,7 @@ use atoll_kit::jail::Profile;
 use atoll_kit::limit::{BucketConfig, Limiter};
 use atoll_kit::memory::Segment;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
+use atoll_kit::sidecar::Reports;
 use atoll_kit::{ConfigError, Device, Progress, QueueHandler, QueueLayout, memory, serve};
 use atoll_protocol::sidecar::DeviceClass;
 use clap::Parser;
@@ -63,7 +64,7 @@ impl Program for Cli {
     fn writes_files(&self) -> bool {
         false
     }
-    fn open(&self) -> Result<(Rng, Box<dyn Fence>), StartError> {
+    fn open(&self, _: Option<&Reports>) -> Result<(Rng, Box<dyn Fence>), StartError> {
         let (source, name) = match self.fd {
             Some(fd) => (File::from(serve::inherited("--fd", fd)?), format!("--fd {fd}")),
             None => {

@@ -16,6 +16,7 @@ use atoll_kit::fence::{Fence, NoFence};
 use atoll_kit::jail::Profile;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
 use atoll_kit::serve;
+use atoll_kit::sidecar::Reports;
 use atoll_protocol::sidecar::DeviceClass;
 use clap::Parser;
 
@@ -64,7 +65,7 @@ impl Program for Cli {
     fn writes_files(&self) -> bool {
         false
     }
-    fn open(&self) -> Result<(Vsock, Box<dyn Fence>), StartError> {
+    fn open(&self, _: Option<&Reports>) -> Result<(Vsock, Box<dyn Fence>), StartError> {
         let listener: OwnedFd = match self.listen_fd {
             Some(fd) => serve::inherited("--listen-fd", fd)?,
             None => std::os::unix::net::UnixListener::bind(&self.path)
