@@ -106,7 +106,11 @@ impl Program for Cli {
         &self.serve
     }
     fn descriptors(&self) -> Vec<RawFd> {
-        [self.fd, self.backing_raw, self.data_fd].into_iter().flatten().chain(self.backing_qcow2.iter().copied()).collect()
+        [self.fd, self.backing_raw, self.data_fd]
+            .into_iter()
+            .flatten()
+            .chain(self.backing_qcow2.iter().copied())
+            .collect()
     }
     fn profile(&self) -> &'static Profile {
         &Profile::BLK
@@ -115,7 +119,12 @@ impl Program for Cli {
         !self.read_only && self.null.is_none()
     }
     fn check(&self) -> Result<(), String> {
-        if self.probe { Ok(()) } else { self.serve.check() }
+        match (self.probe, self.fd) {
+            (true, Some(_)) => Ok(()),
+            // clap does not see it where another image is given.
+            (true, None) => Err("--probe reads an image on --fd".to_owned()),
+            (false, _) => self.serve.check(),
+        }
     }
     fn errand(&self) -> Option<Result<(), StartError>> {
         let fd = self.fd.filter(|_| self.probe)?;

@@ -19,7 +19,7 @@ use atoll_net::link::switch::{Port, Switch};
 use atoll_net::link::tap::Tap;
 use atoll_net::link::{Link, tap_device};
 use atoll_net::options::Options;
-use atoll_protocol::sidecar::DeviceClass;
+use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
 use clap::Parser;
 
 /// The cards, by what they are plugged into.

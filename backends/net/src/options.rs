@@ -201,7 +201,7 @@ mod tests {
     fn what_contradicts_itself_is_refused_with_a_reason() {
         let cases = [
             ("--socket s", "required"),
-            ("--tap t", "required"),
+            ("--tap t", "where the front end is"),
             ("--socket s --tap t --none", "cannot be used with"),
             ("--vhost-fd 5 --switch", "cannot be used with"),
             ("--socket s --fd 4 --queue-pairs 2", "as many --fd"),
