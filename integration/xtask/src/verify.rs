@@ -38,9 +38,6 @@ const COMPLAINTS: [&str; 12] = [
     "needs_reset",
 ];
 const STEP: Duration = Duration::from_secs(60);
-/// What to type before a load whose history comes over the kernel's own console: the kernel would print into its lines.
-/// Its log is judged all the same.
-pub const QUIET: &str = "dmesg -n 1";
 
 /// Builds the guest's program, if its sources have changed.
 pub fn program() -> Result<PathBuf> {
@@ -169,7 +166,6 @@ pub fn on_a_guest(seed: u64, seconds: u64, kill_every_ms: u64) -> Result<Verdict
     }
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
-    console.run(QUIET, STEP)?;
     let load = Load::new(seed, seconds);
     let (vmm, stop) = (console.pid(), AtomicBool::new(false));
     let (said, deaths) = std::thread::scope(|scope| {

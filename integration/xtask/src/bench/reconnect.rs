@@ -9,7 +9,7 @@ use crate::console::Console;
 use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
 use crate::images::{self, Guest};
 use crate::laden::Ending;
-use crate::verify::{self, Load, QUIET};
+use crate::verify::{self, Load};
 use crate::{place, processes, yardstick};
 use anyhow::{Context, Result, ensure};
 use atoll_verify::blk::{Event, History};
@@ -159,7 +159,6 @@ fn measure(stand: Stand, kills: u32, seed: u64) -> Result<Felt> {
     }
     let mut console = Console::spawn(&mut command(stand, &guest, &disk, &scratch, &socket)?)?;
     console.prompt(BOOT_LIMIT)?;
-    console.run(QUIET, STEP)?;
     let seconds = (BETWEEN_KILLS * (kills + 1)).as_secs() + 1;
     let (vmm, load, over) = (console.pid(), Load::new(seed, seconds), &AtomicBool::new(false));
     let said = std::thread::scope(|scope| {
