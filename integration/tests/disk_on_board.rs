@@ -19,7 +19,7 @@ use atoll_vmm::doorbell::Relay;
 use atoll_vmm::irq::{EventRoute, InterruptFabric, IrqError};
 use atoll_vmm::lifecycle::Story;
 use atoll_vmm::machine::layout::{MMIO64, ram};
-use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, EventSender, EventSink, MachineEvent};
+use atoll_vmm::machine::{Board, BoardParts, BuiltDevice, EventSender, EventSink, MachineEvent, NewSize};
 use atoll_vmm::memory::GuestMemory;
 use atoll_vmm::vhost::{DeviceFactory, FactoryParts};
 use rustix::process::Signal;
@@ -495,7 +495,13 @@ fn a_disk_gets_another_size_under_its_driver() -> Result<()> {
     driver.start()?;
     driver.run(1, 0)?;
     let resize = |driver: &mut Driver, bytes: u64| {
-        driver.disk.as_mut().context("a disk")?.life.resize(bytes).map_err(anyhow::Error::from)
+        driver
+            .disk
+            .as_mut()
+            .context("a disk")?
+            .life
+            .resize(NewSize { bytes, allow_shrink: true })
+            .map_err(anyhow::Error::from)
     };
     let generation = driver.get(21, 1);
     resize(&mut driver, 16 << 20)?;

@@ -11,6 +11,7 @@ use atoll_vmm::config::{DeviceConfig, VmConfig};
 use atoll_vmm::lifecycle::{
     DeviceReport, DeviceState, ErrorKind, Plugged, RecoveryClass, Story, VmControl, VmError, VmInfo, VmState,
 };
+use atoll_vmm::machine::NewSize;
 use atoll_vmm::vhost::{Fault, UpgradeOrder};
 
 /// What the machine was asked and what it has.
@@ -137,7 +138,7 @@ impl VmControl for Fake {
         }
         Ok(())
     }
-    fn resize_disk(&self, id: &str, _: u64) -> Result<(), VmError> {
+    fn resize_disk(&self, id: &str, _: NewSize) -> Result<(), VmError> {
         let book = self.created("resize_disk")?;
         match book.devices.iter().find(|(other, _)| other == id) {
             Some((_, DeviceConfig::Disk(_))) => Ok(()),
@@ -175,6 +176,7 @@ impl VmControl for Fake {
             generation: 1,
             restarts: 0,
             recovery: RecoveryClass::Full,
+            counted: None,
             pid: None,
             exe: None,
             standby: None,

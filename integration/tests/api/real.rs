@@ -198,7 +198,14 @@ fn devices(client: &mut Strict, folder: &Path) -> Result<()> {
     within(HOTPLUG, 409, client.put("/api/v1/vm.add-disk", &disk)).why();
     within(QUICK, 204, client.put("/api/v1/vm.resize-disk", r#"{"id":"second","desired_size":2097152}"#));
     within(QUICK, 400, client.put("/api/v1/vm.resize-disk", r#"{"id":"second","desired_size":1}"#)).why();
+    // What would be lost is lost only if that is meant.
+    let smaller = r#"{"id":"second","desired_size":1048576}"#;
+    let told = within(QUICK, 400, client.put("/api/v1/vm.resize-disk", smaller)).why();
+    assert!(told.contains("2097152 bytes") && told.contains("--shrink"), "{told}");
     assert_eq!(image.metadata()?.len(), 2 << 20);
+    let meant = r#"{"id":"second","desired_size":1048576,"allow_shrink":true}"#;
+    within(QUICK, 204, client.put("/api/v1/vm.resize-disk", meant));
+    assert_eq!(image.metadata()?.len(), 1 << 20);
     within(QUICK, 404, client.put("/api/v1/vm.resize-disk", r#"{"id":"nobody","desired_size":1}"#)).why();
     within(QUICK, 404, client.put("/api/v1/vm.remove-device", r#"{"id":"nobody"}"#)).why();
     // Nothing is half there of what could not be made.

@@ -84,6 +84,9 @@ pub(super) struct ResizeDisk {
     pub(super) id: String,
     /// In bytes.
     pub(super) desired_size: u64,
+    /// It may be less than now: what lies behind is gone then.
+    #[serde(default)]
+    pub(super) allow_shrink: bool,
 }
 
 #[cfg(test)]

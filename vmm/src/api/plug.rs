@@ -12,6 +12,7 @@ use super::routes::{Asked, Good, Route, Served, of, put};
 use super::server::Api;
 use crate::config::{Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VsockConfig};
 use crate::lifecycle::{Plugged, Upgraded, VmError};
+use crate::machine::NewSize;
 use crate::vhost::{SWITCH_STEP, UpgradeOrder};
 
 /// The resources of this file.
@@ -50,8 +51,8 @@ pub(super) fn routes() -> Vec<Route> {
         .takes::<RemoveDevice>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
         put("/api/v1/vm.resize-disk", "Changes the size of a disk; the guest is told.", Nothing, |api, _, asked| {
-            let ResizeDisk { id, desired_size } = body::decode(asked.body)?;
-            done(api.control.resize_disk(&id, desired_size))
+            let ResizeDisk { id, desired_size, allow_shrink } = body::decode(asked.body)?;
+            done(api.control.resize_disk(&id, NewSize { bytes: desired_size, allow_shrink }))
         })
         .takes::<ResizeDisk>()
         .refuses(&[Status::BadRequest, Status::NotFound]),

@@ -1,6 +1,5 @@
 //! The second serial port of the board, served by `atoll-uart`: a device of registers elsewhere.
 
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -22,7 +21,7 @@ use super::spec::{PassedFd, WatchLimits, beside_this_binary};
 use crate::actor::remote::RemoteShape;
 use crate::lifecycle::DeviceReport;
 use crate::machine::layout::{COM2, COM2_GSI};
-use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
+use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Transcript};
 
 /// Its number among the devices of a machine; disks count from 0.
 const DEVICE: DeviceId = DeviceId(0x1000);
@@ -58,10 +57,16 @@ pub enum UartError {
     Binary(#[source] io::Error),
 }
 
+#[derive(Debug)]
+enum End {
+    File(Transcript),
+    Pty(OwnedFd),
+}
+
 /// The host's end of the line: opened once, it outlives the incarnations of the process and the resets of the guest.
 #[derive(Debug)]
 pub struct UartLine {
-    end: OwnedFd,
+    end: End,
     /// A pseudo-terminal hangs up when nobody holds its other side.
     _other_side: Option<OwnedFd>,
     /// What people open to get to it.
@@ -69,7 +74,7 @@ pub struct UartLine {
 }
 
 impl UartLine {
-    /// Empties the file, or makes the pseudo-terminal.
+    /// Opens the file, or makes the pseudo-terminal.
     ///
     /// # Errors
     /// [`UartError::Output`] and [`UartError::Pty`].
@@ -77,12 +82,23 @@ impl UartLine {
         match output {
             UartOutput::File(path) => {
                 let named = |source| UartError::Output { path: path.clone(), source };
-                // Emptied once, here; then each incarnation goes on at the end.
-                File::create(path).map_err(named)?;
-                let file = OpenOptions::new().append(true).open(path).map_err(named)?;
-                Ok(Self { end: file.into(), _other_side: None, name: None })
+                Ok(Self { end: End::File(Transcript::open(path).map_err(named)?), _other_side: None, name: None })
             }
             UartOutput::Pty => Self::pty().map_err(UartError::Pty),
+        }
+    }
+
+    /// A guest begins to print.
+    pub fn begin(&self) {
+        if let End::File(file) = &self.end {
+            file.begin();
+        }
+    }
+
+    fn pass(&self) -> io::Result<OwnedFd> {
+        match &self.end {
+            End::File(file) => file.file().try_clone().map(OwnedFd::from),
+            End::Pty(end) => end.try_clone(),
         }
     }
 
@@ -97,7 +113,7 @@ impl UartLine {
         attributes.make_raw();
         tcsetattr(&other, OptionalActions::Now, &attributes)?;
         tracing::info!("the second serial port is at {name}");
-        Ok(Self { end, _other_side: Some(other), name: Some(name) })
+        Ok(Self { end: End::Pty(end), _other_side: Some(other), name: Some(name) })
     }
 
     /// Name of the pseudo-terminal, where the line leads to one.
@@ -136,7 +152,7 @@ impl UartBuilder {
             None => beside_this_binary("atoll-uart").map_err(UartError::Binary)?,
         };
         let line = Arc::clone(&self.line);
-        let fds = move || Ok(vec![PassedFd { flag: "--output-fd".into(), fd: line.end.try_clone()? }]);
+        let fds = move || Ok(vec![PassedFd { flag: "--output-fd".into(), fd: line.pass()? }]);
         Ok(RegisterProcess {
             name: self.name(),
             device: DEVICE,

@@ -19,7 +19,7 @@ use super::report::{DeviceReport, VmInfo};
 use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
-use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, StopCause};
+use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, NewSize, StopCause};
 use crate::vhost::{Fault, UpgradeError, UpgradeOrder};
 
 /// Requests that touch no device.
@@ -161,9 +161,9 @@ impl VmControl for Controller {
         let id = id.to_owned();
         self.mailbox.ask("vm.remove-device", DEVICES, move |keeper| keeper.remove_device(&id))
     }
-    fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError> {
+    fn resize_disk(&self, id: &str, size: NewSize) -> Result<(), VmError> {
         let id = id.to_owned();
-        self.mailbox.ask("vm.resize-disk", DEVICES, move |keeper| keeper.resize_disk(&id, bytes))
+        self.mailbox.ask("vm.resize-disk", DEVICES, move |keeper| keeper.resize_disk(&id, size))
     }
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let id = id.to_owned();

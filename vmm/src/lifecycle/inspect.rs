@@ -10,7 +10,7 @@ use super::report::{DeviceReport, VmState};
 use super::story::Story;
 use crate::actor::ActorReport;
 use crate::machine::{Machine, PauseFigures};
-use crate::metrics::{DeviceSnapshot, QueueSnapshot};
+use crate::metrics::{CountedBy, DeviceSnapshot, QueueSnapshot};
 use crate::seccomp;
 
 /// What the tree is made of.
@@ -43,8 +43,14 @@ fn pause(figures: &PauseFigures) -> Value {
 /// What the devices have done, queue by queue and in all.
 fn figures(machine: &Machine) -> Value {
     let of = |device: &DeviceSnapshot| {
+        if device.counted == CountedBy::Rings {
+            return (device.id.clone(), json!({ "counted": device.counted, "completed": device.completed }));
+        }
         let queues: Vec<QueueSnapshot> = device.queues.iter().map(QueueSnapshot::from).collect();
-        (device.id.clone(), json!({ "all": QueueSnapshot::from(&device.total()), "queues": queues }))
+        (
+            device.id.clone(),
+            json!({ "counted": device.counted, "all": QueueSnapshot::from(&device.total()), "queues": queues }),
+        )
     };
     machine.figures().snapshot().devices.iter().map(of).collect::<serde_json::Map<String, Value>>().into()
 }

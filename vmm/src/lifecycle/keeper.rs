@@ -29,10 +29,10 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, DeviceKind, VmConfig};
 use crate::machine::{
-    EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, PauseError, PauseFigures, PauseLimits, Rebuilt,
-    failure,
+    EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError, PauseFigures, PauseLimits,
+    Rebuilt, failure,
 };
-use crate::vhost::{Fault, UpgradeOrder, UpgradeOutcome};
+use crate::vhost::{Fault, ResizeError, UpgradeOrder, UpgradeOutcome};
 
 /// What is known without asking the thread.
 #[derive(Default)]
@@ -288,6 +288,7 @@ impl Keeper {
         let plan = Plan::open(&config, &self.home, &self.household, &self.story)?;
         let (life, events) = self.next_life();
         let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
+        plan.begin_lines();
         plan.tell_choice();
         plan.tell_lines(&mut config);
         machine.count_in(self.household.metrics());
@@ -444,16 +445,20 @@ impl Keeper {
         }
     }
 
-    pub(super) fn resize_disk(&mut self, id: &str, bytes: u64) -> Result<(), VmError> {
+    pub(super) fn resize_disk(&mut self, id: &str, size: NewSize) -> Result<(), VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
-                Some(_) if bytes == 0 || !bytes.is_multiple_of(SECTOR) => {
+                Some(_) if size.bytes == 0 || !size.bytes.is_multiple_of(SECTOR) => {
                     let text = format!(
-                        "a size of {bytes} bytes is not possible: it must be a multiple of {SECTOR}, and not zero"
+                        "a size of {} bytes is not possible: it must be a multiple of {SECTOR}, and not zero",
+                        size.bytes
                     );
                     Err(VmError::new(ErrorKind::Bad, text))
                 }
-                Some(life) => life.resize(bytes).map_err(failed),
+                Some(life) => life.resize(size).map_err(|error| {
+                    let mistake = error.source.downcast_ref::<ResizeError>().is_some_and(ResizeError::is_mistake);
+                    VmError::new(if mistake { ErrorKind::Bad } else { ErrorKind::Failed }, error)
+                }),
                 None => Err(no_device(id)),
             },
             other => Err(other.not_running()),
@@ -517,6 +522,7 @@ impl Keeper {
             generation: 0,
             restarts: 0,
             recovery: RecoveryClass::None,
+            counted: None,
             pid: None,
             exe: None,
             standby: None,

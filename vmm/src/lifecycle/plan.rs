@@ -129,6 +129,17 @@ impl Plan {
         &self.config
     }
 
+    /// The machine has been built, and its guest begins to print: files that get it are empty from now on.
+    pub(super) fn begin_lines(&self) {
+        if let Some(line) = &self.serial {
+            line.begin();
+        }
+        if let Some(line) = &self.uart {
+            line.begin();
+        }
+        self.factory.begin_console();
+    }
+
     /// Tells where the serial ports lead, for pseudo terminals that were made.
     pub(super) fn tell_lines(&self, config: &mut VmConfig) {
         if let (Some(line), Some(serial)) = (&self.serial, &mut config.serial) {

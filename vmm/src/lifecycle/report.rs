@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DeviceKind, VmConfig};
+use crate::metrics::CountedBy;
 
 /// State of a machine, in Cloud Hypervisor's words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -118,6 +119,10 @@ pub struct DeviceReport {
     pub restarts: u64,
     /// What happens when it loses this one.
     pub recovery: RecoveryClass,
+    /// Who counts what it does: `process` (requests, bytes, errors, latencies) or `rings` (completed requests, and nothing
+    /// else); none before boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counted: Option<CountedBy>,
     /// Process id of the backend, where it is ours.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,

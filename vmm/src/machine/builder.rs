@@ -41,6 +41,15 @@ pub struct LifeError {
     pub source: Box<dyn StdError + Send + Sync>,
 }
 
+/// How big what is behind a device shall be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewSize {
+    /// In bytes.
+    pub bytes: u64,
+    /// It may be less than now: what lies behind is gone then.
+    pub allow_shrink: bool,
+}
+
 /// Knows how to make one device out of its validated configuration.
 pub trait DeviceBuilder: Send {
     /// The device's name in logs and errors.
@@ -84,11 +93,11 @@ pub trait DeviceLife: Send {
     fn resume(&mut self) -> Result<(), LifeError> {
         Ok(())
     }
-    /// Changes the size of what is behind the device, in bytes, and tells the guest.
+    /// Changes the size of what is behind the device, and tells the guest.
     ///
     /// # Errors
     /// When the device has no size, or not this one.
-    fn resize(&mut self, _bytes: u64) -> Result<(), LifeError> {
+    fn resize(&mut self, _size: NewSize) -> Result<(), LifeError> {
         let source = "the device has no size that could be changed".into();
         Err(LifeError { device: "device".into(), step: "resize", source })
     }

@@ -20,10 +20,11 @@ mod serial;
 mod serial_line;
 mod serial_peer;
 mod slots;
+mod transcript;
 
 pub use assembly::{Machine, Rebuilt};
 pub use board::{Board, BoardError, BoardParts};
-pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Passive};
+pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, NewSize, Passive};
 pub use census::VcpuReport;
 pub use chipset::chipset;
 pub use config::{CpuKind, MachineConfig};
@@ -35,3 +36,4 @@ pub use serial::{EscapeFilter, SerialBuilder, SerialEnd, SerialError};
 pub use serial_line::SerialLine;
 pub use serial_peer::Peer as SerialPeer;
 pub use slots::FunctionBars;
+pub use transcript::Transcript;

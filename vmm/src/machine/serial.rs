@@ -6,10 +6,10 @@
 #![allow(unsafe_code, reason = "vmm-sys-util's EventFd has no AsFd; its descriptor is borrowed for one poll")]
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{IsTerminal, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -85,17 +85,6 @@ pub enum SerialEnd {
     Peer(Arc<Peer>),
     /// What the guest prints is gone.
     Null,
-}
-
-impl SerialEnd {
-    /// A file for [`Self::Output`], made or emptied.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn create(path: &Path) -> Result<File, SerialError> {
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(path);
-        file.map_err(|source| SerialError::File { path: path.into(), source })
-    }
 }
 
 /// Builds COM1.

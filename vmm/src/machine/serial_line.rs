@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::serial_peer::Peer;
+use super::transcript::Transcript;
 use super::{DeviceBuilder, EventSender, SerialBuilder, SerialEnd, SerialError};
 use crate::config::{ConsoleConfig, ConsoleMode};
 use crate::unix_socket::BoundSocket;
 
 enum Target {
     Terminal(File, File),
-    File(File),
+    File(Transcript),
     Null,
     Peer(Arc<Peer>),
 }
@@ -36,7 +37,10 @@ impl SerialLine {
             ConsoleMode::Off => return Ok(None),
             ConsoleMode::Null => Target::Null,
             ConsoleMode::Tty => Target::Terminal(copy(std::io::stdin().as_fd())?, copy(std::io::stdout().as_fd())?),
-            ConsoleMode::File => Target::File(SerialEnd::create(&path(&config.file, "file")?)?),
+            ConsoleMode::File => {
+                let path = path(&config.file, "file")?;
+                Target::File(Transcript::open(&path).map_err(|source| SerialError::File { path, source })?)
+            }
             ConsoleMode::Pty => {
                 let (peer, name) = Peer::pty().map_err(SerialError::Pty)?;
                 told.file = Some(name);
@@ -55,6 +59,13 @@ impl SerialLine {
         self.told.clone()
     }
 
+    /// A guest begins to print.
+    pub fn begin(&self) {
+        if let Target::File(file) = &self.target {
+            file.begin();
+        }
+    }
+
     /// Builds the port for one board. `events` hears of the terminal's escape.
     ///
     /// # Errors
@@ -64,7 +75,7 @@ impl SerialLine {
             Target::Terminal(input, output) => {
                 SerialEnd::Terminal { input: input.try_clone()?, output: output.try_clone()?, events: events.clone() }
             }
-            Target::File(file) => SerialEnd::Output(file.try_clone()?),
+            Target::File(file) => SerialEnd::Output(file.file().try_clone()?),
             Target::Null => SerialEnd::Null,
             Target::Peer(peer) => SerialEnd::Peer(Arc::clone(peer)),
         };

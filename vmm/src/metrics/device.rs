@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
+use atoll_devices::virtio::QueueConfig;
 use atoll_protocol::sidecar::DeviceClass;
 use atoll_protocol::stats::class_counters;
 use serde::Serialize;
+use vm_memory::GuestMemoryMmap;
 
 use super::page::{QueueFigures, StatsPage};
+use super::rings::{CountedBy, Rings};
 use crate::config::DeviceKind;
 
 /// What a device is at, as far as figures are concerned.
@@ -48,14 +52,22 @@ impl Phase {
     }
 }
 
+/// How it is counted what a device does.
+#[derive(Debug)]
+enum Count {
+    /// In the page of its process.
+    Page(StatsPage),
+    /// In its rings, where the backend is not ours.
+    Rings(Rings),
+}
+
 /// One device's figures. Whoever serves the device keeps it; with the last of them it disappears from the registry.
 #[derive(Debug)]
 pub struct DeviceMeter {
     id: String,
     kind: DeviceKind,
     class: DeviceClass,
-    /// None where the backend is not ours.
-    page: Option<StatsPage>,
+    count: Count,
     phase: AtomicU8,
     generation: AtomicU64,
     lost: AtomicU64,
@@ -65,7 +77,8 @@ pub struct DeviceMeter {
 impl DeviceMeter {
     pub(super) fn new(id: &str, kind: DeviceKind, class: DeviceClass, page: Option<StatsPage>) -> Self {
         let (phase, generation, lost) = (AtomicU8::new(0), AtomicU64::new(0), AtomicU64::new(0));
-        Self { id: id.to_owned(), kind, class, page, phase, generation, lost, full: AtomicBool::new(false) }
+        let count = page.map_or_else(|| Count::Rings(Rings::default()), Count::Page);
+        Self { id: id.to_owned(), kind, class, count, phase, generation, lost, full: AtomicBool::new(false) }
     }
 
     /// Its name.
@@ -78,7 +91,40 @@ impl DeviceMeter {
     /// # Errors
     /// When there is no descriptor left.
     pub fn pass(&self) -> io::Result<Option<OwnedFd>> {
-        self.page.as_ref().map(StatsPage::pass).transpose()
+        match &self.count {
+            Count::Page(page) => page.pass().map(Some),
+            Count::Rings(_) => Ok(None),
+        }
+    }
+
+    /// Its rings, where they are what is counted.
+    pub(super) fn rings(&self) -> Option<&Rings> {
+        match &self.count {
+            Count::Page(_) => None,
+            Count::Rings(rings) => Some(rings),
+        }
+    }
+
+    /// Who counts what it does.
+    pub fn counted(&self) -> CountedBy {
+        match &self.count {
+            Count::Page(_) => CountedBy::Process,
+            Count::Rings(_) => CountedBy::Rings,
+        }
+    }
+
+    /// A driver has set these queues up, and runs the device from now on.
+    pub fn begin(&self, memory: &Arc<GuestMemoryMmap>, queues: &[QueueConfig]) {
+        if let Some(rings) = self.rings() {
+            rings.begin(memory, queues);
+        }
+    }
+
+    /// The driver's rings are not there any more.
+    pub fn end(&self) {
+        if let Some(rings) = self.rings() {
+            rings.end();
+        }
     }
 
     /// What it is at, which incarnation of its backend serves it, how many it has lost.
@@ -95,9 +141,13 @@ impl DeviceMeter {
 
     /// The figures now.
     pub fn snapshot(&self) -> DeviceSnapshot {
-        let queues =
-            self.page.as_ref().map_or_else(Vec::new, |page| (0..page.queues()).map(|n| page.queue(n)).collect());
+        let (queues, completed) = match &self.count {
+            Count::Page(page) => ((0..page.queues()).map(|n| page.queue(n)).collect(), BTreeMap::new()),
+            Count::Rings(rings) => (Vec::new(), rings.completed()),
+        };
         DeviceSnapshot {
+            counted: self.counted(),
+            completed,
             id: self.id.clone(),
             kind: self.kind,
             class: self.class,
@@ -127,8 +177,12 @@ pub struct DeviceSnapshot {
     pub lost: u64,
     /// Whether it survives the death of the present backend with requests in flight.
     pub full_recovery: bool,
-    /// Its queues; empty where the backend is not ours.
+    /// Who has counted.
+    pub counted: CountedBy,
+    /// Its queues, where its process counts.
     pub queues: Vec<QueueFigures>,
+    /// Requests that each queue has completed, where its rings are what is counted.
+    pub completed: BTreeMap<u16, u64>,
 }
 
 /// What `top` shows of a device: sums over its queues, latencies in microseconds.
@@ -187,7 +241,9 @@ impl DeviceSnapshot {
         };
         put("generation", self.generation);
         put("restarts", self.lost);
-        if self.queues.is_empty() {
+        if self.counted == CountedBy::Rings {
+            // What is not counted is left out.
+            put("requests", self.completed.values().fold(0, |sum, count| sum.wrapping_add(*count)));
             return counters;
         }
         let names = match self.kind {

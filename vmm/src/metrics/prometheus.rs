@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::device::{DeviceSnapshot, Phase};
 use super::page::QueueFigures;
 use super::registry::Snapshot;
+use super::rings::CountedBy;
 
 /// A label's value: backslash, quote and line feed are escaped.
 struct Value<'a>(&'a str);
@@ -36,8 +37,10 @@ impl Text {
 /// A counter of each queue: its name, its help, where it is.
 type QueueCounter = (&'static str, &'static str, fn(&QueueFigures) -> u64);
 
+const REQUESTS: &str = "atoll_device_requests_total";
+
 const QUEUE_COUNTERS: [QueueCounter; 7] = [
-    ("atoll_device_requests_total", "Requests completed.", |queue| queue.requests),
+    (REQUESTS, "Requests completed.", |queue| queue.requests),
     ("atoll_device_errors_total", "Requests completed with an error.", |queue| queue.errors),
     ("atoll_device_malformed_total", "Descriptor chains that made no sense.", |queue| queue.malformed),
     ("atoll_device_wakeups_total", "Sleeps of the queue that ended.", |queue| queue.wakeups),
@@ -52,6 +55,12 @@ fn queues(devices: &[DeviceSnapshot]) -> impl Iterator<Item = (Value<'_>, usize,
         .flat_map(|device| device.queues.iter().enumerate().map(|(index, queue)| (Value(&device.id), index, queue)))
 }
 
+/// Completed requests of devices of which no more is known.
+fn in_rings(devices: &[DeviceSnapshot]) -> impl Iterator<Item = (Value<'_>, u16, u64)> {
+    let of = |device| move |(queue, completed): (&u16, &u64)| (Value(device), *queue, *completed);
+    devices.iter().flat_map(move |device| device.completed.iter().map(of(&device.id)))
+}
+
 /// All of it.
 pub(super) fn render(snapshot: &Snapshot) -> String {
     let mut text = Text(String::with_capacity(16 << 10));
@@ -63,6 +72,11 @@ pub(super) fn render(snapshot: &Snapshot) -> String {
 fn devices(text: &mut Text, devices: &[DeviceSnapshot]) {
     for (name, help, of) in QUEUE_COUNTERS {
         text.family(name, "counter", help);
+        if name == REQUESTS {
+            for (device, queue, completed) in in_rings(devices) {
+                text.sample(name, format_args!("device=\"{device}\",queue=\"{queue}\""), completed);
+            }
+        }
         for (device, index, queue) in queues(devices) {
             text.sample(name, format_args!("device=\"{device}\",queue=\"{index}\""), of(queue));
         }
@@ -127,6 +141,14 @@ fn devices(text: &mut Text, devices: &[DeviceSnapshot]) {
     );
     for device in devices {
         text.sample(name, format_args!("device=\"{}\"", Value(&device.id)), u8::from(device.full_recovery));
+    }
+    let name = "atoll_device_counted_by_process";
+    let help =
+        "1 when the device's process counts what it does, 0 when its completed requests are all that is counted.";
+    text.family(name, "gauge", help);
+    for device in devices {
+        let counted = device.counted == CountedBy::Process;
+        text.sample(name, format_args!("device=\"{}\"", Value(&device.id)), u8::from(counted));
     }
     let name = "atoll_device_state";
     text.family(name, "gauge", "1 for the state that the device is in.");

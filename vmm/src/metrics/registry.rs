@@ -10,6 +10,7 @@ use thiserror::Error;
 use super::device::{DeviceMeter, DeviceSnapshot};
 use super::page::StatsPage;
 use super::prometheus;
+use super::rings;
 use super::vcpu::{VcpuCounters, VcpuSnapshot};
 use crate::config::DeviceKind;
 
@@ -30,6 +31,15 @@ pub enum MetricsError {
         #[source]
         source: io::Error,
     },
+    /// No thread to look at its rings.
+    #[error("nobody can count what {device} does: {source}; raise the limit of threads (ulimit -u)")]
+    Thread {
+        /// The device.
+        device: String,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
+    },
     /// Too many.
     #[error("{device}: a machine has figures of {DEVICES_MAX} devices at most")]
     Full {
@@ -39,8 +49,10 @@ pub enum MetricsError {
 }
 
 #[derive(Debug, Default)]
-struct Known {
-    devices: BTreeMap<String, Weak<DeviceMeter>>,
+pub(super) struct Known {
+    pub(super) devices: BTreeMap<String, Weak<DeviceMeter>>,
+    /// A thread looks at rings.
+    pub(super) rings_watched: bool,
     vcpus: BTreeMap<u32, Arc<VcpuCounters>>,
 }
 
@@ -83,6 +95,10 @@ impl Registry {
             return Err(MetricsError::Full { device: id.to_owned() });
         }
         known.devices.insert(id.to_owned(), Arc::downgrade(&meter));
+        if meter.rings().is_some() && !known.rings_watched {
+            rings::watch(&self.0).map_err(|source| MetricsError::Thread { device: id.to_owned(), source })?;
+            known.rings_watched = true;
+        }
         Ok(meter)
     }
 
@@ -147,7 +163,8 @@ mod tests {
         write(&disk, 1, "writes", 7);
         let counters = registry.counters();
         assert_eq!((counters["_disk0"]["read_bytes"], counters["_disk0"]["write_ops"]), (8192, 7));
-        assert_eq!(counters["_fs1"], BTreeMap::from([("generation".into(), 3), ("restarts".into(), 2)]));
+        let known = [("generation".into(), 3), ("restarts".into(), 2), ("requests".into(), 0)];
+        assert_eq!(counters["_fs1"], BTreeMap::from(known), "what nobody counts is left out");
         drop(disk);
         assert!(!registry.counters().contains_key("_disk0"));
         let net = registry.device("_disk0", DeviceKind::Net, DeviceClass::Net, Some(3)).unwrap();

@@ -18,7 +18,9 @@ use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable, Relay};
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Standby, Story};
-use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent};
+use crate::machine::{
+    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent, NewSize,
+};
 use crate::memory::GuestMemory;
 use crate::metrics::Registry;
 
@@ -209,8 +211,8 @@ impl DeviceLife for VhostLife {
     fn resume(&mut self) -> Result<(), LifeError> {
         self.device.resume().map_err(|error| self.failed("resume", error))
     }
-    fn resize(&mut self, bytes: u64) -> Result<(), LifeError> {
-        self.device.resize(bytes).map_err(|error| self.failed("resize", error))
+    fn resize(&mut self, size: NewSize) -> Result<(), LifeError> {
+        self.device.resize(size).map_err(|error| self.failed("resize", error))
     }
     fn inject(&mut self, fault: Fault, seed: u64) -> Result<(), LifeError> {
         self.device.inject(fault, seed).map_err(|error| self.failed("suffer the fault", error))
@@ -246,6 +248,7 @@ impl DeviceLife for VhostLife {
                 Recovery::Full => RecoveryClass::Full,
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,
             },
+            counted: self.device.counted(),
             pid: status.pid,
             exe: status.exe.map(|exe| exe.display().to_string()),
             standby: match status.spare {

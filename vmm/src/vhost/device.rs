@@ -38,8 +38,9 @@ use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
 use crate::lasted::Lasted;
 use crate::lifecycle::{QueueReport, Story};
+use crate::machine::NewSize;
 use crate::memory::GuestMemory;
-use crate::metrics::{DeviceMeter, Phase};
+use crate::metrics::{CountedBy, DeviceMeter, Phase};
 use crate::seccomp::{self, ThreadClass};
 
 /// The device could not be made.
@@ -125,7 +126,7 @@ pub(super) enum Request {
         answer: SyncSender<Option<u64>>,
     },
     Resize {
-        bytes: u64,
+        size: NewSize,
         answer: SyncSender<Result<(), ResizeError>>,
     },
     /// The gate has been closed: bring the rings back.
@@ -231,6 +232,20 @@ impl Shared {
         let left = std::mem::take(&mut inbox.requests);
         drop(inbox);
         drop(left);
+    }
+    /// A driver has set these queues up.
+    pub(super) fn begin_queues(&self, queues: &[QueueConfig]) {
+        *lock(&self.queues) = queues.to_vec();
+        if let Some(meter) = &self.meter {
+            meter.begin(self.memory.mapped(), queues);
+        }
+    }
+    /// The driver goes.
+    pub(super) fn end_queues(&self) {
+        lock(&self.queues).clear();
+        if let Some(meter) = &self.meter {
+            meter.end();
+        }
     }
     /// How the last backend ended.
     pub(super) fn last_exit(&self) -> Option<String> {
@@ -421,6 +436,10 @@ impl VhostDevice {
     pub fn status(&self) -> DeviceStatus {
         lock(&self.shared.status).clone()
     }
+    /// Who counts what it does.
+    pub fn counted(&self) -> Option<CountedBy> {
+        self.shared.meter.as_ref().map(|meter| meter.counted())
+    }
     /// Its doorbells, by queue.
     pub fn doorbells(&self) -> &[Arc<Doorbell>] {
         &self.shared.doorbells
@@ -442,14 +461,14 @@ impl VhostDevice {
         self.shared.send(Request::CountCalls { index, answer }).then_some(())?;
         result.recv().ok().flatten()
     }
-    /// Changes the size of a disk that is ours, in bytes, and tells the guest. While the device is paused the guest is told
+    /// Changes the size of a disk that is ours, and tells the guest. While the device is paused the guest is told
     /// when it goes on, without a backend when there is the next one.
     ///
     /// # Errors
     /// All of [`ResizeError`]; the guest then sees the size that it saw before.
-    pub fn resize(&self, bytes: u64) -> Result<(), ResizeError> {
+    pub fn resize(&self, size: NewSize) -> Result<(), ResizeError> {
         let (answer, result) = sync_channel(1);
-        if !self.shared.send(Request::Resize { bytes, answer }) {
+        if !self.shared.send(Request::Resize { size, answer }) {
             return Err(ResizeError::Stopped);
         }
         result.recv().unwrap_or(Err(ResizeError::Stopped))

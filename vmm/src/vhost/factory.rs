@@ -170,6 +170,10 @@ impl DeviceFactory {
         Ok(VhostBuilder { kind, device, host, story, registry, on_failure, track, care })
     }
 
+    /// A guest begins to print on the console.
+    pub fn begin_console(&self) {
+        self.console.begin();
+    }
     /// The pseudo-terminal of the console, once a machine with one was built.
     pub fn console_terminal(&self) -> Option<PathBuf> {
         self.console.terminal()

@@ -2,7 +2,7 @@
 
 use atoll_vmm::config::{DeviceConfig, DiskConfig, VmConfig};
 use atoll_vmm::lifecycle::{ErrorKind, VmControl, VmState};
-use atoll_vmm::machine::{MachineEnd, StopCause};
+use atoll_vmm::machine::{MachineEnd, NewSize, StopCause};
 
 use super::bench::{Bench, chatter, count, farewell};
 
@@ -58,7 +58,11 @@ fn wrong_states_are_told_with_a_remedy() {
     wrong(control.pause(), ErrorKind::WrongState, "vm.resume");
     wrong(control.reset(), ErrorKind::WrongState, "vm.resume");
     wrong(control.power_button(), ErrorKind::WrongState, "vm.resume");
-    wrong(control.resize_disk("_disk7", 1 << 20), ErrorKind::NotFound, "_disk7");
+    wrong(
+        control.resize_disk("_disk7", NewSize { bytes: 1 << 20, allow_shrink: false }),
+        ErrorKind::NotFound,
+        "_disk7",
+    );
     control.shutdown().unwrap();
     wrong(control.shutdown(), ErrorKind::WrongState, "vm.boot");
     bench.finish();

@@ -119,6 +119,9 @@ pub(crate) enum Command {
         /// Its new size: bytes, or with K, M, G, T after the number.
         #[arg(value_name = "SIZE")]
         size: String,
+        /// It may be less than now: what lies behind is gone then. Shrink the guest's file system first.
+        #[arg(long)]
+        shrink: bool,
     },
     /// Gives a device whose backend was given up, or is waited for, another chance at once.
     #[command(after_help = "Example:\n  atoll revive web _disk0")]

@@ -194,7 +194,7 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::Revive { vm, id } => done(operate::revive(&vm.name, id)),
         Command::Upgrade { vm, id, exe, step_ms } => done(operate::upgrade(&vm.name, id, exe, *step_ms)),
         Command::Fault { vm, id, fault, seed } => done(operate::fault(&vm.name, id, *fault, *seed)),
-        Command::ResizeDisk { vm, id, size } => operate::resize_disk(&vm.name, id, size).map(|()| 0),
+        Command::ResizeDisk { vm, id, size, shrink } => operate::resize_disk(&vm.name, id, size, *shrink).map(|()| 0),
         Command::Events(vm) => done(operate::events(&vm.name)),
         Command::Inspect { vm, path } => done(operate::inspect(&vm.name, path)),
         Command::Top { vm, once } => done(top::top(vm.as_deref(), *once)),

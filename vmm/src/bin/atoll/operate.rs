@@ -249,13 +249,14 @@ pub(crate) fn remove(name: &str, id: &str, wait_s: u64) -> anyhow::Result<()> {
 }
 
 /// `resize-disk`.
-pub(crate) fn resize_disk(name: &str, id: &str, size: &str) -> Result<(), RunError> {
+pub(crate) fn resize_disk(name: &str, id: &str, size: &str, shrink: bool) -> Result<(), RunError> {
     let Some(bytes) = bytes_of(size) else {
         let text =
             format!("resize-disk: '{size}' is no size: a number of bytes, with K, M, G or T after it, is expected");
         return Err(RunError::Usage(described::UsageError::Where(text)));
     };
-    Machine::find(name)?.put("vm.resize-disk", Some(&json!({ "id": id, "desired_size": bytes })))?;
+    let body = json!({ "id": id, "desired_size": bytes, "allow_shrink": shrink });
+    Machine::find(name)?.put("vm.resize-disk", Some(&body))?;
     Ok(())
 }
 
@@ -330,6 +331,7 @@ mod tests {
             generation: 2,
             restarts: 1,
             recovery: RecoveryClass::IdleOnly,
+            counted: None,
             pid: Some(7),
             exe: None,
             standby: None,

@@ -5,7 +5,8 @@ use std::io::{IsTerminal, Read, stdin, stdout};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use atoll_vmm::lifecycle::{DeviceReport, VmInfo, VmState};
+use atoll_vmm::config::DeviceKind;
+use atoll_vmm::lifecycle::{DeviceReport, QueueReport, VmInfo, VmState};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::termios::tcgetwinsize;
 use serde::Deserialize;
@@ -99,6 +100,14 @@ fn vcpu_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
     rows
 }
 
+/// Whether what is in a queue waits for the device; in others are buffers that wait for the world.
+fn holds_requests(kind: DeviceKind, queue: u16) -> bool {
+    match kind {
+        DeviceKind::Net | DeviceKind::Console | DeviceKind::Vsock => queue % 2 == 1,
+        _ => true,
+    }
+}
+
 fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
     let heading = [
         "DEVICE",
@@ -124,7 +133,8 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
             or_dash(per_second.map(|per_second| format!("{}B", bytes(per_second as u64))))
         };
         let latency = |share| or_dash(now.figures.latency_us(&then.figures, id, share).map(time_us));
-        let in_flight: u64 = device.queues.iter().map(|queue| u64::from(queue.in_flight)).sum();
+        let holds = |queue: &&QueueReport| holds_requests(device.kind, queue.index);
+        let in_flight: u64 = device.queues.iter().filter(holds).map(|queue| u64::from(queue.in_flight)).sum();
         let word = |value: serde_json::Result<serde_json::Value>| {
             value.ok().as_ref().and_then(|value| value.as_str()).unwrap_or("?").to_owned()
         };
@@ -246,8 +256,8 @@ pub(crate) fn top(name: Option<&str>, once: bool) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use atoll_vmm::config::{DeviceKind, VmConfig};
-    use atoll_vmm::lifecycle::{DeviceState, QueueReport, RecoveryClass};
+    use atoll_vmm::config::VmConfig;
+    use atoll_vmm::lifecycle::{DeviceState, RecoveryClass};
 
     use super::*;
 
@@ -269,6 +279,7 @@ mod tests {
             generation: 2,
             restarts: 1,
             recovery: RecoveryClass::Full,
+            counted: None,
             pid: Some(77),
             exe: None,
             standby: None,

@@ -3,7 +3,7 @@
 //! The host's end of the first port is opened here, once for the life of the VMM process: a pseudo-terminal keeps its name
 //! and a socket its clients' path over restarts of the backend and resets of the guest.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
@@ -22,6 +22,7 @@ use thiserror::Error;
 use super::{Host, Kind, KindError};
 use crate::backend::PassedFd;
 use crate::config::{ConsoleConfig, ConsoleMode};
+use crate::machine::Transcript;
 use crate::vhost::class::{ConfigWish, DeviceClass, too_few_queues};
 use crate::vhost::error::ConversationError;
 use crate::vhost::session::Capabilities;
@@ -86,6 +87,8 @@ pub enum ConsoleError {
 enum End {
     /// Bytes go both ways through it.
     Stream(OwnedFd),
+    /// What the guest prints goes there.
+    File(Transcript),
     /// One client at a time connects to it. The path goes with it.
     Listener(UnixListener, PathBuf),
 }
@@ -120,6 +123,15 @@ impl ConsoleLine {
         let line = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         line.as_ref().and_then(|(_, line)| line.name.clone())
     }
+    /// A guest begins to print.
+    pub(in crate::vhost) fn begin(&self) {
+        let line = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, line)) = line.as_ref()
+            && let End::File(file) = &line.end
+        {
+            file.begin();
+        }
+    }
     /// The line that is open, or one that is opened now.
     fn open(&self, config: &ConsoleConfig) -> Result<Arc<Line>, ConsoleError> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,9 +160,8 @@ impl Line {
             }
             ConsoleMode::File => {
                 let path = config.file.clone().ok_or(ConsoleError::Missing { mode, key: "file" })?;
-                // Emptied once, here; then each incarnation goes on at the end.
-                let file = File::create(&path).and_then(|_| OpenOptions::new().append(true).open(&path));
-                plain(End::Stream(file.map_err(|source| ConsoleError::File { path, source })?.into()))
+                let file = Transcript::open(&path);
+                plain(End::File(file.map_err(|source| ConsoleError::File { path, source })?))
             }
             ConsoleMode::Socket => {
                 let path = config.socket.clone().ok_or(ConsoleError::Missing { mode, key: "socket" })?;
@@ -177,6 +188,7 @@ impl Line {
     fn pass(&self) -> io::Result<PassedFd> {
         Ok(match &self.end {
             End::Stream(end) => PassedFd { flag: "--port-fd".into(), fd: end.try_clone()? },
+            End::File(file) => PassedFd { flag: "--port-fd".into(), fd: file.file().try_clone()?.into() },
             End::Listener(listener, _) => PassedFd { flag: "--listen-fd".into(), fd: listener.try_clone()?.into() },
         })
     }

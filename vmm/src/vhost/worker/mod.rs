@@ -39,7 +39,7 @@ pub use resize::ResizeError;
 
 use super::back_channel::BackChannel;
 use super::call::{CallPath, Transport};
-use super::device::{DeviceState, Request, Shared, SwitchError, lock};
+use super::device::{DeviceState, Request, Shared, SwitchError};
 use super::error::{ConversationError, Step};
 use super::fault;
 use super::inflight::InflightRegion;
@@ -204,8 +204,8 @@ impl Worker {
                     Request::CountCalls { index, answer } => {
                         let _ = answer.send(self.call_mut(index).and_then(|(call, _)| call.count()));
                     }
-                    Request::Resize { bytes, answer } => {
-                        let _ = answer.send(self.resize(bytes));
+                    Request::Resize { size, answer } => {
+                        let _ = answer.send(self.resize(size));
                     }
                     Request::Pause => self.pause(),
                     Request::Resume { answer } => {
@@ -345,7 +345,7 @@ impl Worker {
         };
         // Only what was shown can have been accepted; the transport has checked that, and a backend believes it.
         let features = features & self.past.shown.features;
-        lock(&self.shared.queues).clone_from(&queues);
+        self.shared.begin_queues(&queues);
         self.driver = Some(Driver::new(features, queues, calls));
         self.activation = Some(completion);
         self.feed(Event::Activated);
@@ -359,7 +359,7 @@ impl Worker {
 
     /// The driver goes, in the way that the event says; a backend that has its rings may take so long to finish.
     fn forget_driver(&mut self, event: Event, drain: Duration) {
-        lock(&self.shared.queues).clear();
+        self.shared.end_queues();
         self.drain = self.parts.limits.drain.min(drain);
         self.feed(event);
         self.driver = None;

@@ -8,6 +8,7 @@ use thiserror::Error;
 
 use super::Worker;
 use crate::backend::ImageError;
+use crate::machine::NewSize;
 use crate::vhost::device::lock;
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::patience::Patience;
@@ -40,6 +41,17 @@ pub enum ResizeError {
         /// Block size.
         unit: u64,
     },
+    /// It would be cut, and nobody has said that it may be.
+    #[error(
+        "the disk has {is} bytes, and what lies behind the first {asked} would be gone: if that is meant, say allow_shrink (atoll \
+         resize-disk --shrink)"
+    )]
+    Smaller {
+        /// What was asked for.
+        asked: u64,
+        /// What it has.
+        is: u64,
+    },
     /// The image cannot be changed.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -64,8 +76,24 @@ pub enum ResizeError {
     Stopped,
 }
 
+impl ResizeError {
+    /// Whether asking for something else would do.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::NoSize
+            | Self::NotOurs
+            | Self::Qcow2
+            | Self::Unit { .. }
+            | Self::Smaller { .. }
+            | Self::Fixed { .. } => true,
+            Self::Image(_) | Self::Seen { .. } | Self::Stopped => false,
+        }
+    }
+}
+
 impl Worker {
-    pub(super) fn resize(&mut self, bytes: u64) -> Result<(), ResizeError> {
+    pub(super) fn resize(&mut self, size: NewSize) -> Result<(), ResizeError> {
+        let bytes = size.bytes;
         let shown = &self.past.shown;
         if shown.device_type != device_class::BLOCK {
             return Err(ResizeError::NoSize);
@@ -76,6 +104,9 @@ impl Worker {
             return Err(ResizeError::Unit { bytes, unit });
         }
         let before = shown.config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes)).saturating_mul(SECTOR);
+        if bytes < before && !size.allow_shrink {
+            return Err(ResizeError::Smaller { asked: bytes, is: before });
+        }
         self.change_image(bytes)?;
         let device = &self.shared.name;
         if bytes < before {
