@@ -123,10 +123,18 @@ impl Connection<'_> {
     }
 
     fn stream(&self, subscription: &Subscription) -> Result<(), WireError> {
-        while !self.shared.is_stopping() && !wire::is_gone(self.socket.as_fd()) {
-            let event = match subscription.next(EVENT_PAUSE) {
+        loop {
+            let gone = wire::is_gone(self.socket.as_fd());
+            // At the end, when nothing is read any more, it is told all that was said, the end among it, and no more is
+            // waited for.
+            let stopping = self.shared.is_stopping();
+            if gone && !stopping {
+                return Ok(());
+            }
+            let event = match subscription.next(if stopping { Duration::ZERO } else { EVENT_PAUSE }) {
                 Heard::Event(event) => event,
                 Heard::Lost(count) => lost(self.shared.api.story.elapsed(), count),
+                Heard::Nothing if stopping => return Ok(()),
                 Heard::Nothing => continue,
                 Heard::Closed => return Ok(()),
             };
@@ -134,7 +142,6 @@ impl Connection<'_> {
             line.push(b'\n');
             self.send(&line, EVENT_PATIENCE)?;
         }
-        Ok(())
     }
 
     /// Refuses what cannot be read and ends the connection, in a way that lets the client read why: were bytes of it

@@ -153,8 +153,8 @@ impl Machine {
     /// All devices are asked, the last one first, and then waited for: they drain at the same time. When one is late, all
     /// go on.
     fn drain(&mut self, limits: PauseLimits, took: &mut Vec<(String, Duration)>) -> Result<(), PauseError> {
-        self.devices.iter_mut().rev().for_each(|device| device.life.begin_pause());
         let begin = Instant::now();
+        self.devices.iter_mut().rev().for_each(|device| device.life.begin_pause());
         let mut failed = None;
         for device in self.devices.iter_mut().rev() {
             match device.life.pause(begin + limits.device) {

@@ -107,7 +107,8 @@ fn a_machine_is_found_and_driven() {
     user.done(&["shutdown", "web"]);
     assert_eq!(running.end().status, Some(0));
     let rest = events.end();
-    assert!(rest.status == Some(0) && rest.out.contains("\"shutdown\""), "{rest:?}");
+    let last = rest.out.lines().last().unwrap_or_default();
+    assert!(rest.status == Some(0) && last.contains("\"vmm\"") && last.contains("\"shutdown\""), "{rest:?}");
     assert_eq!(user.json(&["ps", "--json"]), json!([]));
     assert!(!user.api_socket("web").parent().unwrap().exists());
 }
@@ -159,14 +160,33 @@ fn a_machine_comes_over_the_api() {
     assert!(!Path::new(socket).exists());
 }
 
-/// A machine that was killed is not listed, and its name is free.
+/// A machine that was killed is not listed, and its name is free. Whoever was attached hears that it did not end by itself.
 #[test]
 fn what_a_killed_machine_leaves_is_nothing() {
     let user = User::new();
-    let running = Running::start(user.run(&["--name", "web"]));
-    running.line();
+    let running = Running::start(user.run(&["--name", "web", "--serial", "socket"]));
+    let mut client = user.wait_for("web");
+    while user.json(&["info", "web", "--json"])["state"] != "Running" {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let console = Running::start(user.command(&["console", "web"]));
+    assert_eq!(console.line(), "hello\n");
+    let events = Running::start(user.command(&["events", "web"]));
+    // Until the listener hears of something.
+    let (sender, heard) = std::sync::mpsc::channel();
+    let events = std::thread::spawn(move || {
+        sender.send(events.line()).unwrap();
+        events.end()
+    });
+    while heard.try_recv().is_err() {
+        client.call(Method::Put, "/api/v1/vm.pause", None).unwrap();
+        client.call(Method::Put, "/api/v1/vm.resume", None).unwrap();
+    }
     signal(running.pid(), Signal::KILL);
     assert_eq!(running.end().status, None);
+    for end in [console.end(), events.join().unwrap()] {
+        assert!(end.status == Some(1) && end.err.contains("the process of web is gone"), "{end:?}");
+    }
     assert!(user.api_socket("web").exists(), "a killed process cannot clean up");
     assert_eq!(user.json(&["ps", "--json"]), json!([]));
     let mut again = Running::start(user.run(&["--name", "web"]));
