@@ -73,6 +73,7 @@ impl Standing {
             generation: known.generation,
             restarts: known.lost,
             recovery: RecoveryClass::IdleOnly,
+            counted: None,
             pid: known.pid,
             exe: None,
             standby: None,

@@ -120,7 +120,7 @@ pub struct DeviceReport {
     /// What happens when it loses this one.
     pub recovery: RecoveryClass,
     /// Who counts what it does: `process` (requests, bytes, errors, latencies) or `rings` (completed requests, and nothing
-    /// else); none before boot.
+    /// else); none where nobody does: before boot, or behind registers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counted: Option<CountedBy>,
     /// Process id of the backend, where it is ours.

@@ -167,3 +167,96 @@ impl Talker {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    /// What a network does to the hundredth frame of one end, and to those after it where that matters.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Fault {
+        None,
+        Loses,
+        Repeats,
+        ComesLate,
+        FlipsBit,
+        CutsShort,
+        IsStuck,
+        NeverEnds,
+        ReturnsToSender,
+    }
+
+    /// The judgement of both ends after a talk of two simulated seconds, or as long as the fault takes.
+    fn talk(fault: Fault) -> [TalkVerdict; 2] {
+        let mut ends = [0, 1].map(|me| Talker::new(7, me, Talker::address(me), 8));
+        let mut wires: [VecDeque<Vec<u8>>; 2] = [VecDeque::new(), VecDeque::new()];
+        let (mut late, mut count, mut now_ms) = (None, 0, 0);
+        while now_ms < 60_000 && !ends.iter().all(Talker::is_done) {
+            now_ms += 1;
+            for me in 0..2 {
+                for _ in 0..2 {
+                    let Some(frame) = ends[me].speak(now_ms) else { break };
+                    wires[me].push_back(frame);
+                }
+            }
+            for me in 0..2 {
+                let stuck = fault == Fault::IsStuck && (500..12_000).contains(&now_ms);
+                let never = fault == Fault::NeverEnds && now_ms > 500;
+                if me == 0 && (stuck || never) {
+                    continue;
+                }
+                while let Some(mut frame) = wires[me].pop_front() {
+                    count += usize::from(me == 0);
+                    let strikes = me == 0 && count == 100;
+                    match fault {
+                        Fault::Loses if strikes => continue,
+                        Fault::Repeats if strikes => ends[1].listen(&frame, now_ms),
+                        Fault::ComesLate if strikes => {
+                            late = Some(frame);
+                            continue;
+                        }
+                        Fault::FlipsBit if strikes => frame[55] ^= 1,
+                        Fault::CutsShort if strikes => frame.truncate(frame.len() - 1),
+                        Fault::ReturnsToSender if strikes => ends[0].listen(&frame, now_ms),
+                        _ => {}
+                    }
+                    ends[1 - me].listen(&frame, now_ms);
+                    if me == 0 && count == 103 {
+                        late.take().into_iter().for_each(|frame| ends[1].listen(&frame, now_ms));
+                    }
+                }
+            }
+            if now_ms > 2_000 {
+                ends.iter_mut().for_each(Talker::close);
+            }
+        }
+        ends.map(|end| end.verdict(&Promise::ALL))
+    }
+
+    /// Each is found, named, and found at the end that heard it and nowhere else.
+    #[test]
+    fn every_planted_fault_is_found_and_named() {
+        let good = talk(Fault::None);
+        assert!(good.iter().all(|end| end.ok && end.heard.frames > 1_000), "{good:?}");
+        type Named = fn(&Heard) -> bool;
+        let cases: [(Fault, Named); 7] = [
+            (Fault::Loses, |heard| heard.lost == 1 && heard.gaps.len() == 1),
+            (Fault::Repeats, |heard| heard.repeated == 1 && heard.lost == 0),
+            (Fault::ComesLate, |heard| heard.reordered == 1 && heard.lost == 0),
+            (Fault::FlipsBit, |heard| heard.corrupted == 1 && heard.lost == 1),
+            (Fault::CutsShort, |heard| heard.corrupted == 1 && heard.lost == 1),
+            (Fault::IsStuck, |heard| heard.silence_ms_max > 10_000 && heard.lost == 0),
+            (Fault::NeverEnds, |heard| !heard.ended),
+        ];
+        for (fault, named) in cases {
+            let [first, second] = talk(fault);
+            assert!(!second.ok && named(&second.heard), "{fault:?}: {second:?}");
+            let hurt = matches!(fault, Fault::IsStuck | Fault::NeverEnds);
+            assert!(first.ok || hurt, "{fault:?}: {first:?}");
+        }
+        let [first, _] = talk(Fault::ReturnsToSender);
+        assert_eq!(first.heard.foreign, 1, "a switch that sends a frame back");
+    }
+}

@@ -573,7 +573,7 @@ impl Shared {
                 return Err(None);
             }
             let device = self.device;
-            tracing::warn!(%device, %generation, error, "the connection to a device process is closed");
+            tracing::info!(%device, %generation, error, "the connection to a device process is closed");
             return Err(self.unlink(&mut state));
         }
         self.wake();

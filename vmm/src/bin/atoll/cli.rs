@@ -165,7 +165,9 @@ pub(crate) enum Command {
         seed: u64,
     },
     /// Prints what happens to a machine, a JSON object a line, until it ends.
-    #[command(after_help = "Example:\n  atoll events web | jq -r 'select(.source == \"device\") | .event'")]
+    #[command(
+        after_help = "Exit status: 0 when the machine's process has ended as it should, 1 when it was killed.\nExample:\n  atoll events web | jq -r 'select(.source == \"device\") | .event'"
+    )]
     Events(Target),
     /// Prints the live tree of a machine, or a part of it, as JSON.
     #[command(after_help = "Examples:\n  atoll inspect web\n  atoll inspect web devices/_disk0/queues")]
@@ -187,7 +189,10 @@ pub(crate) enum Command {
         once: bool,
     },
     /// Attaches this terminal to a machine's serial port (--serial pty or socket); Ctrl-A x detaches.
-    #[command(after_help = "Example:\n  atoll run --kernel vmlinuz --serial socket --name web &\n  atoll console web")]
+    #[command(
+        after_help = "Exit status: 0 when it was detached or the machine has ended, 1 when its process was killed.\n\
+            Example:\n  atoll run --kernel vmlinuz --serial socket --name web &\n  atoll console web"
+    )]
     Console(Target),
     /// Says what this machine can do for virtual machines, and how to mend what it cannot.
     #[command(
