@@ -122,7 +122,7 @@ fn instructions(machine: &Machine) -> u64 {
     machine.vcpu_reports()[0].instructions
 }
 
-/// A device that does not drain is named; the one that had drained goes on, and so does the guest.
+/// A device that does not drain is named. All that were asked are told to go on, and the guest does.
 #[test]
 fn a_device_that_does_not_drain_is_named() {
     let (quick, sloth) = (Known::default(), Known::default());
@@ -138,7 +138,7 @@ fn a_device_that_does_not_drain_is_named() {
         assert!(error.contains(word), "{error}");
     }
     let counts = |known: &Known| (known.pauses.load(Ordering::SeqCst), known.resumes.load(Ordering::SeqCst));
-    assert_eq!((counts(&quick), counts(&sloth)), ((1, 1), (0, 0)));
+    assert_eq!((counts(&quick), counts(&sloth)), ((1, 1), (0, 1)));
     let before = instructions(&machine);
     std::thread::sleep(Duration::from_millis(20));
     assert!(instructions(&machine) > before, "the guest does not run on");
@@ -147,7 +147,7 @@ fn a_device_that_does_not_drain_is_named() {
     let figures = machine.pause(LIMITS).unwrap();
     assert_eq!(figures.devices.iter().map(|(name, _)| name.as_str()).take(2).collect::<Vec<_>>(), ["quick", "sloth"]);
     machine.resume().unwrap();
-    assert_eq!((counts(&quick), counts(&sloth)), ((2, 2), (1, 1)));
+    assert_eq!((counts(&quick), counts(&sloth)), ((2, 2), (1, 2)));
 }
 
 /// A vCPU in the middle of an access is not torn out of it: the pause waits for the device, or is given up.
