@@ -15,9 +15,8 @@ use atoll_vmm::config::{
     ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, ImageType, NetConfig, OnFailure, RngConfig,
 };
 use atoll_vmm::vhost::DeviceState;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::{AsFd, OwnedFd};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use xtask::processes;
 
 use super::census::Census;
@@ -31,13 +30,12 @@ use super::page::Page;
 use super::rig::{House, Rig, await_answer};
 use super::scheduling;
 use super::tap::Tap;
+use super::victim::{copy_of_descriptor, ended, stop};
 
 /// Fewer kills than this cannot be expected to hit every step with work in flight.
 const STEPS_KILLS_MIN: u64 = 200;
 /// How often a kill waits for work to be in flight.
 const ATTEMPTS: u32 = 16;
-/// How long a stopped process may take to stand still.
-const STOP_MAX: Duration = Duration::from_secs(1);
 /// How long a killed process may take to go, an aimed kill to come, and a device to go on.
 const REAP_MAX: Duration = Duration::from_secs(5);
 const AIM_MAX: Duration = Duration::from_secs(2);
@@ -239,40 +237,6 @@ fn make_image(image: Image, path: &Path) -> Result<()> {
             Ok(())
         }
     }
-}
-
-/// Stops a process, all its threads. False when it has ended, or does not stand still.
-fn stop(process: &OwnedFd) -> bool {
-    if pidfd_send_signal(process, Signal::STOP).is_err() {
-        return false;
-    }
-    // What is seen stays to be seen, for whoever reaps it.
-    let look = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
-    let deadline = Instant::now() + STOP_MAX;
-    while Instant::now() < deadline {
-        match waitid(WaitId::PidFd(process.as_fd()), look) {
-            Ok(None) => std::hint::spin_loop(),
-            Ok(Some(status)) => return status.stopped(),
-            Err(_) => return false,
-        }
-    }
-    false
-}
-
-fn ended(process: &OwnedFd, within: Duration) -> bool {
-    let limit = Timespec::try_from(within).ok();
-    matches!(poll(&mut [PollFd::new(process, PollFlags::IN)], limit.as_ref()), Ok(1..))
-}
-
-/// The description that a process has of an image: with it its locks. None where this user may not look.
-fn copy_of_descriptor(process: &OwnedFd, pid: u32, image: &Path) -> Option<OwnedFd> {
-    let image = std::fs::canonicalize(image).ok()?;
-    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
-    let number = entries.flatten().find_map(|entry| {
-        let is_image = std::fs::read_link(entry.path()).is_ok_and(|target| target == image);
-        is_image.then(|| entry.file_name().to_str()?.parse::<i32>().ok()).flatten()
-    })?;
-    rustix::process::pidfd_getfd(process, number, rustix::process::PidfdGetfdFlags::empty()).ok()
 }
 
 /// What a round does.
@@ -602,7 +566,7 @@ impl<'a> Campaign<'a> {
         page.disarm();
         if died.is_some() {
             let now = Instant::now();
-            let pending = self.pending_at_death()?;
+            let pending = self.pending_at_death(step)?;
             self.tally.kill(pending, step.name());
             self.scene.load.poll()?;
             if !matches!(step, Step::Replay | Step::Handshake) {
@@ -617,7 +581,10 @@ impl<'a> Campaign<'a> {
         let moment = Instant::now() + CROWD;
         while Instant::now() < moment && self.look(page).is_none() {
             self.scene.load.push()?;
-            self.scene.load.poll()?;
+            // What it could see while it lived counts, even if it dies of that.
+            if self.look(page).is_none() {
+                self.scene.load.poll()?;
+            }
         }
         Ok(self.look(page))
     }
@@ -632,10 +599,18 @@ impl<'a> Campaign<'a> {
         died
     }
 
-    /// Requests that were unanswered when it died: what was issued since it was last seen alive does not count.
-    fn pending_at_death(&mut self) -> Result<u32> {
+    /// Requests that were unanswered when it died: what was issued since it was last seen alive does not count, unless the
+    /// step says that it died with a request in its hand.
+    fn pending_at_death(&mut self, step: Step) -> Result<u32> {
         let since = self.scene.load.issued().saturating_sub(self.issued_alive);
-        Ok(self.scene.load.pending()?.saturating_sub(u32::try_from(since).unwrap_or(u32::MAX)))
+        let (pending, since) = (self.scene.load.pending()?, u32::try_from(since).unwrap_or(u32::MAX));
+        let in_hand = match step {
+            Step::Fetch | Step::Mark | Step::Submit | Step::Done | Step::Status | Step::UsedElement => 1,
+            Step::Replay | Step::Flush => 1,
+            Step::UsedIndex | Step::Unmarked | Step::Call => 0,
+            Step::Handshake | Step::Reset | Step::ConfigWrite => 0,
+        };
+        Ok(pending.saturating_sub(since).max(pending.min(in_hand)))
     }
 
     /// The guest resets the device, or writes its configuration, in the middle of its work, and it dies of that message.

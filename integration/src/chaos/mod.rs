@@ -24,3 +24,4 @@ pub mod stall;
 pub mod strata;
 pub mod tap;
 pub mod upgrades;
+mod victim;
