@@ -2,6 +2,7 @@
 //! end, on an image in memory, once with rings that the VMM copies and once with the guest's own. A batch is made available
 //! at once and awaited as a whole; the two sides are measured in turn, round by round, so that a busy host meets both.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +10,7 @@ use atoll_kit::driver::disk::{self, Kind};
 use atoll_kit::driver::{Driver, Options};
 use atoll_vmm::config::{DeviceConfig, DiskConfig, Track};
 use serde::Serialize;
+use xtask::laden::Ending;
 use xtask::place;
 
 use crate::chaos::rig::{House, Rig};
@@ -64,17 +66,28 @@ impl Report {
 struct Side {
     driver: Driver,
     _rig: Rig,
-    _image: tempfile::NamedTempFile,
+    _backend: Ending,
+    _folder: tempfile::TempDir,
 }
 
 impl Side {
     fn start(house: &House, track: Track) -> Result<Self> {
-        let image = tempfile::NamedTempFile::new_in(crate::chaos::campaign::memory())?;
-        std::fs::write(image.path(), vec![0x5a; (BLOCKS * u64::from(BLOCK)) as usize])?;
-        let config = DiskConfig { path: Some(image.path().to_owned()), track, ..DiskConfig::default() };
+        let folder = tempfile::tempdir_in(crate::chaos::campaign::memory())?;
+        let (image, socket) = (folder.path().join("image"), folder.path().join("disk.sock"));
+        std::fs::write(&image, vec![0x5a; (BLOCKS * u64::from(BLOCK)) as usize])?;
+        // Rings are copied only for backends behind a socket: those of the VMM's own keep the record themselves.
+        let mut command = Command::new(place::program("atoll-blk")?);
+        command.arg("--socket").arg(&socket).arg("--path").arg(&image).stdin(Stdio::null());
+        let backend = Ending(command.spawn()?);
+        let deadline = Instant::now() + REQUEST_MAX;
+        while !socket.exists() {
+            ensure!(Instant::now() < deadline, "the backend does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let config = DiskConfig { vhost_user: true, vhost_socket: Some(socket), track, ..DiskConfig::default() };
         let mut rig = house.device(&DeviceConfig::Disk(config), MEMORY)?;
         let options = Options { queues: 1, size: SIZE, memory: MEMORY as usize, ..Options::default() };
-        Ok(Self { driver: rig.start(options)?, _rig: rig, _image: image })
+        Ok(Self { driver: rig.start(options)?, _rig: rig, _backend: backend, _folder: folder })
     }
 
     /// The mean time of a batch of reads, in microseconds.
