@@ -15,6 +15,7 @@ use atoll_verify::dice::Dice;
 use atoll_vmm::config::{DeviceConfig, DiskConfig};
 use atoll_vmm::vhost::Spare;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::Serialize;
 
@@ -218,12 +219,16 @@ fn stratum(
     let mut disk = Disk { driver: rig.start(options)?, dice: Dice::new(seed), kind, in_flight: HashMap::new() };
     let (mut in_flight, mut after, mut fences) = (Vec::new(), Vec::new(), Vec::new());
     let mut beyond = Vec::new();
-    for _ in 0..kills {
+    for number in 0..kills {
         disk.run(depth, 50 * depth.min(4))?;
         while standby && !matches!(rig.status().spare, Spare::Ready { .. }) {
             disk.run(depth, 1)?;
         }
         let before = page.fences();
+        // A short request is over before a signal arrives: every other time the process is stopped when it gets them.
+        if number % 2 == 0 {
+            super::victim::stop(&process(&rig)?);
+        }
         while disk.in_flight.len() < depth {
             disk.issue()?;
         }
@@ -271,17 +276,22 @@ fn stratum(
     })
 }
 
-/// SIGKILL, and the end of the process; when that was.
-fn kill(rig: &Rig) -> Result<Instant> {
+/// The process that serves.
+fn process(rig: &Rig) -> Result<OwnedFd> {
     let deadline = Instant::now() + REQUEST_MAX;
-    let process = loop {
+    loop {
         ensure!(Instant::now() < deadline, "no backend: {:?}", rig.status());
         let pid = rig.status().pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         if let Some(process) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()) {
-            break process;
+            return Ok(process);
         }
         std::thread::sleep(Duration::from_micros(200));
-    };
+    }
+}
+
+/// SIGKILL, and the end of the process; when that was.
+fn kill(rig: &Rig) -> Result<Instant> {
+    let process = process(rig)?;
     let now = Instant::now();
     pidfd_send_signal(&process, Signal::KILL)?;
     let limit = Timespec { tv_sec: 5, tv_nsec: 0 };

@@ -317,10 +317,12 @@ fn main() -> Result<ExitCode> {
             Bench::Bus { arguments } => bench::bus(&arguments)?,
             Bench::Stall { kills, guest_kills, quick } => {
                 let (kills, guest_kills) = if quick { (20, guest_kills.min(3)) } else { (kills, guest_kills) };
-                chaos::stall(kills)?;
+                let strata = chaos::stall(kills);
                 if guest_kills > 0 {
                     bench::reconnect::run(guest_kills, 9)?;
                 }
+                // A limit that was missed is told last.
+                strata?;
             }
             Bench::Track { arguments } => bench::track(&arguments)?,
         },
