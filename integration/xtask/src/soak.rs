@@ -20,7 +20,7 @@ pub fn cpu(arguments: &[String]) -> Result<()> {
     place::run(Command::new(place::program("cpu-oracle")?).args(arguments))
 }
 
-/// Cycles of one machine. Its memory is judged where there are at least fifty.
+/// Cycles of one machine. Its memory is judged where there are at least a hundred.
 const PLUGS_A_MACHINE: u32 = 100;
 
 /// `cargo xtask soak plugs`: devices that come and go; prints one JSON line.

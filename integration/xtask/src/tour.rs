@@ -3,8 +3,8 @@
 //! between the two, a folder of the host, and all of it by the commands that a person would type.
 
 use crate::console::Console;
-use crate::demo::{BOOT_LIMIT, prepare};
-use crate::images::Guest;
+use crate::demo::BOOT_LIMIT;
+use crate::images::{self, Guest};
 use crate::{packages, place, userland};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -180,12 +180,17 @@ fn plug(count: u32) -> Result<serde_json::Value> {
     Ok(serde_json::from_str(last)?)
 }
 
-/// Takes the tour.
+/// What came of a step, under it.
+fn told(what: &str) {
+    eprintln!("      {what}");
+}
+
+/// Takes the tour, with programs that have been built.
 ///
 /// # Errors
 /// When a step fails; the error names it.
 pub fn run(series: &str, plugs: u32) -> Result<Tour> {
-    let guest = prepare(series)?;
+    let guest = images::guest(series)?;
     packages::ensure_peers(&["passt"])?;
     let folder = tempfile::tempdir()?;
     let runtime = folder.path().join("run");
@@ -209,6 +214,7 @@ pub fn run(series: &str, plugs: u32) -> Result<Tour> {
     let answer = a.run("perl -e 'print 6*7' && bash -c 'echo ${BASH_VERSION%%.*}' && ls --version | head -1", STEP)?;
     tour.userland = answer.starts_with("425") && answer.contains("coreutils");
 
+    told("Debian's bash, coreutils and perl run from a disk of their own");
     eprintln!("[2/6] an address by DHCP, a file from the host's loopback");
     a.run("ip link set eth0 up && udhcpc -i eth0 -n -q -t 10 2>&1", STEP)?;
     let addresses = a.run("ip -4 -o addr show dev eth0", STEP)?;
@@ -220,6 +226,7 @@ pub fn run(series: &str, plugs: u32) -> Result<Tour> {
     let port = serve(bytes)?;
     let got = a.run(&format!("wget -q -O - http://{gateway}:{port}/file | md5sum"), STEP)?;
     tour.fetched = got.starts_with(&expected);
+    told(&format!("{} by way of {gateway}, and the file is whole: {}", tour.address, tour.fetched));
 
     eprintln!("[3/6] ping and iperf3 between the two");
     a.run("ip addr add 10.9.0.1/24 dev eth1 && ip link set eth1 up", STEP)?;
@@ -229,12 +236,14 @@ pub fn run(series: &str, plugs: u32) -> Result<Tour> {
     b.run("iperf3 -s -D -1 && sleep 1", STEP)?;
     let iperf = a.run("iperf3 -c 10.9.0.2 -t 3 -f m | grep receiver", STEP)?;
     tour.iperf_mbits = number_after(&iperf, "Bytes").context("iperf3 tells no rate")?;
+    told(&format!("{} ms there and back at best, {} Mbit/s", tour.ping_ms, tour.iperf_mbits));
 
     eprintln!("[4/6] a folder of the host");
     a.run("mkdir -p /mnt/host && mount -t virtiofs host /mnt/host", STEP)?;
     let read = a.run("cat /mnt/host/from-host", STEP)?;
     a.run("echo hello host > /mnt/host/from-guest && sync", STEP)?;
     tour.folder = read == "hello guest" && std::fs::read_to_string(shared.join("from-guest"))? == "hello host\n";
+    told(&format!("each reads what the other wrote: {}", tour.folder));
 
     eprintln!("[5/6] powering off");
     for mut console in [a, b] {
@@ -248,6 +257,7 @@ pub fn run(series: &str, plugs: u32) -> Result<Tour> {
     }
     eprintln!("[6/6] a disk and a card in and out {plugs} times under I/O");
     tour.plugs = plug(plugs)?;
+    told(&format!("names, descriptors, threads, processes and memory as before: {}", tour.plugs["outcome"]["ok"]));
     let sound = tour.userland && tour.fetched && tour.folder && tour.address.contains('/');
     tour.ok = sound && tour.iperf_mbits > 0.0 && tour.exits.iter().all(|status| *status == 0);
     if !tour.ok {
