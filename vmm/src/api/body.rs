@@ -1,10 +1,11 @@
-//! JSON bodies of requests. Keys that are not known are ignored, as clients of several ages send them; a value of the wrong
-//! type is refused with the name of its key.
+//! JSON bodies of requests. Keys that are not known are ignored, as clients of several ages send them, and a null says what
+//! leaving its key out says; a value of the wrong type is refused with the name of its key.
 
 use std::path::PathBuf;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::reply::{Reply, Status};
 use crate::vhost::Fault;
@@ -16,15 +17,35 @@ pub(super) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Reply> {
         return Err(refused("the request needs a JSON body, and has none".into()));
     }
     let mut json = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        // What ended or was no key has no name.
-        let path = error.path().to_string();
-        let path = path.trim_end_matches(['.', '?']);
-        let place = if path.is_empty() { "the body" } else { path };
-        refused(format!("{place}: {}", error.inner()))
-    })?;
-    json.end().map_err(|error| refused(format!("the body: {error}")))?;
-    Ok(value)
+    match serde_path_to_error::deserialize(&mut json) {
+        Ok(value) => {
+            json.end().map_err(|error| refused(format!("the body: {error}")))?;
+            Ok(value)
+        }
+        Err(error) => {
+            // A null in a place where there can be none may be all that is wrong with it.
+            let bare = serde_json::from_slice(body).ok().map(without_nulls);
+            bare.map_or(Err(error), serde_path_to_error::deserialize).map_err(|error| {
+                // What ended or was no key has no name.
+                let path = error.path().to_string();
+                let path = path.trim_end_matches(['.', '?']);
+                let place = if path.is_empty() { "the body" } else { path };
+                refused(format!("{place}: {}", error.inner()))
+            })
+        }
+    }
+}
+
+/// The same without keys that say nothing.
+fn without_nulls(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let said = fields.into_iter().filter(|(_, value)| !value.is_null());
+            Value::Object(said.map(|(key, value)| (key, without_nulls(value))).collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(without_nulls).collect()),
+        other => other,
+    }
 }
 
 /// Which device goes.
@@ -114,6 +135,22 @@ mod tests {
         let deep = why::<VmConfig>(&"[".repeat(100_000));
         assert!(deep.contains("invalid type: sequence"), "{deep}");
         assert_eq!(decode::<RemoveDevice>(br#"{"id":"a","later":[1]}"#).unwrap().id, "a");
+    }
+
+    /// As Cloud Hypervisor's own types are written where nothing was chosen.
+    #[test]
+    fn a_null_says_nothing() {
+        let body = r#"{"platform":null,"net":null,"disks":[{"path":"a","id":null,"readonly":null,"image_type":"Unknown"},
+            {"path":"b","image_type":"Qcow2"}],"memory":{"size":1048576,"zones":null}}"#;
+        let config = decode::<VmConfig>(body.as_bytes()).unwrap();
+        let disks = config.disks.unwrap();
+        assert_eq!((disks[0].id.as_deref(), disks[0].image_type, config.memory.size), (None, None, 1 << 20));
+        assert_eq!(disks[1].image_type, Some(crate::config::ImageType::Qcow2));
+        assert!(serde_json::to_string(&disks[1]).unwrap().contains("Qcow2"), "in its own words");
+        assert!(
+            why::<VmConfig>(r#"{"net":null,"disks":[{"readonly":7}]}"#).contains("disks[0].readonly: invalid type")
+        );
+        assert!(why::<RemoveDevice>(r#"{"id":null}"#).contains("the body: missing field `id`"));
     }
 
     proptest! {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// A token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -76,16 +76,32 @@ fn is_false(value: &bool) -> bool {
     !value
 }
 
-/// What a disk's image is.
+/// What a disk's image is. In small letters it is understood, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
 pub enum ImageType {
     /// The disk, byte for byte.
-    #[serde(alias = "Raw")]
+    #[serde(alias = "raw")]
     Raw,
     /// qcow2, of version 2 or 3.
-    #[serde(alias = "Qcow2")]
+    #[serde(alias = "qcow2")]
     Qcow2,
+}
+
+/// Reads an image's type; clients of Cloud Hypervisor say `Unknown` where nobody has said it.
+fn image_type<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ImageType>, D::Error> {
+    #[derive(Deserialize)]
+    enum Said {
+        #[serde(alias = "raw")]
+        Raw,
+        #[serde(alias = "qcow2")]
+        Qcow2,
+        Unknown,
+    }
+    Ok(match Option::<Said>::deserialize(deserializer)? {
+        Some(Said::Raw) => Some(ImageType::Raw),
+        Some(Said::Qcow2) => Some(ImageType::Qcow2),
+        Some(Said::Unknown) | None => None,
+    })
 }
 
 /// A disk.
@@ -99,7 +115,7 @@ pub struct DiskConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<PathBuf>,
     /// What that image is. Left out, an image that begins like qcow2 is refused, and any other is raw.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "image_type", skip_serializing_if = "Option::is_none")]
     pub image_type: Option<ImageType>,
     /// The files that a qcow2 image names, what it stands on and where its data is, may be opened.
     #[serde(skip_serializing_if = "is_false")]
