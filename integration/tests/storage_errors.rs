@@ -132,7 +132,7 @@ fn a_process_that_may_have_no_memory_is_replaced() -> Result<()> {
     let mut driver = rig.start(Options { queues: 1, size: 64, memory: MEMORY as usize, ..Options::default() })?;
     let pid = rig.status().pid.context("a process")?;
     // As little as it has: whatever it wants next it does not get, and serves all the same, or ends and has a successor.
-    let limit = rustix::process::Rlimit { current: Some(0), maximum: None };
+    let limit = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::prlimit(
         rustix::process::Pid::from_raw(pid.cast_signed()),
         rustix::process::Resource::Data,

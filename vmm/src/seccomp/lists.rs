@@ -90,6 +90,8 @@ const INCARNATION: &[i64] = &[
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_newfstatat,
+    // Of somebody else's backend.
+    libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
     libc::SYS_waitid,
     libc::SYS_flock,

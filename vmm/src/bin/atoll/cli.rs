@@ -413,6 +413,6 @@ pub(crate) struct RunArgs {
     pub(crate) jail: Option<JailFlag>,
     /// What becomes of a system call that the thread of its kind (vCPU, interrupts, device, …) has no need of: true (it ends
     /// the process), log (the kernel logs it) or false (nothing). Device processes have their own, see --jail.
-    #[arg(long, value_enum, value_name = "HOW", default_value = "false", env = "ATOLL_SECCOMP")]
+    #[arg(long, value_enum, value_name = "HOW", default_value = "true", env = "ATOLL_SECCOMP")]
     pub(crate) seccomp: SeccompFlag,
 }
