@@ -5,8 +5,7 @@
 //! behind it what the device adds. They are read as hostile input.
 
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::io::{self, Read as _, Seek as _, Write as _};
 
 use atoll_protocol::saved::{self, Saved, SavedError, SavedType};
 use rustix::fs::MemfdFlags;
@@ -70,8 +69,10 @@ pub(crate) enum Transfer {
 pub(crate) fn give<D: Device>(device: &D, features: u64) -> Result<File, StateError> {
     let state = KitState { features, queues: device.layout().queues };
     let bytes = device.save(saved::save(&state, Vec::new())?)?;
-    let file = memory()?;
-    file.write_all_at(&bytes, 0)?;
+    let mut file = memory()?;
+    file.write_all(&bytes)?;
+    // Who reads it begins at the beginning.
+    file.rewind()?;
     Ok(file)
 }
 
@@ -82,13 +83,15 @@ pub(crate) fn memory() -> io::Result<File> {
 }
 
 /// Takes what the front end wrote.
-pub(crate) fn take<D: Device>(device: &mut D, offered: u64, file: &File) -> Result<(), StateError> {
+pub(crate) fn take<D: Device>(device: &mut D, offered: u64, mut file: &File) -> Result<(), StateError> {
     let len = file.metadata()?.len();
     if len > STATE_MAX {
         return Err(StateError::Long(len));
     }
     let mut bytes = vec![0; len as usize];
-    file.read_exact_at(&mut bytes, 0)?;
+    // Not by place: a jail has no more calls than it needs.
+    file.rewind()?;
+    file.read_exact(&mut bytes)?;
     let (kit, rest) = saved::restore::<KitState>(&bytes)?;
     let missing = kit.features & !offered;
     if missing != 0 {
