@@ -25,7 +25,7 @@ pub(super) enum Upgrade {
     /// It knows all; the old one is ending. Lost: the new one ended meanwhile.
     Switching { generation: u64, recovery: Recovery, lost: Option<String> },
     /// It is the device's backend, and still has to show that it lives.
-    Probation { generation: u64, until: Moment },
+    Probation { generation: u64, until: Option<Moment> },
 }
 
 /// A process that waits for the death of the one that serves.
@@ -223,7 +223,7 @@ impl Machine {
         self.act(Action::WatchFence);
         match self.upgrade.take() {
             Some(Upgrade::Switching { generation, recovery, lost: None }) => {
-                self.upgrade = Some(Upgrade::Probation { generation, until: now.after(self.rules.probation) });
+                self.upgrade = Some(Upgrade::Probation { generation, until: None });
                 self.promote(generation, recovery);
             }
             other => {
@@ -251,10 +251,10 @@ impl Machine {
         matches!(self.upgrade, Some(Upgrade::Probation { generation: new, .. }) if new == generation)
     }
 
-    /// Its time begins when it has the rings.
+    /// Its time begins when it could have the rings, and anew when it has them.
     pub(super) fn renew_probation(&mut self, now: Moment) {
         if let Some(Upgrade::Probation { until, .. }) = &mut self.upgrade {
-            *until = now.after(self.rules.probation);
+            *until = Some(now.after(self.rules.probation));
         }
     }
 
@@ -346,7 +346,7 @@ impl Machine {
     /// When something of this is due.
     pub(super) fn beside_due_at(&self) -> Option<Moment> {
         let probation = match self.upgrade {
-            Some(Upgrade::Probation { until, .. }) => Some(until),
+            Some(Upgrade::Probation { until, .. }) => until,
             _ => None,
         };
         let spare = match self.standby.stage {
@@ -362,7 +362,7 @@ impl Machine {
     }
 
     pub(super) fn time_beside(&mut self, now: Moment) {
-        if let Some(Upgrade::Probation { until, .. }) = self.upgrade
+        if let Some(Upgrade::Probation { until: Some(until), .. }) = self.upgrade
             && until <= now
         {
             self.complete_upgrade(now);

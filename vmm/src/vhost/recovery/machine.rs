@@ -216,7 +216,10 @@ impl Machine {
             Event::Ended { generation, end } => self.ended(generation, &end, now),
             Event::Sampled { samples, spared } => self.sampled(&samples, spared, now),
             Event::Stalled { generation, what, spared } => self.stalled(generation, what, spared, now),
-            Event::FencePassed if self.fence != Fence::Clear && self.dying().is_none() => self.pass_fence(),
+            Event::FencePassed if self.fence != Fence::Clear && self.dying().is_none() => {
+                self.renew_probation(now);
+                self.pass_fence();
+            }
             Event::Employed if self.rings == Rings::Substituted => {
                 if let Some(driver) = &mut self.driver {
                     driver.ran = true;
@@ -634,6 +637,7 @@ impl Machine {
         {
             self.act(Action::Tell(Tale::FenceGivenUp));
             if self.dying().is_none() {
+                self.renew_probation(now);
                 self.pass_fence();
             } else {
                 // It cannot even be reaped: whoever waits for the memory waits no longer, its successor does.

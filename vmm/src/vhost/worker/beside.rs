@@ -50,6 +50,7 @@ pub(super) struct Upgrade {
     /// The program before, once the new one has been promoted.
     former: Option<PathBuf>,
     answer: SyncSender<Result<u64, UpgradeError>>,
+    outcome: Option<Result<u64, UpgradeError>>,
 }
 
 /// How often it is looked whether a spare still answers its supervisor.
@@ -69,18 +70,26 @@ impl Worker {
             let _ = answer.send(Err(error));
             return;
         }
-        self.past.upgrade = Some(Upgrade { order, former: None, answer });
+        self.past.upgrade = Some(Upgrade { order, former: None, answer, outcome: None });
         self.feed(Event::Upgrade);
     }
 
+    /// What became of it is known; the operator hears of it when everything has been done that follows.
+    pub(super) fn conclude_upgrade(&mut self, outcome: Result<u64, UpgradeError>) {
+        if let Some(upgrade) = &mut self.past.upgrade {
+            upgrade.outcome = Some(outcome);
+        }
+    }
+
     /// The operator hears what became of it.
-    pub(super) fn answer_upgrade(&mut self, outcome: Result<u64, UpgradeError>) {
-        if let Some(upgrade) = self.past.upgrade.take() {
+    pub(super) fn answer_upgrade(&mut self) {
+        let concluded = self.past.upgrade.take_if(|upgrade| upgrade.outcome.is_some());
+        if let Some(Upgrade { answer, outcome: Some(outcome), .. }) = concluded {
             if let Some(session) = &mut self.past.session {
                 session.conversation.set_step_limit(self.parts.limits.step);
             }
             // He may have gone.
-            let _ = upgrade.answer.send(outcome);
+            let _ = answer.send(outcome);
         }
     }
 

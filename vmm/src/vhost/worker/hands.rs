@@ -53,6 +53,7 @@ impl Worker {
             }
         }
         self.publish();
+        self.answer_upgrade();
     }
 
     /// Shows what the device is at.
@@ -370,12 +371,12 @@ impl Worker {
             Tale::Upgraded { generation } => {
                 tracing::info!(device, generation, "another build serves");
                 self.tell("upgraded", Some(generation), None);
-                self.answer_upgrade(Ok(generation));
+                self.conclude_upgrade(Ok(generation));
             }
             Tale::UpgradeRefused { why } => {
                 tracing::warn!(device, why, "the other build will not do");
                 self.tell("upgrade-refused", None, Some(why.clone()));
-                self.answer_upgrade(Err(UpgradeError::Refused(why)));
+                self.conclude_upgrade(Err(UpgradeError::Refused(why)));
             }
             Tale::SpareReady { generation } => {
                 tracing::info!(device, generation, "a spare process waits");
