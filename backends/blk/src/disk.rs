@@ -212,3 +212,36 @@ impl Device for Disk {
         BlkQueue::new(Arc::clone(&self.shared))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use atoll_kit::Device as _;
+    use atoll_kit::device_state::StateError;
+
+    use super::*;
+    use crate::storage::Source;
+
+    fn disk(bytes: u64) -> Disk {
+        Disk::new(Storage::open(&Source::Null(bytes), false, false).unwrap(), 1, "")
+    }
+
+    /// A successor has the cache mode that the driver has chosen; one that sees another size says no, and so does one that
+    /// is given anything else.
+    #[test]
+    fn a_successor_goes_on_with_what_is_true() {
+        let mut old = disk(1 << 20);
+        old.write_config(WRITEBACK_AT, &[0]).unwrap();
+        let state = old.save(vec![7]).unwrap();
+        let state = state.strip_prefix(&[7]).unwrap();
+        let mut new = disk(1 << 20);
+        assert!(new.restore(state).unwrap().is_empty());
+        assert!(!new.writeback && disk(1 << 20).writeback);
+        assert!(matches!(disk(2 << 20).restore(state), Err(StateError::Other(_))));
+        for at in 0..state.len() {
+            let mut damaged = state.to_vec();
+            damaged[at] ^= 1;
+            assert!(disk(1 << 20).restore(&damaged).is_err(), "byte {at}");
+            assert!(disk(1 << 20).restore(&state[..at]).is_err(), "cut at {at}");
+        }
+    }
+}

@@ -180,3 +180,27 @@ impl Face {
         self.captures.sent.iter().chain(&self.captures.received).for_each(|capture| capture.flush());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn face(pairs_max: u16) -> Face {
+        Face::new([2, 0, 0, 0, 0, 1], pairs_max, None, Captures::default())
+    }
+
+    /// A successor filters as its predecessor did, and spreads over as many pairs; what no driver can have said is refused.
+    #[test]
+    fn a_successor_believes_what_can_be() {
+        let old = face(4);
+        old.use_pairs(3);
+        old.filter.change(|rules| (rules.promiscuous, rules.all_groups) = (false, true));
+        let new = face(4);
+        new.believe(old.told()).unwrap();
+        assert_eq!((new.told(), new.active_pairs()), (old.told(), 3));
+        assert!(!new.filter.accepts(&[2, 0, 0, 0, 0, 9]) && new.filter.accepts(&[3, 0, 0, 0, 0, 9]));
+        assert!(face(2).believe(old.told()).is_err(), "more pairs than there are");
+        old.filter.change(|rules| rules.single = vec![[2; 6]; TABLE_MAX + 1]);
+        assert!(new.believe(old.told()).is_err(), "more addresses than the table holds");
+    }
+}
