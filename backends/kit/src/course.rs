@@ -360,3 +360,6 @@ impl<R: Record> Course<R> {
 pub(crate) fn broken(index: u16, _: OutOfRange) -> RingError {
     RingError::Broken { index, reason: "it lies outside guest memory".to_owned() }
 }
+
+#[cfg(test)]
+mod tests;
