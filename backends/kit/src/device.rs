@@ -112,6 +112,16 @@ pub enum Progress {
     Pending,
 }
 
+/// What came of [`QueueHandler::sourced`].
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Fetched {
+    /// The guest has been interrupted for another queue, and its driver sees then what this one has finished: whether it
+    /// wants an interrupt for that, too, is asked a little later.
+    pub tells_guest: bool,
+    /// There is more, to be fetched after the conversation has been heard.
+    pub more: bool,
+}
+
 /// What a queue that is filled from outside waits for, besides the conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
@@ -200,9 +210,24 @@ pub trait QueueHandler: Send + 'static {
         Wait::Nothing
     }
 
-    /// The descriptor that data comes from.
+    /// The descriptor that data comes from: for a queue that is filled from outside, and for one whose thread fills
+    /// another one ([`QueueHandler::sourced`]).
     fn source(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    /// For a queue of requests, after a batch: more will come within a moment, and waiting for so long without being told is
+    /// no harm. Being told costs the guest's processor a wake-up of another one, often more than it has to do until its
+    /// next request.
+    fn nap(&self) -> Option<Duration> {
+        None
+    }
+
+    /// For a queue of requests: its thread can have something to fetch, because a batch of requests has ended or because
+    /// its source was found `readable`. What answers a request at once is fetched by the thread that is awake, and nobody
+    /// is woken for it.
+    fn sourced(&mut self, _readable: bool) -> Fetched {
+        Fetched::default()
     }
 }
 

@@ -18,6 +18,7 @@ use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chain::Chain;
+use crate::device::Wait;
 use crate::hand::Hand;
 use crate::memory::{OutOfRange, Segment, Segments};
 use crate::ring::{Ring, RingError, Taken};
@@ -80,6 +81,19 @@ impl<M: GuestMemory> Inlet<M> {
         let guard = self.lock();
         let serves = guard.as_ref().is_some_and(|open| open.enabled && !open.broken) && self.gate.is_open();
         serves.then_some(Buffers { inlet: self, guard, silent: false })
+    }
+
+    /// Goes in, lets `fill` do its work and prepares what it waits for: whether the guest kicks when it makes buffers
+    /// available. What is left to wait for; `None` when the ring does not run.
+    pub fn fill(&self, fill: impl FnOnce(&mut Buffers<'_, M>) -> Wait) -> Option<Wait> {
+        let mut buffers = self.enter()?;
+        let wait = fill(&mut buffers);
+        match wait {
+            Wait::Buffers if buffers.arm() => return Some(Wait::Again),
+            Wait::Source | Wait::Until(_) => buffers.disarm(),
+            Wait::Buffers | Wait::Again | Wait::Nothing => {}
+        }
+        Some(wait)
     }
 
     /// True when the ring runs and is enabled.
@@ -310,7 +324,7 @@ impl<M: GuestMemory> Buffers<'_, M> {
     }
 
     /// Asks the guest for a kick when it makes something available; true when it has done so meanwhile.
-    pub(crate) fn arm(&mut self) -> bool {
+    fn arm(&mut self) -> bool {
         let Some(open) = &mut *self.guard else { return false };
         match open.ring.arm() {
             Ok(more) => more,
@@ -322,7 +336,7 @@ impl<M: GuestMemory> Buffers<'_, M> {
     }
 
     /// Tells the guest that kicks are of no use now.
-    pub(crate) fn disarm(&mut self) {
+    fn disarm(&mut self) {
         if let Some(open) = &mut *self.guard {
             let told = open.ring.disarm();
             open.check(self.inlet.index, told);

@@ -106,18 +106,11 @@ impl<H: QueueHandler, M: GuestMemory> InletThread<H, M> {
 
     /// Lets the handler work and prepares what it waits for; true when it wants to go on at once.
     fn fill(&mut self) -> Result<bool, UringError> {
-        let Some(mut buffers) = self.inlet.enter() else { return Ok(false) };
-        match self.handler.fill(&mut buffers) {
+        let Some(wait) = self.inlet.fill(|buffers| self.handler.fill(buffers)) else { return Ok(false) };
+        match wait {
             Wait::Again => return Ok(true),
-            Wait::Nothing => {}
-            Wait::Buffers => {
-                if buffers.arm() {
-                    return Ok(true);
-                }
-            }
+            Wait::Nothing | Wait::Buffers => {}
             Wait::Source => {
-                buffers.disarm();
-                drop(buffers);
                 if let Some(source) = self.handler.source()
                     && !self.source_watched
                 {
@@ -125,11 +118,7 @@ impl<H: QueueHandler, M: GuestMemory> InletThread<H, M> {
                     self.source_watched = true;
                 }
             }
-            Wait::Until(moment) => {
-                buffers.disarm();
-                drop(buffers);
-                self.wake_at(moment)?;
-            }
+            Wait::Until(moment) => self.wake_at(moment)?,
         }
         Ok(false)
     }

@@ -64,6 +64,6 @@ pub const EXIT_PANIC: i32 = 72;
 /// Exit status of a process whose supervisor has gone.
 pub const EXIT_ORPHANED: i32 = 71;
 
-pub use device::{ConfigError, Device, Progress, QueueHandler, QueueLayout, Wait};
+pub use device::{ConfigError, Device, Fetched, Progress, QueueHandler, QueueLayout, Wait};
 pub use inlet::{Buffers, Inlet};
 pub use requests::Requests;

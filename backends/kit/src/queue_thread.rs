@@ -8,13 +8,20 @@
 //! After work the thread may spin for a short time before it asks for a kick and sleeps, see [`spin`](crate::spin).
 //! It never spins while I/O is in flight.
 //!
+//! Where requests come in a stream that is too slow for that, a handler may have it nap ([`QueueHandler::nap`]): it looks
+//! again after a moment and asks for a kick only if there was nothing.
+//!
+//! Where the guest is interrupted for another queue at the same time, whose interrupt makes its driver look at this one as
+//! well (a card's driver frees what was sent when it takes what came), its wish for an interrupt of this one is read a
+//! moment later, when it mostly has none any more.
+//!
 //! A ring that turns out to be broken (an index out of bounds, a head twice) is not served further; its requests in
 //! flight are still completed, and the conversation learns of it when it stops the ring.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vm_memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
@@ -33,6 +40,9 @@ use crate::worker::{Gate, Mailbox, QueuePulse, RingOwner, RingStart, obey, wake}
 
 /// Operations that are submitted without waiting for the end of the batch.
 const SUBMIT_AT: u32 = 16;
+/// How long an interrupt waits for the guest to see by itself what it is for: longer than a wake-up on another processor
+/// and the way to the driver take.
+const CALL_LATER: Duration = Duration::from_micros(250);
 
 const TAG_SHIFT: u32 = 56;
 const TAG_DEVICE: u64 = 1;
@@ -40,6 +50,7 @@ const TAG_KICK: u64 = 2;
 const TAG_MAILBOX: u64 = 3;
 const TAG_REMOVED: u64 = 4;
 const TAG_SINK: u64 = 5;
+const TAG_SOURCE: u64 = 6;
 
 /// The `user_data` of an operation for request `head`.
 pub(crate) fn device_tag(head: u16) -> u64 {
@@ -86,6 +97,14 @@ pub(crate) struct QueueThread<H, M: GuestMemory> {
     sink_watched: bool,
     /// When the guest is to be interrupted, if it has not seen by then what is done ([`QueueHandler::grace`]).
     call_at: Option<Instant>,
+    /// What the handler fetches from is being polled.
+    source_watched: bool,
+    /// It has been found readable.
+    source_readable: bool,
+    /// The handler has not fetched all that there was.
+    more_to_fetch: bool,
+    /// It asks for no kick before.
+    nap_until: Option<Instant>,
     /// For the handler; the meter counts in the same part.
     figures: Part,
     meter: Meter,
@@ -119,7 +138,11 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
             waited_for_storage: false,
             malformed: 0,
             sink_watched: false,
+            source_watched: false,
+            source_readable: false,
+            more_to_fetch: false,
             call_at: None,
+            nap_until: None,
             meter: Meter::new(figures.clone()),
             figures,
             toll,
@@ -144,14 +167,24 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         }
         let completed = self.finish()?;
         let taken = self.take()?;
+        let readable = std::mem::take(&mut self.source_readable);
+        let mut seen_by_guest = false;
+        if taken || readable || self.more_to_fetch {
+            let fetched = self.handler.sourced(readable);
+            self.more_to_fetch = fetched.more;
+            seen_by_guest = fetched.tells_guest;
+        }
+        if taken {
+            self.nap_until = self.handler.nap().map(|nap| Instant::now() + nap);
+        }
         if completed || taken {
-            self.announce_in_time();
+            self.announce_in_time(seen_by_guest);
             // A few operations wait for the sleep, which submits them in the same system call.
             if self.uring.queued() >= SUBMIT_AT {
                 self.uring.submit()?;
             }
         }
-        Ok(completed || taken)
+        Ok(completed || taken || self.more_to_fetch)
     }
 
     /// Handles completions that have been delivered.
@@ -176,6 +209,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                     self.uring.watch(self.mailbox.wake.as_fd(), TAG_MAILBOX << TAG_SHIFT)?;
                 }
                 TAG_SINK => self.sink_watched = false,
+                TAG_SOURCE => (self.source_watched, self.source_readable) = (false, true),
                 _ => {}
             }
         }
@@ -252,12 +286,18 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     }
 
     /// At once, or when the guest has had its time to see it by itself. One that leaves half a ring unseen does not look.
-    fn announce_in_time(&mut self) {
+    fn announce_in_time(&mut self, seen_by_guest: bool) {
         let grace = self.handler.grace();
-        if grace.is_zero() {
+        if grace.is_zero() && !seen_by_guest && self.call_at.is_none() {
             return self.announce();
         }
         let now = Instant::now();
+        if grace.is_zero() {
+            if *self.call_at.get_or_insert(now + CALL_LATER) <= now {
+                self.announce();
+            }
+            return;
+        }
         let looks = |running: &Running<M>| running.ring.unseen().is_some_and(|unseen| unseen < running.ring.size() / 2);
         if !self.running.as_ref().is_some_and(looks) || *self.call_at.get_or_insert(now + grace) <= now {
             self.announce();
@@ -287,6 +327,12 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
         if self.call_at.is_some_and(|at| at <= Instant::now()) {
             self.announce();
         }
+        if !self.source_watched
+            && let Some(source) = self.handler.source()
+        {
+            self.uring.watch_once(source, libc::POLLIN, TAG_SOURCE << TAG_SHIFT)?;
+            self.source_watched = true;
+        }
         if let Some(sink) = self.handler.blocked() {
             if !self.sink_watched {
                 self.uring.watch_once(sink, libc::POLLOUT, TAG_SINK << TAG_SHIFT)?;
@@ -315,10 +361,19 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
                         }
                         std::hint::spin_loop();
                     }
-                    if self.mailbox.pending.load(Ordering::Acquire) {
+                    if self.mailbox.pending.load(Ordering::Acquire) || self.uring.deliverable() {
                         return Ok(());
                     }
                 }
+            }
+            if let Some(moment) = self.nap_until {
+                if moment > Instant::now() {
+                    let until = self.call_at.map_or(moment, |call| call.min(moment));
+                    self.uring.submit_and_wait_until(until)?;
+                    self.meter.woken();
+                    return Ok(());
+                }
+                self.nap_until = None;
             }
             let armed = running.ring.arm();
             match armed {

@@ -164,7 +164,7 @@ impl<L: Link> Device for Card<L> {
             NetQueue::Receive(Receive { face, pair, receiver, control })
         } else {
             let (sender, spreader) = (self.link.sender(pair), self.link.spreader());
-            NetQueue::Transmit(Transmit { face, pair, sender, spreader, copy: Vec::new() })
+            NetQueue::Transmit(Transmit { face, pair, sender, spreader, copy: Vec::new(), streams: false })
         }
     }
 

@@ -188,6 +188,45 @@ fn processor_ms(pid: u32) -> Result<u64> {
     Ok((ticks(11)? + ticks(12)?) * 10)
 }
 
+/// More frames than the guest has buffers for, while it sends, and a limit on what it gets: whoever waits for frames hands
+/// that over again and again, and each frame that the interface kept comes, in its order.
+#[test]
+fn a_burst_comes_whole_through_few_buffers_and_a_limit() -> Result<()> {
+    if !permitted("w")? {
+        return Ok(());
+    }
+    for (at, limit) in [("80", &[][..]), ("81", &["--rate-ops", "2000,1000,50"])] {
+        let folder = tempfile::tempdir()?;
+        let name = name(at);
+        let (host, all) = (format!("198.18.{at}.1"), format!("198.18.{at}.255:4000"));
+        let args = [&["--tap", &name, "--host-ip", &host, "--host-mask", "255.255.255.0"], limit].concat();
+        let mut net = Net::listen(folder.path(), &args)?;
+        let mut guest = net.guest(NetOptions { size: 32, ..NetOptions::default() })?;
+        let socket = UdpSocket::bind((host.as_str(), 0))?;
+        socket.set_broadcast(true)?;
+        let noise = [&ALL[..], &mac(1), &[0x88, 0xb5], &[0; 46]].concat();
+        for burst in 0..4_u8 {
+            // The interface holds 500.
+            for number in 0..200_u8 {
+                socket.send_to(&[burst, number], &all)?;
+            }
+            for number in 0..200_u8 {
+                if number % 7 == 0 {
+                    guest.send(&noise)?;
+                }
+                let payload = loop {
+                    let frame = guest.receive()?.frame;
+                    if frame.get(36..38) == Some(&4000_u16.to_be_bytes()) && frame.get(12..14) == Some(&[8, 0]) {
+                        break frame.get(42..44).map(<[u8]>::to_vec);
+                    }
+                };
+                assert_eq!(payload, Some(vec![burst, number]), "limit {limit:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A mistake with an interface is one line that says what to do.
 #[test]
 fn mistakes_with_interfaces_are_named() -> Result<()> {

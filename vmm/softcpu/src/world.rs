@@ -23,6 +23,9 @@ pub trait World {
     fn read_msr(&mut self, msr: u32) -> Option<u64>;
     /// WRMSR, likewise; `false` gives #GP.
     fn write_msr(&mut self, msr: u32, value: u64) -> bool;
+    /// A few microseconds of guest code have passed: the board looks at what nobody raises [`Attention`] for, such as
+    /// timers. Called between two instructions.
+    fn look(&mut self) {}
     /// CR8 (task priority, bits 7:4 of the TPR).
     fn read_cr8(&mut self) -> u64;
     /// Sets CR8.

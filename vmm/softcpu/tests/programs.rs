@@ -438,6 +438,38 @@ fn an_interrupt_waits_out_the_shadow_of_sti() {
     assert_eq!(machine.gpr(3), 2);
 }
 
+/// A timer of the board has no thread: the processor looks around every few microseconds of guest code, and an interrupt
+/// that comes of it ends a busy loop.
+#[test]
+fn a_busy_loop_is_interrupted_by_what_the_board_sees() {
+    let mut machine = Machine::new();
+    let handler = CODE + 0x8000;
+    machine.load_at(handler, |a| {
+        a.mov(qword_ptr(DATA as i32), 1).unwrap();
+        a.iretq().unwrap();
+    });
+    machine.gate(0x40, handler);
+    machine.world.at_look = Some((50, 0x40, machine.attention.clone()));
+    machine.load(|a| {
+        let mut top = a.create_label();
+        let mut done = a.create_label();
+        a.mov(rcx, 10_000_000u64).unwrap();
+        a.sti().unwrap();
+        a.set_label(&mut top).unwrap();
+        a.cmp(qword_ptr(DATA as i32), 0).unwrap();
+        a.jne(done).unwrap();
+        a.dec(rcx).unwrap();
+        a.jne(top).unwrap();
+        a.set_label(&mut done).unwrap();
+        a.cli().unwrap();
+        a.hlt().unwrap();
+    });
+    machine.run();
+    assert_eq!((machine.read_u64(DATA), machine.world.at_look.is_none()), (1, true));
+    let each = machine.cpu.retired() / machine.world.looks;
+    assert!((1..=4096).contains(&each), "a look for each {each} instructions");
+}
+
 #[test]
 fn budgets_are_exact_and_deterministic_runs_have_equal_hashes() {
     let program = |a: &mut CodeAssembler| {

@@ -16,6 +16,7 @@ mod laps;
 mod park;
 mod rate;
 pub mod remote;
+mod thread;
 mod tree;
 
 pub use address::{Address, AskError, Mail, Reply, TellError, WhenFull};
@@ -24,6 +25,7 @@ pub use device::{AccessToken, ActorDevice, RegisterAccess, Surroundings};
 pub use laps::{Lap, Laps};
 pub use park::{Parked, StopSignal, park, park_access};
 pub use rate::RateLimit;
+pub use thread::ActorThread;
 pub use tree::{Actor, ActorReport, Ended, Ending, Flow, Tree};
 
 use atoll_protocol::lifecycle::LifecycleEvent;

@@ -8,19 +8,17 @@ use std::time::Duration;
 
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::{DeviceId, Generation};
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::broadcast;
 
 use super::spawner::Spawner;
 use super::supervisor::{Supervisor, SupervisorMail};
-use crate::actor::{Address, Clock, Ending, Surroundings, Tree};
+use crate::actor::{ActorThread, Address, Clock, Ending, Surroundings, Tree};
 use crate::metrics::Registry;
-use crate::seccomp::{self, ThreadClass};
 
 /// One per VMM process; it outlives the machines that a reset makes one after the other.
 #[derive(Debug)]
 pub struct Household {
-    runtime: Runtime,
+    actors: ActorThread,
     tree: Tree,
     clock: Arc<dyn Clock>,
     spawner: Spawner,
@@ -60,21 +58,15 @@ impl Household {
     /// # Errors
     /// The kernel has no thread or descriptor left.
     pub fn new(clock: Arc<dyn Clock>) -> io::Result<Self> {
-        // Actors decide and hand on; one thread is enough, and vCPUs are never on it.
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("actors")
-            .on_thread_start(|| seccomp::enter(ThreadClass::Actors))
-            .enable_time()
-            .build()?;
-        let tree = Tree::new("vmm", runtime.handle().clone(), |ended| match &ended.ending {
+        let actors = ActorThread::start()?;
+        let tree = Tree::new("vmm", actors.runtime().clone(), |ended| match &ended.ending {
             Ending::Finished | Ending::Stopped => tracing::debug!(actor = &*ended.actor, "ended"),
             ending => tracing::error!(actor = &*ended.actor, ?ending, "an actor did not end as it should"),
         });
         let spawner = Spawner::new(Arc::clone(&clock))?;
-        let (supervisor, story) = Supervisor::start(&tree, runtime.handle(), Arc::clone(&clock));
+        let (supervisor, story) = Supervisor::start(&tree, actors.runtime(), Arc::clone(&clock));
         Ok(Self {
-            runtime,
+            actors,
             tree,
             clock,
             spawner,
@@ -107,7 +99,7 @@ impl Household {
     /// Where actors run.
     #[must_use]
     pub fn runtime(&self) -> &tokio::runtime::Handle {
-        self.runtime.handle()
+        self.actors.runtime()
     }
 
     /// Where actors are started.
@@ -146,7 +138,7 @@ impl Household {
     /// Ends everything: the actors, then the processes, each within `grace`. No process is left afterwards, and none can
     /// be started.
     pub fn shutdown(&self, grace: Duration) {
-        self.runtime.block_on(self.tree.shutdown(grace));
+        self.actors.runtime().block_on(self.tree.shutdown(grace));
         self.spawner.shutdown(grace);
     }
 }

@@ -1,11 +1,13 @@
-//! Eventfds for a machine whose CPU is software: one thread waits for all of them and fires their messages. A vCPU that
-//! is halted waits for them as well ([`Doorstep`]), so that nobody has to be woken to wake it.
+//! Eventfds for a machine whose CPU is software: one thread waits for all of them and fires their messages, while no vCPU
+//! does so by itself. One that runs the guest looks at them now and then, and one that is halted waits for them
+//! ([`Doorstep`]): nobody has to be woken to wake it, and nobody takes the processor from it to tell it something.
 //!
 //! A masked eventfd is not watched and not read, so what is signalled meanwhile stays counted in it and is delivered when
-//! a message is set again. The thread sleeps in epoll; it ends when the listener is dropped.
+//! a message is set again. The eventfds are in one epoll set; that set, as one descriptor, is in the set that the thread
+//! sleeps at, and masked there while a vCPU serves it. The thread ends when the listener is dropped.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -16,7 +18,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{EventRoute, IrqError};
-use crate::actor::{Lap, Laps};
+use crate::actor::Laps;
 use crate::seccomp::{self, ThreadClass};
 
 /// What a signal leads to.
@@ -27,10 +29,10 @@ pub trait Signalled: Send + Sync {
 
 /// Most eventfds handled between two looks at the list.
 const BATCH: usize = 32;
-/// The epoll cookie of the eventfd that ends the thread.
-const END: u64 = u64::MAX;
-/// That of the eventfd that asks for a lap.
-const LAP: u64 = u64::MAX - 1;
+/// Cookies of what the thread sleeps at: the eventfd that ends it, the one that asks for a lap, the set of eventfds.
+const END: u64 = 0;
+const LAP: u64 = 1;
+const EVENTS: u64 = 2;
 
 struct Watched {
     event: EventFd,
@@ -38,15 +40,16 @@ struct Watched {
 }
 
 struct Shared {
-    epoll: Epoll,
+    /// The eventfds that interrupt.
+    events: Epoll,
+    /// What the thread sleeps at.
+    sleep: Epoll,
     end: EventFd,
     lap: EventFd,
     laps: Laps,
     watched: Mutex<Watches>,
-    /// Held while another thread than the listener's delivers.
+    /// Held by whoever delivers: what another thread has taken is delivered when it is free.
     visit: Mutex<()>,
-    /// A copy of the epoll descriptor, to be polled.
-    ready: OwnedFd,
     sink: Arc<dyn Signalled>,
 }
 
@@ -65,26 +68,8 @@ pub struct EventListener {
 impl EventListener {
     /// Starts the thread.
     pub fn start(sink: Arc<dyn Signalled>) -> Result<Self, IrqError> {
-        let epoll = Epoll::new().map_err(IrqError::Event)?;
-        let end = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(IrqError::Event)?;
-        epoll
-            .ctl(ControlOperation::Add, end.as_raw_fd(), EpollEvent::new(EventSet::IN, END))
-            .map_err(IrqError::Event)?;
-        let lap = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(IrqError::Event)?;
-        epoll
-            .ctl(ControlOperation::Add, lap.as_raw_fd(), EpollEvent::new(EventSet::IN, LAP))
-            .map_err(IrqError::Event)?;
-        let ready = duplicate(&epoll).map_err(IrqError::Event)?;
-        let shared = Arc::new(Shared {
-            epoll,
-            end,
-            lap,
-            laps: Laps::default(),
-            watched: Mutex::default(),
-            visit: Mutex::default(),
-            ready,
-            sink,
-        });
+        let shared = Shared::new(sink).map_err(IrqError::Event)?;
+        let shared = Arc::new(shared);
         let thread = {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
@@ -102,14 +87,13 @@ impl EventListener {
     /// Whether it was by `deadline`.
     pub fn flush(&self, deadline: Instant) -> bool {
         let lap = self.shared.laps.ask();
-        // Behind everything that is ready already: epoll reports in that order.
         let _ = self.shared.lap.write(1);
         self.shared.laps.wait(lap, deadline)
     }
 
-    /// A place to wait at.
-    pub fn doorstep(&self) -> Doorstep {
-        Doorstep(Arc::clone(&self.shared))
+    /// For who may be one to stand at the [`Doorstep`].
+    pub fn door(&self) -> Door {
+        Door(Arc::clone(&self.shared))
     }
 
     /// Watches a copy of `event`; masked until a message is set.
@@ -121,22 +105,43 @@ impl EventListener {
         list.next += 1;
         let fd = watched.event.as_raw_fd();
         let masked = EpollEvent::new(EventSet::empty(), cookie);
-        self.shared.epoll.ctl(ControlOperation::Add, fd, masked).map_err(IrqError::Event)?;
+        self.shared.events.ctl(ControlOperation::Add, fd, masked).map_err(IrqError::Event)?;
         list.by_cookie.insert(cookie, Arc::clone(&watched));
         Ok(Box::new(Route { shared: Arc::clone(&self.shared), watched, cookie }))
     }
 }
 
-/// Where a thread waits that is to be interrupted: for eventfds, and for whatever else wakes it.
-pub struct Doorstep(Arc<Shared>);
+/// The way to the [`Doorstep`].
+#[derive(Clone)]
+pub struct Door(Arc<Shared>);
 
-impl Doorstep {
+impl Door {
+    /// From now on the calling thread looks at the eventfds; one thread at a time.
+    pub fn step(&self) -> Doorstep<'_> {
+        self.0.watch_events(false);
+        Doorstep(&self.0)
+    }
+}
+
+/// Where a thread stands that is to be interrupted: it looks at the eventfds itself, and waits for them and for whatever
+/// else wakes it. The listener's thread sleeps meanwhile; it goes on when this is dropped.
+pub struct Doorstep<'a>(&'a Shared);
+
+impl Drop for Doorstep<'_> {
+    fn drop(&mut self) {
+        self.0.watch_events(true);
+    }
+}
+
+impl Doorstep<'_> {
     /// Waits until an eventfd is signalled or `other` is readable, which is read, at most for `limit`. Whether there is
     /// something to [deliver](Self::deliver).
     pub fn wait(&self, other: &EventFd, limit: Option<Duration>) -> bool {
         let limit = limit.map(|limit| Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
-        let mut fds =
-            [PollFd::new(&self.0.ready, PollFlags::IN), PollFd::from_borrowed_fd(borrow(other), PollFlags::IN)];
+        let mut fds = [
+            PollFd::from_borrowed_fd(borrow(&self.0.events), PollFlags::IN),
+            PollFd::from_borrowed_fd(borrow(other), PollFlags::IN),
+        ];
         // Interrupted or not: the caller looks again.
         let _ = poll(&mut fds, limit.as_ref());
         let [ready, woken] = fds.map(|fd| !fd.revents().is_empty());
@@ -146,9 +151,9 @@ impl Doorstep {
         ready
     }
 
-    /// Delivers what was signalled.
-    pub fn deliver(&self) {
-        self.0.visit();
+    /// Delivers what was signalled; whether there was anything.
+    pub fn deliver(&self) -> bool {
+        self.0.visit() > 0
     }
 }
 
@@ -156,10 +161,6 @@ impl Doorstep {
 fn borrow(fd: &impl AsRawFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open as long as its owner, which is borrowed.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
-}
-
-fn duplicate(epoll: &Epoll) -> std::io::Result<OwnedFd> {
-    borrow(epoll).try_clone_to_owned()
 }
 
 impl Drop for EventListener {
@@ -172,56 +173,67 @@ impl Drop for EventListener {
 }
 
 impl Shared {
+    fn new(sink: Arc<dyn Signalled>) -> std::io::Result<Self> {
+        let eventfd = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK);
+        let (events, sleep, end, lap) = (Epoll::new()?, Epoll::new()?, eventfd()?, eventfd()?);
+        for (fd, cookie) in [(end.as_raw_fd(), END), (lap.as_raw_fd(), LAP), (events.as_raw_fd(), EVENTS)] {
+            sleep.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, cookie))?;
+        }
+        let (laps, watched, visit) = (Laps::default(), Mutex::default(), Mutex::default());
+        Ok(Self { events, sleep, end, lap, laps, watched, visit, sink })
+    }
+
+    /// Whether the thread wakes for eventfds. One that are signalled already count.
+    fn watch_events(&self, on: bool) {
+        let events = if on { EventSet::IN } else { EventSet::empty() };
+        let changed =
+            self.sleep.ctl(ControlOperation::Modify, self.events.as_raw_fd(), EpollEvent::new(events, EVENTS));
+        if let Err(error) = changed {
+            // The thread would be woken for nothing, or interrupts would wait for the vCPU: neither loses one.
+            tracing::error!(%error, "the interrupt listener could not be told who listens");
+        }
+    }
+
     fn listen(&self) {
-        let mut events = [EpollEvent::default(); BATCH];
-        // A lap that was asked for, and how many more batches may be before it is done.
-        let mut asked: Option<(Lap, usize)> = None;
+        let mut ready = [EpollEvent::default(); 3];
         loop {
-            let limit = if asked.is_some() { 0 } else { -1 };
-            let ready = match self.epoll.wait(limit, &mut events) {
-                Ok(ready) => ready,
+            let count = match self.sleep.wait(-1, &mut ready) {
+                Ok(count) => count,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     tracing::error!(%error, "the interrupt listener cannot wait any more");
                     return;
                 }
             };
-            for event in events.iter().take(ready) {
+            for event in ready.iter().take(count) {
                 match event.data() {
                     END => return,
                     LAP => {
                         let _ = self.lap.read();
-                        // The kernel may tell of the lap before what was signalled earlier: it keeps what it has told once
-                        // in its list for another look. All that is ready by now is in the batches that follow.
+                        let lap = self.laps.begin();
+                        // What is ready is taken in the order in which it became so, and what is told of again comes last.
                         let watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner).by_cookie.len();
-                        asked = Some((self.laps.begin(), watched / BATCH + 2));
-                        continue;
+                        let visits = watched / BATCH + 2;
+                        let _ = (0..visits).take_while(|_| self.visit() == BATCH).count();
+                        self.laps.finish(lap);
                     }
-                    _ => {}
+                    _ => {
+                        self.visit();
+                    }
                 }
-                self.deliver_to(event.data());
             }
-            asked = match asked {
-                Some((lap, left)) if ready < BATCH || left == 0 => {
-                    // What a visitor has taken is delivered, too.
-                    drop(self.visit.lock().unwrap_or_else(PoisonError::into_inner));
-                    self.laps.finish(lap);
-                    None
-                }
-                Some((lap, left)) => Some((lap, left - 1)),
-                None => None,
-            };
         }
     }
 
-    /// Delivers what is ready, on the thread of a vCPU.
-    fn visit(&self) {
+    /// Delivers what is ready, at most [`BATCH`] of it; how much that was.
+    fn visit(&self) -> usize {
         let _visit = self.visit.lock().unwrap_or_else(PoisonError::into_inner);
         let mut events = [EpollEvent::default(); BATCH];
-        let ready = self.epoll.wait(0, &mut events).unwrap_or(0);
-        for event in events.iter().take(ready).filter(|event| !matches!(event.data(), END | LAP)) {
+        let ready = self.events.wait(0, &mut events).unwrap_or(0);
+        for event in events.iter().take(ready) {
             self.deliver_to(event.data());
         }
+        ready
     }
 
     fn deliver_to(&self, cookie: u64) {
@@ -257,7 +269,7 @@ impl EventRoute for Route {
         let events = if message.is_some() { EventSet::IN } else { EventSet::empty() };
         let event = EpollEvent::new(events, self.cookie);
         self.shared
-            .epoll
+            .events
             .ctl(ControlOperation::Modify, self.watched.event.as_raw_fd(), event)
             .map_err(IrqError::Event)?;
         *current = message;
@@ -268,7 +280,7 @@ impl EventRoute for Route {
 impl Drop for Route {
     fn drop(&mut self) {
         let fd = self.watched.event.as_raw_fd();
-        let _ = self.shared.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+        let _ = self.shared.events.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         self.shared.watched.lock().unwrap_or_else(PoisonError::into_inner).by_cookie.remove(&self.cookie);
     }
 }
@@ -326,6 +338,35 @@ mod tests {
             events.iter().for_each(|event| event.write(1).unwrap());
             assert!(listener.flush(Instant::now() + PATIENCE));
             assert_eq!(fired.try_iter().count(), events.len());
+        }
+    }
+
+    /// While a vCPU looks after the eventfds itself, nobody else does, except for who asks for a lap; when it leaves, the
+    /// thread goes on with what has come meanwhile.
+    #[test]
+    fn who_stands_at_the_doorstep_delivers() {
+        let (listener, fired) = listener();
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let route = listener.connect(&event).unwrap();
+        route.set(Some(MESSAGE)).unwrap();
+        let door = listener.door();
+        let wake = EventFd::new(EFD_NONBLOCK).unwrap();
+        for _ in 0..20 {
+            let doorstep = door.step();
+            assert!(!doorstep.deliver());
+            event.write(1).unwrap();
+            assert!(doorstep.wait(&wake, None), "the eventfd ends the wait");
+            assert!(fired.try_recv().is_err(), "nothing is delivered behind its back");
+            assert!(doorstep.deliver());
+            assert_eq!(fired.try_recv(), Ok(MESSAGE));
+            wake.write(1).unwrap();
+            assert!(!doorstep.wait(&wake, None), "so does the other one");
+            event.write(1).unwrap();
+            assert!(listener.flush(Instant::now() + PATIENCE));
+            assert_eq!(fired.try_recv(), Ok(MESSAGE), "a lap takes all that is there");
+            event.write(1).unwrap();
+            drop(doorstep);
+            assert_eq!(fired.recv_timeout(PATIENCE), Ok(MESSAGE), "the thread goes on");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Interrupt routes: from a wire, a message or an eventfd to whatever interrupts the guest.
 //!
 //! Devices hold wires, and backends hold eventfds; neither knows which CPU runs. An [`InterruptFabric`] is the far end:
-//! KVM's irqchip with irqfds, or the interrupt chips of `atoll-devices` with a listener thread. A masked route keeps its
+//! KVM's irqchip with irqfds, or the interrupt chips of `atoll-devices` with a listener for eventfds. A masked route keeps its
 //! event pending: the count stays in the eventfd and is delivered on unmask, so nothing is lost and nothing spins.
 
 mod listener;
@@ -14,7 +14,7 @@ use atoll_devices::{MsiMessage, MsiSink, WireSink};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use listener::{Doorstep, EventListener, Signalled};
+pub use listener::{Door, Doorstep, EventListener, Signalled};
 pub use vectors::VectorTable;
 
 /// Why an interrupt could not be connected.

@@ -11,13 +11,14 @@ pub mod switch;
 pub mod table;
 pub mod tap;
 pub mod tap_device;
+pub mod tap_intake;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use atoll_kit::Wait;
 use atoll_kit::inlet::{Buffers, Inlet};
 use atoll_kit::memory::GuestRam;
+use atoll_kit::{Fetched, Wait};
 use vm_memory::GuestMemory;
 
 use crate::face::Face;
@@ -68,6 +69,22 @@ pub trait Sender: Send + 'static {
     /// A descriptor without whose being writable no frame can be taken now.
     fn blocked(&mut self) -> Option<BorrowedFd<'_>> {
         None
+    }
+
+    /// Frames that come in a stream may wait for a moment, see [`QueueHandler::nap`](atoll_kit::QueueHandler::nap).
+    fn naps(&self) -> bool {
+        false
+    }
+
+    /// Where this queue's thread waits for frames for the guest, when it is the one to fetch them.
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Frames have been sent, to which there may be an answer already, or its source was found `readable`: puts what
+    /// there is into the guest's buffers.
+    fn fetch(&mut self, _face: &Face, _readable: bool) -> Fetched {
+        Fetched::default()
     }
 }
 

@@ -1,8 +1,5 @@
-//! A TAP interface of the host. The kernel does what the driver left undone: each frame travels with its header.
-//!
-//! How long a frame is, is known only when it has been read. It is read into as many of the guest's buffers as frames
-//! needed lately, and what does not fit spills into memory of ours: nothing is cut off, and nothing is copied twice as
-//! long as the guess is right.
+//! A TAP interface of the host. The kernel does what the driver left undone: each frame travels with its header. How
+//! frames are read is in [`tap_intake`](super::tap_intake).
 
 #![allow(unsafe_code, reason = "ioctls of the TUN driver; vectored I/O on guest memory")]
 
@@ -11,35 +8,23 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
-use atoll_kit::Wait;
-use atoll_kit::inlet::Buffers;
-use atoll_kit::memory::{Direction, Transfer};
+use atoll_kit::inlet::{Buffers, Inlet};
+use atoll_kit::memory::{Direction, GuestRam, Transfer};
+use atoll_kit::{Fetched, Wait};
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::GuestMemory;
 
-use super::iovec::Iovecs;
+use super::tap_intake::{IOVECS_MAX, Intake};
 use super::{Link, Outgoing, Receiver, Sender, Spreader};
-use crate::face::{Face, dropped};
+use crate::face::Face;
 use crate::frame::Frame;
-use crate::header::{FRAME_MAX, Features, HEADER_BYTES, Offloads};
-
-/// Frames of one turn; then the conversation is heard.
-const TURN: u32 = 128;
-/// A frame of usual length.
-const USUAL_BYTES: u64 = 1518;
-/// Frames of usual length after which no longer ones are expected.
-const CALM: u32 = 256;
-/// How long an interface that fails is left alone.
-const REST: Duration = Duration::from_millis(500);
-/// Most entries of an iovec in one system call, less one for what spills.
-const IOVECS_MAX: u32 = 1023;
+use crate::header::{Features, Offloads};
 
 /// An interface with its queues.
-#[derive(Debug)]
 pub struct Tap {
     queues: Vec<Arc<Queue>>,
+    intakes: Vec<Arc<Intake>>,
     /// Who switches queues holds it.
     switching: Arc<Mutex<()>>,
     told: Option<(u64, libc::c_int)>,
@@ -47,11 +32,32 @@ pub struct Tap {
 
 /// One queue. The kernel uses it only while the driver does.
 #[derive(Debug)]
-struct Queue {
+pub(super) struct Queue {
     file: File,
     attached: AtomicBool,
     /// Written to when the queue is switched on.
     wake: OwnedFd,
+}
+
+impl Queue {
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether the kernel uses it.
+    pub(super) fn is_attached(&self) -> bool {
+        self.attached.load(Ordering::Acquire)
+    }
+
+    /// Takes the news that it was switched on.
+    pub(super) fn forget_wake(&self) {
+        let _ = rustix::io::read(&self.wake, &mut [0_u8; 8]);
+    }
+
+    /// What to wait for: frames, or that it is switched on.
+    pub(super) fn source(&self) -> BorrowedFd<'_> {
+        if self.is_attached() { self.file.as_fd() } else { self.wake.as_fd() }
+    }
 }
 
 impl Tap {
@@ -62,7 +68,9 @@ impl Tap {
             Ok(Arc::new(Queue { file, attached: AtomicBool::new(true), wake }))
         };
         let queues = queues.into_iter().map(queue).collect::<io::Result<Vec<_>>>()?;
-        let tap = Self { queues, switching: Arc::default(), told: None };
+        let intakes = queues.iter().map(|queue| Intake::new(Arc::clone(queue)).map(Arc::new));
+        let intakes = intakes.collect::<io::Result<_>>()?;
+        let tap = Self { queues, intakes, switching: Arc::default(), told: None };
         (tap.spreader())(1);
         Ok(tap)
     }
@@ -109,20 +117,18 @@ impl Link for Tap {
     }
 
     fn sender(&mut self, pair: u16) -> TapSender {
-        TapSender { queue: self.queues.get(usize::from(pair)).cloned(), transfer: Transfer::default() }
+        let pair = usize::from(pair);
+        let (queue, intake) = (self.queues.get(pair).cloned(), self.intakes.get(pair).cloned());
+        TapSender { queue, intake, transfer: Transfer::default() }
     }
 
     fn receiver(&mut self, pair: u16) -> TapReceiver {
-        TapReceiver {
-            queue: self.queues.get(usize::from(pair)).cloned(),
-            transfer: Transfer::default(),
-            iovecs: Iovecs::default(),
-            spill: Vec::new(),
-            waiting: None,
-            expected: USUAL_BYTES,
-            calm: 0,
-            failures: 0,
-            copy: Vec::new(),
+        TapReceiver { intake: self.intakes.get(usize::from(pair)).cloned() }
+    }
+
+    fn opened(&mut self, pair: u16, inlet: &Arc<Inlet<GuestRam>>) {
+        if let Some(intake) = self.intakes.get(usize::from(pair)) {
+            intake.opened(inlet);
         }
     }
 
@@ -159,9 +165,9 @@ fn attach(queue: &File, on: bool) -> bool {
 }
 
 /// One queue of an interface, towards the host.
-#[derive(Debug)]
 pub struct TapSender {
     queue: Option<Arc<Queue>>,
+    intake: Option<Arc<Intake>>,
     transfer: Transfer,
 }
 
@@ -170,6 +176,18 @@ impl Sender for TapSender {
 
     fn turn(&mut self) -> &mut Self {
         self
+    }
+
+    fn naps(&self) -> bool {
+        true
+    }
+
+    fn source(&self) -> Option<BorrowedFd<'_>> {
+        self.intake.as_deref().map(Intake::source)
+    }
+
+    fn fetch(&mut self, face: &Face, readable: bool) -> Fetched {
+        self.intake.as_deref().map_or_else(Fetched::default, |intake| intake.fetch(face, readable))
     }
 }
 
@@ -193,146 +211,21 @@ impl Outgoing for &mut TapSender {
 
 /// One queue of an interface, from the host.
 pub struct TapReceiver {
-    queue: Option<Arc<Queue>>,
-    transfer: Transfer,
-    iovecs: Iovecs,
-    spill: Vec<u8>,
-    /// A frame of so many bytes (with its header) of which only a part fitted: that part and the rest in `spill`.
-    waiting: Option<(u64, u64)>,
-    /// How long a frame may be without spilling.
-    expected: u64,
-    calm: u32,
-    failures: u64,
-    copy: Vec<u8>,
+    intake: Option<Arc<Intake>>,
 }
 
 impl Receiver for TapReceiver {
     fn receive<M: GuestMemory>(&mut self, face: &Face, buffers: &mut Buffers<'_, M>) -> Wait {
-        let Some(queue) = &self.queue else { return Wait::Nothing };
-        if !queue.attached.load(Ordering::Acquire) {
-            let _ = rustix::io::read(&queue.wake, &mut [0_u8; 8]);
-            return if queue.attached.load(Ordering::Acquire) { Wait::Again } else { Wait::Source };
-        }
-        let features = face.features();
-        let head = features.header_bytes();
-        let chains_max = if features.mergeable() { usize::from(u16::MAX) } else { 1 };
-        for _ in 0..TURN {
-            if let Some((len, inside)) = self.waiting {
-                if !buffers.gather(len, chains_max, head) {
-                    if chains_max > 1 {
-                        return Wait::Buffers;
-                    }
-                    // It will never fit.
-                    dropped(buffers.figures(), len - head);
-                    self.waiting = None;
-                    continue;
-                }
-                if let Err(moment) = face.admit(len - head) {
-                    return Wait::Until(moment);
-                }
-                let rest = self.spill.get(..(len - inside) as usize).unwrap_or_default();
-                let _ = buffers.write(buffers.count(len), inside, rest);
-                self.waiting = None;
-                self.deliver(face, buffers, head, len);
-                continue;
-            }
-            if !buffers.gather(head + self.expected, chains_max, head) && !buffers.gather(head, chains_max, head) {
-                return Wait::Buffers;
-            }
-            match self.read(face, buffers, head) {
-                Ok(Read::Frame { len, inside }) if len > inside => {
-                    self.expected = FRAME_MAX as u64;
-                    self.calm = 0;
-                    self.waiting = Some((len, inside));
-                }
-                Ok(Read::Frame { len, inside }) if face.limiter.is_some() => self.waiting = Some((len, inside)),
-                Ok(Read::Frame { len, .. }) => {
-                    self.calm = if len > head + USUAL_BYTES { 0 } else { self.calm + 1 };
-                    if self.calm >= CALM {
-                        self.expected = USUAL_BYTES;
-                    }
-                    self.deliver(face, buffers, head, len);
-                }
-                Ok(Read::Unwanted) => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Wait::Source,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.failures += 1;
-                    if self.failures.is_power_of_two() {
-                        tracing::warn!(%error, failures = self.failures, "the TAP interface cannot be read");
-                    }
-                    return Wait::Until(Instant::now() + REST);
-                }
-            }
-        }
-        Wait::Again
+        self.intake.as_deref().map_or(Wait::Nothing, |intake| intake.receive(face, buffers))
     }
 
     fn source(&self) -> Option<BorrowedFd<'_>> {
-        let queue = self.queue.as_deref()?;
-        Some(if queue.attached.load(Ordering::Acquire) { queue.file.as_fd() } else { queue.wake.as_fd() })
+        self.intake.as_deref().map(Intake::back)
     }
 
     fn stopped(&mut self) {
-        self.waiting = None;
-    }
-}
-
-enum Read {
-    /// So many bytes with the header, of which so many lie in the guest's buffers.
-    Frame { len: u64, inside: u64 },
-    /// A frame that the driver does not want, or none.
-    Unwanted,
-}
-
-impl TapReceiver {
-    /// Reads one frame into the buffers in the hand.
-    fn read<M: GuestMemory>(&mut self, face: &Face, buffers: &mut Buffers<'_, M>, head: u64) -> io::Result<Read> {
-        let Some(queue) = &self.queue else { return Err(io::ErrorKind::WouldBlock.into()) };
-        let chains = buffers.count(head + self.expected);
-        let Some((mem, room)) = buffers.room(chains) else { return Ok(Read::Unwanted) };
-        let bytes = room.bytes();
-        if self.transfer.set(mem, room, 0, bytes, Direction::IntoGuest).is_err() {
-            // Buffers outside guest memory: given back, empty.
-            buffers.finish(chains, 0);
-            return Ok(Read::Unwanted);
+        if let Some(intake) = &self.intake {
+            intake.stopped();
         }
-        self.spill.resize(FRAME_MAX + HEADER_BYTES, 0);
-        let inside = self.iovecs.clear().add_guest(&self.transfer, IOVECS_MAX);
-        let list = self.iovecs.add(&mut self.spill).list();
-        // SAFETY: the entries point into guest memory, which stays mapped while the ring is entered, and to `spill`.
-        let read = unsafe { libc::readv(queue.file.as_raw_fd(), list.as_ptr(), list.len() as libc::c_int) };
-        if read < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let len = read.cast_unsigned() as u64;
-        let (mem, room) = buffers.room(chains).ok_or(io::ErrorKind::WouldBlock)?;
-        self.transfer.landed(mem);
-        let mut to = [0; 6];
-        let inside = len.min(inside as u64);
-        if len < head + 14 {
-            return Ok(Read::Unwanted);
-        }
-        if room.read_at(mem, head, &mut to).is_ok() && !face.filter.accepts(&to) {
-            return Ok(Read::Unwanted);
-        }
-        Ok(Read::Frame { len, inside })
-    }
-
-    /// Gives a frame, which lies in the buffers in the hand, to the guest.
-    fn deliver<M: GuestMemory>(&mut self, face: &Face, buffers: &mut Buffers<'_, M>, head: u64, len: u64) {
-        let chains = buffers.count(len);
-        if head == HEADER_BYTES as u64 {
-            let _ = buffers.write(chains, head - 2, &(chains as u16).to_le_bytes());
-        }
-        if !face.captures.received.is_empty()
-            && let Some((mem, room)) = buffers.room(chains)
-        {
-            self.copy.resize((len - head) as usize, 0);
-            if room.read_at(mem, head, &mut self.copy).is_ok() {
-                face.captures.received.iter().for_each(|capture| capture.frame(&self.copy));
-            }
-        }
-        buffers.finish(chains, len);
     }
 }

@@ -8,6 +8,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -16,6 +17,11 @@ use crate::filter::Mac;
 const TUN: &str = "/dev/net/tun";
 /// Longest name of an interface.
 const NAME_MAX: usize = libc::IFNAMSIZ - 1;
+
+/// How long an interface may still be in use. The ring of a process that was killed holds its descriptors until the kernel
+/// has taken it down, some time after the process itself is gone.
+const LEFT_MAX: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Why a TAP cannot be used. Each says what to do about it.
 #[derive(Debug, Error)]
@@ -175,7 +181,15 @@ fn queue(name: &str, pairs: u16, existed: bool) -> Result<File, TapError> {
     let base = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let attach = |flags: i32| {
         let flags = flags as i16;
-        Request::new(name).with(&flags.to_ne_bytes()).send(&file, libc::TUNSETIFF)
+        let begun = Instant::now();
+        loop {
+            match Request::new(name).with(&flags.to_ne_bytes()).send(&file, libc::TUNSETIFF) {
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && begun.elapsed() < LEFT_MAX => {
+                    std::thread::sleep(LOOK);
+                }
+                attached => return attached,
+            }
+        }
     };
     let mut attached = attach(if pairs > 1 { base | libc::IFF_MULTI_QUEUE } else { base });
     if pairs == 1 && attached.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EINVAL)) {

@@ -223,6 +223,10 @@ pub(crate) struct Exec {
     offered: decode::Offered,
     /// Rolling hash of the register state.
     trace: Option<run::Trace>,
+    /// Number of retired instructions at which the world is to look around.
+    next_look: u64,
+    /// Turns of the run loop since it did.
+    turns: u32,
     /// Reused by the decoder.
     builder: decode::Builder,
 }
@@ -261,6 +265,8 @@ impl Exec {
             forgotten: Vec::new(),
             offered: decode::Offered::new(model),
             trace: None,
+            next_look: 0,
+            turns: 0,
             builder: decode::Builder::default(),
         }
     }

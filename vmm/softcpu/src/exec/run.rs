@@ -10,8 +10,10 @@ use crate::interrupt::DR6_BS;
 use crate::state::Exception;
 use crate::world::{Attention, Stop, World};
 
-/// Instructions between two looks at [`Attention`]: a few microseconds.
-const SLICE: u64 = 4096;
+/// Instructions after which the run loop looks around: a few microseconds.
+const SLICE: u64 = 2048;
+/// Turns of the run loop after which it does so at the latest: an instruction that leaves it may take long.
+const TURNS: u32 = 8;
 /// No block has more instructions than this.
 pub(super) const BLOCK_MAX: u64 = 64;
 /// Vector of the non-maskable interrupt.
@@ -102,6 +104,12 @@ impl Cpu {
 
     /// Looks at what other threads and the last instruction have left to do.
     fn attend(&mut self, world: &mut dyn World) -> Option<Stop> {
+        self.exec.turns += 1;
+        if self.exec.turns >= TURNS || self.retired >= self.exec.next_look {
+            self.exec.turns = 0;
+            self.exec.next_look = self.retired + SLICE;
+            world.look();
+        }
         let raised = self.attention.peek();
         if raised & Attention::STOP != 0 {
             return Some(Stop::Requested);

@@ -25,9 +25,19 @@ pub struct Bare {
     pub out: Vec<(u16, u32)>,
     pub now_ns: u64,
     pub vectors: Vec<u8>,
+    /// How often it was told that time has passed, and with which of them it raises an interrupt.
+    pub looks: u64,
+    pub at_look: Option<(u64, u8, Attention)>,
 }
 
 impl World for Bare {
+    fn look(&mut self) {
+        self.looks += 1;
+        if let Some((_, vector, attention)) = self.at_look.take_if(|(look, ..)| *look == self.looks) {
+            self.vectors.push(vector);
+            attention.raise(Attention::INTERRUPT);
+        }
+    }
     fn mmio_read(&mut self, _gpa: u64, data: &mut [u8]) {
         data.fill(0xff);
     }

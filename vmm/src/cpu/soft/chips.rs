@@ -1,14 +1,14 @@
-//! The interrupt controllers and the interval timer behind one lock each, and the deadline that they wait for.
+//! The interrupt controllers and the interval timer behind one lock each, and the deadline that they wait for: the vCPU
+//! looks at it now and then while it runs the guest, and waits for it while it is halted.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_devices::irq::chip::{CpuSink, IrqChip, SharedIrqChip};
 use atoll_devices::irq::pit::Pit;
 use atoll_devices::{GuestClock, MsiMessage, TimedDevice, Wire};
 
 use super::clock::SoftClock;
-use super::timer::DeadlineTimer;
-use crate::cpu::CpuError;
 
 /// Ports of the two interrupt controllers and their edge/level registers.
 const PIC_PORTS: [u16; 6] = [0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1];
@@ -29,27 +29,18 @@ pub(super) struct Chips {
     irq: SharedIrqChip,
     pit: Mutex<Pit>,
     clock: Arc<SoftClock>,
-    timer: Option<DeadlineTimer>,
+    /// What [`Chips::next_deadline`] was when the guest last set a timer or one was due; all ones for none.
+    due: AtomicU64,
 }
 
+/// No timer runs.
+const NEVER: u64 = u64::MAX;
+
 impl Chips {
-    pub(super) fn new(cpus: usize, sink: Arc<dyn CpuSink>, clock: Arc<SoftClock>) -> Result<Arc<Self>, CpuError> {
-        let failed = |source| CpuError::Thread { name: "guest-timer".into(), source };
-        let mut error = None;
-        let chips = Arc::new_cyclic(|chips: &Weak<Self>| {
-            let irq = SharedIrqChip::new(IrqChip::new(cpus, sink));
-            let pit = Pit::new(Wire::new(Arc::new(irq.clone()), PIT_LINE));
-            let timer = clock.is_real().then(|| {
-                let chips = Weak::clone(chips);
-                DeadlineTimer::start(Arc::clone(&clock), move || chips.upgrade().and_then(|chips| chips.expire()))
-            });
-            let timer = timer.transpose().unwrap_or_else(|cause| {
-                error = Some(cause);
-                None
-            });
-            Self { irq, pit: Mutex::new(pit), clock, timer }
-        });
-        error.map_or(Ok(chips), |error| Err(failed(error)))
+    pub(super) fn new(cpus: usize, sink: Arc<dyn CpuSink>, clock: Arc<SoftClock>) -> Self {
+        let irq = SharedIrqChip::new(IrqChip::new(cpus, sink));
+        let pit = Mutex::new(Pit::new(Wire::new(Arc::new(irq.clone()), PIT_LINE)));
+        Self { irq, pit, clock, due: AtomicU64::new(NEVER) }
     }
 
     /// The interrupt controllers.
@@ -83,26 +74,22 @@ impl Chips {
         }
     }
 
-    /// Fires the timers that are due; the next deadline.
-    pub(super) fn expire(&self) -> Option<u64> {
+    /// Fires the timers that are due.
+    pub(super) fn expire(&self) {
         let now = self.now_ns();
         self.pit().expire(now);
         self.irq().expire(now);
-        self.next_deadline()
+        self.timers_changed();
     }
 
-    /// The guest may have set a timer: wait for it.
+    /// Whether a timer is due at `now`.
+    pub(super) fn is_due(&self, now: u64) -> bool {
+        self.due.load(Ordering::Relaxed) <= now
+    }
+
+    /// The guest may have set a timer.
     pub(super) fn timers_changed(&self) {
-        if let Some(timer) = &self.timer {
-            timer.arm(self.next_deadline());
-        }
-    }
-
-    /// A vCPU waits for the deadline by itself.
-    pub(super) fn disarm(&self) {
-        if let Some(timer) = &self.timer {
-            timer.arm(None);
-        }
+        self.due.store(self.next_deadline().unwrap_or(NEVER), Ordering::Relaxed);
     }
 
     /// Reads a port of [`owns_port`].

@@ -2,11 +2,11 @@
 //!
 //! Registers that belong to the processor (local and I/O APIC, PIC, PIT) are answered here; everything else goes to the
 //! bus. The chips have one lock, taken when the guest touches them or an interrupt moves, never while code runs: other
-//! threads raise [`Attention`], at which the vCPU looks once a block, and wake it if it is halted.
+//! threads raise [`Attention`], at which the vCPU looks once a block, and wake it if it is halted. Timers and eventfds need
+//! no thread while the vCPU runs: it looks at them itself every few microseconds, and waits for them when it is halted.
 
 mod chips;
 mod clock;
-mod timer;
 mod trace;
 mod vcpu;
 mod world;
@@ -109,7 +109,7 @@ impl SoftProcessor {
         let notices =
             Arc::new(Notices(notices.map_err(|error| CpuError::Unsupported(format!("no eventfd: {error}")))?));
         let clock = Arc::new(SoftClock::new(config.pace));
-        let chips = Chips::new(config.vcpus as usize, Arc::clone(&notices) as _, Arc::clone(&clock))?;
+        let chips = Arc::new(Chips::new(config.vcpus as usize, Arc::clone(&notices) as _, Arc::clone(&clock)));
         let signals = Arc::new(Signals { notices: Arc::clone(&notices), chips: Arc::clone(&chips) });
         let listener = EventListener::start(signals).map_err(|error| CpuError::Unsupported(error.to_string()))?;
         let fabric = Arc::new(SoftFabric { chips: Arc::clone(&chips), listener });
@@ -131,7 +131,7 @@ impl Processor for SoftProcessor {
             ram: self.config.ram.clone(),
             model: Arc::new(model),
             notice: Arc::clone(notice),
-            doorstep: self.fabric.listener.doorstep(),
+            door: self.fabric.listener.door(),
             chips: Arc::clone(&self.chips),
             clock: Arc::clone(&self.clock),
             wall_base_ns: self.config.wall_base_ns,

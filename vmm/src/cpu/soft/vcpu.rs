@@ -12,7 +12,7 @@ use super::clock::{Pace, SoftClock};
 use super::trace::TraceHash;
 use super::world::BoardWorld;
 use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Vcpu, VcpuFigures};
-use crate::irq::Doorstep;
+use crate::irq::{Door, Doorstep};
 
 /// RFLAGS.IF.
 const INTERRUPTS_ENABLED: u64 = 1 << 9;
@@ -25,7 +25,7 @@ pub(super) struct Parts {
     pub(super) ram: GuestRam,
     pub(super) model: Arc<CpuModel>,
     pub(super) notice: Arc<Notice>,
-    pub(super) doorstep: Doorstep,
+    pub(super) door: Door,
     pub(super) chips: Arc<Chips>,
     pub(super) clock: Arc<SoftClock>,
     pub(super) wall_base_ns: u64,
@@ -48,7 +48,7 @@ pub(super) struct SoftVcpu {
     index: u32,
     cpu: Cpu,
     notice: Arc<Notice>,
-    doorstep: Doorstep,
+    door: Door,
     kick: Arc<SoftKick>,
     chips: Arc<Chips>,
     clock: Arc<SoftClock>,
@@ -76,7 +76,7 @@ impl SoftVcpu {
             index: parts.index,
             cpu,
             notice: parts.notice,
-            doorstep: parts.doorstep,
+            door: parts.door,
             kick,
             chips: parts.chips,
             clock: parts.clock,
@@ -94,34 +94,31 @@ impl SoftVcpu {
         raised & !Attention::INTERRUPT != 0 || (raised & Attention::INTERRUPT != 0 && enabled)
     }
 
-    /// Sleeps until something happens.
-    fn wait(&mut self) {
-        self.chips.disarm();
+    /// Sleeps until something happens. It does not stay awake for an answer, not even for one that will come soon: the
+    /// backend is as often as not the next on this very processor, and gets it the sooner.
+    fn wait(&mut self, doorstep: &Doorstep<'_>) {
         while !self.wakes() {
             let Some(deadline) = self.chips.next_deadline() else {
-                self.sleep(None);
+                self.sleep(doorstep, None);
                 continue;
             };
             match deadline.checked_sub(self.chips.now_ns()).filter(|left| *left > 0) {
                 Some(_) if !self.clock.is_real() => self.skip_to(deadline),
-                Some(left) => self.sleep(Some(Duration::from_nanos(left))),
-                None => {
-                    self.chips.expire();
-                }
+                Some(left) => self.sleep(doorstep, Some(Duration::from_nanos(left))),
+                None => self.chips.expire(),
             }
         }
-        self.chips.timers_changed();
     }
 
     /// Sleeps until it is woken, until a backend interrupts, or for `limit`; not at all if it has been woken meanwhile.
-    fn sleep(&self, limit: Option<Duration>) {
+    fn sleep(&self, doorstep: &Doorstep<'_>, limit: Option<Duration>) {
         self.notice.asleep.store(true, Ordering::Relaxed);
         std::sync::atomic::fence(Ordering::SeqCst);
-        let signalled = !self.wakes() && self.doorstep.wait(&self.notice.wake, limit);
+        let signalled = !self.wakes() && doorstep.wait(&self.notice.wake, limit);
         // Before the delivery, which is not to wake this thread once more.
         self.notice.asleep.store(false, Ordering::Relaxed);
         if signalled {
-            self.doorstep.deliver();
+            doorstep.deliver();
         }
     }
 
@@ -162,6 +159,9 @@ impl SoftVcpu {
 
 impl Vcpu for SoftVcpu {
     fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError> {
+        // The doorstep is this thread's until it leaves.
+        let door = self.door.clone();
+        let doorstep = door.step();
         loop {
             if self.kick.asked.swap(false, Ordering::AcqRel) {
                 self.notice.attention.take(Attention::STOP);
@@ -171,6 +171,9 @@ impl Vcpu for SoftVcpu {
             let mut world = BoardWorld {
                 cpu: self.index as usize,
                 chips: &self.chips,
+                doorstep: &doorstep,
+                next_look_ns: 0,
+                timers: self.clock.is_real(),
                 bus: &mut *bus,
                 wall_base_ns: self.wall_base_ns,
             };
@@ -183,7 +186,7 @@ impl Vcpu for SoftVcpu {
                 self.slice_done();
             }
             match stop {
-                Stop::Halted => self.wait(),
+                Stop::Halted => self.wait(&doorstep),
                 Stop::Budget => {}
                 // A stop without a kick is left over from one that has been answered already.
                 Stop::Requested => {
