@@ -39,16 +39,17 @@ fn builds_that_will_not_do_are_refused() -> Result<()> {
     for bad in Bad::ALL {
         builds.refuse(bad).with_context(|| format!("{bad:?}"))?;
         let told = builds.refused().get(&format!("{bad:?}")).context("a reason")?;
-        let expected = match bad {
-            Bad::DiesAtStart | Bad::DiesAtFirstRequest | Bad::DiesAtSwitch => "",
-            Bad::HangsBeforeHello => "hello",
-            Bad::HangsBeforeReady => "ready",
-            Bad::HangsAfterHandshake => "SET_MEM_TABLE",
-            Bad::OffersLess => "VIRTIO_F_INDIRECT_DESC",
-            Bad::RefusesState => "refuses the old one's state",
-            Bad::HangsAtSwitch => "SET_VRING_KICK",
+        let expected: &[&str] = match bad {
+            Bad::DiesAtStart | Bad::DiesAtFirstRequest | Bad::DiesAtSwitch => &[""],
+            // Whoever starts it and whoever waits for it have the same patience.
+            Bad::HangsBeforeHello => &["said nothing", "ready in time"],
+            Bad::HangsBeforeReady => &["was not ready", "ready in time"],
+            Bad::HangsAfterHandshake => &["SET_MEM_TABLE"],
+            Bad::OffersLess => &["VIRTIO_F_INDIRECT_DESC"],
+            Bad::RefusesState => &["refuses the old one's state"],
+            Bad::HangsAtSwitch => &["SET_VRING_KICK"],
         };
-        ensure!(told.contains(expected), "{bad:?}: {told}");
+        ensure!(expected.iter().any(|words| told.contains(words)), "{bad:?}: {told}");
     }
     // The device is as it was: an honest build is taken.
     builds.run(1)?;
