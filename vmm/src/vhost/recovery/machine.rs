@@ -481,7 +481,7 @@ impl Machine {
         if matches!(verdict, Verdict::Replaced) {
             self.replaced(now);
             return if self.alive().is_none() {
-                self.complete_activation()
+                self.complete_activation();
             };
         }
         self.act(Action::Tell(Tale::Crashed { generation }));
