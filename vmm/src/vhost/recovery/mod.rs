@@ -27,11 +27,15 @@
 //!       refused: the old one carries on, on its rings                refused: the old build is started again
 //! ```
 //!
-//! The machine runs in a simulation of its own ([`simulation`]): fake processes, fake time, seeded schedules.
+//! The machine runs in a simulation of its own ([`simulation`]): fake processes, fake time, seeded schedules. And in a model
+//! ([`model`]) in which every interleaving of a small device is tried, together with the real rules of a queue and of the
+//! record of requests in flight.
 
 mod beside;
 mod event;
 mod machine;
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod simulation;
 mod stall;
