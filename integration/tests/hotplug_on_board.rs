@@ -205,7 +205,10 @@ fn a_device_comes_goes_and_comes_again() -> Result<()> {
         assert_eq!(rig.machine.unplug("rtc", NO_HURRY), Err(UnplugError::Fixed("rtc".into())));
 
         rig.machine.unplug("a", NO_HURRY)?;
-        assert_eq!(rig.machine.unplug("a", NO_HURRY), Err(UnplugError::OnItsWay("a".into())));
+        assert_eq!(rig.get(LEAVING), 1 << 1);
+        rig.put(LEAVING, 1 << 1);
+        // A guest that had no driver yet for what it took up is asked once more.
+        rig.machine.unplug("a", NO_HURRY)?;
         assert_eq!(rig.get(LEAVING), 1 << 1);
         rig.put(LEAVING, 1 << 1);
         assert!(rig.machine.settle().is_empty() && rig.is_there(1), "it stays until the guest lets it go");

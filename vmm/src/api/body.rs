@@ -16,6 +16,10 @@ pub(super) fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, Reply> {
     if body.trim_ascii().is_empty() {
         return Err(refused("the request needs a JSON body, and has none".into()));
     }
+    // serde takes a list for the fields in their order, which nobody means.
+    if body.trim_ascii().first() == Some(&b'[') {
+        return Err(refused("the body: a list, where an object is expected".into()));
+    }
     let mut json = serde_json::Deserializer::from_slice(body);
     match serde_path_to_error::deserialize(&mut json) {
         Ok(value) => {
@@ -133,7 +137,8 @@ mod tests {
         assert!(why::<VmConfig>("{} {}").contains("trailing characters"));
         assert!(why::<VmConfig>(" ").contains("needs a JSON body"));
         let deep = why::<VmConfig>(&"[".repeat(100_000));
-        assert!(deep.contains("invalid type: sequence"), "{deep}");
+        assert!(deep.contains("an object is expected"), "{deep}");
+        assert!(why::<RemoveDevice>(r#"["a"]"#).contains("an object is expected"));
         assert_eq!(decode::<RemoveDevice>(br#"{"id":"a","later":[1]}"#).unwrap().id, "a");
     }
 

@@ -106,6 +106,8 @@ impl Head {
             head.take_header(header, &mut length)?;
         }
         head.length = length.unwrap_or_default();
+        // Whoever asks for a head alone does not expect the body that refuses it, and would take it for the next answer.
+        head.keep_alive &= request.method != Some("HEAD");
         Ok(Some((head, end)))
     }
 

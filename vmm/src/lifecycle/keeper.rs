@@ -373,6 +373,7 @@ impl Keeper {
             self.figures.add(&figures);
             for id in gone {
                 roster::remove(&mut config, &id);
+                self.story.tell("vm", "device-removed", [("id", id), ("asked", true.to_string())]);
             }
             let mut next = next.map_err(failed)?;
             next.count_in(self.household.metrics());
@@ -401,6 +402,7 @@ impl Keeper {
                 drop(live);
                 for id in left {
                     roster::remove(&mut config, &id);
+                    self.story.tell("vm", "device-removed", [("id", id), ("asked", true.to_string())]);
                 }
                 self.enter(State::Shutdown(config));
                 self.story.tell("vm", "shutdown", []);

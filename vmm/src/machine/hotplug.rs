@@ -48,8 +48,8 @@ pub enum UnplugError {
     /// No such device.
     #[error("there is no device '{0}'")]
     Unknown(String),
-    /// It was asked for before.
-    #[error("device '{0}' is on its way out already: wait for the event that says so")]
+    /// The guest has let it go, and it is ending.
+    #[error("device '{0}' is on its way out already: it is gone when vm.info no longer has it")]
     OnItsWay(String),
     /// It belongs to the board.
     #[error("'{0}' is part of the board and cannot be removed")]
@@ -163,10 +163,12 @@ impl Machine {
 
     /// Asks the guest to let a device go within `limit`. Returns at once; [`settle`](Self::settle) says what came of it.
     ///
+    /// Asked again, the guest is: a kernel that was not up yet has taken the first request and had nobody to give it to.
+    ///
     /// # Errors
-    /// When there is no such device, it cannot go, or it is going.
+    /// When there is no such device, it cannot go, or the guest has let it go.
     pub fn unplug(&mut self, name: &str, limit: Duration) -> Result<(), UnplugError> {
-        if self.is_leaving(name) {
+        if let Some(Leaving::Ending { .. }) = self.hotplug.leaving.get(name) {
             return Err(UnplugError::OnItsWay(name.into()));
         }
         let device = self.devices.iter().find(|device| device.name == name);

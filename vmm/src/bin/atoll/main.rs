@@ -183,7 +183,7 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::Reset(vm) => done(operate::put(&vm.name, "vm.reboot")),
         Command::PowerButton(vm) => done(operate::put(&vm.name, "vm.power-button")),
         Command::Shutdown { vm, keep } => {
-            done(operate::put(&vm.name, if *keep { "vm.shutdown" } else { "vmm.shutdown" }))
+            done(if *keep { operate::put(&vm.name, "vm.shutdown") } else { operate::end(&vm.name) })
         }
         Command::AddDisk(device) => plug("add-disk", device),
         Command::AddNet(device) => plug("add-net", device),

@@ -19,6 +19,10 @@ use crate::{run::RunError, table};
 
 /// How long `ps` waits for each machine.
 const PS_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a machine has to end: its devices stop within less.
+const END_MAX: Duration = Duration::from_secs(30);
+/// How often to look whether it has.
+const END_LOOK: Duration = Duration::from_millis(10);
 /// How often to look whether a device has gone.
 const GONE_LOOK: Duration = Duration::from_millis(100);
 
@@ -167,6 +171,18 @@ pub(crate) fn info(name: &str, as_json: bool) -> anyhow::Result<()> {
 /// A command without anything to say but that it was done.
 pub(crate) fn put(name: &str, path: &str) -> anyhow::Result<()> {
     Machine::find(name)?.put(path, None).map(drop)
+}
+
+/// Ends a machine and its process, and waits until that no longer serves it.
+pub(crate) fn end(name: &str) -> anyhow::Result<()> {
+    let socket = target::socket(name)?;
+    Machine::at(&socket)?.put("vmm.shutdown", None)?;
+    let deadline = Instant::now() + END_MAX;
+    while socket.exists() {
+        anyhow::ensure!(Instant::now() < deadline, "{name} is ending, and has not ended within {} s", END_MAX.as_secs());
+        std::thread::sleep(END_LOOK);
+    }
+    Ok(())
 }
 
 /// Paths of the command line are those of its folder, not of the machine's process.

@@ -120,11 +120,14 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
         "P99",
         "IN FLIGHT",
         "PID",
-        "SPARE",
         "GENERATION",
         "RESTARTS",
     ];
-    let mut rows = vec![cells(heading)];
+    // A column that most machines have nothing for, and terminals are narrow.
+    let spares = now.devices.iter().any(|device| device.standby.is_some());
+    let mut heading = cells(heading);
+    heading.extend(spares.then(|| "SPARE".to_owned()));
+    let mut rows = vec![heading];
     for device in &now.devices {
         let id = device.id.as_str();
         let requests = now.rate(then, "atoll_device_requests_total", &[("device", id)]);
@@ -138,7 +141,7 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
         let word = |value: serde_json::Result<serde_json::Value>| {
             value.ok().as_ref().and_then(|value| value.as_str()).unwrap_or("?").to_owned()
         };
-        rows.push(vec![
+        let mut row = vec![
             device.id.clone(),
             word(serde_json::to_value(device.state)),
             word(serde_json::to_value(device.recovery)),
@@ -149,10 +152,11 @@ fn device_rows(now: &Reading, then: &Reading) -> Vec<Vec<String>> {
             latency(0.99),
             in_flight.to_string(),
             or_dash(device.pid.map(|pid| pid.to_string())),
-            or_dash(device.standby.map(|spare| word(serde_json::to_value(spare)))),
             device.generation.to_string(),
             device.restarts.to_string(),
-        ]);
+        ];
+        row.extend(spares.then(|| or_dash(device.standby.map(|spare| word(serde_json::to_value(spare))))));
+        rows.push(row);
     }
     rows
 }
