@@ -241,7 +241,11 @@ fn a_reset_is_no_crash_and_crashes_after_it_count() -> Result<()> {
         bench.wait_serving(2 + 2 * round)?;
         processes::signal(bench.process()?, Signal::KILL)?;
         bench.wait_serving(3 + 2 * round)?;
-        assert_eq!(bench.vcpu.read(LINE_STATUS), 0x60);
+        // An access may be answered too late on a busy machine, as all ones; the port is there all the same.
+        let deadline = Instant::now() + STEP;
+        while bench.vcpu.read(LINE_STATUS) != 0x60 {
+            ensure!(Instant::now() < deadline, "round {round}: the port does not answer");
+        }
     }
     bench.household.shutdown(STEP);
     Ok(())
