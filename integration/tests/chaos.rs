@@ -5,7 +5,7 @@ use atoll_integration::chaos::disk::DiskLoad;
 use atoll_integration::chaos::load::Load;
 use atoll_integration::chaos::rig::House;
 use atoll_kit::step::Sabotage;
-use atoll_vmm::config::{DeviceConfig, DiskConfig};
+use atoll_vmm::config::DeviceConfig;
 use atoll_vmm::vhost::Fault;
 use serde_json::Value;
 use std::process::Command;
@@ -65,8 +65,7 @@ fn a_disk_survives_what_may_happen_to_it() -> Result<()> {
     let image = folder.path().join("image");
     std::fs::File::create(&image)?.set_len(DiskLoad::IMAGE)?;
     let house = House::new(&place::release())?;
-    let config = DiskConfig { path: Some(image), ..DiskConfig::default() };
-    let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
+    let mut rig = house.device(&DeviceConfig::Disk(DiskLoad::config(&image)), DiskLoad::MEMORY)?;
     let mut load = DiskLoad::start(&mut rig, 8, 1)?;
     let go_on = |load: &mut DiskLoad| -> Result<()> {
         let until = load.completed() + 300;

@@ -123,6 +123,8 @@ pub struct Storage {
     direct: Option<DirectAlign>,
     block_bytes: u32,
     chain: Option<Chain>,
+    /// Bytes of a cluster of the qcow2 image; 0 without one, or as long as nothing of it was read.
+    cluster: AtomicU64,
     image: OnceLock<Image>,
 }
 
@@ -178,7 +180,19 @@ impl Storage {
         let engine = if refuses_nowait(&file) { Engine::Inline } else { Engine::Ring };
         let bytes = AtomicU64::new(bytes);
         let file = Some(Arc::new(file));
-        Ok(Self { file, name, bytes, read_only, engine, direct, block_bytes, chain: None, image: OnceLock::new() })
+        let cluster = AtomicU64::new(0);
+        Ok(Self {
+            file,
+            name,
+            bytes,
+            read_only,
+            engine,
+            direct,
+            block_bytes,
+            chain: None,
+            cluster,
+            image: OnceLock::new(),
+        })
     }
 
     /// Opens a qcow2 image, of which nothing is read before [`Storage::read_tables`].
@@ -216,7 +230,8 @@ impl Storage {
         let (file, bytes) = (Some(Arc::clone(&top.file)), AtomicU64::new(0));
         let chain = Some(Chain { top, data, backing, read_only, align });
         let engine = Engine::Mapped { ring };
-        Ok(Self { file, name, bytes, read_only, engine, direct, block_bytes, chain, image: OnceLock::new() })
+        let cluster = AtomicU64::new(0);
+        Ok(Self { file, name, bytes, read_only, engine, direct, block_bytes, chain, cluster, image: OnceLock::new() })
     }
 
     /// Reads and checks the tables of a qcow2 image. To be called once nobody else can change them any more.
@@ -228,14 +243,17 @@ impl Storage {
             return Err(OpenError::Odd { name: self.name.clone(), bytes, unit });
         }
         self.bytes.store(bytes, Ordering::Release);
+        self.cluster.store(image.cluster(), Ordering::Release);
         let _ = self.image.set(image);
         Ok(())
     }
 
-    /// Learns the size of a qcow2 image from its header and nothing else: another process serves it.
+    /// Learns the size of a qcow2 image and of its clusters from its header and nothing else: another process serves it.
     pub fn read_header(&self) -> Result<(), OpenError> {
         let Some(chain) = &self.chain else { return Ok(()) };
-        self.bytes.store(Image::size(chain)?, Ordering::Release);
+        let (bytes, cluster) = Image::shape(chain)?;
+        self.bytes.store(bytes, Ordering::Release);
+        self.cluster.store(cluster, Ordering::Release);
         Ok(())
     }
 
@@ -329,7 +347,10 @@ impl Storage {
 
     /// What a discard should be a multiple of.
     pub fn clear_bytes(&self) -> u64 {
-        self.image().map_or(u64::from(self.block_bytes), Image::cluster)
+        match self.cluster.load(Ordering::Relaxed) {
+            0 => self.block_bytes.into(),
+            cluster => cluster,
+        }
     }
 
     /// The descriptor for operations on a ring, -1 when there is none.

@@ -1,5 +1,6 @@
 //! A disk under the verifier's load: [`Player`] on the rings of a [`Rig`].
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -7,6 +8,7 @@ use atoll_devices::Answer;
 use atoll_kit::driver::Driver;
 use atoll_verify::blk::workload::Mix;
 use atoll_verify::blk::{Verdict, Violation, Workload};
+use atoll_vmm::config::DiskConfig;
 
 use super::load::{Findings, Load};
 use super::rig::Rig;
@@ -41,6 +43,11 @@ impl DiskLoad {
     pub const QUEUE_SIZE: u16 = 1024;
     /// Bytes of the image, which must hold zeroes.
     pub const IMAGE: u64 = 1 << 20;
+
+    /// A disk for such a load, on the raw image at `path`.
+    pub fn config(path: &Path) -> DiskConfig {
+        DiskConfig { path: Some(path.to_owned()), queue_size: Some(Self::QUEUE_SIZE), ..DiskConfig::default() }
+    }
 
     /// Starts the load of `seed` on a disk of `queues` queues.
     pub fn start(rig: &mut Rig, seed: u64, queues: u16) -> Result<Self> {

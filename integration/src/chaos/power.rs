@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use atoll_kit::step::word;
 use atoll_verify::dice::{Dice, mix};
-use atoll_vmm::config::{DeviceConfig, DiskConfig};
+use atoll_vmm::config::DeviceConfig;
 use serde::Serialize;
 
 use super::disk::DiskLoad;
@@ -58,7 +58,7 @@ pub fn campaign(page: &Page, losses: u64, seed: u64) -> Result<Losses> {
     let image = folder.path().join("image");
     std::fs::File::create(&image)?.set_len(DiskLoad::IMAGE)?;
     let house = House::new(page.programs())?;
-    let config = DeviceConfig::Disk(DiskConfig { path: Some(image.clone()), ..DiskConfig::default() });
+    let config = DeviceConfig::Disk(DiskLoad::config(&image));
     let mut rig = house.device(&config, DiskLoad::MEMORY)?;
     let mut load = DiskLoad::start(&mut rig, seed, 1)?;
     let mut dice = Dice::new(mix(seed, 0x706f_7765));

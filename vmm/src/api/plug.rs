@@ -79,7 +79,7 @@ pub(super) fn routes() -> Vec<Route> {
             },
         )
         .takes::<UpgradeDevice>()
-        .refuses(MISTAKES),
+        .refuses(&[Status::BadRequest, Status::NotFound]),
         put(
             "/api/v1/vm.fault-device",
             "Does to a device what the world may do, for a test; needs platform.allow_faults.",

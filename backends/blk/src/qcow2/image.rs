@@ -285,9 +285,9 @@ impl Image {
         Ok(opened)
     }
 
-    /// Bytes of the disk, by the header of an image that somebody may be serving: that never changes.
-    pub fn size(chain: &Chain) -> Result<u64, ImageError> {
-        header_of(&chain.top, chain.align).map(|(header, _)| header.bytes)
+    /// Bytes of the disk and of a cluster, by the header of an image that somebody may be serving: they never change.
+    pub fn shape(chain: &Chain) -> Result<(u64, u64), ImageError> {
+        header_of(&chain.top, chain.align).map(|(header, _)| (header.bytes, 1 << header.cluster_bits))
     }
 
     /// Bytes of the disk.

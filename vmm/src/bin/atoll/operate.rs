@@ -179,7 +179,11 @@ pub(crate) fn end(name: &str) -> anyhow::Result<()> {
     Machine::at(&socket)?.put("vmm.shutdown", None)?;
     let deadline = Instant::now() + END_MAX;
     while socket.exists() {
-        anyhow::ensure!(Instant::now() < deadline, "{name} is ending, and has not ended within {} s", END_MAX.as_secs());
+        anyhow::ensure!(
+            Instant::now() < deadline,
+            "{name} is ending, and has not ended within {} s",
+            END_MAX.as_secs()
+        );
         std::thread::sleep(END_LOOK);
     }
     Ok(())

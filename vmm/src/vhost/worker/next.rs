@@ -92,7 +92,9 @@ impl Preparation {
 
 fn prepare(makers: &Makers, make: Make, ending: &Ending) -> Outcome {
     let (mut session, offer) = greet(makers, make.generation, &make.start, ending)?;
-    if let Some(preface) = make.preface
+    // One that lacks what the driver has accepted is not told of it: who made it says by name what is missing.
+    let lacks = |preface: &Preface| preface.features.is_some_and(|accepted| accepted & !offer.features != 0);
+    if let Some(preface) = make.preface.filter(|preface| !lacks(preface))
         && let Err(source) = session.brief(preface)
     {
         session.give_up(Instant::now() + REAP);
