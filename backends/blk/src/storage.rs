@@ -288,6 +288,7 @@ impl Storage {
             direct: None,
             block_bytes,
             chain: None,
+            cluster: AtomicU64::new(0),
             image: OnceLock::new(),
         })
     }

@@ -106,6 +106,7 @@ pub(super) struct Queue {
 }
 
 #[derive(Clone, Debug, Hash)]
+#[expect(clippy::derived_hash_with_manual_eq, reason = "states are the same when their hashes are: see digest()")]
 pub(super) struct State {
     pub(super) known: Known,
     now: Moment,
@@ -536,6 +537,7 @@ impl State {
         Some(())
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "an action is carried out once")]
     fn carry_out(&mut self, action: Action, mistake: Option<Mistake>) {
         match action {
             Action::Spawn { generation } => {
@@ -579,7 +581,7 @@ impl State {
             Action::TakeBack { generation, .. } => self.taking_back = Some(generation),
             Action::Dismiss => self.complain("there is no stand-in"),
             Action::SpawnBeside { .. } | Action::DropBeside { .. } | Action::Transfer { .. } | Action::Revert => {
-                self.complain("nobody asked for another build, or for a spare")
+                self.complain("nobody asked for another build, or for a spare");
             }
             Action::CompleteResets => self.begin_anew(),
             // There is one at a time: whoever was greeted is the device's backend already.
