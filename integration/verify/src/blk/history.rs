@@ -183,8 +183,9 @@ fn push_seen(body: &mut String, seen: Seen) {
 }
 
 fn number(word: &str) -> Option<u64> {
-    // from_str_radix would take a sign.
-    if word.starts_with('+') { None } else { u64::from_str_radix(word, 16).ok() }
+    // from_str_radix would take a sign, and capitals, which nobody wrote.
+    let written = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+    if word.bytes().all(written) { u64::from_str_radix(word, 16).ok() } else { None }
 }
 
 fn small<T: TryFrom<u64>>(word: &str) -> Option<T> {
