@@ -314,8 +314,7 @@ mod tests {
         };
         assert_eq!(line("web"), ["web:", "running,", "cpu", "soft,", "memory", "512M"]);
         assert_eq!(line("vcpu0"), ["vcpu0", "guest", "2.0k", "-", "-", "648"]);
-        let disk =
-            ["_disk0", "running", "full", "2.0k", "7.8MB", "0B", "32", "us", "63", "us", "3", "77", "2", "1"];
+        let disk = ["_disk0", "running", "full", "2.0k", "7.8MB", "0B", "32", "us", "63", "us", "3", "77", "2", "1"];
         assert_eq!(line("_disk0 "), disk);
         assert!(text.ends_with("_disk0: signal 9\n"), "{text}");
         assert!(on_screen(&text, 10, 24).lines().all(|line| line.chars().filter(|c| !c.is_control()).count() < 20));
