@@ -7,6 +7,7 @@ pub mod acpi_hotplug;
 pub mod acpi_pm;
 pub mod address_map;
 pub mod interrupt;
+pub mod iommu;
 pub mod irq;
 pub mod pci;
 pub mod power;

@@ -64,3 +64,9 @@ pub fn writable_config(device_type: u16, features: u64) -> Option<Range<usize>> 
         _ => None,
     }
 }
+
+/// Whether a driver may write `data` there at all: where a field must not be seen with another value, one is ignored.
+pub fn writable_value(device_type: u16, data: &[u8]) -> bool {
+    // bypass is 0 or 1 (5.13.4)
+    device_type != IOMMU || data.iter().all(|byte| *byte <= 1)
+}

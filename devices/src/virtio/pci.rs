@@ -18,7 +18,7 @@ use std::task::{Context, Poll, Waker};
 use thiserror::Error;
 
 use super::common_config::{self, CommonConfig, CommonState, QUEUES_MAX, VERSION_1};
-use super::device_class::{pci_class, writable_config};
+use super::device_class::{pci_class, writable_config, writable_value};
 use super::driver_intent::{DeviceOffer, Intent, NotifyPlacement, VirtioFrontend};
 use crate::access::{Answer, Deferred};
 use crate::interrupt::{MsiMessage, MsixRoutes, Wire};
@@ -419,6 +419,9 @@ impl VirtioPci {
             return Answer::Now;
         };
         let (Some(bytes), None) = (self.config.get_mut(start..end), &self.resetting) else { return Answer::Now };
+        if !writable_value(self.device_type, data) {
+            return Answer::Now;
+        }
         bytes.copy_from_slice(data);
         self.frontend.intent(Intent::ConfigWrite { offset: offset as u32, data: data.to_vec() })
     }
