@@ -273,6 +273,16 @@ fn only_file_starting(folder: &Path, prefix: &str) -> Result<PathBuf> {
         .with_context(|| format!("no {prefix}* in {}", folder.display()))
 }
 
+/// A module of a kernel series; `None` if the kernel has it built in.
+pub fn module_of(series: &str, name: &str) -> Result<Option<Vec<u8>>> {
+    let Some(series) = SERIES.iter().find(|known| known.name == series) else {
+        bail!("no kernel series {series}: choose 6.1 or 6.12");
+    };
+    let modules = packages::unpacked(&series.package)?.join("lib/modules");
+    let release = std::fs::read_dir(&modules)?.flatten().next().context("a kernel's package has modules")?;
+    module(&release.path().join("kernel"), name)
+}
+
 /// A module's bytes, unpacked if the package holds it packed; `None` if the kernel has it built in.
 fn module(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     let plain = folder.join(format!("{name}.ko"));

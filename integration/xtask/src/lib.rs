@@ -13,6 +13,7 @@ pub mod demo;
 pub mod fuzz;
 pub mod guest_clock;
 pub mod images;
+pub mod lab;
 pub mod laden;
 pub mod lives;
 pub mod operated;

@@ -8,7 +8,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
-use xtask::{bench, chaos, fuzz, soak, suite, tidy, tour, verify};
+use xtask::{bench, chaos, fuzz, lab, soak, suite, tidy, tour, verify};
 
 /// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
 #[derive(Parser)]
@@ -70,6 +70,15 @@ enum Task {
     Verify {
         #[command(subcommand)]
         what: Verify,
+    },
+    /// Stock guests on real KVM, in an emulated machine that has it; one line of JSON for each scenario.
+    Lab {
+        /// Which scenarios: kvm or all.
+        #[arg(default_value = "all")]
+        what: String,
+        /// Passed on: `--only NAME,…`, `--list`, `--console`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// Run fuzz targets (needs clang).
     Fuzz {
@@ -338,6 +347,7 @@ fn main() -> Result<ExitCode> {
         },
         Task::Verify { what } => return verify(what),
         Task::Chaos { arguments } => chaos::run(&arguments)?,
+        Task::Lab { what, arguments } => lab::run(&what, &arguments)?,
         Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -120,6 +120,10 @@ const PR_GET_AUXV: libc::c_int = 0x4155_5856;
 const LINE_IOCTLS: &[libc::c_ulong] =
     &[libc::FIONBIO, libc::FIONREAD, libc::TCGETS, libc::TCSETS, libc::TCSETSW, libc::TCSETSF, libc::TIOCGWINSZ];
 
+/// How a thread that speaks for a device raises its interrupt on KVM, where the chips are in the kernel: a wire
+/// (KVM_IRQ_LINE), a message (KVM_SIGNAL_MSI).
+const KVM_INTERRUPTS: [libc::c_ulong; 2] = [0x4008_ae61, 0x4020_aea5];
+
 pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn when(argument: u8, compare: Compare, value: u64) -> Result<SeccompRule, BackendError> {
@@ -128,6 +132,10 @@ fn when(argument: u8, compare: Compare, value: u64) -> Result<SeccompRule, Backe
 
 fn one_of(argument: u8, values: &[libc::c_int]) -> Result<Vec<SeccompRule>, BackendError> {
     values.iter().map(|value| when(argument, Compare::Eq, u64::from(value.cast_unsigned()))).collect()
+}
+
+fn requests(requests: &[libc::c_ulong]) -> Result<Vec<SeccompRule>, BackendError> {
+    requests.iter().map(|request| when(1, Compare::Eq, *request)).collect()
 }
 
 fn freely(rules: &mut Rules, calls: &[i64]) {
@@ -165,7 +173,10 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
             freely(&mut rules, QUESTIONS);
         }
         ThreadClass::Events => freely(&mut rules, EVENTS),
-        ThreadClass::Talk => freely(&mut rules, SOCKETS),
+        ThreadClass::Talk => {
+            freely(&mut rules, SOCKETS);
+            rules.insert(libc::SYS_ioctl, requests(&KVM_INTERRUPTS)?);
+        }
         ThreadClass::Device => {
             // The threads that it starts to talk put their own filter on, over this one.
             freely(&mut rules, &[libc::SYS_seccomp]);
@@ -183,12 +194,12 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
             // A signal that asks for the end is awaited like a key.
             freely(&mut rules, LISTENER);
             freely(&mut rules, &[libc::SYS_rt_sigtimedwait]);
-            let ioctls: Result<_, _> = LINE_IOCTLS.iter().map(|request| when(1, Compare::Eq, *request)).collect();
-            rules.insert(libc::SYS_ioctl, ioctls?);
+            rules.insert(libc::SYS_ioctl, requests(&[LINE_IOCTLS, &KVM_INTERRUPTS].concat())?);
         }
         ThreadClass::Actors => {
             freely(&mut rules, SOCKETS);
             freely(&mut rules, EVENTS);
+            rules.insert(libc::SYS_ioctl, requests(&KVM_INTERRUPTS)?);
         }
         ThreadClass::Operator => {
             freely(&mut rules, SOCKETS);

@@ -1,0 +1,163 @@
+//! The lab's machine: QEMU's software emulation of an AMD processor with SVM, a console and a line for reports.
+//!
+//! One processor: the emulation of several has been seen to break the kernel inside. The kernel is told how fast the
+//! counter runs, because calibrating it on a busy host goes wrong.
+#![allow(unsafe_code, reason = "reading the processor's time stamp counter")]
+
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::freight::Freight;
+use crate::report::Report;
+
+/// A word on the console when all scenarios have been run.
+const DONE: &str = "lab: the agent ended with 0";
+/// Lines of the console that are shown when something is wrong.
+const QUOTED_LINES: usize = 60;
+
+/// What came of one outer machine.
+pub struct Outcome {
+    /// What its scenarios said.
+    pub reports: Vec<Report>,
+    /// What is wrong with the lab itself.
+    pub fault: Option<String>,
+    /// The end of its console.
+    pub console: String,
+}
+
+/// How many thousand times a second the host's time stamp counter ticks.
+fn counter_khz() -> u64 {
+    let read = || {
+        // SAFETY: the instruction reads a counter; every x86-64 processor has it.
+        unsafe { std::arch::x86_64::_rdtsc() }
+    };
+    let (begin, first) = (Instant::now(), read());
+    std::thread::sleep(Duration::from_millis(100));
+    let (elapsed, last) = (begin.elapsed(), read());
+    u64::try_from(u128::from(last.wrapping_sub(first)) * 1_000_000 / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX)
+}
+
+struct Machine(Child);
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path, errors: &Path) -> Result<Machine> {
+    let khz = counter_khz();
+    let cmdline = format!(
+        "console=ttyS0 no_timer_check nokaslr mitigations=off tsc=reliable tsc_early_khz={khz} panic=-1 quiet reboot=t \
+         lab.run={}",
+        scenarios.join(",")
+    );
+    let disk = |path: &Path, id: &str| {
+        let path = path.display();
+        ["-drive".to_owned(), format!("file={path},format=raw,readonly=on,if=none,id={id}"), "-device".to_owned(), format!("virtio-blk-pci,drive={id}")]
+    };
+    let child = Command::new("qemu-system-x86_64")
+        .args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC-Rome,+svm", "-smp", "1", "-m", "3G"])
+        .args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"])
+        .args(["-serial", &format!("file:{}", console.display()), "-serial", &format!("file:{}", reports.display())])
+        .args(disk(&freight.tools, "tools"))
+        .args(disk(&freight.programs, "programs"))
+        .arg("-kernel")
+        .arg(&freight.kernel)
+        .arg("-initrd")
+        .arg(&freight.initramfs)
+        .args(["-append", &cmdline])
+        .stdin(Stdio::null())
+        // It warns of each feature of the processor that it does not emulate.
+        .stderr(std::fs::File::create(errors)?)
+        .spawn()
+        .context("cannot start qemu-system-x86_64")?;
+    Ok(Machine(child))
+}
+
+/// Runs the scenarios in one machine, which has `within` for all of them; `heard` is told of each report as it comes.
+///
+/// # Errors
+/// When the machine cannot be started.
+pub fn run(
+    freight: &Freight,
+    scenarios: &[String],
+    folder: &Path,
+    within: Duration,
+    mut heard: impl FnMut(&Report),
+) -> Result<Outcome> {
+    let (console, lines, errors) = (folder.join("console"), folder.join("reports"), folder.join("errors"));
+    for path in [&console, &lines] {
+        std::fs::File::create(path)?;
+    }
+    let deadline = Instant::now() + within;
+    let mut machine = start(freight, scenarios, &console, &lines, &errors)?;
+    let mut reader = BufReader::new(std::fs::File::open(&lines)?);
+    let mut line = String::new();
+    let mut reports = Vec::new();
+    let mut fault = None;
+    loop {
+        let ended = machine.0.try_wait()?;
+        // What was written before the end is read after it was seen.
+        while reader.read_line(&mut line)? > 0 {
+            if !line.ends_with('\n') {
+                break;
+            }
+            match serde_json::from_str::<Report>(line.trim()) {
+                Ok(report) => {
+                    heard(&report);
+                    reports.push(report);
+                }
+                Err(error) => fault = Some(format!("not a report ({error}): {line}")),
+            }
+            line.clear();
+        }
+        if let Some(status) = ended {
+            if !status.success() {
+                let said = std::fs::read_to_string(&errors).unwrap_or_default();
+                let last = said.lines().filter(|line| !line.contains("TCG doesn't support")).next_back();
+                fault = Some(format!("QEMU ended with {status}: {}", last.unwrap_or_default()));
+            }
+            break;
+        }
+        if Instant::now() >= deadline {
+            fault = Some(format!("the lab has not ended within {} s", within.as_secs()));
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(machine);
+    let said = tail(&console)?;
+    if fault.is_none() && !said.contains(DONE) {
+        fault = Some("the lab's agent did not come to its end".into());
+    }
+    let missing: Vec<&str> = scenarios
+        .iter()
+        .filter(|name| !reports.iter().any(|report| report.scenario == **name))
+        .map(String::as_str)
+        .collect();
+    if fault.is_none() && !missing.is_empty() {
+        fault = Some(format!("no report of {}", missing.join(", ")));
+    }
+    Ok(Outcome { reports, fault, console: said })
+}
+
+fn tail(path: &Path) -> Result<String> {
+    const MOST: u64 = 64 << 10;
+    let mut file = std::fs::File::open(path)?;
+    let from = file.metadata()?.len().saturating_sub(MOST);
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes).replace('\r', "");
+    let lines: Vec<&str> = text.lines().collect();
+    if lines.is_empty() {
+        bail!("the lab's machine said nothing at all");
+    }
+    Ok(lines[lines.len().saturating_sub(QUOTED_LINES)..].join("\n"))
+}
