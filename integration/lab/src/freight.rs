@@ -26,7 +26,10 @@ const OUTER_SERIES: &str = "6.12";
 const TOOLS: [&str; 3] = ["qemu-system-x86_64", "debugfs", "e2fsck"];
 /// What QEMU reads at its start.
 const FIRMWARE: [(&str, &[&str]); 2] = [
-    ("/usr/share/qemu", &["bios-microvm.bin", "qboot.rom", "linuxboot.bin", "linuxboot_dma.bin", "kvmvapic.bin", "pvh.bin"]),
+    (
+        "/usr/share/qemu",
+        &["bios-microvm.bin", "qboot.rom", "linuxboot.bin", "linuxboot_dma.bin", "kvmvapic.bin", "pvh.bin"],
+    ),
     ("/usr/share/seabios", &["bios.bin", "bios-256k.bin", "bios-microvm.bin"]),
 ];
 /// Atoll's programs.
@@ -34,13 +37,8 @@ const PROGRAMS: [&str; 7] =
     ["atoll", "atoll-blk", "atoll-net", "atoll-rng", "atoll-console", "atoll-uart", "lab-agent"];
 
 /// Modules of the lab's kernel, in order.
-const MODULES: &[&str] = &[
-    "drivers/block/virtio_blk",
-    "virt/lib/irqbypass",
-    "arch/x86/kvm/kvm",
-    "arch/x86/kvm/kvm-amd",
-    "drivers/net/tun",
-];
+const MODULES: &[&str] =
+    &["drivers/block/virtio_blk", "virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd", "drivers/net/tun"];
 
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -150,8 +148,10 @@ fn identity(files: &[PathBuf]) -> Result<String> {
 
 fn tools(folder: &Path) -> Result<PathBuf> {
     let guests: Vec<Guest> = GUESTS.iter().map(|series| images::guest(series)).collect::<Result<_>>()?;
-    let programs: Vec<PathBuf> =
-        TOOLS.iter().map(|name| place::on_path(name).with_context(|| format!("{name} is missing"))).collect::<Result<_>>()?;
+    let programs: Vec<PathBuf> = TOOLS
+        .iter()
+        .map(|name| place::on_path(name).with_context(|| format!("{name} is missing")))
+        .collect::<Result<_>>()?;
     let mut linked = BTreeSet::new();
     for program in programs.iter().cloned().chain([place::program("atoll")?]) {
         linked.extend(libraries(&program)?);
@@ -162,7 +162,11 @@ fn tools(folder: &Path) -> Result<PathBuf> {
         .filter(|path| path.is_file())
         .collect();
     let mut all: Vec<PathBuf> = programs.iter().chain(&firmware).chain(&linked).cloned().collect();
-    all.extend(guests.iter().flat_map(|guest| [&guest.vmlinux, &guest.bzimage, &guest.initramfs, &guest.disk].map(Clone::clone)));
+    all.extend(
+        guests
+            .iter()
+            .flat_map(|guest| [&guest.vmlinux, &guest.bzimage, &guest.initramfs, &guest.disk].map(Clone::clone)),
+    );
     let (path, noted, wanted) = (folder.join("tools.ext4"), folder.join("tools.txt"), identity(&all)?);
     if path.is_file() && std::fs::read_to_string(&noted).is_ok_and(|text| text == wanted) {
         return Ok(path);
@@ -181,7 +185,8 @@ fn tools(folder: &Path) -> Result<PathBuf> {
     for guest in &guests {
         let folder = at("guests").join(guest.series);
         std::fs::create_dir_all(&folder)?;
-        for (name, file) in [("vmlinux", &guest.vmlinux), ("bzimage", &guest.bzimage), ("initramfs", &guest.initramfs)] {
+        for (name, file) in [("vmlinux", &guest.vmlinux), ("bzimage", &guest.bzimage), ("initramfs", &guest.initramfs)]
+        {
             std::fs::copy(file, folder.join(name))?;
         }
     }

@@ -59,10 +59,26 @@ fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path
     );
     let disk = |path: &Path, id: &str| {
         let path = path.display();
-        ["-drive".to_owned(), format!("file={path},format=raw,readonly=on,if=none,id={id}"), "-device".to_owned(), format!("virtio-blk-pci,drive={id}")]
+        [
+            "-drive".to_owned(),
+            format!("file={path},format=raw,readonly=on,if=none,id={id}"),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,drive={id}"),
+        ]
     };
     let child = Command::new("qemu-system-x86_64")
-        .args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC-Rome,+svm", "-smp", "1", "-m", "3G"])
+        .args([
+            "-M",
+            "q35",
+            "-accel",
+            "tcg,thread=multi,tb-size=512",
+            "-cpu",
+            "EPYC-Rome,+svm",
+            "-smp",
+            "1",
+            "-m",
+            "3G",
+        ])
         .args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"])
         .args(["-serial", &format!("file:{}", console.display()), "-serial", &format!("file:{}", reports.display())])
         .args(disk(&freight.tools, "tools"))

@@ -42,11 +42,8 @@ fn main() -> Result<ExitCode> {
     if let Some(unknown) = arguments.only.iter().find(|name| !all.contains(&name.as_str())) {
         bail!("there is no scenario {unknown}: `lab {} --list` names them", arguments.what);
     }
-    let chosen: Vec<String> = if arguments.only.is_empty() {
-        all.iter().map(|name| (*name).to_owned()).collect()
-    } else {
-        arguments.only
-    };
+    let chosen: Vec<String> =
+        if arguments.only.is_empty() { all.iter().map(|name| (*name).to_owned()).collect() } else { arguments.only };
     let started = Instant::now();
     let folder = tempfile::Builder::new().prefix("atoll-lab").tempdir()?;
     let freight = freight::load(folder.path())?;

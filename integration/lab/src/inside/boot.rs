@@ -137,5 +137,7 @@ pub(super) fn boot(series: &'static str, vcpus: u32, more: &[&str]) -> Result<Ma
     let (status, errors) = console.wait(STEP_LIMIT)?;
     ensure!(status.success(), "atoll ended with {status}: {errors}");
     check_image(folder.path(), &sum)?;
-    Ok(figures(json!({ "kernel": kernel, "vcpus": vcpus, "boot_ms": boot_ms, "checks_ms": milliseconds(begin.elapsed()) })))
+    Ok(figures(
+        json!({ "kernel": kernel, "vcpus": vcpus, "boot_ms": boot_ms, "checks_ms": milliseconds(begin.elapsed()) }),
+    ))
 }
