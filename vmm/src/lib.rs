@@ -15,6 +15,7 @@ pub mod lifecycle;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
+pub mod passthrough;
 pub mod rundir;
 pub mod seccomp;
 pub mod unix_socket;

@@ -203,11 +203,51 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// PCI devices of this host: which of them a guest can have, and giving them to VFIO and back.
+    #[command(subcommand)]
+    Vfio(VfioCommand),
     /// Runs a network switch that machines plug into with --net switch=NAME, until a signal ends it.
     #[command(
         after_help = "Examples:\n  atoll switch lan &\n  atoll run --kernel vmlinuz --net switch=lan\n  atoll switch lan --pcap lan.pcap"
     )]
     Switch(SwitchArgs),
+}
+
+/// What is done about a PCI device.
+#[derive(Debug, Subcommand)]
+pub(crate) enum VfioCommand {
+    /// Says whether a device can be passed through: IOMMU, group, ACS, driver, reset, BARs, interrupts; and for what is
+    /// missing the command that mends it. All devices when none is named.
+    #[command(
+        after_help = "Exit status: 0 if the device, or any when none is named, is ready for a guest; 1 if not.\n\
+            Examples:\n  atoll vfio check\n  atoll vfio check 01:00.0 --json | jq '.findings[] | select(.verdict != \"ok\")'"
+    )]
+    Check {
+        /// The device, as lspci names it.
+        #[arg(value_name = "BDF")]
+        bdf: Option<atoll_vmm::passthrough::Bdf>,
+        /// As JSON: an object, or an array of them when none is named.
+        #[arg(long)]
+        json: bool,
+        /// Looks at a copy of another machine's sys, proc and dev.
+        #[arg(long, value_name = "FOLDER", default_value = "/", hide_default_value = true)]
+        tree: PathBuf,
+    },
+    /// Takes a device from its driver and gives it to vfio-pci. What the host still uses is refused; a step that fails undoes
+    /// those before it.
+    #[command(after_help = "Example:\n  sudo atoll vfio bind 01:00.0")]
+    Bind {
+        /// The device, as lspci names it.
+        #[arg(value_name = "BDF")]
+        bdf: atoll_vmm::passthrough::Bdf,
+    },
+    /// Gives a device back to the driver that it was taken from.
+    #[command(after_help = "Example:\n  sudo atoll vfio unbind 01:00.0")]
+    Unbind {
+        /// The device, as lspci names it.
+        #[arg(value_name = "BDF")]
+        bdf: atoll_vmm::passthrough::Bdf,
+    },
 }
 
 /// A machine.

@@ -14,6 +14,7 @@ mod table;
 mod target;
 mod terminal;
 mod top;
+mod vfio;
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -27,7 +28,7 @@ use clap::Parser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
-use cli::{Cli, Command, LogForm, NOT_RUN, Plug, RunArgs};
+use cli::{Cli, Command, LogForm, NOT_RUN, Plug, RunArgs, VfioCommand};
 use run::RunError;
 
 /// What is logged unless ATOLL_LOG says otherwise: what goes wrong, and which CPU was taken and why.
@@ -200,6 +201,15 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::Top { vm, once } => done(top::top(vm.as_deref(), *once)),
         Command::Console(vm) => done(console::console(&vm.name)),
         Command::Doctor { json } => Ok(doctor::doctor(*json)?),
+        Command::Vfio(VfioCommand::Check { bdf, json, tree }) => Ok(vfio::check(*bdf, *json, tree)?),
+        Command::Vfio(VfioCommand::Bind { bdf }) => {
+            start_plain_log();
+            done(vfio::bind(*bdf))
+        }
+        Command::Vfio(VfioCommand::Unbind { bdf }) => {
+            start_plain_log();
+            done(vfio::unbind(*bdf))
+        }
         Command::Switch(args) => {
             start_plain_log();
             Ok(switch::switch(args)?)
