@@ -11,7 +11,9 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 
@@ -21,6 +23,10 @@ const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 3;
 const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
+/// VHOST_USER_BACKEND_IOTLB_MSG, which the crate does not know.
+const BACKEND_IOTLB_MSG: u32 = 1;
+/// Bytes of an answer: header and value.
+const ANSWER: usize = HEADER + 8;
 
 /// The way to the present front end, if it has given one. Copies share it.
 #[derive(Debug, Clone, Default)]
@@ -39,9 +45,54 @@ impl BackChannel {
         }
     }
 
+    /// Sends the body of an IOTLB message. With `acknowledge` the front end's answer is waited for until `deadline`; whether
+    /// it is yes. One that does not answer in time is not asked again, because its answer could be taken for another's.
+    pub(crate) fn ask_translation(&self, body: &[u8], acknowledge: bool, deadline: Instant) -> bool {
+        let mut channel = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(socket) = &*channel else { return false };
+        let flags = if acknowledge { VERSION | NEED_REPLY } else { VERSION };
+        let mut message = words(&[BACKEND_IOTLB_MSG, flags, body.len() as u32]);
+        message.extend(body);
+        let asked = send(socket, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+        let granted = match asked {
+            Ok(sent) if sent == message.len() => !acknowledge || hear_yes(socket, deadline) == Some(true),
+            _ => return false,
+        };
+        if !granted && Instant::now() >= deadline {
+            tracing::warn!("the front end does not answer for a translation");
+            *channel = None;
+        }
+        granted
+    }
+
     pub(crate) fn set(&self, socket: Option<OwnedFd>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = socket;
     }
+}
+
+/// The answer to the question that was asked last; none when there is none in time, or it cannot be one.
+fn hear_yes(socket: &OwnedFd, deadline: Instant) -> Option<bool> {
+    let mut answer: Vec<u8> = Vec::with_capacity(ANSWER);
+    while answer.len() < ANSWER {
+        let left = deadline.checked_duration_since(Instant::now())?;
+        let mut wait = [PollFd::new(socket, PollFlags::IN)];
+        let timeout = Timespec::try_from(left).ok()?;
+        match poll(&mut wait, Some(&timeout)) {
+            Ok(0) => return None,
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return None,
+        }
+        let mut bytes = [0; ANSWER];
+        match recv(socket, bytes.get_mut(answer.len()..)?, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => return None,
+            Ok((count, _)) => answer.extend(bytes.iter().skip(answer.len()).take(count)),
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Err(_) => return None,
+        }
+    }
+    let expected = words(&[BACKEND_IOTLB_MSG, VERSION | REPLY, 8]);
+    let (header, value) = answer.split_at_checked(HEADER)?;
+    (header == expected).then(|| value.iter().all(|byte| *byte == 0))
 }
 
 fn words(words: &[u32]) -> Vec<u8> {

@@ -37,6 +37,7 @@ mod hold;
 pub mod inflight;
 pub mod inlet;
 mod inlet_thread;
+mod iotlb;
 pub mod jail;
 pub mod limit;
 pub mod logging;

@@ -8,54 +8,160 @@
 //! guest ranges become host pointers for a system call, and it marks what has landed in the dirty log.
 
 use std::fs::File;
+use std::iter::FusedIterator;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::guest_memory::GuestMemorySliceIterator;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollectionError,
-    GuestRegionMmap,
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionCollectionError, GuestRegionMmap, MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
-use crate::dirty::{DirtyLog, RegionLog};
+use crate::dirty::{DirtyLog, LogSlice, RegionLog};
+use crate::iotlb::Iotlb;
 pub use crate::segments::{Direction, OutOfRange, Segment, Segments, Transfer, copy, piece};
 
-/// Guest memory with a dirty log in it.
+/// Guest memory with a dirty log in it, as a device's requests see it: at guest-physical addresses, or behind an IOMMU at
+/// those that the front end has told of ([`iotlb`](crate::iotlb)).
+#[derive(Debug)]
+pub struct GuestRam {
+    physical: PhysicalRam,
+    iotlb: Option<Arc<Iotlb>>,
+}
+
+impl GuestRam {
+    /// The same memory behind an IOMMU.
+    pub(crate) fn behind(&self, iotlb: Arc<Iotlb>) -> Self {
+        Self { physical: self.physical.clone(), iotlb: Some(iotlb) }
+    }
+
+    /// Where `count` bytes at `addr` are, for a device behind an IOMMU.
+    fn translate(
+        &self,
+        iotlb: &Iotlb,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> Option<Vec<VolatileSlice<'_, LogSlice<'_>>>> {
+        let mut pieces = Vec::new();
+        let (mut iova, mut left) = (addr.0, count);
+        while left > 0 {
+            let mapping = iotlb.find(iova, access)?;
+            let user = mapping.translate(iova)?;
+            let (range, offset) = self.physical.user(user)?;
+            let mapped = (mapping.iova().last() - iova).saturating_add(1).min(range.bytes - offset);
+            let take = left.min(usize::try_from(mapped).unwrap_or(usize::MAX));
+            pieces.push(range.region.get_slice(MemoryRegionAddress(offset), take).ok()?);
+            left -= take;
+            // Beyond the last address there is nothing.
+            iova = if left > 0 { iova.checked_add(take as u64)? } else { iova };
+        }
+        Some(pieces)
+    }
+}
+
+impl GuestMemory for GuestRam {
+    type PhysicalMemory = PhysicalRam;
+    type Bitmap = RegionLog;
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        match &self.iotlb {
+            None => GuestMemoryBackend::check_range(&self.physical, addr, count),
+            Some(iotlb) => self.translate(iotlb, addr, count, access).is_some(),
+        }
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> vm_memory::guest_memory::Result<impl GuestMemorySliceIterator<'a, LogSlice<'a>>> {
+        let wrong = vm_memory::guest_memory::Error::InvalidGuestAddress(addr);
+        match &self.iotlb {
+            None => {
+                let slices: Result<Vec<_>, _> = GuestMemoryBackend::get_slices(&self.physical, addr, count).collect();
+                Ok(Slices(slices?.into_iter()))
+            }
+            Some(iotlb) => Ok(Slices(self.translate(iotlb, addr, count, access).ok_or(wrong)?.into_iter())),
+        }
+    }
+
+    #[inline]
+    fn physical_memory(&self) -> Option<&PhysicalRam> {
+        if self.iotlb.is_none() { Some(&self.physical) } else { None }
+    }
+}
+
+/// Pieces of memory that were found all before the first is used.
+struct Slices<'a>(std::vec::IntoIter<VolatileSlice<'a, LogSlice<'a>>>);
+
+impl<'a> Iterator for Slices<'a> {
+    type Item = vm_memory::guest_memory::Result<VolatileSlice<'a, LogSlice<'a>>>;
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next().map(Ok)
+    }
+}
+
+impl FusedIterator for Slices<'_> {}
+
+impl<'a> GuestMemorySliceIterator<'a, LogSlice<'a>> for Slices<'a> {}
+
+/// The regions that a front end has handed over.
 ///
 /// It finds the region of an address in a list of ranges that lie side by side: there are few of them, and every access to
 /// what a request points to looks into it.
-#[derive(Debug)]
-pub struct GuestRam {
+#[derive(Debug, Clone)]
+pub struct PhysicalRam {
     ranges: Vec<Range>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Range {
     start: u64,
     bytes: u64,
+    /// The front end's address of its first byte.
+    user: u64,
     region: Arc<Region>,
 }
 
 type Region = GuestRegionMmap<RegionLog>;
 
 impl GuestRam {
-    /// Regions in any order.
-    fn new(mut regions: Vec<Arc<Region>>) -> Result<Self, GuestRegionCollectionError> {
-        regions.sort_by_key(|region| region.start_addr());
+    /// Regions in any order, each with the front end's address of it.
+    fn new(mut regions: Vec<(u64, Arc<Region>)>) -> Result<Self, GuestRegionCollectionError> {
+        regions.sort_by_key(|(_, region)| region.start_addr());
         // It checks that they do not overlap.
-        GuestMemoryMmap::from_arc_regions(regions.clone())?;
-        let range = |region: Arc<Region>| Range { start: region.start_addr().0, bytes: region.len(), region };
-        Ok(Self { ranges: regions.into_iter().map(range).collect() })
+        GuestMemoryMmap::from_arc_regions(regions.iter().map(|(_, region)| Arc::clone(region)).collect())?;
+        let range = |(user, region): (u64, Arc<Region>)| Range {
+            start: region.start_addr().0,
+            bytes: region.len(),
+            user,
+            region,
+        };
+        let physical = PhysicalRam { ranges: regions.into_iter().map(range).collect() };
+        Ok(Self { physical, iotlb: None })
     }
 
-    fn regions(&self) -> impl Iterator<Item = Arc<Region>> {
-        self.ranges.iter().map(|range| Arc::clone(&range.region))
+    fn regions(&self) -> impl Iterator<Item = (u64, Arc<Region>)> {
+        self.physical.ranges.iter().map(|range| (range.user, Arc::clone(&range.region)))
     }
 }
 
-impl GuestMemoryBackend for GuestRam {
+impl PhysicalRam {
+    /// The range that an address of the front end lies in, and how far from its beginning.
+    fn user(&self, user: u64) -> Option<(&Range, u64)> {
+        self.ranges.iter().find_map(|range| {
+            user.checked_sub(range.user).filter(|offset| *offset < range.bytes).map(|offset| (range, offset))
+        })
+    }
+}
+
+impl GuestMemoryBackend for PhysicalRam {
     type R = Region;
 
     fn num_regions(&self) -> usize {
@@ -155,8 +261,8 @@ impl MemoryTable {
         let mut mapped = Vec::new();
         for (region, file) in regions.iter().zip(files) {
             let (window, ram) = map(region, file, log)?;
+            mapped.push((window.user, Arc::new(ram)));
             windows.push(window);
-            mapped.push(Arc::new(ram));
         }
         let ram = GuestRam::new(mapped)
             .map_err(|e| MemoryError::Map { gpa: windows.first().map_or(0, |w| w.gpa), reason: e.to_string() })?;
@@ -172,7 +278,7 @@ impl MemoryTable {
         }
         let (window, mapped) = map(region, file, log)?;
         let others = self.ram.iter().flat_map(|ram| ram.regions());
-        let ram = GuestRam::new(others.chain([Arc::new(mapped)]).collect())
+        let ram = GuestRam::new(others.chain([(window.user, Arc::new(mapped))]).collect())
             .map_err(|e| MemoryError::Map { gpa: window.gpa, reason: e.to_string() })?;
         self.windows.push(window);
         self.ram = Some(Arc::new(ram));
@@ -186,7 +292,7 @@ impl MemoryTable {
             return Err(missing);
         };
         let Some(ram) = &self.ram else { return Err(missing) };
-        let rest: Vec<_> = ram.regions().filter(|region| region.start_addr().0 != gpa).collect();
+        let rest: Vec<_> = ram.regions().filter(|(_, region)| region.start_addr().0 != gpa).collect();
         self.ram = if rest.is_empty() { None } else { Some(Arc::new(GuestRam::new(rest).map_err(|_| missing)?)) };
         self.windows.remove(position);
         Ok(())

@@ -5,8 +5,8 @@
 //!
 //! Offered: MQ, CONFIG, REPLY_ACK, INFLIGHT_SHMFD, LOG_SHMFD, CONFIGURE_MEM_SLOTS, BACKEND_REQ, RESET_DEVICE and
 //! DEVICE_STATE. Not offered,
-//! because the `vhost` crate delivers no such message: STATUS, IOTLB (and with it ACCESS_PLATFORM) and in-band
-//! notifications. A request that cannot be right is answered with a failure when the front end wants an answer, and
+//! because the `vhost` crate delivers no such message: STATUS and in-band notifications. Addresses behind an IOMMU
+//! (ACCESS_PLATFORM, IOTLB messages) are served by hand: [`iotlb`](crate::iotlb). A request that cannot be right is answered with a failure when the front end wants an answer, and
 //! ends the conversation.
 
 use std::fs::File;
@@ -28,6 +28,7 @@ use vhost::vhost_user::{
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::back_channel::{self, BackChannel};
@@ -38,6 +39,7 @@ use crate::dirty::DirtyLog;
 use crate::early_enable;
 use crate::hold::Hold;
 use crate::inflight::{self, Region};
+use crate::iotlb::{self, ACCESS_PLATFORM, Iotlb, IotlbError};
 use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
 use crate::ring::{RingConfig, RingError};
 use crate::stats::StatsPage;
@@ -76,6 +78,8 @@ enum Refused {
     Inflight { queues: u16, size: u16, have: u16, size_max: u16 },
     #[error(transparent)]
     Memory(#[from] crate::memory::MemoryError),
+    #[error(transparent)]
+    Iotlb(#[from] IotlbError),
     #[error(transparent)]
     Log(#[from] crate::dirty::DirtyLogError),
     #[error(transparent)]
@@ -123,6 +127,8 @@ pub struct Conversation<D: Device> {
     workers: Vec<Worker<GuestRam>>,
     log: Arc<DirtyLog>,
     table: MemoryTable,
+    /// Addresses of a guest that has an IOMMU.
+    iotlb: Arc<Iotlb>,
     queues: Vec<QueueState>,
     inflight: Option<Arc<Region>>,
     features: u64,
@@ -171,6 +177,7 @@ impl<D: Device> Conversation<D> {
             workers,
             log: Arc::default(),
             table: MemoryTable::default(),
+            iotlb: Arc::new(Iotlb::new(back_channel.clone())),
             queues,
             inflight: None,
             features: 0,
@@ -227,6 +234,36 @@ impl<D: Device> Conversation<D> {
         Some(taken.map(|socket| self.back_channel.set(Some(socket))))
     }
 
+    /// Takes the next message if it is about addresses behind an IOMMU. What is taken back is acknowledged when nobody uses
+    /// it any more.
+    fn take_iotlb(&mut self, stream: &UnixStream) -> Option<io::Result<()>> {
+        if !self.is_behind_iommu() {
+            return None;
+        }
+        let acknowledge = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        Some(iotlb::take(stream).and_then(|message| {
+            let heard = self.iotlb.hear(message.word).map_err(Refused::from);
+            let done = heard.and_then(|had| if had { self.memory_changed() } else { Ok(()) });
+            message.answer(stream, acknowledge, done.is_ok())?;
+            done.map_err(io::Error::other)
+        }))
+    }
+
+    fn is_behind_iommu(&self) -> bool {
+        self.features & ACCESS_PLATFORM != 0
+    }
+
+    /// Guest memory at the addresses that requests hold.
+    fn memory(&self) -> Option<Arc<GuestRam>> {
+        let ram = self.table.ram()?;
+        Some(if self.is_behind_iommu() { Arc::new(ram.behind(Arc::clone(&self.iotlb))) } else { Arc::clone(ram) })
+    }
+
+    /// Where an area of a ring is, by what the front end said.
+    fn ring_address(&self, said: u64) -> Result<GuestAddress, Refused> {
+        if self.is_behind_iommu() { Ok(GuestAddress(said)) } else { Ok(self.table.guest_address(said)?) }
+    }
+
     fn take_early_enable(&mut self, stream: &UnixStream) -> Option<io::Result<()>> {
         if self.features & PROTOCOL != 0 {
             return None;
@@ -248,6 +285,7 @@ impl<D: Device> Conversation<D> {
         }
         self.queues = self.queues.iter().map(|_| QueueState::default()).collect();
         self.table.clear();
+        self.iotlb.clear();
         self.log.clear();
         self.inflight = None;
         self.features = 0;
@@ -261,7 +299,7 @@ impl<D: Device> Conversation<D> {
     }
 
     fn offered(&self) -> u64 {
-        let offered = self.device.features() | EVENT_IDX | INDIRECT | VERSION_1 | LOG_ALL | PROTOCOL;
+        let offered = self.device.features() | EVENT_IDX | INDIRECT | VERSION_1 | LOG_ALL | PROTOCOL | ACCESS_PLATFORM;
         if bad_build::is(Bad::OffersLess) { offered & !INDIRECT } else { offered }
     }
 
@@ -287,12 +325,12 @@ impl<D: Device> Conversation<D> {
     fn start(&mut self, index: u16, kick: OwnedFd) -> Result<(), Refused> {
         self.take_place()?;
         let features = self.features;
-        let mem = self.table.ram().cloned().ok_or(Refused::NoMemory(index))?;
+        let mem = self.memory().ok_or(Refused::NoMemory(index))?;
         let addresses =
             self.queues.get(usize::from(index)).and_then(|q| q.addresses).ok_or(Refused::NoAddresses(index))?;
-        let desc = self.table.guest_address(addresses.desc)?;
-        let avail = self.table.guest_address(addresses.avail)?;
-        let used = self.table.guest_address(addresses.used)?;
+        let desc = self.ring_address(addresses.desc)?;
+        let avail = self.ring_address(addresses.avail)?;
+        let used = self.ring_address(addresses.used)?;
         let region = self.inflight.clone();
         let (queue, worker, index) = self.queue(u32::from(index))?;
         if std::mem::take(&mut queue.running)
@@ -357,7 +395,7 @@ impl<D: Device> Conversation<D> {
     fn memory_changed(&mut self) -> Result<(), Refused> {
         for (queue, worker) in self.queues.iter().zip(&self.workers) {
             if queue.running {
-                worker.set_memory(self.table.ram().cloned().ok_or(Refused::MemoryInUse)?)?;
+                worker.set_memory(self.memory().ok_or(Refused::MemoryInUse)?)?;
             }
         }
         Ok(())
@@ -383,6 +421,7 @@ pub fn serve<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, stream: Unix
         let taken = match back_channel::next_request(&peeked) {
             Some(FrontendReq::SET_BACKEND_REQ_FD) => lock(conversation).take_back_channel(&peeked),
             Some(FrontendReq::SET_VRING_ENABLE) => lock(conversation).take_early_enable(&peeked),
+            Some(FrontendReq::IOTLB_MSG) => lock(conversation).take_iotlb(&peeked),
             _ => None,
         };
         if let Some(taken) = taken {
@@ -433,6 +472,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
         let foreign = features & !self.offered();
         if foreign != 0 {
             return Err(Refused::Features(foreign).into());
+        }
+        if (self.features ^ features) & ACCESS_PLATFORM != 0 {
+            self.iotlb.clear();
         }
         self.features = features;
         self.log.switch(features & LOG_ALL != 0);
@@ -548,6 +590,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
     fn set_protocol_features(&mut self, features: u64) -> VhostResult<()> {
         // The `vhost` crate checks each message against them.
         self.protocol = VhostUserProtocolFeatures::from_bits_truncate(features);
+        self.iotlb.set_acknowledge(self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
         Ok(())
     }
 

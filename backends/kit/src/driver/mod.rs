@@ -6,6 +6,7 @@
 
 pub mod disk;
 pub mod guest;
+pub mod iommu;
 pub mod net;
 pub mod queue;
 
@@ -58,11 +59,13 @@ pub struct Options {
     pub without: u64,
     /// Ask for an in-flight region.
     pub inflight: bool,
+    /// The guest has an IOMMU: what the device uses has to be told ([`iommu`]). The queues are, at their own addresses.
+    pub iommu: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { queues: 1, size: 128, memory: 16 << 20, without: LOG_ALL, inflight: true }
+        Self { queues: 1, size: 128, memory: 16 << 20, without: LOG_ALL, inflight: true, iommu: false }
     }
 }
 
@@ -75,6 +78,8 @@ pub struct Driver {
     guest: Guest,
     queues: Vec<Queue>,
     front: Option<Frontend>,
+    /// The same conversation.
+    talk: Option<UnixStream>,
     inflight: Option<(VhostUserInflight, File)>,
     features: u64,
 }
@@ -84,7 +89,7 @@ impl Driver {
     pub fn new(options: Options) -> Result<Self> {
         let guest = Guest::new(options.memory)?;
         let queues = (0..options.queues).map(|index| Queue::new(&guest, index, options.size)).collect::<Result<_>>()?;
-        Ok(Self { options, guest, queues, front: None, inflight: None, features: 0 })
+        Ok(Self { options, guest, queues, front: None, talk: None, inflight: None, features: 0 })
     }
 
     /// The queues of a guest whose front end is somebody else's: rings that this one lays out, with `event_idx` as that
@@ -97,7 +102,7 @@ impl Driver {
         let mut queues =
             (0..options.queues).map(|index| Queue::new(&guest, index, options.size)).collect::<Result<Vec<_>>>()?;
         queues.iter_mut().for_each(|queue| queue.event_idx = event_idx);
-        Ok(Self { options, guest, queues, front: None, inflight: None, features: 0 })
+        Ok(Self { options, guest, queues, front: None, talk: None, inflight: None, features: 0 })
     }
 
     /// A guest that is served by the device on `stream`.
@@ -126,10 +131,12 @@ impl Driver {
     }
 
     fn negotiate(&mut self, stream: UnixStream) -> Result<()> {
+        let talk = stream.try_clone()?;
         let mut front = Frontend::from_stream(stream, u64::from(self.options.queues));
         front.set_owner()?;
         let offered = front.get_features()?;
-        self.features = offered & !self.options.without;
+        let without = if self.options.iommu { 0 } else { iommu::ACCESS_PLATFORM };
+        self.features = offered & !self.options.without & !without;
         let protocol = front.get_protocol_features().context("protocol features")?;
         let wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
@@ -157,6 +164,11 @@ impl Driver {
         for queue in &mut self.queues {
             queue.event_idx = self.features & queue::EVENT_IDX != 0;
         }
+        if self.options.iommu {
+            let len = u64::from(self.options.queues) * queue::QUEUE_BYTES;
+            anyhow::ensure!(iommu::update(&talk, 0, len, USER_OFFSET, iommu::READ | iommu::WRITE)?, "the queues");
+        }
+        self.talk = Some(talk);
         self.front = Some(front);
         Ok(())
     }
@@ -174,7 +186,7 @@ impl Driver {
         let front = self.front.as_mut().context("not connected")?;
         front.set_vring_num(index, queue.size())?;
         front.set_vring_base(index, base)?;
-        front.set_vring_addr(index, &Self::addresses(queue, 0))?;
+        front.set_vring_addr(index, &Self::addresses(queue, if self.options.iommu { 0 } else { USER_OFFSET }))?;
         front.set_vring_call(index, &queue.call)?;
         front.set_vring_kick(index, &queue.kick)?;
         if self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
@@ -185,14 +197,14 @@ impl Driver {
         Ok(())
     }
 
-    fn addresses(queue: &Queue, flags: u32) -> VringConfigData {
+    fn addresses(queue: &Queue, offset: u64) -> VringConfigData {
         VringConfigData {
             queue_max_size: queue.size(),
             queue_size: queue.size(),
-            flags,
-            desc_table_addr: USER_OFFSET + queue.desc,
-            used_ring_addr: USER_OFFSET + queue.used,
-            avail_ring_addr: USER_OFFSET + queue.avail,
+            flags: 0,
+            desc_table_addr: offset + queue.desc,
+            used_ring_addr: offset + queue.used,
+            avail_ring_addr: offset + queue.avail,
             log_addr: Some(queue.used),
         }
     }
@@ -218,8 +230,14 @@ impl Driver {
         self.front.as_mut().context("not connected")
     }
 
+    /// The socket of the conversation, for what [`iommu`] says.
+    pub fn talk(&self) -> Result<&UnixStream> {
+        self.talk.as_ref().context("not connected")
+    }
+
     /// Hangs up.
     pub fn disconnect(&mut self) {
+        self.talk = None;
         self.front = None;
     }
 

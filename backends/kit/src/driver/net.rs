@@ -54,7 +54,7 @@ impl NetOptions {
         let receive_bytes = u64::from(self.buffer_bytes) * u64::from(self.size) * u64::from(self.pairs_max);
         let memory = (receive_at + receive_bytes).next_multiple_of(2 << 20) as usize;
         let (size, without, inflight) = (self.size, self.without, self.inflight);
-        Options { queues, size, memory, without, inflight }
+        Options { queues, size, memory, without, inflight, iommu: false }
     }
 }
 
