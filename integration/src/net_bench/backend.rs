@@ -83,8 +83,14 @@ impl Pair {
         let mut guests = Vec::new();
         for socket in &sockets {
             let child = started.0.as_mut().context("a process")?;
-            let options =
-                Options { queues: 2, size: QUEUE_SIZE, memory: GUEST_BYTES, without: !FEATURES, inflight: true, iommu: false };
+            let options = Options {
+                queues: 2,
+                size: QUEUE_SIZE,
+                memory: GUEST_BYTES,
+                without: !FEATURES,
+                inflight: true,
+                iommu: false,
+            };
             guests.push(Driver::connected(options, connect(child, socket)?)?);
         }
         let (Some(receiver), Some(sender), Some(child)) = (guests.pop(), guests.pop(), started.0.take()) else {
