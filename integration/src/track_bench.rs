@@ -72,7 +72,7 @@ struct Side {
 
 impl Side {
     fn start(house: &House, track: Track) -> Result<Self> {
-        let folder = tempfile::tempdir_in(crate::chaos::campaign::memory())?;
+        let folder = tempfile::tempdir_in(crate::chaos::scene::memory())?;
         let (image, socket) = (folder.path().join("image"), folder.path().join("disk.sock"));
         std::fs::write(&image, vec![0x5a; (BLOCKS * u64::from(BLOCK)) as usize])?;
         // Rings are copied only for backends behind a socket: those of the VMM's own keep the record themselves.

@@ -1,16 +1,17 @@
 //! The storage under a disk fails: the guest is told so, request by request, and nothing else happens.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use atoll_integration::chaos::page::Page;
-use atoll_integration::chaos::rig::House;
+use atoll_integration::chaos::rig::{House, Rig};
 use atoll_kit::driver::disk::{self, Kind};
 use atoll_kit::driver::{Driver, Options};
 use atoll_vmm::config::{DeviceConfig, DiskConfig};
 use atoll_vmm::vhost::DeviceState;
+use rustix::process::Pid;
 use xtask::place;
 
 const MEMORY: u64 = 16 << 20;
@@ -22,6 +23,38 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR.
 const OK: u8 = 0;
 const FAILED: u8 = 1;
+
+/// A disk of `BLOCKS` blocks with a driver.
+struct Stage {
+    rig: Rig,
+    driver: Driver,
+    image: PathBuf,
+    _house: House,
+    _folder: tempfile::TempDir,
+}
+
+impl Stage {
+    fn open(programs: &Path, place: &Path) -> Result<Self> {
+        let folder = tempfile::tempdir_in(place)?;
+        let image = folder.path().join("image");
+        File::create(&image)?.set_len(BLOCKS * u64::from(BLOCK))?;
+        let house = House::new(programs)?;
+        let config = DeviceConfig::Disk(DiskConfig { path: Some(image.clone()), ..DiskConfig::default() });
+        let mut rig = house.device(&config, MEMORY)?;
+        let driver = rig.start(options())?;
+        Ok(Self { rig, driver, image, _house: house, _folder: folder })
+    }
+
+    /// The process that serves.
+    fn pid(&self) -> Result<Pid> {
+        let pid = self.rig.status().pid.and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        pid.context("a process")
+    }
+}
+
+fn options() -> Options {
+    Options { queues: 1, size: 64, memory: MEMORY as usize, ..Options::default() }
+}
 
 /// One request; its status.
 fn ask(driver: &mut Driver, kind: Kind, block: u64) -> Result<u8> {
@@ -49,15 +82,11 @@ fn write(driver: &mut Driver, block: u64, byte: u8) -> Result<u8> {
 #[test]
 fn an_error_of_the_file_fails_its_request_and_no_other() -> Result<()> {
     for place in [Path::new("/dev/shm"), Path::new(env!("CARGO_TARGET_TMPDIR"))] {
-        let Ok(folder) = tempfile::tempdir_in(place) else { continue };
+        if !place.is_dir() {
+            continue;
+        }
         let page = Page::new(&place::steps(), None)?;
-        let house = House::new(page.programs())?;
-        let image = folder.path().join("image");
-        File::create(&image)?.set_len(BLOCKS * u64::from(BLOCK))?;
-        let config = DeviceConfig::Disk(DiskConfig { path: Some(image.clone()), ..DiskConfig::default() });
-        let mut rig = house.device(&config, MEMORY)?;
-        let options = Options { queues: 1, size: 64, memory: MEMORY as usize, ..Options::default() };
-        let mut driver = rig.start(options)?;
+        let Stage { mut rig, mut driver, image, _house, _folder } = Stage::open(page.programs(), place)?;
         let pid = rig.status().pid;
         for errno in [libc::EIO, libc::ENOSPC] {
             for block in 0..BLOCKS {
@@ -93,29 +122,24 @@ fn an_error_of_the_file_fails_its_request_and_no_other() -> Result<()> {
 /// succeed.
 #[test]
 fn a_full_disk_fails_what_needs_room() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let image = folder.path().join("image");
-    File::create(&image)?.set_len(BLOCKS * u64::from(BLOCK))?;
-    let house = House::new(&place::release())?;
-    let config = DeviceConfig::Disk(DiskConfig { path: Some(image), ..DiskConfig::default() });
-    let mut rig = house.device(&config, MEMORY)?;
-    let mut driver = rig.start(Options { queues: 1, size: 64, memory: MEMORY as usize, ..Options::default() })?;
-    let pid = rig.status().pid.context("a process")?;
+    let mut stage = Stage::open(&place::release(), &std::env::temp_dir())?;
+    let pid = stage.pid()?;
+    let Stage { rig, driver, .. } = &mut stage;
     let limit = |bytes: Option<u64>| {
-        let pid = rustix::process::Pid::from_raw(pid.cast_signed());
         let limit = rustix::process::Rlimit { current: bytes, maximum: None };
-        rustix::process::prlimit(pid, rustix::process::Resource::Fsize, limit)
+        rustix::process::prlimit(Some(pid), rustix::process::Resource::Fsize, limit)
     };
     limit(Some(BLOCKS / 2 * u64::from(BLOCK)))?;
     for block in 0..BLOCKS {
         let expected = if block < BLOCKS / 2 { OK } else { FAILED };
-        ensure!(write(&mut driver, block, 4)? == expected, "block {block} of a file that is full");
-        ensure!(ask(&mut driver, Kind::In, block)? == OK, "reads go on");
+        ensure!(write(driver, block, 4)? == expected, "block {block} of a file that is full");
+        ensure!(ask(driver, Kind::In, block)? == OK, "reads go on");
     }
     limit(None)?;
-    ensure!(write(&mut driver, BLOCKS - 1, 5)? == OK, "with room again");
+    ensure!(write(driver, BLOCKS - 1, 5)? == OK, "with room again");
     let status = rig.status();
-    ensure!((status.pid, status.lost) == (Some(pid), 0), "{status:?}");
+    let serves = status.pid.map(u32::cast_signed);
+    ensure!((serves, status.lost) == (Some(pid.as_raw_nonzero().get()), 0), "{status:?}");
     Ok(())
 }
 
@@ -123,28 +147,19 @@ fn a_full_disk_fails_what_needs_room() -> Result<()> {
 /// Before that a process that cannot have memory fails: its heap has a ceiling of its own.
 #[test]
 fn a_process_that_may_have_no_memory_is_replaced() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let image = folder.path().join("image");
-    File::create(&image)?.set_len(BLOCKS * u64::from(BLOCK))?;
-    let house = House::new(&place::release())?;
-    let config = DeviceConfig::Disk(DiskConfig { path: Some(image), ..DiskConfig::default() });
-    let mut rig = house.device(&config, MEMORY)?;
-    let mut driver = rig.start(Options { queues: 1, size: 64, memory: MEMORY as usize, ..Options::default() })?;
-    let pid = rig.status().pid.context("a process")?;
+    let mut stage = Stage::open(&place::release(), &std::env::temp_dir())?;
+    let pid = stage.pid()?;
+    let Stage { rig, driver, .. } = &mut stage;
     // As little as it has: whatever it wants next it does not get, and serves all the same, or ends and has a successor.
     let limit = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
-    rustix::process::prlimit(
-        rustix::process::Pid::from_raw(pid.cast_signed()),
-        rustix::process::Resource::Data,
-        limit,
-    )?;
+    rustix::process::prlimit(Some(pid), rustix::process::Resource::Data, limit)?;
     for block in 0..BLOCKS {
-        ensure!(write(&mut driver, block, 6)? == OK, "block {block}");
+        ensure!(write(driver, block, 6)? == OK, "block {block}");
     }
     rig.reset()?;
-    let mut driver = rig.start(Options { queues: 1, size: 64, memory: MEMORY as usize, ..Options::default() })?;
+    let driver = &mut rig.start(options())?;
     for block in 0..BLOCKS {
-        ensure!(ask(&mut driver, Kind::In, block)? == OK, "block {block}");
+        ensure!(ask(driver, Kind::In, block)? == OK, "block {block}");
     }
     Ok(())
 }

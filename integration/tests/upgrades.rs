@@ -1,7 +1,7 @@
 //! One build in the place of another under load, and builds that will not do: the guest notices neither.
 
 use anyhow::{Context, Result, ensure};
-use atoll_integration::chaos::campaign::{Class, Image, Plan};
+use atoll_integration::chaos::scene::{Class, Image, Plan};
 use atoll_integration::chaos::upgrades::Builds;
 use atoll_kit::bad_build::Bad;
 use xtask::place;
@@ -49,7 +49,7 @@ fn builds_that_will_not_do_are_refused() -> Result<()> {
             Bad::RefusesState => &["refuses the old one's state"],
             Bad::HangsAtSwitch => &["SET_VRING_KICK"],
         };
-        ensure!(expected.iter().any(|words| told.contains(words)), "{bad:?}: {told}");
+        ensure!(expected.iter().any(|words| told.why.contains(words)), "{bad:?}: {told:?}");
     }
     // The device is as it was: an honest build is taken.
     builds.run(1)?;

@@ -58,13 +58,51 @@ pub struct PageHeader {
     pub queues: AtomicU64,
 }
 
+/// Names and meanings of a queue's counters, in their order, for whoever lays them out or reads them: `$with` is a macro that
+/// takes the list as fields.
+#[macro_export]
 macro_rules! queue_counters {
+    ($with:ident) => {
+        $with! {
+            /// Requests completed, also with an error.
+            requests,
+            /// Requests completed with an error.
+            errors,
+            /// Requests that moved data to the guest: reads of a disk, frames received.
+            reads,
+            /// Their bytes.
+            read_bytes,
+            /// Requests that moved data from the guest: writes of a disk, frames sent.
+            writes,
+            /// Their bytes.
+            write_bytes,
+            /// Descriptor chains that made no sense.
+            malformed,
+            /// Sleeps of the queue that ended, by a kick or anything else.
+            wakeups,
+            /// Spins in which work came, and which so saved a sleep.
+            spins,
+            /// Interrupts sent to the guest.
+            calls,
+            /// Requests that waited because of a rate limit.
+            throttled,
+            /// How long they waited in all, in nanoseconds.
+            throttled_ns,
+            /// Sum of all latencies in nanoseconds.
+            latency_sum_ns,
+        }
+    };
+}
+
+macro_rules! layout {
     ($($(#[$meta:meta])* $field:ident,)*) => {
         /// What one queue has done since the device was made.
         #[derive(Debug)]
         #[repr(C, align(64))]
         pub struct QueueStats {
             $($(#[$meta])* pub $field: AtomicU64,)*
+            /// Left for later; zero.
+            pub reserved: AtomicU64,
             /// What only devices of this class have, see [`class_counters`].
             pub class: [AtomicU64; CLASS_COUNTERS],
             /// Requests by the time from taken to completed, see [`bucket`].
@@ -74,41 +112,24 @@ macro_rules! queue_counters {
         impl QueueStats {
             /// The counters by name, with their offset in bytes; those of the class and the histogram come behind them.
             pub const COUNTERS: &'static [(&'static str, usize)] =
-                &[$((stringify!($field), offset_of!(QueueStats, $field)),)*];
+                &[$((stringify!($field), offset_of!(QueueStats, $field)),)* ("reserved", offset_of!(QueueStats, reserved))];
+        }
+
+        impl Default for QueueStats {
+            fn default() -> Self {
+                let zero = || AtomicU64::new(0);
+                Self {
+                    $($field: zero(),)*
+                    reserved: zero(),
+                    class: std::array::from_fn(|_| zero()),
+                    latency: std::array::from_fn(|_| zero()),
+                }
+            }
         }
     };
 }
 
-queue_counters! {
-    /// Requests completed, also with an error.
-    requests,
-    /// Requests completed with an error.
-    errors,
-    /// Requests that moved data to the guest: reads of a disk, frames received.
-    reads,
-    /// Their bytes.
-    read_bytes,
-    /// Requests that moved data from the guest: writes of a disk, frames sent.
-    writes,
-    /// Their bytes.
-    write_bytes,
-    /// Descriptor chains that made no sense.
-    malformed,
-    /// Sleeps of the queue that ended, by a kick or anything else.
-    wakeups,
-    /// Spins in which work came, and which so saved a sleep.
-    spins,
-    /// Interrupts sent to the guest.
-    calls,
-    /// Requests that waited because of a rate limit.
-    throttled,
-    /// How long they waited in all, in nanoseconds.
-    throttled_ns,
-    /// Sum of all latencies in nanoseconds.
-    latency_sum_ns,
-    /// Left for later; zero.
-    reserved,
-}
+queue_counters!(layout);
 
 /// Where the histogram begins within [`QueueStats`].
 pub const LATENCY_AT: usize = offset_of!(QueueStats, latency);
@@ -129,30 +150,6 @@ pub fn page_bytes(queues: u16) -> usize {
 #[must_use]
 pub fn queue_at(queue: u16) -> usize {
     HEADER_BYTES + QUEUE_BYTES * usize::from(queue)
-}
-
-impl Default for QueueStats {
-    fn default() -> Self {
-        let zero = || AtomicU64::new(0);
-        Self {
-            requests: zero(),
-            errors: zero(),
-            reads: zero(),
-            read_bytes: zero(),
-            writes: zero(),
-            write_bytes: zero(),
-            malformed: zero(),
-            wakeups: zero(),
-            spins: zero(),
-            calls: zero(),
-            throttled: zero(),
-            throttled_ns: zero(),
-            latency_sum_ns: zero(),
-            reserved: zero(),
-            class: std::array::from_fn(|_| zero()),
-            latency: std::array::from_fn(|_| zero()),
-        }
-    }
 }
 
 /// Names of the class's counters, in their order; at most [`CLASS_COUNTERS`].

@@ -401,7 +401,7 @@ impl BlkQueue {
             return Ok(Some(1));
         }
         step(Step::Flush);
-        if let Some(file) = storage.file() {
+        if let Some(file) = storage.file().filter(|_| !matches!(storage.engine(), Engine::Mapped { .. })) {
             sync_begins(file.as_raw_fd());
         }
         match storage.engine() {

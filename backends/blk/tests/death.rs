@@ -12,7 +12,7 @@ use atoll_kit::driver::{Driver, Options};
 use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarOrder, SidecarReport};
 use atoll_protocol::{FrameSocket, Generation};
 use process::guesses::{BLOCK, Guesses};
-use process::{Blk, DATA, command, fails, image, with_fds};
+use process::{DATA, Process, command, fails, image, listen, with_fds};
 
 const BLOCKS: u64 = 512;
 
@@ -20,7 +20,7 @@ fn killed_many_times(folder: &Path, args: &[&str], rounds: u64) -> Result<()> {
     let path = image(folder, BLOCKS * u64::from(BLOCK))?;
     let mut all = vec!["--path", path.to_str().unwrap()];
     all.extend_from_slice(args);
-    let mut blk = Blk::listen(folder, &all)?;
+    let mut blk = listen(folder, &all)?;
     let mut driver = Driver::new(Options { memory: 16 << 20, ..Options::default() })?;
     driver.connect(blk.connect()?)?;
     let mut guesses = Guesses::new(BLOCKS, u64::from(BLOCK));
@@ -42,7 +42,7 @@ fn killed_many_times(folder: &Path, args: &[&str], rounds: u64) -> Result<()> {
         }
         drop(blk);
         replayed += guesses.waiting.len();
-        blk = Blk::listen(folder, &all)?;
+        blk = listen(folder, &all)?;
         driver.connect(blk.connect()?)?;
     }
     while !guesses.waiting.is_empty() {
@@ -80,7 +80,7 @@ fn both_ways_to_name_the_base_are_understood() -> Result<()> {
     let args = ["--path", path.to_str().unwrap()];
     for add_in_flight in [false, true] {
         // A predecessor that took three requests and died: written into the region by hand.
-        let mut blk = Blk::listen(folder.path(), &args)?;
+        let mut blk = listen(folder.path(), &args)?;
         let mut driver = blk.driver(Options::default())?;
         assert_eq!(driver.stop(0)?, 0);
         drop(blk);
@@ -97,7 +97,7 @@ fn both_ways_to_name_the_base_are_understood() -> Result<()> {
             rustix::io::pwrite(file, &[1], entry)?;
             rustix::io::pwrite(file, &(counter as u64).to_le_bytes(), entry + 8)?;
         }
-        let mut blk = Blk::listen(folder.path(), &args)?;
+        let mut blk = listen(folder.path(), &args)?;
         driver.connect_at(blk.connect()?, if add_in_flight { 3 } else { 0 })?;
         let (queue, guest) = driver.queue(0)?;
         for head in &heads {
@@ -112,7 +112,7 @@ fn both_ways_to_name_the_base_are_understood() -> Result<()> {
 fn a_damaged_region_or_an_impossible_base_is_refused_and_the_process_lives() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     for damage in [(8_u64, 9_u16), (10, 64), (14, 700)] {
         let mut driver = blk.driver(Options::default())?;
         driver.stop(0)?;
@@ -131,7 +131,7 @@ fn a_damaged_region_or_an_impossible_base_is_refused_and_the_process_lives() -> 
 fn an_image_in_use_is_refused_with_a_remedy() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut first = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut first = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     first.connect()?;
     let other = folder.path().join("other.sock");
     let (status, text) = fails(&["--socket", other.to_str().unwrap(), "--path", path.to_str().unwrap()]);
@@ -142,7 +142,7 @@ fn an_image_in_use_is_refused_with_a_remedy() -> Result<()> {
 }
 
 /// A process as the VMM starts it: front end and sidecar on inherited sockets, the image on a descriptor.
-fn supervised(path: &Path, args: &[&str]) -> Result<(Blk, UnixStream, FrameSocket)> {
+fn supervised(path: &Path, args: &[&str]) -> Result<(Process, UnixStream, FrameSocket)> {
     let (front, theirs) = UnixStream::pair()?;
     let (side, sidecar) = UnixStream::pair()?;
     let file = std::fs::File::options().read(true).write(true).open(path)?;
@@ -151,7 +151,7 @@ fn supervised(path: &Path, args: &[&str]) -> Result<(Blk, UnixStream, FrameSocke
     let child = with_fds(command.args(args), &fds).stderr(std::process::Stdio::piped()).spawn()?;
     drop(command);
     drop(fds);
-    Ok((Blk { child, socket: None }, front, FrameSocket::new(side.into())))
+    Ok((Process { child, socket: None }, front, FrameSocket::new(side.into())))
 }
 
 const SOON: Option<Duration> = Some(Duration::from_secs(20));

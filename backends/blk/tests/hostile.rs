@@ -8,7 +8,7 @@ use anyhow::Result;
 use atoll_kit::driver::disk::Kind;
 use atoll_kit::driver::queue::{INDIRECT, NEXT, Queue, WRITE};
 use atoll_kit::driver::{Driver, Guest, Options};
-use process::{Blk, DATA, image, pattern, run};
+use process::{DATA, image, listen, pattern, run};
 use vhost::{VhostBackend, VringConfigData};
 
 const SECOND: Duration = Duration::from_secs(10);
@@ -73,7 +73,7 @@ fn chains_that_make_no_sense_are_given_back_and_harm_nothing() -> Result<()> {
     let path = image(folder.path(), 1 << 20)?;
     let before = pattern(9, 1 << 20);
     std::fs::write(&path, &before)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     for (name, write) in cases {
         let mut driver = blk.driver(Options::default())?;
         let (queue, guest) = driver.queue(0)?;
@@ -102,7 +102,7 @@ fn a_ring_that_contradicts_itself_is_left_alone_until_it_is_set_up_again() -> Re
     ];
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     for (name, damage) in cases {
         let mut driver = blk.driver(Options::default())?;
         assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
@@ -124,7 +124,7 @@ fn a_ring_that_contradicts_itself_is_left_alone_until_it_is_set_up_again() -> Re
 fn a_head_that_is_available_twice_is_served_once_at_a_time() -> Result<()> {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap(), "--direct"])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap(), "--direct"])?;
     let mut driver = blk.driver(Options::default())?;
     let (queue, guest) = driver.queue(0)?;
     header(guest, Kind::In);
@@ -149,7 +149,7 @@ fn a_head_that_is_available_twice_is_served_once_at_a_time() -> Result<()> {
 fn a_front_end_that_talks_nonsense_is_refused() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     let ring = |desc: u64, used: u64, avail: u64| VringConfigData {
         queue_max_size: 128,
         queue_size: 128,
@@ -226,7 +226,7 @@ fn restart(driver: &mut Driver, ring: &VringConfigData) -> Result<()> {
 fn a_silent_client_does_not_keep_others_waiting() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     let silent = blk.connect()?;
     let mut driver = blk.driver(Options::default())?;
     assert_eq!(driver.config(60)?.len(), 60);

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use anyhow::{Context, Result};
 use atoll_kit::driver::Options;
 use atoll_kit::driver::disk::Kind;
-use process::{Blk, DATA, image, run};
+use process::{DATA, Process, image, run};
 
 /// The value of a line in a thread's status.
 fn status(task: &std::path::Path, name: &str) -> Result<String> {
@@ -26,7 +26,7 @@ fn every_thread_is_jailed_and_no_stray_descriptor_is_kept() -> Result<()> {
     let mut command = process::command();
     command.arg("--socket").arg(&socket).arg("--path").arg(&path).args(["--num-queues", "3"]);
     process::keep_open(&mut command, stray.as_raw_fd());
-    let mut blk = Blk { child: command.spawn()?, socket: Some(socket) };
+    let mut blk = Process { child: command.spawn()?, socket: Some(socket) };
     let mut driver = blk.driver(Options::default())?;
     assert_eq!(run(&mut driver, Kind::In, 0, &[(DATA, 512)])?.0, 0);
     let process = std::path::PathBuf::from(format!("/proc/{}", blk.child.id()));

@@ -14,7 +14,7 @@ use atoll_kit::driver::{Driver, Options};
 use atoll_protocol::stats::{self, QueueStats};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-use process::{Blk, DATA, command, image, run, with_fds};
+use process::{DATA, Process, command, image, inherit, run, with_fds};
 
 /// Keeps `depth` reads of 4 KiB in flight for `time` and gives the bytes that were read. Each queue completes in the order
 /// of arrival.
@@ -56,7 +56,7 @@ fn the_rate_is_the_limit_and_the_burst_comes_on_top() -> Result<()> {
     const SECOND: u64 = 10 << 20;
     let burst = 2_u64 << 20;
     let limit = format!("{},100,{burst}", SECOND / 10);
-    let (_blk, stream) = Blk::inherit(&["--null", "1G", "--num-queues", "2", "--rate-bytes", &limit])?;
+    let (_blk, stream) = inherit(&["--null", "1G", "--num-queues", "2", "--rate-bytes", &limit])?;
     let mut driver = Driver::connected(Options { queues: 2, ..Options::default() }, stream)?;
     let start = Instant::now();
     let read = read_for(&mut driver, 2, 32, Duration::from_millis(1500))?;
@@ -71,7 +71,7 @@ fn the_rate_is_the_limit_and_the_burst_comes_on_top() -> Result<()> {
 #[test]
 fn a_limited_ring_stops_without_waiting_for_tokens() -> Result<()> {
     let limited = ["--null", "1G", "--rate-ops", "3,600000"];
-    let (mut blk, stream) = Blk::inherit(&limited)?;
+    let (mut blk, stream) = inherit(&limited)?;
     let mut driver = Driver::connected(Options::default(), stream)?;
     let mut heads = Vec::new();
     let (queue, guest) = driver.queue(0)?;
@@ -92,7 +92,7 @@ fn a_limited_ring_stops_without_waiting_for_tokens() -> Result<()> {
     std::thread::sleep(Duration::from_millis(50));
     blk.child.kill()?;
     blk.child.wait()?;
-    let (_blk, stream) = Blk::inherit(&["--null", "1G"])?;
+    let (_blk, stream) = inherit(&["--null", "1G"])?;
     driver.connect(stream)?;
     let (queue, guest) = driver.queue(0)?;
     for head in heads.iter().skip(3) {
@@ -135,7 +135,7 @@ fn figures_tell_what_was_done_and_survive_a_crash() -> Result<()> {
             let fds = [("--vhost-fd", theirs.into()), ("--stats-fd", page.try_clone()?)];
             let mut command = command();
             let child = with_fds(command.arg("--path").arg(&path), &fds).spawn()?;
-            let mut blk = Blk { child, socket: None };
+            let mut blk = Process { child, socket: None };
             let mut driver = Driver::connected(Options::default(), ours)?;
             run(&mut driver, Kind::Out, 0, &[(DATA, 8192)])?;
             run(&mut driver, Kind::In, 0, &[(DATA, 4096)])?;

@@ -91,7 +91,7 @@ fn a_socket_that_nobody_listens_on_is_replaced_and_one_in_use_is_not() -> Result
     let socket = folder.path().join("blk.sock");
     // A predecessor that was killed leaves its file.
     drop(std::os::unix::net::UnixListener::bind(&socket)?);
-    let mut blk = process::Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = process::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     blk.connect()?;
     let (status, text) = fails(&["--socket", socket.to_str().unwrap(), "--null", "1M"]);
     assert_eq!(status.code(), Some(1));

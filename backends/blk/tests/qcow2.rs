@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use atoll_kit::driver::disk::Kind;
 use atoll_kit::driver::{Driver, Options};
 use process::qemu_img::{check, contents, qemu_img};
-use process::{Blk, DATA, command, pattern, run};
+use process::{DATA, command, listen_with, pattern, run};
 
 const DISK: u64 = 16 << 20;
 const SECTORS: u64 = DISK / 512;
@@ -216,7 +216,7 @@ fn serve(recipe: &Recipe, folder: &Path, args: &[&str], steps: u64) -> Result<()
     let options = || Options { memory: 32 << 20, ..Options::default() };
     // Twice, so that a second process goes on with what the first one made.
     for seed in [1, 2] {
-        let mut blk = Blk::listen_with(folder, &all, &descriptors(folder, recipe)?)?;
+        let mut blk = listen_with(folder, &all, &descriptors(folder, recipe)?)?;
         let mut driver = blk.driver(options())?;
         ensure!(driver.config(8)? == SECTORS.to_le_bytes(), "the size of the disk");
         model = storm(&mut driver, model, steps, 0x9e37_79b9 * seed)?;

@@ -13,7 +13,7 @@ use atoll_kit::driver::disk::Kind;
 use atoll_kit::driver::{Driver, Options};
 use process::guesses::{BLOCK, Guesses};
 use process::qemu_img::{check, contents, qemu_img};
-use process::{Blk, DATA, run};
+use process::{DATA, Process, listen, listen_with, run};
 
 const BLOCKS: u64 = 2048;
 
@@ -36,10 +36,10 @@ fn killed_many_times(folder: &Path, campaign: &Campaign<'_>) -> Result<()> {
     let path = folder.join("disk");
     let mut all = vec!["--path", path.to_str().context("a path")?, "--image-type", "qcow2"];
     all.extend_from_slice(campaign.args);
-    let start = || -> Result<Blk> {
+    let start = || -> Result<Process> {
         let base = || -> Result<(&str, OwnedFd)> { Ok(("--backing-raw", File::open(folder.join("base"))?.into())) };
         let fds = campaign.base.then(base).transpose()?;
-        Blk::listen_with(folder, &all, fds.as_slice())
+        listen_with(folder, &all, fds.as_slice())
     };
     let mut blk = start()?;
     let mut driver = Driver::new(Options { memory: 16 << 20, ..Options::default() })?;
@@ -127,7 +127,7 @@ fn a_full_disk_fails_requests_and_nothing_else() -> Result<()> {
         let folder = folder.path();
         qemu_img(folder, &["create", "-f", "qcow2", "disk", "64M"])?;
         let path = folder.join("disk");
-        let mut blk = Blk::listen(folder, &["--path", path.to_str().context("a path")?, "--image-type", "qcow2"])?;
+        let mut blk = listen(folder, &["--path", path.to_str().context("a path")?, "--image-type", "qcow2"])?;
         let mut driver = blk.driver(Options { memory: 32 << 20, ..Options::default() })?;
         let write = |driver: &mut Driver, cluster: u64, byte: u8| -> Result<u8> {
             driver.guest().write(DATA, &vec![byte; 64 << 10]);

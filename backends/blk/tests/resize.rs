@@ -14,7 +14,7 @@ use atoll_protocol::{FrameSocket, Generation};
 use rustix::process::{Pid, Signal, kill_process};
 use vhost::vhost_user::VhostUserFrontend;
 
-use process::{Blk, DATA, command, image, run, with_fds};
+use process::{DATA, Process, command, image, listen, run, with_fds};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -29,7 +29,7 @@ fn the_front_end_is_told_of_a_new_size() -> Result<()> {
     for folder in [tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?, tempfile::tempdir_in("/dev/shm")?] {
         let path = image(folder.path(), 1 << 20)?;
         let file = std::fs::File::options().write(true).open(&path)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().context("a path")?])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().context("a path")?])?;
         let mut driver = blk.driver(Options::default())?;
         let (mut ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(PATIENCE))?;
@@ -66,7 +66,7 @@ fn the_supervisor_is_told_what_was_measured() -> Result<()> {
     let (front, back) = UnixStream::pair()?;
     let fds = [("--vhost-fd", back.into()), ("--sidecar-fd", theirs.into())];
     let child = with_fds(command().arg("--path").arg(&path), &fds).spawn()?;
-    let _blk = Blk { child, socket: None };
+    let _blk = Process { child, socket: None };
     let mut sidecar = FrameSocket::new(ours.into());
     let hello: SidecarReport = sidecar.reader.receive_message(Some(PATIENCE))?;
     let SidecarReport::Hello { class: DeviceClass::Block, features, .. } = hello else { panic!("{hello:?}") };

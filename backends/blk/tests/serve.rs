@@ -11,7 +11,7 @@ use atoll_kit::driver::{Driver, Guest, LOG_ALL, Options, USER_OFFSET};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo};
 
-use process::{Blk, DATA, image, pattern, run};
+use process::{DATA, image, listen, pattern, run};
 
 /// A tmpfs, where there is one, and a disk.
 fn folders() -> Vec<tempfile::TempDir> {
@@ -24,7 +24,7 @@ fn folders() -> Vec<tempfile::TempDir> {
 fn what_is_written_is_read_back_and_lies_in_the_image() -> Result<()> {
     for folder in folders() {
         let path = image(folder.path(), 8 << 20)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap(), "--serial", "atoll-42"])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap(), "--serial", "atoll-42"])?;
         let mut driver = blk.driver(Options::default())?;
         let config = driver.config(60)?;
         assert_eq!(config.get(..8).unwrap(), (8_u64 << 11).to_le_bytes());
@@ -57,7 +57,7 @@ fn discard_and_write_zeroes_clear_exactly_their_ranges() -> Result<()> {
         let path = image(folder.path(), 8 << 20)?;
         std::fs::write(&path, pattern(2, 8 << 20))?;
         let mut expected = std::fs::read(&path)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
         let mut driver = blk.driver(Options::default())?;
         // (kind, flags, first sector, sectors)
         let requests: &[(Kind, u32, u64, u32)] = &[
@@ -99,7 +99,7 @@ fn what_does_not_fit_the_disk_is_an_error_and_changes_nothing() -> Result<()> {
         let path = image(folder.path(), 1 << 20)?;
         let before = pattern(3, 1 << 20);
         std::fs::write(&path, &before)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
         let mut driver = blk.driver(Options::default())?;
         let last = (1 << 20) / 512;
         type Case = (&'static str, Kind, u64, &'static [(u64, u32)], u8);
@@ -134,7 +134,7 @@ fn what_does_not_fit_the_disk_is_an_error_and_changes_nothing() -> Result<()> {
 fn a_read_only_disk_says_so_and_refuses_writes() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap(), "--read-only"])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap(), "--read-only"])?;
     let mut driver = blk.driver(Options::default())?;
     assert_ne!(driver.features() & (1 << 5), 0, "VIRTIO_BLK_F_RO");
     assert_eq!(run(&mut driver, Kind::Out, 0, &[(DATA, 512)])?.0, 1);
@@ -146,7 +146,7 @@ fn a_read_only_disk_says_so_and_refuses_writes() -> Result<()> {
 fn direct_io_bounces_what_the_guest_did_not_align() -> Result<()> {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
     let path = image(folder.path(), 8 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap(), "--direct"])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap(), "--direct"])?;
     let mut driver = blk.driver(Options::default())?;
     let data = pattern(4, 200 << 10);
     // One byte off any alignment, and longer than one bounce buffer.
@@ -165,7 +165,7 @@ fn direct_io_bounces_what_the_guest_did_not_align() -> Result<()> {
 fn queues_work_side_by_side_and_front_ends_one_after_another() -> Result<()> {
     for folder in folders() {
         let path = image(folder.path(), 8 << 20)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap(), "--num-queues", "4"])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap(), "--num-queues", "4"])?;
         for round in 0..3_u64 {
             let mut driver = blk.driver(Options { queues: 4, ..Options::default() })?;
             assert_eq!(driver.config(60)?.get(34..36).unwrap(), [4, 0]);
@@ -206,7 +206,7 @@ fn the_dirty_log_names_what_the_device_wrote_and_nothing_else() -> Result<()> {
     const PAGE: u64 = 4096;
     for folder in folders() {
         let path = image(folder.path(), 8 << 20)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
         let mut driver = blk.driver(Options::default())?;
         let log = Guest::new(4096)?;
         let region = VhostUserDirtyLogRegion { mmap_size: 4096, mmap_offset: 0, mmap_handle: log.file().as_raw_fd() };
@@ -243,7 +243,7 @@ fn dirty(log: &Guest) -> Vec<u64> {
 fn memory_comes_and_goes_in_slots() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     let mut driver = blk.driver(Options::default())?;
     let more = Guest::new(1 << 20)?;
     let high = 1 << 32;
@@ -273,7 +273,7 @@ fn a_guest_that_cannot_flush_or_event_idx_is_served_as_well() -> Result<()> {
     const WCE: u64 = 1 << 11;
     for folder in folders() {
         let path = image(folder.path(), 1 << 20)?;
-        let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+        let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
         let without = LOG_ALL | EVENT_IDX | FLUSH | WCE;
         let mut driver = blk.driver(Options { without, inflight: false, ..Options::default() })?;
         for n in 0..200 {
@@ -288,7 +288,7 @@ fn a_guest_that_cannot_flush_or_event_idx_is_served_as_well() -> Result<()> {
 fn a_disabled_ring_keeps_its_requests_and_a_reset_device_starts_anew() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     let mut driver = blk.driver(Options::default())?;
     driver.front()?.set_vring_enable(0, false)?;
     let (queue, guest) = driver.queue(0)?;
@@ -313,7 +313,7 @@ fn a_disabled_ring_keeps_its_requests_and_a_reset_device_starts_anew() -> Result
 fn features_set_again_disable_no_ring_and_every_prefix_of_the_configuration_is_served() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let mut blk = Blk::listen(folder.path(), &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder.path(), &["--path", path.to_str().unwrap()])?;
     let mut driver = blk.driver(Options::default())?;
     let features = driver.features();
     for again in [features, features | LOG_ALL, features] {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use atoll_kit::driver::net::NetOptions;
-use process::{ALL, Net, fails, frame, mac};
+use process::{ALL, fails, frame, listen, mac};
 
 /// The frames in a capture.
 fn frames(path: &Path) -> Result<Vec<Vec<u8>>> {
@@ -28,7 +28,7 @@ fn captures_hold_what_passed_their_port() -> Result<()> {
     let (all, one) = (folder.path().join("all.pcap"), folder.path().join("one.pcap"));
     let port = format!("1={}", one.display());
     let mut net =
-        Net::listen(folder.path(), &["--switch", "--ports", "3", "--pcap", all.to_str().unwrap(), "--pcap", &port])?;
+        listen(folder.path(), &["--switch", "--ports", "3", "--pcap", all.to_str().unwrap(), "--pcap", &port])?;
     let mut a = net.guest(NetOptions::default())?;
     let mut b = net.guest(NetOptions::default())?;
     let mut c = net.guest(NetOptions::default())?;
@@ -57,7 +57,7 @@ fn status(task: &Path, name: &str) -> Result<String> {
 #[test]
 fn every_thread_of_a_switch_is_jailed() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "4", "--queue-pairs", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "4", "--queue-pairs", "2"])?;
     let mut a = net.guest(NetOptions { pairs_max: 2, ..NetOptions::default() })?;
     a.send(&frame(ALL, mac(1), 1, 60))?;
     let mut threads = 0;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use atoll_kit::driver::LOG_ALL;
 use atoll_kit::driver::net::{NetGuest, NetOptions};
-use process::{ALL, Net, frame, mac};
+use process::{ALL, frame, listen, mac};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -20,7 +20,7 @@ use virtio_bindings::bindings::virtio_net::{
 fn features_and_configuration_space_say_what_is_served() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let args = ["--none", "--mac", "52:54:00:12:34:56", "--mtu", "9000", "--queue-pairs", "4"];
-    let mut net = Net::listen(folder.path(), &args)?;
+    let mut net = listen(folder.path(), &args)?;
     let mut guest = net.guest(NetOptions { pairs: 4, pairs_max: 4, ..NetOptions::default() })?;
     for bit in [VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU] {
         assert_ne!(guest.driver.features() & 1 << bit, 0, "bit {bit}");
@@ -33,7 +33,7 @@ fn features_and_configuration_space_say_what_is_served() -> Result<()> {
     drop(guest);
     drop(net);
     let plain = tempfile::tempdir()?;
-    let mut net = Net::listen(plain.path(), &["--none", "--no-offload"])?;
+    let mut net = listen(plain.path(), &["--none", "--no-offload"])?;
     let guest = net.guest(NetOptions::default())?;
     for bit in [VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU] {
         assert_eq!(guest.driver.features() & 1 << bit, 0, "bit {bit}");
@@ -45,7 +45,7 @@ fn features_and_configuration_space_say_what_is_served() -> Result<()> {
 #[test]
 fn commands_decide_which_frames_come() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2"])?;
     let mut a = net.guest(NetOptions::default())?;
     let mut b = net.guest(NetOptions::default())?;
     let control = b.control();
@@ -85,7 +85,7 @@ fn commands_decide_which_frames_come() -> Result<()> {
 #[test]
 fn a_driver_without_multi_queue_finds_its_control_queue() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2", "--queue-pairs", "4"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2", "--queue-pairs", "4"])?;
     let options = NetOptions { pairs_max: 4, without: LOG_ALL | 1 << VIRTIO_NET_F_MQ, ..NetOptions::default() };
     let mut guest = net.guest(options)?;
     assert_eq!(guest.command(2, &[0, 1, 1])?, 0);
@@ -97,7 +97,7 @@ fn a_driver_without_multi_queue_finds_its_control_queue() -> Result<()> {
 #[test]
 fn a_driver_with_short_headers_and_single_buffers_is_served() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2"])?;
     let mut a = net.guest(NetOptions::default())?;
     let without = LOG_ALL | 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_MRG_RXBUF;
     let mut old = net.guest(NetOptions { without, ..NetOptions::default() })?;
@@ -124,7 +124,7 @@ fn a_driver_with_short_headers_and_single_buffers_is_served() -> Result<()> {
 #[test]
 fn limits_hold_for_what_a_guest_sends() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--none", "--rate-ops", "50,100"])?;
+    let mut net = listen(folder.path(), &["--none", "--rate-ops", "50,100"])?;
     let mut guest = net.guest(NetOptions::default())?;
     let begun = std::time::Instant::now();
     for round in 0..4 {

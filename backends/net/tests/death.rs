@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use atoll_kit::driver::net::{NetGuest, NetOptions, Received};
 use atoll_protocol::sidecar::{DeviceClass, SidecarReport};
-use process::{ALL, Net, PLAIN, frame, mac};
+use process::{ALL, PLAIN, frame, listen, listen_with, mac};
 
 const SIZE: u16 = 64;
 
@@ -39,7 +39,7 @@ fn no_descriptor_is_lost_over_many_deaths() -> Result<()> {
     let mut number = 0;
     let mut arrived = 0;
     for round in 0..40_u64 {
-        let mut net = Net::listen(folder.path(), &args)?;
+        let mut net = listen(folder.path(), &args)?;
         for guest in &mut guests {
             guest.driver.connect(net.connect()?)?;
             guest.fill(0)?;
@@ -69,7 +69,7 @@ fn no_descriptor_is_lost_over_many_deaths() -> Result<()> {
         drop(net);
     }
     ensure!(arrived > 200, "hardly anything came: this test shows nothing");
-    let mut net = Net::listen(folder.path(), &args)?;
+    let mut net = listen(folder.path(), &args)?;
     for guest in &mut guests {
         guest.driver.connect(net.connect()?)?;
         // What was sent when the last one died is taken, and every buffer is still there once.
@@ -99,7 +99,7 @@ fn no_descriptor_is_lost_over_many_deaths() -> Result<()> {
 #[test]
 fn a_ring_that_is_stopped_gives_its_buffers_back() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2"])?;
     let options = NetOptions { size: 8, buffer_bytes: 200, ..NetOptions::default() };
     let mut a = net.guest(NetOptions::default())?;
     let mut b = net.guest(options)?;
@@ -119,7 +119,7 @@ fn a_ring_that_is_stopped_gives_its_buffers_back() -> Result<()> {
 fn a_card_introduces_itself_to_its_supervisor() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-    let net = Net::listen_with(folder.path(), &["--none"], &[("--sidecar-fd", theirs.into())])?;
+    let net = listen_with(folder.path(), &["--none"], &[("--sidecar-fd", theirs.into())])?;
     let mut sidecar = atoll_protocol::FrameSocket::new(ours.into());
     let hello: SidecarReport = sidecar.reader.receive_message(Some(Duration::from_secs(20)))?;
     assert!(matches!(hello, SidecarReport::Hello { class: DeviceClass::Net, pid, .. } if pid.0 == net.child.id()));

@@ -7,14 +7,14 @@ use std::time::Duration;
 use anyhow::Result;
 use atoll_kit::driver::net::NetOptions;
 use atoll_kit::driver::queue::{INDIRECT, NEXT, WRITE};
-use process::{ALL, Net, PLAIN, frame, mac};
+use process::{ALL, PLAIN, frame, listen, mac};
 
 const SOON: Duration = Duration::from_secs(20);
 
 #[test]
 fn frames_that_make_no_sense_are_given_back_and_reach_nobody() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2"])?;
     let mut bad = net.guest(NetOptions::default())?;
     let mut good = net.guest(NetOptions::default())?;
     let (queue, guest) = bad.queue(1)?;
@@ -59,7 +59,7 @@ fn frames_that_make_no_sense_are_given_back_and_reach_nobody() -> Result<()> {
 #[test]
 fn receive_buffers_that_make_no_sense_come_back_empty() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2"])?;
     let mut good = net.guest(NetOptions::default())?;
     let mut bad = atoll_kit::driver::net::NetGuest::new(NetOptions::default())?;
     bad.driver.connect(net.connect()?)?;
@@ -111,7 +111,7 @@ fn receive_buffers_that_make_no_sense_come_back_empty() -> Result<()> {
 #[test]
 fn a_broken_ring_breaks_nothing_else() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "3"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "3"])?;
     let mut bad = net.guest(NetOptions::default())?;
     let mut a = net.guest(NetOptions::default())?;
     let mut b = net.guest(NetOptions::default())?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use atoll_kit::driver::net::NetOptions;
-use process::{ALL, Net, PLAIN, frame, mac, until};
+use process::{ALL, PLAIN, frame, listen, listen_with, mac, until};
 
 fn read_frame(stream: &mut UnixStream) -> Result<Vec<u8>> {
     let mut prefix = [0; 4];
@@ -35,7 +35,7 @@ fn a_stream_is_connected_anew_whenever_it_breaks() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("stream");
     let listener = UnixListener::bind(&path)?;
-    let mut net = Net::listen(folder.path(), &["--stream", path.to_str().unwrap()])?;
+    let mut net = listen(folder.path(), &["--stream", path.to_str().unwrap()])?;
     let mut guest = net.guest(NetOptions::default())?;
     let mut peer = accept(&listener)?;
     for round in 0..3 {
@@ -71,7 +71,7 @@ fn a_slow_peer_holds_the_guest_back_and_loses_nothing() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (mut peer, theirs) = UnixStream::pair()?;
     peer.set_read_timeout(Some(Duration::from_secs(20)))?;
-    let mut net = Net::listen_with(folder.path(), &[], &[("--stream-fd", theirs.into())])?;
+    let mut net = listen_with(folder.path(), &[], &[("--stream-fd", theirs.into())])?;
     let mut guest = net.guest(NetOptions::default())?;
     let count = 600;
     let mut sent = 0;
@@ -112,7 +112,7 @@ fn a_slow_peer_holds_the_guest_back_and_loses_nothing() -> Result<()> {
 fn frames_wait_for_buffers() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (mut peer, theirs) = UnixStream::pair()?;
-    let mut net = Net::listen_with(folder.path(), &[], &[("--stream-fd", theirs.into())])?;
+    let mut net = listen_with(folder.path(), &[], &[("--stream-fd", theirs.into())])?;
     let mut guest = net.guest(NetOptions { size: 16, ..NetOptions::default() })?;
     let lens = |number: u32| if number.is_multiple_of(10) { 9000 } else { 200 };
     let mut burst = Vec::new();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use atoll_kit::driver::LOG_ALL;
 use atoll_kit::driver::net::{NetGuest, NetOptions};
-use process::{ALL, Net, PLAIN, frame, mac};
+use process::{ALL, PLAIN, frame, listen, mac};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MRG_RXBUF};
 
 fn quiet(guest: &mut NetGuest) -> Result<()> {
@@ -21,7 +21,7 @@ fn quiet(guest: &mut NetGuest) -> Result<()> {
 #[test]
 fn frames_go_where_addresses_were_seen() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "3"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "3"])?;
     let mut a = net.guest(NetOptions::default())?;
     let mut b = net.guest(NetOptions::default())?;
     let mut c = net.guest(NetOptions::default())?;
@@ -61,7 +61,7 @@ fn frames_go_where_addresses_were_seen() -> Result<()> {
 #[test]
 fn a_guest_that_takes_nothing_holds_up_nobody() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "3"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "3"])?;
     let mut a = net.guest(NetOptions::default())?;
     let mut b = net.guest(NetOptions::default())?;
     let mut stuck = NetGuest::new(NetOptions::default())?;
@@ -82,7 +82,7 @@ fn a_guest_that_takes_nothing_holds_up_nobody() -> Result<()> {
 #[test]
 fn each_receiver_gets_what_it_has_agreed_to() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "4"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "4"])?;
     let no_offload = LOG_ALL | 1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_CSUM;
     let mut a = net.guest(NetOptions::default())?;
     let mut whole = net.guest(NetOptions::default())?;
@@ -124,7 +124,7 @@ fn tcp_frame(payload: &[u8], segment: u16) -> (Vec<u8>, [u8; 12]) {
 #[test]
 fn many_frames_both_ways_arrive_whole_and_in_order() -> Result<()> {
     let folder = tempfile::tempdir()?;
-    let mut net = Net::listen(folder.path(), &["--switch", "--ports", "2", "--queue-pairs", "2"])?;
+    let mut net = listen(folder.path(), &["--switch", "--ports", "2", "--queue-pairs", "2"])?;
     let options = NetOptions { pairs: 2, pairs_max: 2, size: 64, ..NetOptions::default() };
     let mut a = net.guest(options.clone())?;
     let mut b = net.guest(options)?;

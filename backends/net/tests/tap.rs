@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use anyhow::{Context, Result, bail};
 use atoll_kit::driver::net::{NetGuest, NetOptions};
 use atoll_net::link::tap_device::{self, HostEnd};
-use process::{ALL, Net, PLAIN, fails, mac};
+use process::{ALL, PLAIN, fails, listen, listen_with, mac};
 
 /// Whether a TAP can be made here; where it cannot, only a run that allows it may go on without.
 fn permitted(test: &str) -> Result<bool> {
@@ -60,7 +60,7 @@ fn datagrams_of_the_host_reach_the_guest_and_back() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let name = name("d");
     let args = ["--tap", &name, "--host-ip", "198.18.77.1", "--host-mask", "255.255.255.0", "--mtu", "9000"];
-    let mut net = Net::listen(folder.path(), &args)?;
+    let mut net = listen(folder.path(), &args)?;
     let mut guest = net.guest(NetOptions::default())?;
     let socket = UdpSocket::bind("198.18.77.1:0")?;
     let port = socket.local_addr()?.port();
@@ -111,7 +111,7 @@ fn passed_queues_are_used_as_the_guest_asks() -> Result<()> {
         HostEnd { ip: Some([198, 18, 78, 1].into()), mask: Some([255, 255, 255, 0].into()), ..HostEnd::default() };
     let queues = tap_device::open(&name, 2, &host)?;
     let fds: Vec<(&str, OwnedFd)> = queues.into_iter().map(|queue| ("--fd", queue.into())).collect();
-    let mut net = Net::listen_with(folder.path(), &["--queue-pairs", "2"], &fds)?;
+    let mut net = listen_with(folder.path(), &["--queue-pairs", "2"], &fds)?;
     drop(fds);
     let mut guest = net.guest(NetOptions { pairs: 2, pairs_max: 2, ..NetOptions::default() })?;
     let socket = UdpSocket::bind("198.18.78.1:0")?;
@@ -157,7 +157,7 @@ fn an_interface_that_is_taken_away_costs_frames_and_nothing_else() -> Result<()>
     let folder = tempfile::tempdir()?;
     let name = name("g");
     let args = ["--tap", &name, "--host-ip", "198.18.79.1", "--host-mask", "255.255.255.0"];
-    let mut net = Net::listen(folder.path(), &args)?;
+    let mut net = listen(folder.path(), &args)?;
     let mut guest = net.guest(NetOptions::default())?;
     let frame = [&ALL[..], &mac(1), &[8, 0], &[0; 46]].concat();
     guest.send(&frame)?;
@@ -175,7 +175,7 @@ fn an_interface_that_is_taken_away_costs_frames_and_nothing_else() -> Result<()>
     anyhow::ensure!(net.child.try_wait()?.is_none(), "it has ended");
     drop(guest);
     drop(net);
-    let mut net = Net::listen(folder.path(), &args)?;
+    let mut net = listen(folder.path(), &args)?;
     net.guest(NetOptions::default())?.send(&frame)?;
     Ok(())
 }
@@ -200,7 +200,7 @@ fn a_burst_comes_whole_through_few_buffers_and_a_limit() -> Result<()> {
         let name = name(at);
         let (host, all) = (format!("198.18.{at}.1"), format!("198.18.{at}.255:4000"));
         let args = [&["--tap", &name, "--host-ip", &host, "--host-mask", "255.255.255.0"], limit].concat();
-        let mut net = Net::listen(folder.path(), &args)?;
+        let mut net = listen(folder.path(), &args)?;
         let mut guest = net.guest(NetOptions { size: 32, ..NetOptions::default() })?;
         let socket = UdpSocket::bind((host.as_str(), 0))?;
         socket.set_broadcast(true)?;
@@ -238,7 +238,7 @@ fn mistakes_with_interfaces_are_named() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let name = name("m");
     let _net = {
-        let mut net = Net::listen(folder.path(), &["--tap", &name])?;
+        let mut net = listen(folder.path(), &["--tap", &name])?;
         net.connect()?;
         net
     };

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
-use atoll_integration::chaos::campaign::{Campaign, Class, Image, Plan};
+use atoll_integration::chaos::campaign::Campaign;
 use atoll_integration::chaos::page::Page;
 use atoll_integration::chaos::sabotage::{Caught, commit};
+use atoll_integration::chaos::scene::{Class, Image, Plan};
 use atoll_integration::chaos::upgrades::Builds;
 use atoll_integration::chaos::{power, strata, tap};
 use atoll_kit::bad_build::Bad;
@@ -61,7 +62,7 @@ struct Cli {
 
 /// Each fault in turn; whether all were found.
 #[allow(clippy::print_stdout, reason = "a table for people and a line for programs")]
-fn sabotage(name: &str, kills: u64, seed: u64) -> Result<bool> {
+fn sabotage(name: &str, image: Image, kills: u64, seed: u64) -> Result<bool> {
     let wanted: Vec<Sabotage> =
         Sabotage::ALL.into_iter().filter(|sabotage| name == "all" || name == sabotage.name()).collect();
     if wanted.is_empty() {
@@ -72,13 +73,16 @@ fn sabotage(name: &str, kills: u64, seed: u64) -> Result<bool> {
     println!("| sabotage | device | caught | kills | strikes | found |\n|---|---|---|---|---|---|");
     for fault in wanted {
         let Caught { sabotage, device, caught, kills, strikes, found } =
-            &commit(fault, &place::steps(), kills, seed).with_context(|| fault.name())?;
+            &commit(fault, &place::steps(), image, kills, seed).with_context(|| fault.name())?;
         let found = found.first().map(String::as_str).unwrap_or_default();
         println!("| {sabotage} | {device} | {caught} | {kills} | {strikes} | {found} |");
         all.push(serde_json::json!({"sabotage": sabotage, "caught": caught, "kills": kills, "strikes": strikes}));
     }
     let ok = all.iter().all(|one| one["caught"] == true);
-    println!("{}", serde_json::json!({ "chaos": "sabotage", "ok": ok, "seed": seed, "faults": all }));
+    println!(
+        "{}",
+        serde_json::json!({ "chaos": "sabotage", "ok": ok, "image": image.name(), "seed": seed, "faults": all })
+    );
     Ok(ok)
 }
 
@@ -100,10 +104,10 @@ fn main() -> Result<ExitCode> {
         bad_builds,
     } = Cli::parse();
     if let Some(name) = fault {
-        return Ok(if sabotage(&name, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        return Ok(if sabotage(&name, image, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     if power_loss {
-        let losses = power::campaign(&power::page(&place::steps())?, kills, seed)?;
+        let losses = power::campaign(&power::page(&place::steps(), image)?, image, kills, seed)?;
         println!("{}", serde_json::to_string(&losses)?);
         return Ok(if losses.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }

@@ -4,32 +4,23 @@
 //! round aims at what follows from the seed. With a test build ([`Page`]) a process dies by itself at a step, at its first,
 //! second or later occurrence; without one all kills come from outside, some of them while a successor starts.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use atoll_kit::step::{Sabotage, Step};
 use atoll_verify::dice::{Dice, mix};
-use atoll_vmm::config::{
-    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, ImageType, NetConfig, OnFailure, RngConfig,
-};
 use atoll_vmm::vhost::DeviceState;
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use xtask::processes;
 
 use super::census::Census;
-use super::console::ConsoleLoad;
-use super::disk::DiskLoad;
-use super::entropy::EntropyLoad;
-use super::load::{Findings, Load};
-use super::net::NetLoad;
 use super::outcome::{Frame, Outcome, Tally};
 use super::page::Page;
-use super::rig::{House, Rig, await_answer};
+use super::rig::await_answer;
+use super::scene::{Image, Plan, Scene};
 use super::scheduling;
-use super::tap::Tap;
 use super::victim::{copy_of_descriptor, ended, stop};
 
 /// Fewer kills than this cannot be expected to hit every step with work in flight.
@@ -44,200 +35,10 @@ const RECOVER_MAX: Duration = Duration::from_secs(30);
 const MESSAGE: Duration = Duration::from_millis(15);
 /// Requests before the first kill that counts, and after it.
 const WARM_UP: u64 = 4000;
+/// How much longer the I/O of the dead goes on where a successor is expected not to wait for it.
+const LINGER_MORE: Duration = Duration::from_millis(150);
 /// How long requests are handed over without a wait before an aimed kill.
 const CROWD: Duration = Duration::from_millis(2);
-
-/// A class of devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Class {
-    /// `atoll-blk`.
-    Blk,
-    /// `atoll-net`.
-    Net,
-    /// `atoll-rng`.
-    Rng,
-    /// `atoll-console`.
-    Console,
-}
-
-/// What a disk's image is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Image {
-    /// Sectors as they are.
-    #[default]
-    Raw,
-    /// qcow2.
-    Qcow2,
-}
-
-/// What to do.
-#[derive(Debug, Clone)]
-pub struct Plan {
-    /// The class.
-    pub class: Class,
-    /// SIGKILLs.
-    pub kills: u64,
-    /// Everything follows from it that does not follow from the machine's mood.
-    pub seed: u64,
-    /// A disk's image.
-    pub image: Image,
-    /// Past the page cache.
-    pub direct: bool,
-    /// Where images are; memory by default.
-    pub folder: Option<PathBuf>,
-    /// A fault to commit, at every which opportunity. The campaign then ends with the first thing that it finds.
-    pub sabotage: Option<(Sabotage, u64)>,
-}
-
-impl Plan {
-    /// The class and, for a disk, its image.
-    pub fn name(&self) -> String {
-        match (self.class, self.image, self.direct) {
-            (Class::Blk, Image::Raw, false) => "blk raw".into(),
-            (Class::Blk, Image::Raw, true) => "blk raw direct".into(),
-            (Class::Blk, Image::Qcow2, false) => "blk qcow2".into(),
-            (Class::Blk, Image::Qcow2, true) => "blk qcow2 direct".into(),
-            (Class::Net, ..) => "net".into(),
-            (Class::Rng, ..) => "rng".into(),
-            (Class::Console, ..) => "console".into(),
-        }
-    }
-
-    pub(super) fn program(&self) -> &'static str {
-        match self.class {
-            Class::Blk => "atoll-blk",
-            Class::Net => "atoll-net",
-            Class::Rng => "atoll-rng",
-            Class::Console => "atoll-console",
-        }
-    }
-
-    /// Steps that this class has.
-    pub fn steps(&self) -> Vec<Step> {
-        let has = |step: &Step| match step {
-            Step::Status | Step::Flush | Step::ConfigWrite => self.class == Class::Blk,
-            // Its requests are done in order: the used index says all.
-            Step::Replay => self.class != Class::Net,
-            _ => true,
-        };
-        Step::ALL.into_iter().filter(has).collect()
-    }
-}
-
-/// A device under load, with all that it needs.
-pub struct Scene {
-    pub(super) rig: Rig,
-    pub(super) load: Box<dyn Load>,
-    house: House,
-    image: Option<PathBuf>,
-    _folder: tempfile::TempDir,
-    _tap: Option<Tap>,
-}
-
-/// Where images are that need no disk.
-pub fn memory() -> &'static Path {
-    let memory = Path::new("/dev/shm");
-    if memory.is_dir() { memory } else { Path::new("/tmp") }
-}
-
-impl Scene {
-    /// Starts the device of a plan with `programs`, and its load.
-    pub fn open(plan: &Plan, programs: &Path) -> Result<Self> {
-        let folder = tempfile::tempdir_in(plan.folder.as_deref().unwrap_or(memory()))?;
-        let house = House::new(programs)?;
-        let (mut image, mut tap) = (None, None);
-        let (rig, load): (Rig, Box<dyn Load>) = match plan.class {
-            Class::Blk => {
-                let path = image.insert(folder.path().join("image"));
-                make_image(plan.image, path)?;
-                let config = DiskConfig {
-                    num_queues: Some(2),
-                    queue_size: Some(DiskLoad::QUEUE_SIZE),
-                    direct: plan.direct,
-                    ..disk(plan.image, path)
-                };
-                let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
-                let load = DiskLoad::start(&mut rig, plan.seed, 2)?;
-                (rig, Box::new(load))
-            }
-            Class::Rng => {
-                let config = RngConfig {
-                    src: "/dev/urandom".into(),
-                    id: None,
-                    stall_timeout: None,
-                    on_failure: OnFailure::default(),
-                };
-                let mut rig = house.device(&DeviceConfig::Rng(config), EntropyLoad::MEMORY)?;
-                let load = EntropyLoad::start(&mut rig)?;
-                (rig, Box::new(load))
-            }
-            Class::Console => {
-                let output = folder.path().join("output");
-                let config =
-                    ConsoleConfig { mode: ConsoleMode::File, file: Some(output.clone()), ..ConsoleConfig::default() };
-                let mut rig = house.device(&DeviceConfig::Console(config), ConsoleLoad::MEMORY)?;
-                let load = ConsoleLoad::start(&mut rig, &output)?;
-                (rig, Box::new(load))
-            }
-            Class::Net => {
-                let tap = tap.insert(Tap::new()?);
-                let descriptors = Descriptors(vec![tap.descriptor()]);
-                let config = NetConfig { fds: Some(vec![0]), descriptors, ..NetConfig::default() };
-                let mut rig = house.device(&DeviceConfig::Net(config), NetLoad::MEMORY)?;
-                let load = NetLoad::start(&mut rig, plan.seed, tap)?;
-                (rig, Box::new(load))
-            }
-        };
-        Ok(Self { rig, load, house, image, _folder: folder, _tap: tap })
-    }
-
-    /// Awaits everything that is in flight, and ends the device.
-    pub(super) fn finish(self) -> Result<Findings> {
-        let Self { rig, load, house, image: _, _folder, _tap } = self;
-        let findings = load.finish()?;
-        drop(rig);
-        drop(house);
-        Ok(findings)
-    }
-
-    /// The backend's process, as soon as it serves.
-    fn running(&mut self) -> Result<OwnedFd> {
-        let deadline = Instant::now() + RECOVER_MAX;
-        while Instant::now() < deadline {
-            if let Some(pid) = self.rig.status().pid.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?))
-                && let Ok(process) = pidfd_open(pid, PidfdFlags::empty())
-                && !ended(&process, Duration::ZERO)
-            {
-                return Ok(process);
-            }
-            self.load.turn()?;
-        }
-        bail!("no backend within {RECOVER_MAX:?}: {:?}", self.rig.status())
-    }
-}
-
-/// A disk's configuration.
-fn disk(image: Image, path: &Path) -> DiskConfig {
-    let image_type = match image {
-        Image::Raw => ImageType::Raw,
-        Image::Qcow2 => ImageType::Qcow2,
-    };
-    DiskConfig { path: Some(path.to_owned()), image_type: Some(image_type), ..DiskConfig::default() }
-}
-
-fn make_image(image: Image, path: &Path) -> Result<()> {
-    match image {
-        Image::Raw => Ok(std::fs::File::create(path)?.set_len(DiskLoad::IMAGE)?),
-        Image::Qcow2 => {
-            // Small clusters: more of the kills fall between two tables.
-            let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"];
-            let made = Command::new("qemu-img").args(options).arg(path).arg(DiskLoad::IMAGE.to_string()).status();
-            let made = made.context("qemu-img does not start: install the package qemu-utils")?;
-            ensure!(made.success(), "qemu-img cannot make {}: {made}", path.display());
-            Ok(())
-        }
-    }
-}
 
 /// What a round does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -321,8 +122,10 @@ impl<'a> Campaign<'a> {
         let findings = load.finish()?;
         drop(rig);
         drop(house);
+        let mut images_checked = None;
         if let (Image::Qcow2, Some(image)) = (self.plan.image, &image) {
             super::power::check_image(image, &mut self.tally.words)?;
+            images_checked = Some(1);
         }
         let frame = Frame {
             device: self.plan.name(),
@@ -330,6 +133,7 @@ impl<'a> Campaign<'a> {
             restarts: status.generation.saturating_sub(1),
             census,
             took: began.elapsed(),
+            images_checked,
         };
         Ok(Outcome::new(frame, self.tally, findings))
     }
@@ -473,7 +277,12 @@ impl<'a> Campaign<'a> {
         let Some(copy) = copy else { return self.strike(&process, "random") };
         self.strike(&process, "linger")?;
         let used = self.scene.load.used()?;
-        let until = Instant::now() + Duration::from_micros(2000 + self.dice.below(12_000));
+        let mut lingers = Duration::from_micros(2000 + self.dice.below(12_000));
+        if self.plan.sabotage.is_some() {
+            // A successor on a busy machine is to have its time to do wrong.
+            lingers += LINGER_MORE;
+        }
+        let until = Instant::now() + lingers;
         while Instant::now() < until {
             self.scene.load.push()?;
             if self.scene.load.used()? != used {

@@ -5,37 +5,20 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result};
-use atoll_kit::driver::{Driver, Options};
+use anyhow::Result;
+use atoll_kit::driver::{Guest, Queue};
 
-use super::load::{Findings, Load};
-use super::requests::{Requests, place};
-use super::rig::Rig;
-use super::stall::StallWatch;
+use super::load::Findings;
+use super::one_queue::Trade;
+use super::requests::Completed;
 
-const SIZE: u16 = 64;
-const DEPTH: usize = 60;
-/// Receive and transmit queue of the port, and of control messages.
-const QUEUES: u16 = 4;
-const TRANSMIT: usize = 1;
-const BYTES: u64 = 256;
-
-/// The guest.
-pub struct ConsoleLoad {
-    driver: Driver,
-    requests: Requests<u64>,
-    findings: Findings,
-    next: u64,
+/// What a guest prints, and where it ends up.
+pub struct Printing {
     output: PathBuf,
     /// Kills and resets: as often the numbers may go back.
     breaks: u64,
-}
-
-fn options() -> Options {
-    Options { queues: QUEUES, size: SIZE, memory: ConsoleLoad::MEMORY as usize, ..Options::default() }
 }
 
 /// A line that says whether it is whole.
@@ -58,44 +41,33 @@ fn number(line: &str) -> Option<u64> {
     (u32::from_str_radix(check, 16).ok()? == crc(body.as_bytes())).then(|| u64::from_str_radix(number, 16).ok())?
 }
 
-impl ConsoleLoad {
-    /// Guest memory that such a load needs, in bytes.
-    pub const MEMORY: u64 = 16 << 20;
-
-    /// Starts the load; what the guest prints ends up in `output`.
-    pub fn start(rig: &mut Rig, output: &Path) -> Result<Self> {
-        let driver = rig.start(options())?;
-        let (requests, findings) = (Requests::new(TRANSMIT), Findings::default());
-        Ok(Self { driver, requests, findings, next: 0, output: output.to_owned(), breaks: 0 })
+impl Printing {
+    /// What the guest prints ends up in `output`.
+    pub fn into(output: PathBuf) -> Self {
+        Self { output, breaks: 0 }
     }
+}
 
-    fn print(&mut self) -> Result<bool> {
-        let (queue, guest) = self.driver.queue(TRANSMIT)?;
-        let Some(head) = queue.next_head() else { return Ok(false) };
-        let (at, text) = (place(QUEUES, head, BYTES)?, line(self.next));
+impl Trade for Printing {
+    /// Receive and transmit queue of the port, and of control messages.
+    const QUEUES: u16 = 4;
+    const QUEUE: usize = 1;
+    const SIZE: u16 = 64;
+    const BYTES: u64 = 256;
+
+    fn ask(&mut self, queue: &mut Queue, guest: &Guest, at: u64, number: u64) -> Option<u16> {
+        let text = line(number);
         guest.write(at, text.as_bytes());
-        queue.add(guest, &[(at, text.len() as u32)], &[]).context("a free descriptor")?;
-        self.requests.added(head, self.next, &mut self.findings);
-        self.next += 1;
-        Ok(true)
+        queue.add(guest, &[(at, text.len() as u32)], &[])
     }
 
-    fn drain(&mut self) -> Result<()> {
-        while !self.requests.is_empty() && !self.requests.is_stuck() {
-            if !self.take()? {
-                self.requests.wait(&mut self.driver, &mut self.findings)?;
-            }
-        }
-        Ok(())
+    fn look(&mut self, _guest: &Guest, _at: u64, _done: &Completed<u64>, _findings: &mut Findings) {}
+
+    fn broke(&mut self) {
+        self.breaks += 1;
     }
 
-    fn take(&mut self) -> Result<bool> {
-        let taken = self.requests.take(&mut self.driver, &mut self.findings)?.is_some();
-        self.findings.requests += u64::from(taken);
-        Ok(taken)
-    }
-
-    fn read_back(&mut self) -> Result<()> {
+    fn judge(&mut self, made: u64, findings: &mut Findings) -> Result<()> {
         let file = File::open(&self.output)?;
         let mut text = vec![0; usize::try_from(file.metadata()?.len())?];
         file.read_exact_at(&mut text, 0)?;
@@ -103,8 +75,8 @@ impl ConsoleLoad {
         let (mut last, mut back) = (None, 0);
         for line in text.lines() {
             let Some(number) = number(line) else {
-                self.findings.torn += 1;
-                self.findings.say(format!("a line that nobody printed: {line:?}"));
+                findings.torn += 1;
+                findings.say(format!("a line that nobody printed: {line:?}"));
                 continue;
             };
             if last.is_some_and(|last| number <= last) {
@@ -113,90 +85,20 @@ impl ConsoleLoad {
             last = Some(number);
         }
         if back > self.breaks {
-            self.findings.stale += back - self.breaks;
-            self.findings.say(format!("numbers went back {back} times over {} deaths", self.breaks));
+            findings.stale += back - self.breaks;
+            findings.say(format!("numbers went back {back} times over {} deaths", self.breaks));
         }
         let Some(last) = last else {
-            self.findings.corrupted += 1;
-            self.findings.say("nothing was printed");
+            findings.corrupted += 1;
+            findings.say("nothing was printed");
             return Ok(());
         };
         // What was printed and taken after the last death is there.
-        if last + 1 != self.next {
-            self.findings.corrupted += 1;
-            self.findings.say(format!("the last line is {last:#x}, printed were {:#x}", self.next));
+        if last + 1 != made {
+            findings.corrupted += 1;
+            findings.say(format!("the last line is {last:#x}, printed were {made:#x}"));
         }
         Ok(())
-    }
-}
-
-impl Load for ConsoleLoad {
-    fn push(&mut self) -> Result<()> {
-        for _ in 0..self.requests.room(DEPTH, usize::from(SIZE)) {
-            if !self.print()? {
-                break;
-            }
-        }
-        let (queue, guest) = self.driver.queue(TRANSMIT)?;
-        queue.publish(guest)
-    }
-    fn turn(&mut self) -> Result<()> {
-        self.push()?;
-        let mut any = false;
-        while self.take()? {
-            any = true;
-        }
-        if any { Ok(()) } else { self.requests.wait(&mut self.driver, &mut self.findings) }
-    }
-    fn poll(&mut self) -> Result<()> {
-        while self.take()? {}
-        Ok(())
-    }
-    fn pending(&mut self) -> Result<u32> {
-        self.requests.pending(&mut self.driver)
-    }
-    fn used(&mut self) -> Result<u64> {
-        let (queue, guest) = self.driver.queue(TRANSMIT)?;
-        Ok(queue.used_index(guest).into())
-    }
-    fn completed(&self) -> u64 {
-        self.requests.completed()
-    }
-    fn issued(&self) -> u64 {
-        self.requests.issued()
-    }
-    fn lengthen(&mut self, long: bool) {
-        self.requests.lengthen(long);
-    }
-    fn killed(&mut self, at: Instant) {
-        self.breaks += 1;
-        self.requests.killed(at);
-    }
-    fn stall(&self) -> &StallWatch {
-        self.requests.stall()
-    }
-    fn is_stuck(&self) -> bool {
-        self.requests.is_stuck()
-    }
-    fn begin_anew(&mut self, rig: &mut Rig) -> Result<()> {
-        self.breaks += 1;
-        self.requests.forget();
-        self.driver = rig.start(options())?;
-        Ok(())
-    }
-    fn is_broken(&mut self) -> Result<bool> {
-        self.drain()?;
-        self.read_back()?;
-        Ok(self.findings.broken() > 0)
-    }
-    fn accuse(&mut self, words: String) {
-        self.findings.corrupted += 1;
-        self.findings.say(words);
-    }
-    fn finish(mut self: Box<Self>) -> Result<Findings> {
-        self.drain()?;
-        self.read_back()?;
-        Ok(self.findings)
     }
 }
 

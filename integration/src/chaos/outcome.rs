@@ -62,6 +62,9 @@ pub struct Outcome {
     /// Frames that came again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frames_repeated: Option<u64>,
+    /// Images that `qemu-img check` has looked at; an error that it found is told in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub images_checked: Option<u64>,
     /// What the process held before and after.
     pub census: [Census; 2],
     /// Kills at each step, and those of them that found work in flight.
@@ -113,6 +116,8 @@ pub struct Frame {
     pub census: [Census; 2],
     /// How long it took.
     pub took: Duration,
+    /// Images that `qemu-img check` has looked at.
+    pub images_checked: Option<u64>,
 }
 
 impl Outcome {
@@ -146,6 +151,7 @@ impl Outcome {
             seconds: (frame.took.as_secs_f64() * 100.0).round() / 100.0,
             frames_lost: findings.frames_lost,
             frames_repeated: findings.frames_repeated,
+            images_checked: frame.images_checked,
             census: frame.census,
             steps: tally.steps,
             words,

@@ -11,13 +11,14 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use atoll_kit::step::word;
 use atoll_verify::dice::{Dice, mix};
-use atoll_vmm::config::DeviceConfig;
+use atoll_vmm::config::{DeviceConfig, DiskConfig};
 use serde::Serialize;
 
 use super::disk::DiskLoad;
 use super::load::Load;
 use super::page::Page;
 use super::rig::House;
+use super::scene::{Image, disk, make_image};
 
 /// What losses of power came to.
 #[derive(Debug, Clone, Serialize)]
@@ -26,6 +27,8 @@ pub struct Losses {
     pub chaos: &'static str,
     /// What a flush covered was there each time.
     pub ok: bool,
+    /// `raw` or `qcow2`; the latter is checked by `qemu-img check` after each loss.
+    pub image: &'static str,
     /// Reproduces the load.
     pub seed: u64,
     /// Losses of power.
@@ -47,18 +50,23 @@ pub struct Losses {
     pub words: Vec<String>,
 }
 
+/// Room for a durable image that is qcow2: its tables, and clusters that are left behind.
+const QCOW2_MAX: u64 = 8 << 20;
+
 /// A test build that keeps a durable image.
-pub fn page(programs: &Path) -> Result<Page> {
-    Page::new(programs, Some(DiskLoad::IMAGE))
+pub fn page(programs: &Path, image: Image) -> Result<Page> {
+    Page::new(programs, Some(if image == Image::Raw { DiskLoad::IMAGE } else { QCOW2_MAX }))
 }
 
 /// A disk that loses its power `losses` times.
-pub fn campaign(page: &Page, losses: u64, seed: u64) -> Result<Losses> {
-    let folder = tempfile::tempdir_in(super::campaign::memory())?;
+pub fn campaign(page: &Page, kind: Image, losses: u64, seed: u64) -> Result<Losses> {
+    let folder = tempfile::tempdir_in(super::scene::memory())?;
     let image = folder.path().join("image");
-    std::fs::File::create(&image)?.set_len(DiskLoad::IMAGE)?;
+    make_image(kind, &image)?;
+    let new = std::fs::read(&image)?;
     let house = House::new(page.programs())?;
-    let config = DeviceConfig::Disk(DiskLoad::config(&image));
+    let config = DeviceConfig::Disk(DiskConfig { queue_size: Some(DiskLoad::QUEUE_SIZE), ..disk(kind, &image) });
+    let mut words = Vec::new();
     let mut rig = house.device(&config, DiskLoad::MEMORY)?;
     let mut load = DiskLoad::start(&mut rig, seed, 1)?;
     let mut dice = Dice::new(mix(seed, 0x706f_7765));
@@ -75,8 +83,15 @@ pub fn campaign(page: &Page, losses: u64, seed: u64) -> Result<Losses> {
         let durable = std::fs::read(page.durable())?;
         let bytes = usize::try_from(page.get(word::DURABLE_BYTES))?;
         ensure!(bytes <= durable.len(), "the durable image is longer than its file");
-        // Before the first flush the disk was new.
-        std::fs::write(&image, &durable)?;
+        ensure!((bytes as u64) < QCOW2_MAX, "a durable image that does not fit its file");
+        // Before the first flush the disk was new; what a raw one has no word of is zero.
+        let left = durable.get(..bytes).filter(|left| !left.is_empty()).unwrap_or(&new);
+        std::fs::write(&image, left)?;
+        if kind == Image::Raw {
+            std::fs::File::options().write(true).open(&image)?.set_len(DiskLoad::IMAGE)?;
+        } else {
+            check_image(&image, &mut words)?;
+        }
         rig = house.device(&config, DiskLoad::MEMORY)?;
         load.lose_power(&mut rig)?;
         if load.is_broken()? {
@@ -87,7 +102,8 @@ pub fn campaign(page: &Page, losses: u64, seed: u64) -> Result<Losses> {
     drop(rig);
     Ok(Losses {
         chaos: "power-loss",
-        ok: findings.broken() == 0,
+        ok: findings.broken() == 0 && words.is_empty(),
+        image: kind.name(),
         seed,
         losses: lost,
         flushes: page.get(word::FLUSHES),
@@ -96,7 +112,7 @@ pub fn campaign(page: &Page, losses: u64, seed: u64) -> Result<Losses> {
         torn: findings.torn,
         corrupted: findings.corrupted,
         broken: findings.broken(),
-        words: findings.words,
+        words: [words, findings.words].concat(),
     })
 }
 

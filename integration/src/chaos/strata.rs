@@ -37,7 +37,7 @@ const REQUEST_MAX: Duration = Duration::from_secs(20);
 const QD1_P50_MS_MAX: f64 = 10.0;
 const QD1_P99_MS_MAX: f64 = 50.0;
 const BEYOND_FENCE_MS_MAX: f64 = 50.0;
-/// With a spare, at QD1: what half of the kills may take beyond the fence.
+/// With a spare: what half of the kills may take beyond the fence.
 const STANDBY_P50_MS_MAX: f64 = 3.0;
 
 /// One stratum.
@@ -55,14 +55,40 @@ pub struct Stratum {
     pub in_flight_ms: Spread,
     /// From issue to completion, of requests that were issued after it.
     pub issued_after_ms: Spread,
-    /// What the successor waited for the fence.
+    /// What was waited for the fence: by the successor; with a spare, from the kill until nothing of the dead process was seen
+    /// to be under way.
     pub fence_ms: Spread,
     /// The slowest request of each kill beyond that kill's fence.
     pub beyond_fence_ms: Spread,
+    /// The middle one of what was in flight, as a multiple of the floor's.
+    pub of_floor: f64,
+    /// The kill that was felt longest beyond its fence.
+    pub slowest: Trace,
     /// A spare process waited.
     pub standby: bool,
     /// Within what is promised.
     pub ok: bool,
+}
+
+/// What happened after one kill, each in milliseconds from it.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct Trace {
+    /// The process was seen to end.
+    pub ended_ms: f64,
+    /// The successor was seen behind the fence.
+    pub fenced_ms: f64,
+    /// Of that, what it waited for the fence.
+    pub fence_ms: f64,
+    /// The first completion.
+    pub first_ms: f64,
+    /// The last one of what was in flight at the kill, and of what was asked for right after it.
+    pub last_ms: f64,
+}
+
+impl Trace {
+    fn beyond_fence_ms(&self) -> f64 {
+        self.last_ms - self.fence_ms
+    }
 }
 
 /// All strata, and the floor.
@@ -83,24 +109,19 @@ pub fn measure(programs: &Path, folder: &Path, kills: u64, seed: u64, standby: b
     let page = Page::new(programs, None)?;
     let floor_ms = floor(page.programs(), kills.max(20))?;
     let mut strata = Vec::new();
-    for (image, direct, place) in [("tmpfs", false, super::campaign::memory()), ("O_DIRECT", true, folder)] {
+    for (image, direct, place) in [("tmpfs", false, super::scene::memory()), ("O_DIRECT", true, folder)] {
         for kind in [Kind::In, Kind::Out] {
             for depth in [1, 32] {
                 let name = if kind == Kind::In { "read" } else { "write" };
                 let measured = stratum(&page, place, direct, (kind, depth), (kills, seed), standby);
-                strata
-                    .push(measured.with_context(|| format!("{name} at depth {depth} on {image}"))?.named(name, image));
+                let mut measured = measured.with_context(|| format!("{name} at depth {depth} on {image}"))?;
+                (measured.kind, measured.image) = (name, image);
+                measured.of_floor = (measured.in_flight_ms.p50 / floor_ms.p50 * 100.0).round() / 100.0;
+                strata.push(measured);
             }
         }
     }
     Ok(Strata { bench: "stall", ok: strata.iter().all(|stratum| stratum.ok), floor_ms, strata })
-}
-
-impl Stratum {
-    fn named(mut self, kind: &'static str, image: &'static str) -> Self {
-        (self.kind, self.image) = (kind, image);
-        self
-    }
 }
 
 impl Strata {
@@ -108,16 +129,19 @@ impl Strata {
     pub fn table(&self) -> String {
         let spread = |spread: &Spread| format!("{:.1} / {:.1} / {:.1}", spread.p50, spread.p99, spread.max);
         let mut table = String::from(
-            "| stratum | kills | in flight ms | issued after ms | fence ms | beyond fence ms | ok |\n|---|---|---|---|---|---|---|\n",
+            "| stratum | kills | in flight ms | of the floor | issued after ms | fence ms | beyond fence ms | slowest: \
+             ended, fenced, first, last | ok |\n|---|---|---|---|---|---|---|---|---|\n",
         );
         for one in &self.strata {
+            let Trace { ended_ms, fenced_ms, first_ms, last_ms, .. } = one.slowest;
             table += &format!(
-                "| {} QD{} {} | {} | {} | {} | {} | {} | {} |\n",
+                "| {} QD{} {} | {} | {} | {:.1} | {} | {} | {} | {ended_ms:.1}, {fenced_ms:.1}, {first_ms:.1}, {last_ms:.1} | {} |\n",
                 one.kind,
                 one.depth,
                 one.image,
                 one.kills,
                 spread(&one.in_flight_ms),
+                one.of_floor,
                 spread(&one.issued_after_ms),
                 spread(&one.fence_ms),
                 spread(&one.beyond_fence_ms),
@@ -218,7 +242,7 @@ fn stratum(
     let options = Options { queues: 1, size: SIZE, memory: MEMORY as usize, ..Options::default() };
     let mut disk = Disk { driver: rig.start(options)?, dice: Dice::new(seed), kind, in_flight: HashMap::new() };
     let (mut in_flight, mut after, mut fences) = (Vec::new(), Vec::new(), Vec::new());
-    let mut beyond = Vec::new();
+    let (mut beyond, mut worst) = (Vec::new(), Trace::default());
     for number in 0..kills {
         disk.run(depth, 50 * depth.min(4))?;
         while standby && !matches!(rig.status().spare, Spare::Ready { .. }) {
@@ -232,36 +256,58 @@ fn stratum(
         while disk.in_flight.len() < depth {
             disk.issue()?;
         }
-        let killed = kill(&rig)?;
+        let (killed, mut slowest) = (kill(&rig)?, Duration::ZERO);
+        let ended = killed.elapsed();
         while disk.take()?.is_some() {}
         // What the guest asks for while nobody is there; at least one, since none of the others may be left.
         for _ in 0..depth.min(8) {
             disk.issue()?;
         }
-        let mut slowest = Duration::ZERO;
+        let ms = |time: Duration| (time.as_secs_f64() * 1e4).round() / 10.0;
+        let mut trace = Trace { ended_ms: ms(ended), ..Trace::default() };
         while !disk.in_flight.is_empty() {
-            let Some(issued) = disk.take()? else {
+            let issued = disk.take()?;
+            if trace.fenced_ms == 0.0 && page.fences() > before {
+                trace.fenced_ms = ms(killed.elapsed());
+            }
+            let Some(issued) = issued else {
                 ensure!(killed.elapsed() < REQUEST_MAX, "nothing is completed any more");
                 let (queue, guest) = disk.driver.queue(0)?;
                 queue.wait(guest, Duration::from_millis(1))?;
                 continue;
             };
-            slowest = slowest.max(killed.elapsed());
-            if issued < killed { in_flight.push(killed.elapsed()) } else { after.push(issued.elapsed()) }
+            let now = killed.elapsed();
+            trace.last_ms = ms(now);
+            if trace.first_ms == 0.0 {
+                trace.first_ms = trace.last_ms;
+            }
+            if issued < killed {
+                in_flight.push(now)
+            } else {
+                after.push(issued.elapsed())
+            }
+            slowest = now;
         }
         ensure!(page.fences() > before, "no successor has passed its fence");
-        fences.push(page.fence());
-        beyond.push(slowest.saturating_sub(page.fence()));
+        // A successor that is started after the death waits by itself; for a spare the front end does, from the end of the
+        // process on.
+        let fence = if standby { ended + rig.status().fence_wait } else { page.fence() };
+        trace.fence_ms = ms(fence);
+        fences.push(fence);
+        beyond.push(slowest.saturating_sub(fence));
+        if trace.beyond_fence_ms() > worst.beyond_fence_ms() {
+            worst = trace;
+        }
     }
     let (in_flight_ms, issued_after_ms) = (Spread::of(&in_flight), Spread::of(&after));
     let beyond = Spread::of(&beyond);
-    let ok = if standby && depth == 1 {
-        beyond.p50 <= STANDBY_P50_MS_MAX
-    } else if depth == 1 {
+    let spare_ok = !standby || beyond.p50 <= STANDBY_P50_MS_MAX;
+    let ok = if depth == 1 {
         [in_flight_ms, issued_after_ms].iter().all(|it| it.p50 <= QD1_P50_MS_MAX && it.p99 <= QD1_P99_MS_MAX)
     } else {
         beyond.max <= BEYOND_FENCE_MS_MAX
     };
+    let ok = ok && spare_ok;
     Ok(Stratum {
         kind: "",
         depth,
@@ -271,6 +317,8 @@ fn stratum(
         issued_after_ms,
         fence_ms: Spread::of(&fences),
         beyond_fence_ms: beyond,
+        of_floor: 0.0,
+        slowest: worst,
         standby,
         ok,
     })

@@ -15,9 +15,9 @@ use atoll_kit::step::Step;
 use atoll_vmm::vhost::{DeviceState, Fault, SWITCH_STEP, UpgradeError, UpgradeOrder};
 use serde::Serialize;
 
-use super::campaign::{Plan, Scene};
 use super::load::Findings;
 use super::page::Page;
+use super::scene::{Plan, Scene};
 use super::stall::Spread;
 
 /// Requests between two upgrades.
@@ -50,12 +50,21 @@ pub struct Upgrades {
     pub silence_ms: Spread,
     /// The same around builds that were refused or taken back.
     pub refused_silence_ms: Spread,
-    /// What the operator was told of each build that will not do.
-    pub refused: BTreeMap<String, String>,
+    /// Each build that will not do: what the operator was told, and the longest silence around it.
+    pub refused: BTreeMap<String, Refused>,
     /// Requests that were completed.
     pub requests: u64,
     /// What the load found.
     pub findings: Findings,
+}
+
+/// How a build was refused or taken back.
+#[derive(Debug, Clone, Serialize)]
+pub struct Refused {
+    /// What the operator was told.
+    pub why: String,
+    /// The longest time without a completion around it, in milliseconds.
+    pub silence_ms: f64,
 }
 
 /// What came of one attempt.
@@ -79,7 +88,7 @@ pub struct Builds {
     kills: u64,
     silences: Vec<Duration>,
     refused_silences: Vec<Duration>,
-    refused: BTreeMap<String, String>,
+    refused: BTreeMap<String, Refused>,
 }
 
 impl Builds {
@@ -198,7 +207,8 @@ impl Builds {
         self.bad.spoil(None);
         let Attempt { outcome, silence } = attempt?;
         let Err(error) = outcome else { bail!("{bad:?}: it was taken") };
-        self.refused.insert(format!("{bad:?}"), error.to_string());
+        let silence_ms = (silence.as_secs_f64() * 1e4).round() / 10.0;
+        self.refused.insert(format!("{bad:?}"), Refused { why: error.to_string(), silence_ms });
         self.refused_silences.push(silence);
         self.verify_serving(self.serves).with_context(|| format!("after {bad:?}: {error}"))
     }
@@ -228,7 +238,7 @@ impl Builds {
     }
 
     /// What was told of each build that was refused.
-    pub fn refused(&self) -> &BTreeMap<String, String> {
+    pub fn refused(&self) -> &BTreeMap<String, Refused> {
         &self.refused
     }
 

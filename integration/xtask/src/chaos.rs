@@ -21,14 +21,18 @@ pub fn run(arguments: &[String]) -> Result<()> {
 }
 
 /// `cargo xtask bench stall`: how long a kill is felt, beside the floor of the same run.
-pub fn stall(kills: u32) -> Result<()> {
+pub fn stall(kills: u32, seed: u64, standby: bool) -> Result<()> {
     packages::ensure_peers(&["qemu-system-x86_64", "qemu-storage-daemon", "mkfs.ext4"])?;
     place::build_programs()?;
     place::build_steps()?;
+    if kills == 0 {
+        return Ok(());
+    }
     let folder = tempfile::tempdir_in(place::release())?;
-    let kills = kills.to_string();
+    let (kills, seed) = (kills.to_string(), seed.to_string());
     let command = &mut Command::new(place::program("chaos")?);
-    place::run(command.args(["--stall", "--kills", &kills, "--folder"]).arg(folder.path()))
+    command.args(["--stall", "--kills", &kills, "--seed", &seed, "--folder"]).arg(folder.path());
+    place::run(command.args(standby.then_some("--standby")))
 }
 
 /// `cargo xtask soak chaos`: a campaign in parts, which goes on where it was broken off; prints one JSON line.
@@ -56,6 +60,10 @@ pub fn soak(kills: u32, seed: u64, arguments: &[String], state: Option<&Path>) -
     let done = sums.get("kills").and_then(Value::as_u64).unwrap_or_default();
     // The rule of three: none in N leaves less than 3/N at 95 %.
     let bound = 3.0 / done.max(1) as f64;
+    println!("| killed at | kills | with work in flight |\n|---|---|---|");
+    for (step, counts) in sums.get("steps").and_then(Value::as_object).into_iter().flatten() {
+        println!("| {step} | {} | {} |", counts[0], counts[1]);
+    }
     println!("{}", json!({ "soak": "chaos", "commit": commit, "seed": seed, "bound_95": bound, "sums": sums }));
     Ok(())
 }

@@ -80,7 +80,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Run fuzz targets (needs clang).
+    /// Run fuzz targets; prints a table and one line of JSON.
     Fuzz {
         /// One target; all of them in turn by default.
         target: Option<String>,
@@ -129,12 +129,21 @@ enum Bench {
     },
     /// How long a kill of a disk's process is felt, beside the start of an empty one, and by guests beside QEMU's.
     Stall {
-        /// Kills of each stratum.
+        /// Kills of each stratum; 0 for guests alone.
         #[arg(long, default_value_t = 100)]
         kills: u32,
         /// Kills of each guest's disk, on Atoll and on QEMU with its fastest reconnect setting; 0 for no guests.
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, default_value_t = 20)]
         guest_kills: u32,
+        /// Which guests; all of them by default.
+        #[arg(long, value_enum)]
+        guest: Vec<bench::reconnect::Stand>,
+        /// What the load does follows from it.
+        #[arg(long, default_value_t = 9)]
+        seed: u64,
+        /// Has a spare process wait beside the one that is killed; no guests then.
+        #[arg(long)]
+        standby: bool,
         /// A short run, of less than three minutes once everything is built.
         #[arg(long)]
         quick: bool,
@@ -324,11 +333,12 @@ fn main() -> Result<ExitCode> {
             Bench::Net { arguments } => bench::net(&arguments)?,
             Bench::Blk { arguments } => bench::blk(&arguments)?,
             Bench::Bus { arguments } => bench::bus(&arguments)?,
-            Bench::Stall { kills, guest_kills, quick } => {
+            Bench::Stall { kills, guest_kills, guest, seed, standby, quick } => {
                 let (kills, guest_kills) = if quick { (20, guest_kills.min(3)) } else { (kills, guest_kills) };
-                let strata = chaos::stall(kills);
-                if guest_kills > 0 {
-                    bench::reconnect::run(guest_kills, 9)?;
+                let strata = chaos::stall(kills, seed, standby);
+                if guest_kills > 0 && !standby {
+                    let stands = if guest.is_empty() { &bench::reconnect::Stand::ALL[..] } else { &guest };
+                    bench::reconnect::run(stands, guest_kills, seed)?;
                 }
                 // A limit that was missed is told last.
                 strata?;
@@ -348,7 +358,11 @@ fn main() -> Result<ExitCode> {
         Task::Verify { what } => return verify(what),
         Task::Chaos { arguments } => chaos::run(&arguments)?,
         Task::Lab { what, arguments } => lab::run(&what, &arguments)?,
-        Task::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds)?,
+        Task::Fuzz { target, seconds } => {
+            if !fuzz::run(target.as_deref(), seconds)? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -56,7 +56,8 @@ impl<T: Serialize + DeserializeOwned> Progress<T> {
             None => {
                 let folder = place::cache()?.join("soaks");
                 std::fs::create_dir_all(&folder)?;
-                folder.join(format!("{name}-{seed:#x}-{count}.json"))
+                // A run may be named after its arguments, paths among them.
+                folder.join(format!("{name}-{seed:#x}-{count}.json").replace('/', "_"))
             }
         };
         let kept: Option<Kept<T>> = match std::fs::read(&path) {

@@ -299,6 +299,14 @@ impl RestartPolicy {
         self.issued
     }
 
+    /// One that was to be started is not: its number goes to the next process. Numbers are names of processes, in the order
+    /// of their start, and not of those alone that came to serve.
+    pub fn withdraw(&mut self, generation: Generation) {
+        if self.issued == generation {
+            self.issued = Generation(generation.0.saturating_sub(1));
+        }
+    }
+
     /// An incarnation that was made beside takes the place of the present one, or of the one that was to be started.
     pub fn adopt(&mut self, generation: Generation) {
         (self.generation, self.phase, self.ever_ready, self.start_failures) = (generation, Phase::Running, true, 0);

@@ -20,7 +20,7 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, NewSize, StopCause};
-use crate::vhost::{Fault, UpgradeError, UpgradeOrder};
+use crate::vhost::{Fault, UPGRADE_MAX, UpgradeOrder, await_outcome};
 
 /// Requests that touch no device.
 const QUICK: Duration = Duration::from_secs(5);
@@ -172,8 +172,9 @@ impl VmControl for Controller {
     fn upgrade_device(&self, id: &str, order: UpgradeOrder) -> Result<u64, VmError> {
         let name = id.to_owned();
         let begun = self.mailbox.ask("vm.upgrade-device", QUICK, move |keeper| keeper.upgrade_device(&name, order))?;
-        // The machine's thread does other things meanwhile; the device's thread has a deadline for each step.
-        let outcome = begun.recv().unwrap_or(Err(UpgradeError::Stopped));
+        // The machine's thread does other things meanwhile; the device's thread has a deadline for each step, and this is
+        // the net below them.
+        let outcome = await_outcome(&begun, UPGRADE_MAX);
         outcome.map_err(|error| VmError::new(ErrorKind::Failed, format!("device '{id}' was not upgraded: {error}")))
     }
     fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {

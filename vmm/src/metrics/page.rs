@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use atoll_protocol::queue_counters;
 use atoll_protocol::stats::{self, BUCKETS, CLASS_COUNTERS, QUEUES_MAX, QueueStats};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
@@ -54,34 +55,7 @@ macro_rules! figures {
     };
 }
 
-figures! {
-    /// Requests completed, also with an error.
-    requests,
-    /// Requests completed with an error.
-    errors,
-    /// Requests that moved data to the guest.
-    reads,
-    /// Their bytes.
-    read_bytes,
-    /// Requests that moved data from the guest.
-    writes,
-    /// Their bytes.
-    write_bytes,
-    /// Descriptor chains that made no sense.
-    malformed,
-    /// Sleeps of the queue that ended.
-    wakeups,
-    /// Spins that saved a sleep.
-    spins,
-    /// Interrupts sent to the guest.
-    calls,
-    /// Requests that waited because of a rate limit.
-    throttled,
-    /// How long they waited in all, in nanoseconds.
-    throttled_ns,
-    /// Sum of all latencies in nanoseconds.
-    latency_sum_ns,
-}
+queue_counters!(figures);
 
 impl StatsPage {
     /// An empty page for a device of `queues` queues; more than a page can have are not counted.

@@ -20,7 +20,7 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Protocol};
 
 use super::error::{ConversationError, Step};
-use super::patience::{Ending, Patience};
+use super::patience::{Ending, Patience, SLICE};
 
 use crate::seccomp::{self, ThreadClass};
 
@@ -205,7 +205,9 @@ impl Conversation {
             drop(progress);
             if cut.is_none() && since != watched {
                 watched = since;
-                patience = Patience::new(self.step_limit, &self.ending);
+                // It began within the slice that is over, and has had that part of its time.
+                let had = since.elapsed().min(SLICE);
+                patience = Patience::new(self.step_limit.saturating_sub(had), &self.ending);
             }
             match patience.slice() {
                 Some(slice) => {

@@ -31,7 +31,7 @@ use super::rings::RingPosition;
 use super::session;
 use super::source::{Incarnation, SourceError, Start};
 pub(super) use super::status::{DeviceState, DeviceStatus, Recovery, Spare};
-use super::upgrade::{UpgradeError, UpgradeOrder, UpgradeOutcome};
+use super::upgrade::{self, UpgradeError, UpgradeOrder, UpgradeOutcome};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::config::Track;
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
@@ -108,10 +108,16 @@ pub enum SwitchError {
     /// No descriptor.
     #[error("no eventfd ({0}); raise the limit on open files (ulimit -n)")]
     Resource(#[from] io::Error),
+    /// The device's thread is busy with something that takes longer than anything of its own may.
+    #[error("no answer within {} s; try again when the device has recovered (`atoll info`)", .0.as_secs())]
+    Late(Duration),
     /// The device's thread has ended.
     #[error("the device has been stopped")]
     Stopped,
 }
+
+/// A net below the deadlines that the device's thread has for each of its own steps.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// What the device's thread is asked.
 pub(super) enum Request {
@@ -410,11 +416,22 @@ impl VhostDevice {
         let (recovery, pid, jail) = (session.recovery(), session.pid(), session.jail());
         tell_jail(&story, &makers.name, 1, &jail);
         let state = DeviceState::Idle;
-        let (last_exit, last_lines) = (None, Vec::new());
-        let spare = if care.standby && makers.build.is_some() { Spare::Coming } else { Spare::Off };
-        let exe = makers.build.as_ref().map(|build| build.exe());
-        let status =
-            DeviceStatus { state, generation: 1, lost: 0, spare, exe, recovery, pid, jail, last_exit, last_lines };
+        let (last_exit, last_lines, fence_wait) = (None, Vec::new(), Duration::ZERO);
+        let spare = if care.standby && makers.build.is_ok() { Spare::Coming } else { Spare::Off };
+        let exe = makers.build.as_ref().ok().map(|build| build.exe());
+        let status = DeviceStatus {
+            state,
+            generation: 1,
+            lost: 0,
+            spare,
+            exe,
+            recovery,
+            pid,
+            jail,
+            fence_wait,
+            last_exit,
+            last_lines,
+        };
         let mut policy = care.policy;
         if foreign {
             (policy.start_failures_max, policy.start_backoff_max) = (None, FOREIGN_LOOK);
@@ -426,7 +443,7 @@ impl VhostDevice {
             stall: care.stall,
             debugged: care.debugged,
             // Of what cannot be started beside itself there is no spare.
-            standby: care.standby && makers.build.is_some(),
+            standby: care.standby && makers.build.is_ok(),
             probation: limits.probation,
         };
         let parts = Parts { makers, fence, memory, relay, limits, story, meter, clock };
@@ -453,13 +470,18 @@ impl VhostDevice {
         if !self.shared.send(Request::SwitchCall { index, interposer, answer }) {
             return Err(SwitchError::Stopped);
         }
-        result.recv().unwrap_or(Err(SwitchError::Stopped))
+        result.recv_timeout(ANSWER_MAX).unwrap_or_else(|error| {
+            Err(match error {
+                RecvTimeoutError::Timeout => SwitchError::Late(ANSWER_MAX),
+                RecvTimeoutError::Disconnected => SwitchError::Stopped,
+            })
+        })
     }
     /// Calls of a queue that the relay has seen; `None` while they go straight.
     pub fn calls_counted(&self, index: u16) -> Option<u64> {
         let (answer, result) = sync_channel(1);
         self.shared.send(Request::CountCalls { index, answer }).then_some(())?;
-        result.recv().ok().flatten()
+        result.recv_timeout(ANSWER_MAX).ok().flatten()
     }
     /// Changes the size of a disk that is ours, and tells the guest. While the device is paused the guest is told
     /// when it goes on, without a backend when there is the next one.
@@ -471,7 +493,12 @@ impl VhostDevice {
         if !self.shared.send(Request::Resize { size, answer }) {
             return Err(ResizeError::Stopped);
         }
-        result.recv().unwrap_or(Err(ResizeError::Stopped))
+        result.recv_timeout(ANSWER_MAX).unwrap_or_else(|error| {
+            Err(match error {
+                RecvTimeoutError::Timeout => ResizeError::Late(ANSWER_MAX),
+                RecvTimeoutError::Disconnected => ResizeError::Stopped,
+            })
+        })
     }
     /// Its queues, as the driver set them up; how much is in flight is read from the rings.
     pub fn queues(&self) -> Vec<QueueReport> {
@@ -570,8 +597,7 @@ impl VhostDevice {
     /// # Errors
     /// All of [`UpgradeError`]; the old program carries on then.
     pub fn upgrade(&self, order: UpgradeOrder) -> Result<u64, UpgradeError> {
-        // The device's thread has deadlines for everything, and hangs up when it ends.
-        self.begin_upgrade(order)?.recv().unwrap_or(Err(UpgradeError::Stopped))
+        upgrade::await_outcome(&self.begin_upgrade(order)?, upgrade::UPGRADE_MAX)
     }
     /// Does to it what the world may do (`fault`).
     ///

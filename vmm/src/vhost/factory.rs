@@ -161,7 +161,7 @@ impl DeviceFactory {
             number: DeviceId(self.numbers.fetch_add(1, Ordering::Relaxed)),
             name: id,
             meter: None,
-            shareable: device.is_shareable(),
+            lone: device.lone(),
         };
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
         let (on_failure, track) = (config.on_failure(), config.track());

@@ -58,5 +58,6 @@ pub use source::{
 pub use spawned::{MakeDescriptors, SpawnedBackend};
 pub use standin::{RecordError, unfinished};
 pub use status::{DeviceState, DeviceStatus, Recovery, Spare};
-pub use upgrade::{SWITCH_STEP, UpgradeError, UpgradeOrder, UpgradeOutcome};
+pub use upgrade::{Lone, SWITCH_STEP, UpgradeError, UpgradeOrder, UpgradeOutcome};
+pub(crate) use upgrade::{UPGRADE_MAX, await_outcome};
 pub use worker::ResizeError;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::class::DeviceClass;
 use super::source::{BackendSource, Build, Fence};
+use super::upgrade::Lone;
 use crate::actor::{Clock, RealClock};
 use crate::backend::PolicyConfig;
 use crate::config::{OnFailure, Track};
@@ -106,7 +107,7 @@ pub(super) struct Makers {
     pub(super) limits: Limits,
     pub(super) track: Track,
     /// What its processes are made of, where that can be changed.
-    pub(super) build: Option<Arc<Build>>,
+    pub(super) build: Result<Arc<Build>, Lone>,
 }
 
 impl Makers {

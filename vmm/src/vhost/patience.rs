@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// How closely a wait is watched.
-const SLICE: Duration = Duration::from_millis(20);
+pub(super) const SLICE: Duration = Duration::from_millis(20);
 
 /// Says that a device is being stopped: nobody waits for a new backend any more.
 pub type Ending = Arc<AtomicBool>;

@@ -12,6 +12,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
 use super::patience::Patience;
+use super::upgrade::Lone;
 use super::worker::ResizeError;
 use crate::backend::Ending;
 
@@ -176,8 +177,11 @@ pub trait BackendSource: Send {
         Err(SourceError::Start { hopeless: true, source })
     }
     /// What its processes are made of, where one can be started beside another.
-    fn build(&self) -> Option<Arc<Build>> {
-        None
+    ///
+    /// # Errors
+    /// Why not.
+    fn build(&self) -> Result<Arc<Build>, Lone> {
+        Err(Lone::Foreign)
     }
     /// How to name it in a log.
     fn describe(&self) -> String;

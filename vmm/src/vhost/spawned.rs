@@ -16,6 +16,7 @@ use super::patience::Patience;
 use super::source::{
     BackendProcess, BackendSource, Build, EndIsEnough, Fence, Incarnation, SourceError, Start, is_readable,
 };
+use super::upgrade::Lone;
 use crate::backend::{
     BackendEvent, BackendExit, BackendSpec, Child, Ending, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
     WatchLimits,
@@ -35,8 +36,8 @@ pub struct SpawnedBackend {
     pub class: DeviceClass,
     /// Its binary.
     pub build: Arc<Build>,
-    /// What it is started with can be had by two processes at a time.
-    pub shareable: bool,
+    /// Why what it is started with can be had by one process at a time, if it can.
+    pub lone: Option<Lone>,
     /// Its arguments, without those of descriptors.
     pub args: Vec<OsString>,
     /// What each incarnation inherits besides its sockets.
@@ -172,8 +173,8 @@ impl BackendSource for SpawnedBackend {
     ) -> Result<Incarnation, SourceError> {
         self.start(generation, &Start::Beside { exe: exe.map(Path::to_owned) }, patience)
     }
-    fn build(&self) -> Option<Arc<Build>> {
-        self.shareable.then(|| Arc::clone(&self.build))
+    fn build(&self) -> Result<Arc<Build>, Lone> {
+        self.lone.map_or_else(|| Ok(Arc::clone(&self.build)), Err)
     }
     fn describe(&self) -> String {
         self.build.exe().display().to_string()

@@ -1,6 +1,7 @@
 //! What a device is at, for who asks.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use atoll_protocol::jail::JailedLayer;
 
@@ -72,6 +73,8 @@ pub struct DeviceStatus {
     pub pid: Option<u32>,
     /// How the backend's jail came out; empty where nobody knows.
     pub jail: Vec<JailedLayer>,
+    /// How long after the end of the last one that had the rings something of it was seen to be under way.
+    pub fence_wait: Duration,
     /// How the last one ended.
     pub last_exit: Option<String>,
     /// What it wrote last, the newest line last.

@@ -1,7 +1,7 @@
 //! What an operator may ask of a device's programs, and hears.
 
 use std::path::PathBuf;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -18,18 +18,51 @@ pub struct UpgradeOrder {
 /// Where the outcome of an upgrade comes: the generation that serves, or why the old one does.
 pub type UpgradeOutcome = Receiver<Result<u64, UpgradeError>>;
 
+/// A net below the deadlines of each step: two processes that are started (ten seconds each, where they hang), the fence
+/// of the old one, the words and the time of probation.
+pub(crate) const UPGRADE_MAX: Duration = Duration::from_secs(120);
+
+/// Waits for the outcome.
+pub(crate) fn await_outcome(coming: &UpgradeOutcome, limit: Duration) -> Result<u64, UpgradeError> {
+    coming.recv_timeout(limit).unwrap_or_else(|error| {
+        Err(match error {
+            RecvTimeoutError::Timeout => UpgradeError::Late(limit),
+            RecvTimeoutError::Disconnected => UpgradeError::Stopped,
+        })
+    })
+}
+
 /// How long a new build may take for each word while the guest waits, unless the operator says otherwise.
-pub const SWITCH_STEP: Duration = Duration::from_millis(40);
+pub const SWITCH_STEP: Duration = Duration::from_millis(25);
+
+/// Why a device has one process at a time, so that none can be made ready beside it, and what to do instead.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum Lone {
+    /// Somebody else starts it.
+    #[error(
+        "it is somebody else's process; start the new one where the old one listened, and the device goes on with it"
+    )]
+    Foreign,
+    /// A card's process opens its interface.
+    #[error(
+        "it opens its TAP interface by name, which one process can do at a time; give the card the TAP as descriptors (--net \
+         fd=…), which two can have"
+    )]
+    Tap,
+    /// A card's way to the world.
+    #[error(
+        "the card has a passt of its own, whose connections are lost with it; unplug the card and plug it in again \
+         (atoll remove-device, atoll add-net)"
+    )]
+    User,
+}
 
 /// The old build carries on.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum UpgradeError {
-    /// It is no process of this VMM's, or one that there can be only one of.
-    #[error(
-        "its backend cannot be replaced from here: it is somebody else's, or cannot be started beside itself; restart it where \
-         it runs"
-    )]
-    NotOurs,
+    /// There is one process of it at a time.
+    #[error("its backend cannot be replaced from here: {0}")]
+    Lone(#[from] Lone),
     /// One at a time.
     #[error("it is being upgraded already; wait for that")]
     Busy,
@@ -44,7 +77,31 @@ pub enum UpgradeError {
     /// It was tried, and will not do.
     #[error("the old build carries on: {0}")]
     Refused(String),
+    /// No outcome in time.
+    #[error(
+        "nothing is known of it after {} s, which is a fault of the device's thread: see what serves with `atoll info`", .0.as_secs()
+    )]
+    Late(Duration),
     /// The device's thread has ended.
     #[error("the device has been stopped")]
     Stopped,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::sync_channel;
+
+    use super::*;
+
+    /// An operator who asked for an upgrade waited for ever when nobody answered.
+    #[test]
+    fn an_outcome_that_does_not_come() {
+        let (answer, coming) = sync_channel(1);
+        let limit = Duration::from_millis(20);
+        assert_eq!(await_outcome(&coming, limit), Err(UpgradeError::Late(limit)));
+        answer.send(Ok(7)).unwrap();
+        assert_eq!(await_outcome(&coming, limit), Ok(7));
+        drop(answer);
+        assert_eq!(await_outcome(&coming, limit), Err(UpgradeError::Stopped));
+    }
 }

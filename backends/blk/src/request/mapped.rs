@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use atoll_kit::chain::Chain;
 use atoll_kit::device::Io;
 use atoll_kit::memory::{Direction, Segment, Segments};
-use atoll_kit::step::{Step, step, sync_ended};
+use atoll_kit::step::{Sabotage, Step, step, strikes, swap_sectors, sync_begins, sync_ended};
 use imago::StorageExt;
 use io_uring::{opcode, types};
 use vm_memory::{GuestAddress, GuestMemory};
@@ -181,7 +181,8 @@ impl BlkQueue {
             }
         }
         let Work::Mapped(journey) = &mut slot.work else { return Err(Status::IoError) };
-        if journey.change > Change::default() && !image.is_settled(journey.change) {
+        let unsettled = journey.change > Change::default() && !image.is_settled(journey.change);
+        if unsettled && !strikes(Sabotage::AcknowledgeFirst) {
             journey.stage = Stage::Settle;
             push(io, opcode::Nop::new().build(), head)?;
             return Ok(false);
@@ -198,6 +199,9 @@ impl BlkQueue {
         let storage = &self.shared.storage;
         let image = image(storage)?;
         let failed = |e: std::io::Error| io_error(storage.name(), &e);
+        if let Some(file) = image.written().first() {
+            sync_begins(file.as_raw_fd());
+        }
         match image.written() {
             [file] if rings(storage) => {
                 let fd = types::Fd(file.as_raw_fd());
@@ -283,6 +287,9 @@ fn piece<M: GuestMemory>(
             }
             if journey.write {
                 write_to(file, &mut slot.transfer, *offset).map_err(failed)?;
+                if len >= 1024 && strikes(Sabotage::SwapSectors) {
+                    swap_sectors(file.as_raw_fd(), *offset);
+                }
             } else {
                 let read = read_to_end(file, &mut slot.transfer, *offset);
                 slot.transfer.landed(mem);

@@ -8,6 +8,7 @@ pub mod disk;
 pub mod guest;
 pub mod iommu;
 pub mod net;
+pub mod process;
 pub mod queue;
 
 use std::fs::File;

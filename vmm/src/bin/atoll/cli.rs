@@ -145,7 +145,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE")]
         exe: PathBuf,
         /// How long it may take for each word while the guest waits, in milliseconds; then the old one comes back.
-        #[arg(long, value_name = "MS", default_value_t = 40)]
+        #[arg(long, value_name = "MS", default_value_t = 25)]
         step_ms: u32,
     },
     /// Does to a device what the world may do: kill, stop, delay, drop-kick, drop-call, slow, disconnect or garbage. Only for

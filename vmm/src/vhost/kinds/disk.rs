@@ -20,6 +20,7 @@ use crate::vhost::features::BLK_MQ;
 use crate::vhost::patience::Patience;
 use crate::vhost::session::Capabilities;
 use crate::vhost::source::{BackendSource, Build, ExternalSocket, Fence, Incarnation, SourceError};
+use crate::vhost::upgrade::Lone;
 use crate::vhost::worker::ResizeError;
 
 /// Bytes of a virtio sector (virtio 1.2, 5.2.4).
@@ -234,7 +235,7 @@ impl BackendSource for ImageBackends {
     ) -> Result<Incarnation, SourceError> {
         self.backends.connect_beside(generation, exe, patience)
     }
-    fn build(&self) -> Option<Arc<Build>> {
+    fn build(&self) -> Result<Arc<Build>, Lone> {
         self.backends.build()
     }
     fn describe(&self) -> String {

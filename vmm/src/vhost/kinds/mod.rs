@@ -38,6 +38,7 @@ pub(super) use vsock::Vsock;
 use super::class::DeviceClass;
 use super::source::{BackendSource, Build};
 use super::spawned::{MakeDescriptors, SpawnedBackend};
+use super::upgrade::Lone;
 use crate::backend::{Spawner, beside_this_binary};
 use crate::metrics::DeviceMeter;
 
@@ -56,9 +57,9 @@ pub(super) trait Kind: Send {
     fn own_queues(&self) -> Option<u16> {
         None
     }
-    /// Whether two processes of ours can have what it stands on at a time, while only one of them touches it.
-    fn is_shareable(&self) -> bool {
-        true
+    /// Why two processes of ours cannot have what it stands on at a time, even while only one of them touches it.
+    fn lone(&self) -> Option<Lone> {
+        None
     }
     /// Opens what the device needs and says where its backends come from.
     fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError>;
@@ -75,8 +76,8 @@ pub(super) struct Host {
     pub(super) name: String,
     /// Counts what the process does.
     pub(super) meter: Option<Arc<DeviceMeter>>,
-    /// Two processes can have what the device stands on at a time.
-    pub(super) shareable: bool,
+    /// Why two processes cannot have what the device stands on at a time, if they cannot.
+    pub(super) lone: Option<Lone>,
 }
 
 impl Host {
@@ -98,13 +99,12 @@ impl Host {
         descriptors: MakeDescriptors,
     ) -> Result<Box<dyn BackendSource>, KindError> {
         let build = Build::new(self.program(program)?);
-        let shareable = self.shareable;
         Ok(Box::new(SpawnedBackend {
             name: self.name.clone(),
             device: self.number,
             class,
             build,
-            shareable,
+            lone: self.lone,
             args,
             descriptors,
             meter: self.meter.clone(),

@@ -22,6 +22,7 @@ use crate::vhost::class::{ConfigWish, DeviceClass, config_lengths, too_few_queue
 use crate::vhost::error::ConversationError;
 use crate::vhost::session::Capabilities;
 use crate::vhost::source::{BackendSource, ExternalSocket};
+use crate::vhost::upgrade::Lone;
 
 const QUEUE_SIZE: u16 = 256;
 /// Most queue pairs of a card.
@@ -225,9 +226,12 @@ impl Kind for Net {
         };
         ours.then_some(2 * self.pairs + 1)
     }
-    fn is_shareable(&self) -> bool {
-        // Each incarnation has a passt of its own, or opens the interface by its name: there is one at a time.
-        !matches!(self.way, Way::User(_) | Way::Tap(_))
+    fn lone(&self) -> Option<Lone> {
+        match self.way {
+            Way::Tap(_) => Some(Lone::Tap),
+            Way::User(_) => Some(Lone::User),
+            Way::Descriptors(_) | Way::Switch(_) | Way::Foreign(_) => None,
+        }
     }
     fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
         let mut args = self.arguments();
@@ -339,6 +343,7 @@ impl DeviceClass for NetClass {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vhost::upgrade::UpgradeError;
 
     #[test]
     fn addresses_are_read_strictly() {
@@ -352,5 +357,20 @@ mod tests {
         assert_eq!(made_up, Mac::made_up("vm", "_net0"));
         assert!(made_up != Mac::made_up("vm", "_net1") && made_up != Mac::made_up("vm_", "net0"));
         assert_eq!(made_up.0[0] & 3, 2, "locally administered, one card's");
+    }
+
+    /// An operator who wants to upgrade a card that has one process at a time hears why, and what to do.
+    #[test]
+    fn a_card_with_one_process_at_a_time_says_why() {
+        let lone = |config: NetConfig| Net::new(&config, "vm", "_net0", Path::new("/run")).unwrap().lone();
+        let tap = lone(NetConfig { tap: Some("tap0".into()), ..NetConfig::default() });
+        let user = lone(NetConfig { user: true, ..NetConfig::default() });
+        assert_eq!((tap, user), (Some(Lone::Tap), Some(Lone::User)));
+        for (lone, remedy) in
+            [(Lone::Tap, "fd="), (Lone::User, "unplug"), (Lone::Foreign, "where the old one listened")]
+        {
+            let told = UpgradeError::from(lone).to_string();
+            assert!(told.contains(remedy), "{told}");
+        }
     }
 }

@@ -19,8 +19,9 @@ use thiserror::Error;
 use super::{Host, KindError};
 use crate::backend::{COMPANION_END, Companion, CompanionSpec, PassedFd, Spawner};
 use crate::vhost::patience::Patience;
-use crate::vhost::source::{BackendProcess, BackendSource, EndIsEnough, Fence, Incarnation, SourceError};
+use crate::vhost::source::{BackendProcess, BackendSource, Build, EndIsEnough, Fence, Incarnation, SourceError};
 use crate::vhost::spawned::MakeDescriptors;
+use crate::vhost::upgrade::Lone;
 
 /// How long passt may take to print its options.
 const PROBE_MAX: Duration = Duration::from_secs(2);
@@ -210,6 +211,9 @@ impl BackendSource for PasstBackend {
         let (socket, theirs) = UnixStream::pair().map_err(|error| failed(error.into()))?;
         let companion = self.0.start(Some("--vhost-user"), theirs).map_err(|error| failed(error.into()))?;
         Ok(Incarnation { socket, process: Some(Box::new(PasstProcess(companion))) })
+    }
+    fn build(&self) -> Result<Arc<Build>, Lone> {
+        Err(Lone::User)
     }
     fn describe(&self) -> String {
         self.0.exe.display().to_string()

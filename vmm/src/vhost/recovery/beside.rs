@@ -16,7 +16,9 @@ use crate::vhost::device::Recovery;
 pub(super) enum Upgrade {
     /// It is being started and greeted.
     Starting { generation: u64 },
-    /// It offers what it must. The old one is to give the rings back, where it has them.
+    /// It offers what it must. A process of the old build is being made ready, so that a failure from here on is short.
+    Covering { generation: u64, recovery: Recovery },
+    /// Both are there. The old one is to give the rings back, where it has them.
     Ready { generation: u64, recovery: Recovery },
     /// It was asked to.
     Stopping { generation: u64, recovery: Recovery },
@@ -70,6 +72,7 @@ impl Machine {
         let upgrade = match self.upgrade {
             Some(
                 Upgrade::Starting { generation }
+                | Upgrade::Covering { generation, .. }
                 | Upgrade::Ready { generation, .. }
                 | Upgrade::Stopping { generation, .. }
                 | Upgrade::Moving { generation, .. }
@@ -118,8 +121,7 @@ impl Machine {
     pub(super) fn greeted_beside(&mut self, generation: u64, recovery: Recovery) -> bool {
         match self.upgrade {
             Some(Upgrade::Starting { generation: new }) if new == generation => {
-                self.upgrade = Some(Upgrade::Ready { generation, recovery });
-                self.serve();
+                self.cover(generation, recovery);
                 return true;
             }
             _ => {}
@@ -128,8 +130,43 @@ impl Machine {
             return false;
         }
         self.standby.stage = Stage::Ready(generation, recovery);
-        self.act(Action::Tell(Tale::SpareReady { generation }));
+        if self.rules.standby {
+            self.act(Action::Tell(Tale::SpareReady { generation }));
+        }
+        self.switch_over();
         true
+    }
+
+    /// The new build is there. If it fails with the rings in its hands the guest waits for the old one: one of those is
+    /// made ready first.
+    fn cover(&mut self, generation: u64, recovery: Recovery) {
+        self.upgrade = Some(Upgrade::Covering { generation, recovery });
+        match self.standby.stage {
+            Stage::Ready(..) => self.switch_over(),
+            Stage::Starting(_) => {}
+            Stage::From(_) => self.make_spare(),
+        }
+    }
+
+    /// There is a cover, or none to be had.
+    fn switch_over(&mut self) {
+        if let Some(Upgrade::Covering { generation, recovery }) = self.upgrade {
+            self.upgrade = Some(Upgrade::Ready { generation, recovery });
+            self.serve();
+        }
+    }
+
+    fn make_spare(&mut self) {
+        let generation = self.policy.issue().0;
+        self.standby.stage = Stage::Starting(generation);
+        self.act(Action::SpawnBeside { generation, build: Build::Present });
+    }
+
+    /// The old build carries on, and needs no cover any more.
+    fn uncover(&mut self) {
+        if !self.rules.standby {
+            self.drop_spare();
+        }
     }
 
     /// One could not be started, or has ended. Says whether it was one of those beside.
@@ -140,7 +177,8 @@ impl Machine {
                 return true;
             }
             Some(
-                Upgrade::Ready { generation: new, .. }
+                Upgrade::Covering { generation: new, .. }
+                | Upgrade::Ready { generation: new, .. }
                 | Upgrade::Stopping { generation: new, .. }
                 | Upgrade::Moving { generation: new, .. },
             ) if *new == generation => {
@@ -148,6 +186,7 @@ impl Machine {
                 self.refuse(why.to_owned());
                 // The old one carries on.
                 self.serve();
+                self.uncover();
                 return true;
             }
             Some(Upgrade::Switching { generation: new, lost, .. }) if *new == generation => {
@@ -172,7 +211,10 @@ impl Machine {
         }
         let delay = self.policy.delay(u32::try_from(ends.len()).unwrap_or(u32::MAX));
         self.standby.stage = Stage::From(now.after(delay));
-        self.act(Action::Tell(Tale::SpareLost { generation, why: why.to_owned() }));
+        if self.rules.standby {
+            self.act(Action::Tell(Tale::SpareLost { generation, why: why.to_owned() }));
+        }
+        self.switch_over();
         true
     }
 
@@ -220,7 +262,10 @@ impl Machine {
 
     /// The old one has ended in favour of the new one.
     pub(super) fn replaced(&mut self, now: Moment) {
-        self.act(Action::WatchFence);
+        // It may have been given up while the old one would not end.
+        if self.fence != Fence::Clear {
+            self.act(Action::WatchFence);
+        }
         match self.upgrade.take() {
             Some(Upgrade::Switching { generation, recovery, lost: None }) => {
                 self.upgrade = Some(Upgrade::Probation { generation, until: None });
@@ -279,6 +324,7 @@ impl Machine {
         match self.upgrade {
             Some(
                 Upgrade::Starting { generation }
+                | Upgrade::Covering { generation, .. }
                 | Upgrade::Ready { generation, .. }
                 | Upgrade::Stopping { generation, .. }
                 | Upgrade::Moving { generation, .. },
@@ -295,6 +341,7 @@ impl Machine {
     pub(super) fn renew_spare(&mut self, now: Moment) {
         self.drop_spare();
         self.standby.stage = Stage::From(now.after(BREATH));
+        self.switch_over();
     }
 
     /// No spare is wanted now.
@@ -305,11 +352,12 @@ impl Machine {
         }
     }
 
-    /// The board goes, and with it whoever prepares a spare; one that is there stays.
+    /// The board goes, and with it whoever prepares a spare; one that is there stays where one is wanted.
     pub(super) fn stop_preparing_a_spare(&mut self) {
         if let Stage::Starting(_) = self.standby.stage {
             self.drop_spare();
         }
+        self.uncover();
     }
 
     /// A backend is to be started: a spare is quicker. Says whether there is one, or will be.
@@ -371,9 +419,7 @@ impl Machine {
             && at <= now
             && self.wants_spare()
         {
-            let generation = self.policy.issue().0;
-            self.standby.stage = Stage::Starting(generation);
-            self.act(Action::SpawnBeside { generation, build: Build::Present });
+            self.make_spare();
         }
     }
 }

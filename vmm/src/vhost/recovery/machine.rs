@@ -361,7 +361,7 @@ impl Machine {
     fn start(&mut self, generation: Generation, now: Moment) {
         self.again_at = None;
         if self.use_spare(now) {
-            return;
+            return self.policy.withdraw(generation);
         }
         (self.coming, self.coming_beside) = (Some(generation.0), false);
         self.act(Action::Spawn { generation: generation.0 });

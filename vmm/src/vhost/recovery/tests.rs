@@ -52,6 +52,9 @@ impl Story {
         assert_eq!(self.on(Event::Lost { generation, why: "gone".into() }), [Action::Kill { generation }]);
         self.on(Event::Ended { generation, end: end(idle) })
     }
+    fn greeted(&mut self, generation: u64) -> Vec<Action> {
+        self.on(Event::Greeted { generation, recovery: Recovery::Full })
+    }
     fn not_started(&mut self, generation: u64) -> Vec<Action> {
         self.on(Event::NotStarted { generation, failure: Failure::Passing("not there".into()) })
     }
@@ -169,8 +172,9 @@ fn a_queue_that_stands() {
     assert_eq!((0..3).flat_map(|_| stand(&mut stopped, 8)).collect::<Vec<_>>(), [Action::Kill { generation: 1 }]);
 }
 
-/// A new build is made ready beside the one that serves; the driver's rings are nowhere only between two words, and the
-/// old build is forgotten when the new one has served for a while.
+/// A new build is made ready beside the one that serves, and then a process of the old build that would have the rings if
+/// the new one failed; the driver's rings are nowhere only between two words, and the old build is forgotten when the new
+/// one has served for a while.
 #[test]
 fn a_new_build_takes_over() {
     let mut story = Story::running(rules());
@@ -182,8 +186,9 @@ fn a_new_build_takes_over() {
             Action::SpawnBeside { generation: 2, build: Build::New }
         ]
     );
-    let ready = story.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
-    assert_eq!(ready, [Action::TakeBack { generation: 1, why: TakeBack::Upgrade }]);
+    let ready = story.greeted(2);
+    assert_eq!(ready, [Action::SpawnBeside { generation: 3, build: Build::Present }]);
+    assert_eq!(story.greeted(3), [Action::TakeBack { generation: 1, why: TakeBack::Upgrade }]);
     assert_eq!(story.on(Event::TakenBack { generation: 1 }), [Action::Transfer { from: 1, to: 2 }]);
     assert_eq!(story.on(Event::Transferred { generation: 2 }), [Action::Kill { generation: 1 }]);
     assert!(story.machine.is_replaced(1) && story.machine.lost() == 0);
@@ -192,12 +197,15 @@ fn a_new_build_takes_over() {
     let over = story.on(Event::FencePassed);
     assert_eq!(over, [Action::Settled, Action::HandOver { generation: 2, continued: true }]);
     assert_eq!(story.on(Event::HandedOver { generation: 2 }), [Action::Kick { call: true }]);
-    assert_eq!(story.pass(), [Action::Tell(Tale::Upgraded { generation: 2 })]);
+    let done = [Action::Tell(Tale::Upgraded { generation: 2 }), Action::DropBeside { generation: 3 }];
+    assert_eq!(story.pass(), done);
     assert_eq!((story.machine.lost(), story.machine.state()), (0, State::Running));
+    assert_eq!((story.machine.spare(), story.machine.due_at()), (SpareState::Off, None));
 }
 
 /// A new build that will not do: before it has anything the old one carries on untouched; when the old one has given its
-/// rings back it gets them again; and when the new one has had them the old build is started anew, at once.
+/// rings back it gets them again; and when the new one has had them, the process of the old build that waits has them
+/// next, without a start.
 #[test]
 fn a_new_build_that_will_not_do() {
     let refused = |actions: &[Action]| {
@@ -210,26 +218,67 @@ fn a_new_build_that_will_not_do() {
     assert!(refused(&actions) && actions.len() == 1 && early.machine.state() == State::Running, "{actions:?}");
     let mut state = Story::running(rules());
     state.on(Event::Upgrade);
-    state.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
+    state.greeted(2);
+    state.greeted(3);
     state.on(Event::TakenBack { generation: 1 });
     let actions = state.on(Event::NotTransferred { generation: 2, why: "bad".into() });
     assert!(refused(&actions) && actions.contains(&Action::DropBeside { generation: 2 }), "{actions:?}");
-    assert_eq!(actions.last(), Some(&Action::HandOver { generation: 1, continued: true }));
-    let mut late = Story::running(rules());
-    late.on(Event::Upgrade);
-    late.on(Event::Greeted { generation: 2, recovery: Recovery::Full });
-    late.on(Event::TakenBack { generation: 1 });
-    late.on(Event::Transferred { generation: 2 });
-    late.on(Event::Ended { generation: 1, end: end(true) });
-    late.on(Event::FencePassed);
-    assert_eq!(
-        late.on(Event::HandOverFailed { generation: 2, failure: hopeless() }),
-        [Action::Kill { generation: 2 }],
-        "one that refuses does not quarantine the device"
-    );
-    let actions = late.on(Event::Ended { generation: 2, end: end(false) });
-    assert!(refused(&actions) && actions.contains(&Action::Revert), "{actions:?}");
-    assert_eq!(actions.last(), Some(&Action::Spawn { generation: 3 }));
+    let carries_on = [Action::HandOver { generation: 1, continued: true }, Action::DropBeside { generation: 3 }];
+    assert!(actions.ends_with(&carries_on), "{actions:?}");
+    for covered in [true, false] {
+        let mut late = Story::running(rules());
+        late.on(Event::Upgrade);
+        late.greeted(2);
+        // Where the old build does not start any more there is nothing to wait for.
+        let ready = if covered { late.greeted(3) } else { late.not_started(3) };
+        assert_eq!(ready, [Action::TakeBack { generation: 1, why: TakeBack::Upgrade }]);
+        late.on(Event::TakenBack { generation: 1 });
+        late.on(Event::Transferred { generation: 2 });
+        late.on(Event::Ended { generation: 1, end: end(true) });
+        late.on(Event::FencePassed);
+        assert_eq!(
+            late.on(Event::HandOverFailed { generation: 2, failure: hopeless() }),
+            [Action::Kill { generation: 2 }],
+            "one that refuses does not quarantine the device"
+        );
+        let actions = late.on(Event::Ended { generation: 2, end: end(false) });
+        assert!(refused(&actions) && actions.contains(&Action::Revert), "{actions:?}");
+        if covered {
+            assert!(actions.contains(&Action::Promote { generation: 3 }), "{actions:?}");
+            let over = [Action::Settled, Action::HandOver { generation: 3, continued: true }];
+            assert_eq!(late.on(Event::FencePassed), over);
+        } else {
+            assert_eq!(actions.last(), Some(&Action::Spawn { generation: 4 }));
+        }
+    }
+}
+
+/// What befalls the old one, its cover or the machine while an upgrade waits for that cover.
+#[test]
+fn an_upgrade_whose_cover_is_not_ready() {
+    let covering = || {
+        let mut story = Story::running(rules());
+        story.on(Event::Upgrade);
+        story.greeted(2);
+        story
+    };
+    // The old one is lost: what was to be the cover is its successor, and the new build is let go.
+    let mut lost = covering();
+    let actions = lost.on(Event::Lost { generation: 1, why: "gone".into() });
+    assert_eq!(actions.first(), Some(&Action::DropBeside { generation: 2 }));
+    let actions = lost.on(Event::Ended { generation: 1, end: end(false) });
+    assert!(!actions.iter().any(|action| matches!(action, Action::Spawn { .. })), "{actions:?}");
+    let promoted = lost.greeted(3);
+    assert!(promoted.contains(&Action::Promote { generation: 3 }), "{promoted:?}");
+    // Its knowledge of the device is of yesterday: the upgrade goes on without it.
+    let actions = covering().on(Event::Outdated);
+    let without = [Action::DropBeside { generation: 3 }, Action::TakeBack { generation: 1, why: TakeBack::Upgrade }];
+    assert_eq!(actions, without);
+    // The machine starts again: nothing is left beside the one that serves.
+    let actions = covering().on(Event::Leave);
+    for generation in [2, 3] {
+        assert!(actions.contains(&Action::DropBeside { generation }), "{actions:?}");
+    }
 }
 
 /// With a spare nobody is started when a backend is lost: the spare has the rings as soon as the fence has passed, and the
@@ -254,7 +303,7 @@ fn a_spare_takes_over() {
     let over = story.on(Event::FencePassed);
     assert_eq!(over, [Action::Settled, Action::HandOver { generation: 3, continued: true }]);
     assert_eq!(story.on(Event::HandedOver { generation: 3 }), [Action::Kick { call: true }]);
-    assert!(matches!(story.pass().as_slice(), [Action::SpawnBeside { generation: 5, build: Build::Present }]));
+    assert!(matches!(story.pass().as_slice(), [Action::SpawnBeside { generation: 4, build: Build::Present }]));
 }
 
 /// A killed process that does not end (its storage hangs) has no successor before it has, and yet keeps nobody waiting for

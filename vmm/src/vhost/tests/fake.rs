@@ -19,6 +19,7 @@ use vhost::vhost_user::{
 
 use crate::vhost::patience::Patience;
 use crate::vhost::source::{BackendSource, Build, Incarnation, SourceError};
+use crate::vhost::upgrade::Lone;
 
 /// What to do when a message comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -414,8 +415,8 @@ impl BackendSource for Fakes {
     ) -> std::result::Result<Incarnation, SourceError> {
         self.connect(generation, patience)
     }
-    fn build(&self) -> Option<Arc<Build>> {
-        Some(Arc::clone(&self.build))
+    fn build(&self) -> std::result::Result<Arc<Build>, Lone> {
+        Ok(Arc::clone(&self.build))
     }
     fn describe(&self) -> String {
         "a fake".into()

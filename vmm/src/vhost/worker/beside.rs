@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::next::Make;
 use super::{Event, Failure, Preparation, Session, Worker};
 use crate::vhost::device_state;
-use crate::vhost::recovery::{Build, SpareState};
+use crate::vhost::recovery::Build;
 use crate::vhost::session::Preface;
 use crate::vhost::source::Start;
 use crate::vhost::upgrade::{UpgradeError, UpgradeOrder};
@@ -61,10 +61,8 @@ impl Worker {
     pub(super) fn begin_upgrade(&mut self, order: UpgradeOrder, answer: SyncSender<Result<u64, UpgradeError>>) {
         let refusal = if self.past.upgrade.is_some() {
             Some(UpgradeError::Busy)
-        } else if self.parts.makers.build.is_none() {
-            Some(UpgradeError::NotOurs)
         } else {
-            None
+            self.parts.makers.build.as_ref().err().map(|lone| UpgradeError::Lone(*lone))
         };
         if let Some(error) = refusal {
             let _ = answer.send(Err(error));
@@ -125,7 +123,7 @@ impl Worker {
         };
         let Greeted { mut session, config, build, beside, .. } = self.past.greeted.swap_remove(at);
         if let Some(build) = build {
-            let former = self.parts.makers.build.as_ref().map(|builds| builds.set(build));
+            let former = self.parts.makers.build.as_ref().ok().map(|builds| builds.set(build));
             if let Some(upgrade) = &mut self.past.upgrade {
                 upgrade.former = former;
                 session.conversation.set_step_limit(upgrade.order.step);
@@ -141,7 +139,7 @@ impl Worker {
     /// The new build has done for this device.
     pub(super) fn revert(&mut self) {
         let former = self.past.upgrade.as_mut().and_then(|upgrade| upgrade.former.take());
-        if let (Some(former), Some(builds)) = (former, &self.parts.makers.build) {
+        if let (Some(former), Ok(builds)) = (former, &self.parts.makers.build) {
             builds.set(former);
         }
     }
@@ -206,10 +204,8 @@ impl Worker {
         (!self.past.greeted.is_empty()).then_some(SPARE_LOOK)
     }
 
-    /// The device's size has changed: a spare has looked at it before.
+    /// The device's size has changed: a spare, if there is one, has looked at it before.
     pub(super) fn outdate_spare(&mut self) {
-        if self.past.machine.spare() != SpareState::Off {
-            self.feed(Event::Outdated);
-        }
+        self.feed(Event::Outdated);
     }
 }

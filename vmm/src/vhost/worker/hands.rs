@@ -23,18 +23,24 @@ const AFTER_THE_END: Duration = Duration::from_millis(250);
 pub(super) struct FenceWatch {
     since: Instant,
     look_at: Instant,
-    pause: Duration,
+    /// Something was seen to be under way for so long.
+    busy: Duration,
     /// Its process was seen to end.
     ended: bool,
 }
 
 impl FenceWatch {
-    const FIRST: Duration = Duration::from_micros(500);
+    const SHORTEST: Duration = Duration::from_micros(200);
     const LONGEST: Duration = Duration::from_millis(20);
 
     fn new(ended: bool) -> Self {
         let now = Instant::now();
-        Self { since: now, look_at: now, pause: Self::FIRST, ended }
+        Self { since: now, look_at: now, busy: Duration::ZERO, ended }
+    }
+    /// What was under way a moment ago may take as long again; a guest waits for nothing but this, so looks are dense.
+    fn look_again(&mut self, now: Instant) {
+        self.busy = now - self.since;
+        self.look_at = now + (self.busy / 8).clamp(Self::SHORTEST, Self::LONGEST);
     }
     /// How long until the next look.
     pub(super) fn nap(&self) -> Duration {
@@ -73,7 +79,7 @@ impl Worker {
             SpareState::Coming => Spare::Coming,
             SpareState::Ready(generation) => Spare::Ready { generation },
         };
-        let exe = self.parts.makers.build.as_ref().map(|build| build.exe());
+        let exe = self.parts.makers.build.as_ref().ok().map(|build| build.exe());
         let (pid, jail) = (session.and_then(|session| session.pid()), session.map(|session| session.jail()));
         self.shared.update(|status| {
             (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
@@ -283,12 +289,13 @@ impl Worker {
             Some(quiet) => quiet,
             None => watch.ended && watch.since.elapsed() >= AFTER_THE_END,
         };
-        if quiet {
-            self.fence = None;
-            return self.feed(Event::FencePassed);
+        if !quiet {
+            return watch.look_again(now);
         }
-        watch.look_at = now + watch.pause;
-        watch.pause = (watch.pause * 2).min(FenceWatch::LONGEST);
+        let waited = watch.busy;
+        self.fence = None;
+        self.shared.update(|status| status.fence_wait = waited);
+        self.feed(Event::FencePassed);
     }
 
     /// Whether the queues move.

@@ -71,6 +71,9 @@ pub enum ResizeError {
         /// What it sees.
         is: u64,
     },
+    /// The device's thread is busy with something that takes longer than anything of its own may.
+    #[error("no answer within {} s; see with `atoll info` whether the size has changed, and try again", .0.as_secs())]
+    Late(std::time::Duration),
     /// The device's thread has ended.
     #[error("the device has been stopped")]
     Stopped,
@@ -86,7 +89,7 @@ impl ResizeError {
             | Self::Unit { .. }
             | Self::Smaller { .. }
             | Self::Fixed { .. } => true,
-            Self::Image(_) | Self::Seen { .. } | Self::Stopped => false,
+            Self::Image(_) | Self::Seen { .. } | Self::Late(_) | Self::Stopped => false,
         }
     }
 }

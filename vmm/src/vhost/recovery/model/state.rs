@@ -12,8 +12,9 @@ use atoll_kit::course::{Beginning, Course};
 use atoll_kit::inflight::Tracker;
 
 use super::super::{Action, End, Event, Failure, Machine, Rules, State as Stage};
-use super::Mistake;
+use super::beside::Beside;
 use super::memory::{Part, Ring, SIZE, Write, live};
+use super::{Device, Mistake};
 use crate::actor::Moment;
 use crate::backend::{Ending, PolicyConfig};
 use crate::config::OnFailure;
@@ -82,9 +83,13 @@ pub(super) struct Hand {
 
 #[derive(Clone, Debug, Hash)]
 pub(super) struct Process {
-    generation: u64,
-    greeted: bool,
+    pub(super) generation: u64,
+    pub(super) greeted: bool,
     pub(super) hands: [Option<Hand>; QUEUES],
+    /// Which build of the program it is of.
+    pub(super) build: u8,
+    /// What the driver has told the device beside its rings.
+    pub(super) knows: bool,
 }
 
 /// One queue, as the driver knows it, and what lies in memory that outlives a process.
@@ -122,8 +127,9 @@ pub(super) struct State {
     resets_left: u8,
     pub(super) queues: [Queue; QUEUES],
     pub(super) process: Option<Process>,
+    pub(super) beside: Beside,
     /// It has ended, and nobody has noticed.
-    dead: Option<u64>,
+    pub(super) dead: Option<u64>,
     used_at_start: [u16; QUEUES],
     watched: bool,
     /// I/O of the dead that may still land: a bit for each queue and head.
@@ -172,19 +178,25 @@ pub(super) enum Step {
     FenceFalls,
     /// Time passes until the machine tries again.
     Tick,
+    /// One of those beside dies, its death is noticed, or it is ready.
+    DieBeside(usize),
+    NoticeBeside(usize),
+    ReadyBeside(usize),
+    /// The operator has a new build.
+    Upgrade,
     /// The driver resets the device, in the middle of everything. It begins anew with what it has not asked for yet.
     Reset,
 }
 
-fn rules() -> Rules {
+fn rules(standby: bool) -> Rules {
     let policy = PolicyConfig::default();
-    let (on_failure, probation) = (OnFailure::Error, Duration::from_secs(10));
-    Rules { policy, on_failure, fence: FENCE, stall: None, debugged: false, standby: false, probation }
+    let (on_failure, probation) = (OnFailure::Error, Duration::from_secs(1));
+    Rules { policy, on_failure, fence: FENCE, stall: None, debugged: false, standby, probation }
 }
 
 impl State {
-    /// A driver has just set up its rings, in each of which it will make so many requests.
-    pub(super) fn new(requests: [u8; QUEUES], deaths: u8, resets: u8) -> Self {
+    /// A driver has just set up its rings.
+    pub(super) fn new(device: &Device) -> Self {
         let queue = |to_come| Queue {
             ring: Ring::new(),
             part: Some(Part::default()),
@@ -198,21 +210,22 @@ impl State {
             taken: Vec::new(),
         };
         Self {
-            known: Known::new(Machine::new(rules(), Recovery::Full)),
+            known: Known::new(Machine::new(rules(device.standby), Recovery::Full)),
             now: Moment::default(),
             todo: Seen(Vec::new()),
             news: Seen(vec![Event::Activated]),
             handing: None,
             taking_back: None,
             resetting: false,
-            resets_left: resets,
-            queues: requests.map(queue),
-            process: Some(Process { generation: 1, greeted: true, hands: [None, None] }),
+            resets_left: device.resets,
+            queues: device.requests.map(queue),
+            process: Some(Process { generation: 1, greeted: true, hands: [None, None], build: 0, knows: true }),
+            beside: Beside::new(device),
             dead: None,
             used_at_start: [0; QUEUES],
             watched: false,
             late: 0,
-            deaths_left: deaths,
+            deaths_left: device.deaths,
             complaint: None,
         }
     }
@@ -234,7 +247,7 @@ impl State {
     /// Everything that the driver wanted was done, and the device runs.
     pub(super) fn is_done(&self) -> bool {
         let answered = |queue: &Queue| queue.to_come == 0 && !queue.out.contains(&true);
-        self.queues.iter().all(answered) && self.machine().state() == Stage::Running
+        self.queues.iter().all(answered) && self.machine().state() == Stage::Running && self.is_done_beside()
     }
 
     fn worker_rests(&self) -> bool {
@@ -278,6 +291,7 @@ impl State {
             }
         }
         add(mortal && self.process.is_some(), Step::Die);
+        self.steps_beside(self.worker_rests(), &mut add);
         for bit in 0..(QUEUES * SIZE) as u8 {
             add(self.late & 1 << bit != 0, Step::Land(bit));
         }
@@ -359,11 +373,14 @@ impl State {
                 let process = self.process.as_mut()?;
                 process.greeted = true;
                 let generation = process.generation;
-                self.news.0.push(Event::Greeted { generation, recovery: Recovery::Full });
+                self.tell_greeted(generation);
             }
             Step::FenceFalls => {
                 self.watched = false;
                 self.news.0.push(Event::FencePassed);
+            }
+            Step::DieBeside(_) | Step::NoticeBeside(_) | Step::ReadyBeside(_) | Step::Upgrade => {
+                self.go_beside(step)?;
             }
             Step::Reset => {
                 (self.resetting, self.resets_left) = (true, self.resets_left - 1);
@@ -375,6 +392,15 @@ impl State {
             }
         }
         Some(())
+    }
+
+    /// The worker hears of something.
+    pub(super) fn tell(&mut self, event: Event) {
+        self.news.0.push(event);
+    }
+
+    pub(super) fn tell_greeted(&mut self, generation: u64) {
+        self.tell(Event::Greeted { generation, recovery: Recovery::Full });
     }
 
     fn hand(&mut self, at: usize) -> Option<&mut Hand> {
@@ -515,6 +541,9 @@ impl State {
         }
         if let Some(generation) = self.taking_back.take() {
             self.news.0.push(match &mut self.process {
+                Some(process) if process.generation == generation && mistake == Some(Mistake::KeepRings) => {
+                    Event::TakenBack { generation }
+                }
                 Some(process) if process.generation == generation => {
                     for (hand, queue) in process.hands.iter_mut().zip(&mut self.queues) {
                         if let Some(hand) = hand.take() {
@@ -544,7 +573,8 @@ impl State {
                 if self.process.is_some() {
                     self.complain("two backends at a time");
                 }
-                self.process = Some(Process { generation, greeted: false, hands: [None, None] });
+                let build = self.beside.build();
+                self.process = Some(Process { generation, greeted: false, hands: [None, None], build, knows: true });
             }
             Action::Kill { generation } => {
                 if self.process.as_ref().is_some_and(|process| process.generation == generation) {
@@ -580,12 +610,14 @@ impl State {
             }
             Action::TakeBack { generation, .. } => self.taking_back = Some(generation),
             Action::Dismiss => self.complain("there is no stand-in"),
-            Action::SpawnBeside { .. } | Action::DropBeside { .. } | Action::Transfer { .. } | Action::Revert => {
-                self.complain("nobody asked for another build, or for a spare");
-            }
+            Action::SpawnBeside { .. }
+            | Action::DropBeside { .. }
+            | Action::Transfer { .. }
+            | Action::Revert
+            | Action::Promote { .. }
+            | Action::Tell(_) => self.carry_out_beside(&action, mistake),
             Action::CompleteResets => self.begin_anew(),
-            // There is one at a time: whoever was greeted is the device's backend already.
-            Action::Promote { .. } | Action::ShowConfig | Action::CompleteActivation | Action::Tell(_) => {}
+            Action::ShowConfig | Action::CompleteActivation => {}
         }
     }
 
@@ -623,6 +655,9 @@ impl State {
         }
         if self.late != 0 {
             self.complain("rings were handed over before the fence");
+        }
+        if !self.process.as_ref()?.knows {
+            self.complain("a new build serves and does not know what the device knows");
         }
         let queue = self.queues.get_mut(at)?;
         let used = queue.ring.used_index;
