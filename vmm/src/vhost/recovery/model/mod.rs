@@ -153,10 +153,9 @@ fn every_interleaving_is_safe_and_comes_to_an_end() {
         Device::new([1, 1], 2),
         Device::new([2, 0], 2),
         Device { resets: 1, ..Device::new([2, 0], 1) },
-        Device { upgrades: 1, ..Device::new([2, 0], 1) },
+        Device { upgrades: 1, ..Device::new([2, 0], 0) },
         Device { upgrades: 1, ..Device::new([1, 0], 2) },
         Device { upgrades: 1, resets: 1, ..Device::new([1, 0], 1) },
-        Device { standby: true, ..Device::new([2, 0], 1) },
         Device { standby: true, ..Device::new([1, 0], 2) },
         Device { standby: true, upgrades: 1, ..Device::new([1, 0], 1) },
     ] {
