@@ -30,13 +30,7 @@ fn run_all(seeds: std::ops::Range<u64>) -> (Outcome, Option<(u64, &'static str)>
                 return (sum, first);
             }
             let outcome = run(seed, None);
-            sum.completed += outcome.completed;
-            sum.deaths += outcome.deaths;
-            sum.quarantines += outcome.quarantines;
-            sum.hand_overs += outcome.hand_overs;
-            sum.upgrades += outcome.upgrades;
-            sum.refusals += outcome.refusals;
-            sum.takeovers += outcome.takeovers;
+            sum.add(&outcome);
             first = outcome.complaint.map(|complaint| (seed, complaint));
         }
     };
@@ -44,13 +38,7 @@ fn run_all(seeds: std::ops::Range<u64>) -> (Outcome, Option<(u64, &'static str)>
         let other = scope.spawn(work);
         let (mut sum, first) = work();
         let (more, other) = other.join().expect("no panic");
-        sum.completed += more.completed;
-        sum.deaths += more.deaths;
-        sum.quarantines += more.quarantines;
-        sum.hand_overs += more.hand_overs;
-        sum.upgrades += more.upgrades;
-        sum.refusals += more.refusals;
-        sum.takeovers += more.takeovers;
+        sum.add(&more);
         (sum, first.or(other))
     })
 }

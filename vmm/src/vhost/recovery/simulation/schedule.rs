@@ -33,6 +33,19 @@ pub(super) struct Outcome {
     pub(super) takeovers: u64,
 }
 
+impl Outcome {
+    /// Adds what another one has counted.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.completed += other.completed;
+        self.deaths += other.deaths;
+        self.quarantines += other.quarantines;
+        self.hand_overs += other.hand_overs;
+        self.upgrades += other.upgrades;
+        self.refusals += other.refusals;
+        self.takeovers += other.takeovers;
+    }
+}
+
 struct Schedule {
     machine: Machine,
     world: World,
