@@ -285,6 +285,13 @@ fn a_guest_prints_to_a_port_elsewhere() -> Result<()> {
         ensure!(Instant::now() < deadline, "it stays {port}");
         std::thread::sleep(Duration::from_millis(5));
     }
+    // A reset makes a new board, and keeps the process like those of all other devices.
+    let before = processes::child_named(vm.console.pid(), "atoll-uart", STEP)?;
+    vm.put("vm.reboot", None)?;
+    vm.console.prompt(BOOT_LIMIT)?;
+    vm.console.run("echo after > /dev/ttyS1", STEP)?;
+    expected.push_str("after\r\n");
+    assert_eq!(processes::child_named(vm.console.pid(), "atoll-uart", STEP)?, before);
     vm.console.send("poweroff -f\n")?;
     let (status, errors) = vm.console.wait(STEP)?;
     ensure!(status.success(), "{status}: {errors}");

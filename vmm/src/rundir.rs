@@ -2,7 +2,7 @@
 //!
 //! A machine's folder holds its sockets and a file `pid` on which the process holds a lock (flock) as long as it lives:
 //! the kernel lets go of it however the process ends, so what is left of a killed one is recognised without guessing by
-//! process ids, and its name is free again.
+//! process ids, its name is free again, and whoever lists machines or starts one removes it.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -53,10 +53,15 @@ pub enum RunDirError {
     },
     /// A name that is none.
     #[error(
-        "'{0}' is no name for a machine: 1 to {NAME_BYTES_MAX} letters, digits, dots, hyphens and underscores are \
+        "'{name}' is no name for a {what}: 1 to {NAME_BYTES_MAX} letters, digits, dots, hyphens and underscores are \
          expected, not a dot first"
     )]
-    Name(String),
+    Name {
+        /// What it was to name: a machine, or a switch.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
     /// A machine of that name runs.
     #[error(
         "a machine named '{name}' runs already (pid {pid}); choose another --name, or end it: atoll shutdown {name}"
@@ -103,10 +108,10 @@ impl RunningVm {
     }
 }
 
-fn check_name(name: &str) -> Result<(), RunDirError> {
+fn check_name(what: &'static str, name: &str) -> Result<(), RunDirError> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     let fits = !name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.starts_with('.') && name.bytes().all(plain);
-    if fits && name != SWITCHES { Ok(()) } else { Err(RunDirError::Name(name.into())) }
+    if fits && name != SWITCHES { Ok(()) } else { Err(RunDirError::Name { what, name: name.into() }) }
 }
 
 /// Makes a folder for this user alone, or checks that it is one.
@@ -184,7 +189,7 @@ impl RunRoot {
     /// # Errors
     /// When the name is none or the folder cannot be made.
     pub fn switch_socket(&self, name: &str) -> Result<PathBuf, RunDirError> {
-        check_name(name)?;
+        check_name("switch", name)?;
         private_folder(&self.0.join(SWITCHES))?;
         Ok(crate::vhost::switch_socket(&self.0, name))
     }
@@ -194,7 +199,8 @@ impl RunRoot {
     /// # Errors
     /// [`RunDirError::Taken`], and when the folder cannot be made.
     pub fn claim(&self, name: &str) -> Result<RunDir, RunDirError> {
-        check_name(name)?;
+        check_name("machine", name)?;
+        self.tidy();
         let folder = self.0.join(name);
         let failed = |source| RunDirError::Folder { path: folder.clone(), source };
         loop {
@@ -244,18 +250,44 @@ impl RunRoot {
         }
     }
 
+    /// Removes the folders of machines whose process is gone without having done so: it was killed.
+    fn tidy(&self) {
+        for name in self.names().filter(|name| !self.lives(name)) {
+            let folder = self.0.join(&name);
+            let path = folder.join(PID);
+            // A folder that nobody has locked yet has an owner to come.
+            let Ok(file) = File::open(&path) else { continue };
+            // Under the lock that whoever wants the name takes first, and looks afterwards whether it is still there.
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() && is_at(&file, &path) {
+                match std::fs::remove_dir_all(&folder) {
+                    Ok(()) => tracing::debug!(name, "what a machine that was killed had left is removed"),
+                    Err(error) => tracing::debug!(name, %error, "what a machine that was killed has left remains"),
+                }
+            }
+        }
+    }
+
+    /// What may be machines: folders that have the name of one.
+    fn names(&self) -> impl Iterator<Item = String> + use<> {
+        let entries = std::fs::read_dir(&self.0).into_iter().flatten().filter_map(Result::ok);
+        let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        folders
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| check_name("machine", name).is_ok())
+    }
+
     /// Whether a process holds the name.
     fn lives(&self, name: &str) -> bool {
         let opened = File::open(self.0.join(name).join(PID));
         opened.is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockShared).is_err())
     }
 
-    /// The machines that run, by name.
+    /// The machines that run, by name. What killed ones have left is removed.
     pub fn list(&self) -> Vec<RunningVm> {
-        let entries = std::fs::read_dir(&self.0).into_iter().flatten().filter_map(Result::ok);
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut running: Vec<RunningVm> = names
-            .filter(|name| name != SWITCHES && self.lives(name))
+        self.tidy();
+        let mut running: Vec<RunningVm> = self
+            .names()
+            .filter(|name| self.lives(name))
             .map(|name| {
                 let folder = self.0.join(&name);
                 let pid = std::fs::read_to_string(folder.join(PID)).ok().and_then(|text| text.trim().parse().ok());
@@ -356,7 +388,7 @@ mod tests {
     fn names_and_folders_are_checked() {
         let (folder, root) = root();
         for name in ["", "a/b", "..", ".x", "switches", "ä", &"x".repeat(33)] {
-            assert!(matches!(root.claim(name), Err(RunDirError::Name(_))), "{name}");
+            assert!(matches!(root.claim(name), Err(RunDirError::Name { .. })), "{name}");
         }
         let open = folder.path().join("open");
         std::fs::create_dir(&open).unwrap();

@@ -46,7 +46,10 @@ fn every_reference_leads_somewhere_and_every_schema_is_used() {
     let mut found = BTreeSet::new();
     references(&document, &document, &mut found);
     let schemas = document["components"]["schemas"].as_object().unwrap();
-    let defined: BTreeSet<String> = schemas.keys().map(|name| format!("#/components/schemas/{name}")).collect();
+    let responses = document["components"]["responses"].as_object().unwrap();
+    let schema_names = schemas.keys().map(|name| format!("#/components/schemas/{name}"));
+    let response_names = responses.keys().map(|name| format!("#/components/responses/{name}"));
+    let defined: BTreeSet<String> = schema_names.chain(response_names).collect();
     assert_eq!(found, defined);
     for name in ["VmConfig", "NetConfig", "DiskConfig", "VmInfo", "DeviceReport", "StoryEvent", "Plugged"] {
         assert!(schemas.contains_key(name), "{name}");

@@ -100,7 +100,7 @@ impl VmControl for Fake {
         self.step("resume", &[VmState::Paused], VmState::Running)
     }
     fn reset(&self) -> Result<(), VmError> {
-        self.step("reset", &[VmState::Running], VmState::Running)
+        self.step("reset", &[VmState::Running, VmState::Paused], VmState::Running)
     }
     fn power_button(&self) -> Result<(), VmError> {
         self.step("power_button", &[VmState::Running], VmState::Running)

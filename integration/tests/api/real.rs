@@ -175,6 +175,10 @@ fn states(client: &mut Strict) {
         ("vm.resume", 204),
         ("vm.power-button", 204),
         ("vm.reboot", 204),
+        // One that stands starts again, too, and runs.
+        ("vm.pause", 204),
+        ("vm.reboot", 204),
+        ("vm.resume", 500),
     ] {
         let budget = if name == "vm.reboot" { BOOT } else { QUICK };
         within(budget, status, client.act(&format!("/api/v1/{name}")));
@@ -184,6 +188,11 @@ fn states(client: &mut Strict) {
     let tree = within(QUICK, 200, client.get("/api/v1/inspect")).json();
     assert!(tree["devices"]["root"].is_object(), "{tree}");
     within(QUICK, 200, client.get("/api/v1/inspect/devices/root"));
+    // Everybody who has a mailbox: whoever serves a device, talks to its process or hears of it, and the API itself.
+    for actor in ["machine", "spawner", "vmm.supervisor", "device.root", "talk.root", "process.root", "api0", "api1"] {
+        assert!(tree["actors"][actor]["capacity"].as_u64() > Some(0), "{actor}: {}", tree["actors"]);
+        assert!(tree["actors"][actor]["generation"].is_u64() && tree["actors"][actor]["full"].is_u64(), "{actor}");
+    }
     within(QUICK, 404, client.get("/api/v1/inspect/devices/nobody")).why();
     within(QUICK, 200, client.get("/api/v1/vm.counters"));
     assert!(within(QUICK, 200, client.get("/metrics")).body.contains("# TYPE "));

@@ -143,6 +143,11 @@ impl<M: Mail> Address<M> {
         &self.name
     }
 
+    /// What counts the messages that found the mailbox full.
+    pub(super) fn counter(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.refused)
+    }
+
     /// How many messages found the mailbox full and were given back.
     #[must_use]
     pub fn refused(&self) -> u64 {

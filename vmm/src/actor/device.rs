@@ -12,6 +12,7 @@ use atoll_protocol::{AccessKind, CauseId, DeviceId, Generation, Width};
 use super::Supervision;
 use super::address::{Address, Mail};
 use super::clock::Clock;
+use super::roll::Roll;
 
 /// An access as the actor gets it.
 #[derive(Debug)]
@@ -82,6 +83,8 @@ pub struct Surroundings {
     pub supervision: Arc<dyn Supervision>,
     /// Source of cause ids, shared by the whole VM.
     pub causes: Arc<AtomicU64>,
+    /// Where a device elsewhere is on the roll.
+    pub roll: Roll,
 }
 
 impl fmt::Debug for Surroundings {

@@ -4,6 +4,7 @@
 //!   happens when the mailbox is full ([`WhenFull`]): the sender waits, or gets its message back in a typed error.
 //! - [`Address::ask`] waits for a [`Reply`] until a deadline on a [`Clock`]; an OS thread (a vCPU) does the same with
 //!   [`Address::ask_parked`], and gives up when its [`StopSignal`] is raised.
+//! - Everybody who has a mailbox is on a [`Roll`], which an operator can read.
 //! - A [`Tree`] starts actors, reports each end to its hook, and stops them in reverse order of their start.
 //!
 //! Registers are reached through [`ActorDevice`] when an actor of this process answers, and through
@@ -16,6 +17,7 @@ mod laps;
 mod park;
 mod rate;
 pub mod remote;
+mod roll;
 mod thread;
 mod tree;
 
@@ -25,8 +27,9 @@ pub use device::{AccessToken, ActorDevice, RegisterAccess, Surroundings};
 pub use laps::{Lap, Laps};
 pub use park::{Parked, StopSignal, park, park_access};
 pub use rate::RateLimit;
+pub use roll::{ActorReport, Inbox, Outbox, Post, Roll, mailbox};
 pub use thread::ActorThread;
-pub use tree::{Actor, ActorReport, Ended, Ending, Flow, Tree};
+pub use tree::{Actor, Ended, Ending, Flow, Tree};
 
 use atoll_protocol::lifecycle::LifecycleEvent;
 

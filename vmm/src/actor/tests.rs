@@ -233,6 +233,7 @@ fn actor_behind_a_register() {
         budget: Duration::from_millis(100),
         supervision,
         causes: Arc::default(),
+        roll: Roll::default(),
     };
     let mut device = ActorDevice::new(DeviceId(9), counter, Word::Access, surroundings);
     let complete = |answer: Answer| match answer {

@@ -5,6 +5,7 @@
 //! in its mailbox, then says goodbye; one that takes longer than it is given is aborted, and that is reported.
 
 use std::future::Future;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::address::{Address, Mail};
+use super::roll::ActorReport;
 
 /// Whether an actor goes on after a message.
 #[must_use]
@@ -62,19 +64,8 @@ pub struct Ended {
 
 type Hook = Arc<dyn Fn(Ended) + Send + Sync>;
 
-/// An actor as an operator sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ActorReport {
-    /// Its name, with those of the trees that it is in before it.
-    pub name: Arc<str>,
-    /// Messages that wait in its mailbox; none when nobody holds its address any more.
-    pub waiting: usize,
-    /// How many its mailbox holds.
-    pub capacity: usize,
-}
-
-/// Messages that wait, and how many may.
-type Depth = Box<dyn Fn() -> (usize, usize) + Send + Sync>;
+/// Messages that wait, how many may, and how often there was no room.
+type Depth = Box<dyn Fn() -> (usize, usize, u64) + Send + Sync>;
 
 enum Member {
     Actor { name: Arc<str>, stop: oneshot::Sender<()>, task: JoinHandle<()>, depth: Depth },
@@ -134,11 +125,14 @@ impl Tree {
         let (sender, mailbox) = mpsc::channel(capacity.max(1));
         // Weak: an actor whose address nobody holds ends by itself.
         let weak = sender.downgrade();
-        let depth: Depth = Box::new(move || {
-            weak.upgrade().map_or((0, capacity), |sender| (sender.max_capacity() - sender.capacity(), capacity))
-        });
         let (stop, stopped) = oneshot::channel();
         let address = Address::new(sender, Arc::clone(&name));
+        let full = address.counter();
+        let depth: Depth = Box::new(move || {
+            // Nothing waits when nobody holds its address any more.
+            let waiting = weak.upgrade().map_or(0, |sender| sender.max_capacity() - sender.capacity());
+            (waiting, capacity, full.load(Ordering::Relaxed))
+        });
         let hook = Arc::clone(&self.hook);
         let reported = Arc::clone(&name);
         let mut members = self.lock();
@@ -173,8 +167,10 @@ impl Tree {
                 Member::Subtree(tree) => reports.extend(tree.census()),
                 Member::Actor { task, .. } if task.is_finished() => {}
                 Member::Actor { name, depth, .. } => {
-                    let (waiting, capacity) = depth();
-                    reports.push(ActorReport { name: Arc::clone(name), waiting, capacity });
+                    let (waiting, capacity, full) = depth();
+                    let state = if waiting > 0 { "busy" } else { "idle" }.to_owned();
+                    let name = Arc::clone(name);
+                    reports.push(ActorReport { name, waiting, capacity, full, generation: 1, state });
                 }
             }
         }

@@ -115,6 +115,12 @@ pub struct Client {
 }
 
 impl Client {
+    /// The connected socket, to learn who is at its other end.
+    #[must_use]
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
     /// Connects to the socket at `path`.
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 //! One connection: requests one after the other, each answered before the next is looked at.
 //!
-//! A client may be silent between requests for as long as it likes, and must finish what it has begun. A request that has
+//! A client may be silent between requests for as long as its place is not needed, and must finish what it has begun. A request that has
 //! come as a whole is carried out to its end, also when the client is gone by then; one that has not is not begun.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -8,10 +8,12 @@ use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
+
 use super::reply::{Reply, Status, ascii_json};
 use super::request::{Assembler, Head, Step};
 use super::routes::{self, Answer, Asked};
-use super::server::Shared;
+use super::server::{Seat, Shared};
 use super::wire::{self, WireError};
 use crate::lifecycle::{Heard, StoryEvent, Subscription};
 
@@ -28,8 +30,10 @@ const EVENT_PATIENCE: Duration = Duration::from_secs(30);
 const EVENT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Serves one connection until its end.
-pub(super) fn converse(socket: &UnixStream, shared: &Shared) {
-    match (Connection { socket, shared, assembler: Assembler::default(), descriptors: Vec::new() }).serve() {
+pub(super) fn converse(socket: &UnixStream, seat: &Seat) {
+    match (Connection { socket, seat, shared: &seat.shared, assembler: Assembler::default(), descriptors: Vec::new() })
+        .serve()
+    {
         Ok(()) => {}
         Err(WireError::Late) => tracing::debug!("a client of the operator's socket did not finish in time"),
         Err(error) => tracing::debug!(%error, "a connection to the operator's socket failed"),
@@ -38,6 +42,7 @@ pub(super) fn converse(socket: &UnixStream, shared: &Shared) {
 
 struct Connection<'a> {
     socket: &'a UnixStream,
+    seat: &'a Seat,
     shared: &'a Shared,
     assembler: Assembler,
     /// What came beside the request at hand.
@@ -57,6 +62,9 @@ impl Connection<'_> {
                         return Ok(());
                     }
                     deadline = None;
+                    if self.assembler.is_idle() {
+                        self.seat.rests();
+                    }
                 }
                 Ok(Step::Invite) => self.send(Reply::invitation(), ANSWER_PATIENCE)?,
                 Ok(Step::More) => match self.receive(deadline) {
@@ -75,6 +83,11 @@ impl Connection<'_> {
     }
 
     fn receive(&mut self, deadline: Option<Instant>) -> Result<usize, WireError> {
+        if deadline.is_none() {
+            // At rest until something comes, and at work before it is read: whoever looks finds one or the other.
+            wire::wait(self.socket.as_fd(), PollFlags::IN, None)?;
+            self.seat.works();
+        }
         let room = self.assembler.room();
         wire::receive(self.socket.as_fd(), self.assembler.bytes(), room, &mut self.descriptors, deadline)
     }
@@ -147,6 +160,7 @@ impl Connection<'_> {
     /// Refuses what cannot be read and ends the connection, in a way that lets the client read why: were bytes of it
     /// still unread, the kernel would tell it of a reset.
     fn hang_up(&mut self, why: String) -> Result<(), WireError> {
+        self.seat.rests();
         self.send(&Reply::refused(Status::BadRequest, &[why]).encode(false), ANSWER_PATIENCE)?;
         self.socket.shutdown(std::net::Shutdown::Write).map_err(|_| WireError::Late)?;
         let deadline = Some(Instant::now() + LINGER_PATIENCE);

@@ -11,6 +11,7 @@ use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 use thiserror::Error;
 
+use crate::config::{KeyError, PathOrFd};
 use crate::unix_socket::{BoundSocket, SocketError};
 
 /// Why nobody can be listened to.
@@ -27,6 +28,9 @@ pub enum ListenError {
         /// What is the matter with it.
         what: &'static str,
     },
+    /// A key that there is not, or none of its value.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
     /// Neither path nor descriptor.
     #[error("'{0}' is neither PATH, path=PATH nor fd=N")]
     Syntax(String),
@@ -46,11 +50,13 @@ impl FromStr for ListenAt {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let syntax = || ListenError::Syntax(text.into());
-        if let Some(fd) = text.strip_prefix("fd=") {
-            return fd.parse().ok().filter(|fd| *fd >= 0).map(Self::Descriptor).ok_or_else(syntax);
+        match PathOrFd::read(text)? {
+            Some(PathOrFd::Path(path)) => Ok(Self::Path(path)),
+            Some(PathOrFd::Fd(fd)) => Ok(Self::Descriptor(fd)),
+            // A path alone, with whatever is in it.
+            None if text.is_empty() => Err(syntax()),
+            None => Ok(Self::Path(text.into())),
         }
-        let path = text.strip_prefix("path=").unwrap_or(text);
-        if path.is_empty() { Err(syntax()) } else { Ok(Self::Path(path.into())) }
     }
 }
 
@@ -80,6 +86,14 @@ impl Listener {
             Kind::Bound(socket) => socket.listener(),
             Kind::Inherited(socket) => socket,
         }
+    }
+}
+
+impl ListenError {
+    /// Whether the command line is at fault: nobody could listen there.
+    #[must_use]
+    pub fn is_mistake(&self) -> bool {
+        !matches!(self, Self::Socket(error) if !matches!(error, SocketError::TooLong { .. }))
     }
 }
 
@@ -152,9 +166,12 @@ mod tests {
         assert_eq!("/run/a.sock".parse::<ListenAt>().unwrap(), ListenAt::Path("/run/a.sock".into()));
         assert_eq!("path=a".parse::<ListenAt>().unwrap(), ListenAt::Path("a".into()));
         assert_eq!("fd=7".parse::<ListenAt>().unwrap(), ListenAt::Descriptor(7));
-        for text in ["", "path=", "fd=", "fd=-1", "fd=x"] {
-            assert!(matches!(text.parse::<ListenAt>(), Err(ListenError::Syntax(_))), "{text}");
+        assert_eq!("/run/a,b=c".parse::<ListenAt>().unwrap(), ListenAt::Path("/run/a,b=c".into()));
+        assert_eq!("path=\"a,b\"".parse::<ListenAt>().unwrap(), ListenAt::Path("a,b".into()));
+        for text in ["", "path=", "fd=", "fd=-1", "fd=x", "path=a,foo=1", "fd=3,path=a", "path=a,path=b"] {
+            assert!(text.parse::<ListenAt>().is_err(), "{text}");
         }
+        assert!("path=a,foo=1".parse::<ListenAt>().unwrap_err().to_string().contains("no key 'foo'"));
     }
 
     #[test]

@@ -26,6 +26,7 @@ use super::connection::lost;
 use super::listen::own;
 use super::reply::braceless_json;
 use super::wire::{self, WireError};
+use crate::config::{KeyError, PathOrFd};
 use crate::lifecycle::{Heard, Story, StoryEvent, Subscription};
 use crate::seccomp::{self, ThreadClass};
 
@@ -48,6 +49,9 @@ pub enum MonitorError {
     /// The descriptor.
     #[error("descriptor {0} is not open for writing: give fd=N of a pipe, socket or file")]
     Descriptor(RawFd),
+    /// A key that there is not, or none of its value.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
     /// Neither.
     #[error("'{0}' is neither path=FIFO nor fd=N")]
     Syntax(String),
@@ -69,13 +73,10 @@ impl FromStr for EventMonitorAt {
     type Err = MonitorError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let syntax = || MonitorError::Syntax(text.into());
-        if let Some(fd) = text.strip_prefix("fd=") {
-            return fd.parse().ok().filter(|fd| *fd >= 0).map(Self::Descriptor).ok_or_else(syntax);
-        }
-        match text.strip_prefix("path=") {
-            Some(path) if !path.is_empty() => Ok(Self::Path(path.into())),
-            _ => Err(syntax()),
+        match PathOrFd::read(text)? {
+            Some(PathOrFd::Path(path)) => Ok(Self::Path(path)),
+            Some(PathOrFd::Fd(fd)) => Ok(Self::Descriptor(fd)),
+            None => Err(MonitorError::Syntax(text.into())),
         }
     }
 }
@@ -258,7 +259,7 @@ mod tests {
         assert_eq!("path=a".parse::<EventMonitorAt>().unwrap(), EventMonitorAt::Path("a".into()));
         assert_eq!("fd=3".parse::<EventMonitorAt>().unwrap(), EventMonitorAt::Descriptor(3));
         for text in ["", "a", "path=", "fd=", "fd=-2"] {
-            assert!(matches!(text.parse::<EventMonitorAt>(), Err(MonitorError::Syntax(_))), "{text}");
+            assert!(text.parse::<EventMonitorAt>().is_err(), "{text}");
         }
     }
 

@@ -37,8 +37,30 @@ pub fn document() -> Value {
         },
         "servers": [{ "url": "http://localhost", "description": "the socket of --api-socket" }],
         "paths": paths,
-        "components": { "schemas": requests.take_definitions(true) },
+        "components": { "responses": everywhere(&mut requests), "schemas": requests.take_definitions(true) },
     })
+}
+
+/// Statuses that each resource can answer with, whatever is asked of it: the request cannot be read, or comes to the wrong
+/// method; all connections are busy.
+const EVERYWHERE: [(Status, &str, &str); 2] = [
+    (
+        Status::BadRequest,
+        "Unreadable",
+        "the request is not HTTP/1.1, too long, not whole in time, or of the wrong method",
+    ),
+    (Status::TooMany, "Crowded", "every connection that there may be has a request under way"),
+];
+
+/// The responses of [`EVERYWHERE`], by name.
+fn everywhere(generator: &mut SchemaGenerator) -> Value {
+    let mut responses = Map::new();
+    for (_, name, about) in EVERYWHERE {
+        let sentences: Value = of::<Vec<String>>(generator).into();
+        let content = json!({ Content::Json.media_type(): { "schema": sentences } });
+        responses.insert(name.into(), json!({ "description": about, "content": content }));
+    }
+    responses.into()
 }
 
 fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
@@ -72,6 +94,10 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
     for status in route.refusals.iter().chain(always) {
         let sentences: Value = of::<Vec<String>>(generator).into();
         good(*status, refusal(*status), Some(body(sentences, json)));
+    }
+    for (status, name, _) in EVERYWHERE {
+        let response = responses.entry(status.code().to_string());
+        response.or_insert_with(|| json!({ "$ref": format!("#/components/responses/{name}") }));
     }
     let mut operation = json!({
         "summary": route.about,

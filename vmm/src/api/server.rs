@@ -1,10 +1,14 @@
 //! Accepts connections and gives each a thread of its own.
+//!
+//! There is room for a limited number. A client may keep a connection for the life of its machine, so nobody is sent away
+//! for silence as long as there is room; when there is none, the connection that has been silent for longest gives way to
+//! the new one. A request that is under way is never cut.
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,6 +20,7 @@ use super::connection;
 use super::listen::Listener;
 use super::reply::{Reply, Status};
 use super::wire;
+use crate::actor::{ActorReport, Post};
 use crate::lifecycle::{Story, VmControl};
 use crate::seccomp::{self, ThreadClass};
 
@@ -49,12 +54,69 @@ pub(super) struct Shared {
     streams: AtomicUsize,
     open: Mutex<Open>,
     fewer: Condvar,
+    number: u64,
+}
+
+/// Sockets that have been served, so that each is on the roll by a name of its own.
+static SERVERS: AtomicU64 = AtomicU64::new(0);
+
+impl Post for Shared {
+    fn report(&self) -> ActorReport {
+        let open = self.open();
+        let busy = open.connections.values().filter(|connection| connection.at == At::Work).count();
+        let state = format!("{busy} of {} connections work", open.connections.len());
+        let name = format!("api{}", self.number).into();
+        ActorReport { name, waiting: busy, capacity: CONNECTIONS_MAX, full: open.refused, generation: 1, state }
+    }
 }
 
 #[derive(Default)]
 struct Open {
     next: u64,
-    sockets: BTreeMap<u64, Arc<UnixStream>>,
+    /// Connections for which there was no place.
+    refused: u64,
+    connections: BTreeMap<u64, Connected>,
+}
+
+/// A connection, as those who accept others see it.
+struct Connected {
+    socket: Arc<UnixStream>,
+    at: At,
+}
+
+/// What a connection is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// Nothing has been asked, or what was has been answered, since then.
+    Rest(Instant),
+    /// A request is under way.
+    Work,
+    /// It gives way to another, and is no longer counted.
+    Leaving,
+}
+
+impl Open {
+    /// Makes room for one more, if need be by having the one leave that has been at rest for longest; whether there is.
+    fn make_room(&mut self) -> bool {
+        let counted = self.connections.values().filter(|connection| connection.at != At::Leaving).count();
+        if counted < CONNECTIONS_MAX {
+            return true;
+        }
+        // Those that leave end at once, but for one that takes its time to read its last answer.
+        if self.connections.len() >= 2 * CONNECTIONS_MAX {
+            return false;
+        }
+        // What has sent something is no longer at rest, though nobody may have looked yet.
+        let resting = self.connections.values_mut().filter_map(|connection| match connection.at {
+            At::Rest(since) if !wire::has_more(connection.socket.as_fd()) => Some((since, connection)),
+            At::Rest(_) | At::Work | At::Leaving => None,
+        });
+        let Some((_, longest)) = resting.min_by_key(|(since, _)| *since) else { return false };
+        longest.at = At::Leaving;
+        // A request that it sends in this moment is read, carried out and answered.
+        let _ = longest.socket.shutdown(Shutdown::Read);
+        true
+    }
 }
 
 impl Shared {
@@ -95,7 +157,9 @@ impl ApiServer {
     /// # Errors
     /// When there is no thread or descriptor for it.
     pub fn start(listener: Listener, api: Api) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
+        let roll = api.story.roll().clone();
+        let shared = roll.post(Shared {
+            number: SERVERS.fetch_add(1, Ordering::Relaxed),
             api,
             stopping: AtomicBool::new(false),
             streams: AtomicUsize::new(0),
@@ -127,18 +191,18 @@ impl ApiServer {
         let _ = accepting.join();
         let deadline = Instant::now() + limit;
         let mut open = self.shared.open();
-        for socket in open.sockets.values() {
+        for Connected { socket, .. } in open.connections.values() {
             // Whoever waits for a request sees an end; whoever carries one out can still answer.
             let _ = socket.shutdown(Shutdown::Read);
         }
-        while !open.sockets.is_empty() {
+        while !open.connections.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
             open = self.shared.fewer.wait_timeout(open, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        for socket in open.sockets.values() {
+        for Connected { socket, .. } in open.connections.values() {
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
@@ -190,14 +254,16 @@ fn welcome(socket: UnixStream, shared: &Arc<Shared>) {
     let socket = Arc::new(socket);
     let number = {
         let mut open = shared.open();
-        if open.sockets.len() >= CONNECTIONS_MAX {
+        if !open.make_room() {
+            open.refused += 1;
             drop(open);
-            let why = format!("there are {CONNECTIONS_MAX} connections already: close one of them, then try again");
+            let why =
+                format!("there are {CONNECTIONS_MAX} connections with a request under way: try again when one is done");
             return refuse(&socket, Status::TooMany, why);
         }
         let number = open.next;
         open.next += 1;
-        open.sockets.insert(number, Arc::clone(&socket));
+        open.connections.insert(number, Connected { socket: Arc::clone(&socket), at: At::Rest(Instant::now()) });
         number
     };
     // Whatever becomes of the thread, the connection is counted off once.
@@ -205,21 +271,43 @@ fn welcome(socket: UnixStream, shared: &Arc<Shared>) {
     let theirs = Arc::clone(&socket);
     let spawned = thread::Builder::new().name(format!("api-{}", number % 1000)).spawn(move || {
         seccomp::inherit(ThreadClass::Operator);
-        connection::converse(&theirs, &seat.shared);
+        connection::converse(&theirs, &seat);
     });
     if let Err(error) = spawned {
         refuse(&socket, Status::Failed, format!("there is no thread for another connection: {error}"));
     }
 }
 
-struct Seat {
-    shared: Arc<Shared>,
+/// A connection's place among the others.
+pub(super) struct Seat {
+    pub(super) shared: Arc<Shared>,
     number: u64,
+}
+
+impl Seat {
+    /// A request has begun to come.
+    pub(super) fn works(&self) {
+        self.is_at(At::Work);
+    }
+
+    /// Nothing is under way any more.
+    pub(super) fn rests(&self) {
+        self.is_at(At::Rest(Instant::now()));
+    }
+
+    fn is_at(&self, at: At) {
+        // One that leaves does so whatever it is at.
+        if let Some(connection) =
+            self.shared.open().connections.get_mut(&self.number).filter(|one| one.at != At::Leaving)
+        {
+            connection.at = at;
+        }
+    }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.shared.open().sockets.remove(&self.number);
+        self.shared.open().connections.remove(&self.number);
         self.shared.fewer.notify_all();
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::broadcast;
 
 use super::spawner::Spawner;
 use super::supervisor::{Supervisor, SupervisorMail};
-use crate::actor::{ActorThread, Address, Clock, Ending, Surroundings, Tree};
+use crate::actor::{ActorReport, ActorThread, Address, Clock, Ending, Surroundings, Tree};
 use crate::metrics::Registry;
 
 /// One per VMM process; it outlives the machines that a reset makes one after the other.
@@ -108,6 +108,15 @@ impl Household {
         &self.tree
     }
 
+    /// Everybody of the household who has a mailbox: actors, the spawner, devices of registers elsewhere, what waits for a
+    /// device process.
+    #[must_use]
+    pub fn census(&self) -> Vec<ActorReport> {
+        let mut all = self.tree.census();
+        all.extend(self.spawner.roll().report());
+        all
+    }
+
     /// Time.
     #[must_use]
     pub fn clock(&self) -> &Arc<dyn Clock> {
@@ -132,6 +141,7 @@ impl Household {
             budget,
             supervision: Arc::new(self.supervisor.clone()),
             causes: Arc::clone(&self.causes),
+            roll: self.spawner.roll().clone(),
         }
     }
 

@@ -9,7 +9,7 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ use super::spec::{BackendSpec, PassedFd, WatchLimits};
 use super::standing::Standing;
 use super::supervisor::{Recovery, SupervisorMail};
 use crate::actor::remote::{AttachError, Remote, RemoteShape};
-use crate::actor::{Address, TellError};
+use crate::actor::{Address, Inbox, Outbox, TellError, mailbox};
 use crate::lifecycle::DeviceReport;
 use crate::seccomp::{self, ThreadClass};
 
@@ -100,7 +100,7 @@ pub struct RegisterBackend {
     remote: Arc<Remote>,
     device: DeviceId,
     supervisor: Address<SupervisorMail>,
-    orders: SyncSender<Order>,
+    orders: Outbox<Order>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -122,7 +122,8 @@ impl RegisterBackend {
         let remote = Remote::new(device, process.shape.clone(), process.wires.clone(), None, surroundings);
         let remote = Arc::new(remote.map_err(host)?);
         let supervisor = household.supervisor().clone();
-        let (orders, taken) = sync_channel(16);
+        let roll = household.spawner().roll();
+        let (orders, taken) = mailbox(roll, format!("keeper{}", device.0), 1, 16);
         let standing = Arc::<Standing>::default();
         let (remote_too, told) = (Arc::clone(&remote), Arc::clone(&standing));
         let recovery = HandOn { remote: remote_too, standing: told, answered: 0, orders: orders.clone() };
@@ -197,7 +198,7 @@ struct HandOn {
     /// Accesses that all incarnations up to the last one have answered.
     standing: Arc<Standing>,
     answered: u64,
-    orders: SyncSender<Order>,
+    orders: Outbox<Order>,
 }
 
 impl Recovery for HandOn {
@@ -267,7 +268,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn run(mut self, orders: &Receiver<Order>) {
+    fn run(mut self, orders: &Inbox<Order>) {
         loop {
             match orders.recv() {
                 Ok(Order::Start(generation)) => {

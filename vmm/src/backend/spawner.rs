@@ -10,7 +10,7 @@ use std::fmt;
 use std::io::PipeReader;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ use super::launch::{Launched, launch};
 use super::lines::{LastLines, read_lines};
 use super::spec::{BackendSpec, JailPolicy};
 use super::watch::{Watch, WatchAction};
-use crate::actor::{Clock, Moment, RateLimit};
+use crate::actor::{Clock, Inbox, Moment, Outbox, RateLimit, Roll, mailbox};
 
 /// A started device process. Letting go of it does not end the process: [`Child::stop`] and [`Child::kill`] do, and
 /// [`Spawner::shutdown`], and the end of the VMM.
@@ -107,7 +107,8 @@ struct Born {
 }
 
 struct Inner {
-    commands: SyncSender<Command>,
+    commands: Outbox<Command>,
+    roll: Roll,
     jail: Arc<Mutex<JailPolicy>>,
     wake: Arc<OwnedFd>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -130,7 +131,8 @@ impl Spawner {
     /// The kernel has no thread or descriptor left.
     pub fn new(clock: Arc<dyn Clock>) -> std::io::Result<Self> {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        let (commands, orders) = sync_channel(64);
+        let roll = Roll::default();
+        let (commands, orders) = mailbox(&roll, "spawner".into(), 1, 64);
         let jail = Arc::<Mutex<JailPolicy>>::default();
         let nursery = Nursery {
             clock,
@@ -143,7 +145,13 @@ impl Spawner {
             ending: None,
         };
         let thread = std::thread::Builder::new().name("spawner".into()).spawn(move || nursery.run())?;
-        Ok(Self(Arc::new(Inner { commands, jail, wake, thread: Mutex::new(Some(thread)) })))
+        Ok(Self(Arc::new(Inner { commands, roll, jail, wake, thread: Mutex::new(Some(thread)) })))
+    }
+
+    /// Who has to do with device processes and has a mailbox.
+    #[must_use]
+    pub fn roll(&self) -> &Roll {
+        &self.0.roll
     }
 
     /// How device processes that are started from now on are jailed.
@@ -249,7 +257,7 @@ struct Nursery {
     jail: Arc<Mutex<JailPolicy>>,
     warned: Arc<Mutex<BTreeSet<JailLayer>>>,
     wake: Arc<OwnedFd>,
-    commands: Receiver<Command>,
+    commands: Inbox<Command>,
     children: Vec<Ward>,
     escorts: Vec<Escort>,
     /// All must be gone by then.

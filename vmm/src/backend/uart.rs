@@ -3,9 +3,10 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use atoll_devices::{Wire, WireSink};
 use atoll_protocol::bus::Region;
 use atoll_protocol::sidecar::DeviceClass;
 use atoll_protocol::{DeviceId, RegionIndex, Space};
@@ -19,12 +20,14 @@ use super::policy::PolicyConfig;
 use super::registers::{RegisterBackend, RegisterProcess};
 use super::spec::{PassedFd, WatchLimits, beside_this_binary};
 use crate::actor::remote::RemoteShape;
-use crate::lifecycle::DeviceReport;
+use crate::lifecycle::{DeviceReport, DeviceState};
 use crate::machine::layout::{COM2, COM2_GSI};
 use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Transcript};
 
 /// Its number among the devices of a machine; disks count from 0.
 const DEVICE: DeviceId = DeviceId(0x1000);
+/// What it is called on the board.
+const NAME: &str = "serial1";
 /// How long one access may take. A process that needs longer for a byte is stuck.
 const ACCESS_MAX: Duration = Duration::from_secs(1);
 
@@ -146,7 +149,7 @@ impl UartBuilder {
     ///
     /// # Errors
     /// All of [`UartError`].
-    pub fn process(&self, wire: atoll_devices::Wire) -> Result<RegisterProcess, UartError> {
+    pub fn process(&self, wire: Wire) -> Result<RegisterProcess, UartError> {
         let exe = match &self.binary {
             Some(binary) => binary.clone(),
             None => beside_this_binary("atoll-uart").map_err(UartError::Binary)?,
@@ -173,32 +176,84 @@ impl UartBuilder {
 
 impl DeviceBuilder for UartBuilder {
     fn name(&self) -> String {
-        "serial1".into()
+        NAME.into()
     }
 
     fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
-        let name = self.name();
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| BuildError::new(name.clone(), source);
-        let process = self.process(board.wire(COM2_GSI)).map_err(|error| failed(error.into()))?;
-        let backend = RegisterBackend::start(process, &self.household).map_err(|error| failed(error.into()))?;
-        if let Some(registers) = backend.remote().region(RegionIndex(0)) {
-            board.add_registers(&name, Space::Pio, COM2, registers).map_err(|error| failed(error.into()))?;
-        }
-        Ok(BuiltDevice { name, place: None, life: Box::new(UartLife(backend)) })
+        let socket = Arc::<Socket>::default();
+        let wire = Wire::new(Arc::clone(&socket) as Arc<dyn WireSink>, 0);
+        let process = self.process(wire).map_err(|error| BuildError::new(NAME, error))?;
+        let backend = RegisterBackend::start(process, &self.household).map_err(|error| BuildError::new(NAME, error))?;
+        place(UartLife { backend, socket }, board)
     }
 }
 
-struct UartLife(RegisterBackend);
+/// The port whose board is gone, on the next one, with its process.
+struct Survivor(UartLife);
+
+impl DeviceBuilder for Survivor {
+    fn name(&self) -> String {
+        NAME.into()
+    }
+    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        place(self.0, board)
+    }
+}
+
+fn place(port: UartLife, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+    port.socket.plug(Some(board.wire(COM2_GSI)));
+    if let Some(registers) = port.backend.remote().region(RegionIndex(0)) {
+        let added = board.add_registers(NAME, Space::Pio, COM2, registers);
+        added.map_err(|error| BuildError::new(NAME, error))?;
+    }
+    Ok(BuiltDevice { name: NAME.into(), place: None, life: Box::new(port) })
+}
+
+/// Where the wire of the process ends: at the board that there is. Boards come and go, the process stays.
+#[derive(Default)]
+struct Socket(Mutex<Option<Wire>>);
+
+impl Socket {
+    fn plug(&self, wire: Option<Wire>) {
+        let before = std::mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), wire);
+        if let Some(before) = before {
+            before.set(false);
+        }
+    }
+}
+
+impl WireSink for Socket {
+    fn set_level(&self, _line: u32, high: bool) {
+        if let Some(wire) = &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            wire.set(high);
+        }
+    }
+}
+
+struct UartLife {
+    backend: RegisterBackend,
+    socket: Arc<Socket>,
+}
 
 impl DeviceLife for UartLife {
     fn start(&mut self) -> Result<(), LifeError> {
         Ok(())
     }
     fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
-        self.0.stop(deadline);
+        self.backend.stop(deadline);
         Ok(())
     }
     fn report(&self) -> Option<DeviceReport> {
-        Some(self.0.report())
+        Some(self.backend.report())
+    }
+    fn survive(mut self: Box<Self>, deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {
+        self.socket.plug(None);
+        if self.backend.report().state == DeviceState::Quarantined {
+            // A reset is a new chance: the next one starts from the beginning.
+            self.backend.stop(deadline);
+            return None;
+        }
+        self.backend.remote().reset();
+        Some(Box::new(Survivor(*self)))
     }
 }

@@ -68,6 +68,10 @@ impl VmConfig {
     /// # Errors
     /// The first thing that is wrong.
     pub fn check_devices(&self) -> Result<(), ConfigError> {
+        crate::machine::layout::ram(self.memory.size).map_err(|error| ConfigError::Unsupported(error.to_string()))?;
+        if let Some(model) = &self.platform.cpu_model {
+            crate::cpu::check_model(model).map_err(|error| ConfigError::Unsupported(error.to_string()))?;
+        }
         if self.memory.hotplug_size.is_some_and(|size| size > 0) {
             return Err(ConfigError::Unsupported(
                 "memory hotplug is not supported: leave memory.hotplug_size out and give all of it as size".into(),

@@ -281,6 +281,34 @@ impl Options {
     }
 }
 
+/// Where a socket or a file is: `path=PATH`, or the descriptor `fd=N` that was inherited.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PathOrFd {
+    /// A path.
+    Path(PathBuf),
+    /// A descriptor.
+    Fd(i32),
+}
+
+impl PathOrFd {
+    /// Reads it; `None` where it begins with neither key.
+    ///
+    /// # Errors
+    /// When there is another key, or a value is none.
+    pub fn read(text: &str) -> Result<Option<Self>, KeyError> {
+        if text.starts_with("fd=") {
+            let options = Options::parse(text, &["fd"], &[])?;
+            let fd = i32::try_from(options.need::<u32>("fd")?).ok();
+            let wrong = || KeyError::Value { key: "fd", value: text.into(), expected: "the number of a descriptor" };
+            return fd.map(Self::Fd).map(Some).ok_or_else(wrong);
+        }
+        if text.starts_with("path=") {
+            return Options::parse(text, &["path"], &[])?.need("path").map(Self::Path).map(Some);
+        }
+        Ok(None)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,7 +18,7 @@ pub use device::{
     ImageType, NetConfig, OnFailure, RateLimiterConfig, RngConfig, TokenBucketConfig, Track, VsockConfig,
 };
 pub use file::{FileError, MachineFile, RunWords};
-pub use keyvalue::{FlagError, KeyError, bytes_of};
+pub use keyvalue::{FlagError, KeyError, PathOrFd, bytes_of};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
 
 use schemars::JsonSchema;

@@ -29,6 +29,17 @@ pub use thread::{Kicks, VcpuEnd, VcpuThread};
 /// Name of the CPU model that hides nothing of the host's processor.
 const HOST_MODEL: &str = "host";
 
+/// Looks whether there is a CPU model of this name; not whether this host can show it to a guest.
+///
+/// # Errors
+/// [`CpuError::NoModel`].
+pub fn check_model(name: &str) -> Result<(), CpuError> {
+    if name == HOST_MODEL {
+        return Ok(());
+    }
+    Ok(atoll_softcpu::CpuModel::named(name, atoll_softcpu::VcpuTopology::SINGLE).map(drop)?)
+}
+
 /// Everything outside RAM, as one vCPU reaches it. Each call returns within the bus's deadline, with the instruction
 /// that asked complete: a read that nobody answers gives all ones, a write that nobody takes is dropped.
 pub trait GuestBus {
@@ -76,7 +87,7 @@ pub enum CpuError {
         source: io::Error,
     },
     /// Unknown CPU model.
-    #[error(transparent)]
+    #[error("{0}, or {HOST_MODEL} with --cpu kvm")]
     NoModel(#[from] atoll_softcpu::UnknownModel),
     /// The thread could not be started.
     #[error("no thread {name}: {source}; raise the limit on processes (ulimit -u)")]

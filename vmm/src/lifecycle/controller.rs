@@ -14,7 +14,7 @@ use std::time::Duration;
 use super::control::{Plugged, VmControl};
 use super::error::{ErrorKind, VmError};
 use super::keeper::{Keeper, View, no_machine};
-use super::mailbox::{Event, Mailbox, Post};
+use super::mailbox::{Event, Mailbox, Post, Waits};
 use super::report::{DeviceReport, VmInfo};
 use super::story::Story;
 use crate::backend::Household;
@@ -96,7 +96,7 @@ impl Controller {
     /// # Errors
     /// When there is no thread left.
     pub fn start(settings: Settings) -> io::Result<(Arc<Self>, Ended)> {
-        let mailbox = Arc::<Mailbox>::default();
+        let mailbox = Mailbox::new(settings.story.roll());
         let view = Arc::<View>::default();
         let story = settings.story.clone();
         let keeper = Keeper::new(settings, Arc::clone(&mailbox), Arc::clone(&view));
@@ -128,50 +128,54 @@ impl Drop for Controller {
 
 impl VmControl for Controller {
     fn create(&self, config: VmConfig) -> Result<(), VmError> {
-        self.mailbox.ask("vm.create", QUICK, move |keeper| keeper.create(config))
+        self.mailbox.ask("vm.create", Waits::Never, QUICK, move |keeper| keeper.create(config))
     }
     fn boot(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.boot", BUILD, Keeper::boot)
+        self.mailbox.ask_for("vm.boot", Waits::ForAll, BUILD, Keeper::begin_boot)
     }
     fn pause(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.pause", DEVICES, Keeper::pause)
+        self.mailbox.ask("vm.pause", Waits::ForBoot, DEVICES, Keeper::pause)
     }
     fn resume(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.resume", DEVICES, Keeper::resume)
+        self.mailbox.ask("vm.resume", Waits::ForBoot, DEVICES, Keeper::resume)
     }
     fn reset(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.reboot", BUILD, Keeper::reset)
+        self.mailbox.ask("vm.reboot", Waits::ForBoot, BUILD, Keeper::reset)
     }
     fn power_button(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.power-button", QUICK, Keeper::power_button)
+        self.mailbox.ask("vm.power-button", Waits::ForBoot, QUICK, Keeper::power_button)
     }
     fn shutdown(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.shutdown", DEVICES, Keeper::shutdown)
+        self.mailbox.ask("vm.shutdown", Waits::Never, DEVICES, Keeper::shutdown)
     }
     fn delete(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.delete", DEVICES, Keeper::delete)
+        self.mailbox.ask("vm.delete", Waits::Never, DEVICES, Keeper::delete)
     }
     fn nmi(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vm.nmi", QUICK, Keeper::nmi)
+        self.mailbox.ask("vm.nmi", Waits::ForBoot, QUICK, Keeper::nmi)
     }
     fn add_device(&self, device: DeviceConfig) -> Result<Option<Plugged>, VmError> {
-        self.mailbox.ask("adding a device", DEVICES, move |keeper| keeper.add_device(device))
+        self.mailbox.ask_for("adding a device", Waits::ForBoot, DEVICES, move |keeper, answer| {
+            keeper.begin_add(device, answer);
+        })
     }
     fn remove_device(&self, id: &str) -> Result<(), VmError> {
         let id = id.to_owned();
-        self.mailbox.ask("vm.remove-device", DEVICES, move |keeper| keeper.remove_device(&id))
+        self.mailbox.ask("vm.remove-device", Waits::ForBoot, DEVICES, move |keeper| keeper.remove_device(&id))
     }
     fn resize_disk(&self, id: &str, size: NewSize) -> Result<(), VmError> {
         let id = id.to_owned();
-        self.mailbox.ask("vm.resize-disk", DEVICES, move |keeper| keeper.resize_disk(&id, size))
+        self.mailbox.ask("vm.resize-disk", Waits::ForBoot, DEVICES, move |keeper| keeper.resize_disk(&id, size))
     }
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let id = id.to_owned();
-        self.mailbox.ask("vm.revive-device", DEVICES, move |keeper| keeper.revive_device(&id))
+        self.mailbox.ask("vm.revive-device", Waits::ForBoot, DEVICES, move |keeper| keeper.revive_device(&id))
     }
     fn upgrade_device(&self, id: &str, order: UpgradeOrder) -> Result<u64, VmError> {
         let name = id.to_owned();
-        let begun = self.mailbox.ask("vm.upgrade-device", QUICK, move |keeper| keeper.upgrade_device(&name, order))?;
+        let begun = self
+            .mailbox
+            .ask("vm.upgrade-device", Waits::ForBoot, QUICK, move |keeper| keeper.upgrade_device(&name, order))?;
         // The machine's thread does other things meanwhile; the device's thread has a deadline for each step, and this is
         // the net below them.
         let outcome = await_outcome(&begun, UPGRADE_MAX);
@@ -179,26 +183,27 @@ impl VmControl for Controller {
     }
     fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError> {
         let id = id.to_owned();
-        self.mailbox.ask("vm.fault-device", DEVICES, move |keeper| keeper.fault_device(&id, fault, seed))
+        self.mailbox
+            .ask("vm.fault-device", Waits::ForBoot, DEVICES, move |keeper| keeper.fault_device(&id, fault, seed))
     }
     fn info(&self) -> Result<VmInfo, VmError> {
         self.view.info().ok_or_else(no_machine)
     }
     fn devices(&self) -> Result<Vec<DeviceReport>, VmError> {
-        self.mailbox.ask("listing devices", QUICK, |keeper| keeper.devices())
+        self.mailbox.ask("listing devices", Waits::Never, QUICK, |keeper| keeper.devices())
     }
     fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, VmError> {
-        self.mailbox.ask("vm.counters", QUICK, |keeper| keeper.counters())
+        self.mailbox.ask("vm.counters", Waits::Never, QUICK, |keeper| keeper.counters())
     }
     fn metrics(&self) -> Result<String, VmError> {
-        self.mailbox.ask("metrics", QUICK, |keeper| Ok(keeper.metrics()))
+        self.mailbox.ask("metrics", Waits::Never, QUICK, |keeper| Ok(keeper.metrics()))
     }
     fn inspect(&self, path: &str) -> Result<serde_json::Value, VmError> {
         let path = path.to_owned();
-        self.mailbox.ask("inspecting", QUICK, move |keeper| keeper.inspect(&path))
+        self.mailbox.ask("inspecting", Waits::Never, QUICK, move |keeper| keeper.inspect(&path))
     }
     fn shutdown_vmm(&self) -> Result<(), VmError> {
-        self.mailbox.ask("vmm.shutdown", DEVICES, |keeper| {
+        self.mailbox.ask("vmm.shutdown", Waits::Never, DEVICES, |keeper| {
             keeper.finish(MachineEnd::Asked);
             Ok(())
         })

@@ -39,6 +39,11 @@ impl fmt::Display for VmError {
 }
 
 impl VmError {
+    /// With the device's name, where its text does not have it.
+    pub(super) fn of_device(self, id: &str) -> Self {
+        if self.text.contains(id) { self } else { Self { text: format!("{id}: {}", self.text), ..self } }
+    }
+
     /// An error of `kind`, in words.
     pub fn new(kind: ErrorKind, text: impl fmt::Display) -> Self {
         Self { kind, text: text.to_string() }

@@ -19,7 +19,8 @@ pub(super) struct Tree<'a> {
     pub(super) memory: u64,
     pub(super) machine: Option<&'a Machine>,
     pub(super) devices: BTreeMap<String, DeviceReport>,
-    pub(super) waiting: usize,
+    /// Devices that are being prepared.
+    pub(super) coming: Vec<String>,
     pub(super) actors: Vec<ActorReport>,
     pub(super) last_pause: Option<&'a PauseFigures>,
     pub(super) story: &'a Story,
@@ -74,6 +75,7 @@ impl Tree<'_> {
             "vcpus": vcpus,
             "memory": { "size": self.memory },
             "devices": self.devices,
+            "coming": self.coming,
             "figures": self.machine.map(figures),
             "seccomp": { "mode": seccomp::mode().name(), "threads": seccomp::filtered() },
             "last_pause": self.last_pause.map(pause),
@@ -82,14 +84,24 @@ impl Tree<'_> {
         })
     }
 
-    /// Mailboxes: the machine's keeper, and every actor.
+    /// Everybody who has a mailbox.
     fn actors(&self) -> Value {
-        let keeper = ("machine".to_owned(), json!({ "waiting": self.waiting }));
-        // A slash leads a step further down in a path.
-        let name = |actor: &ActorReport| actor.name.replace('/', ".");
-        let about = |actor: &ActorReport| json!({ "waiting": actor.waiting, "capacity": actor.capacity });
-        let actors = self.actors.iter().map(|actor| (name(actor), about(actor)));
-        std::iter::once(keeper).chain(actors).collect::<serde_json::Map<_, _>>().into()
+        let mut actors = serde_json::Map::new();
+        for actor in &self.actors {
+            let about = json!({
+                "waiting": actor.waiting,
+                "capacity": actor.capacity,
+                "full": actor.full,
+                "generation": actor.generation,
+                "state": actor.state,
+            });
+            // A slash leads a step further down in a path. Two of a name are one that ends and its successor.
+            let name = actor.name.replace('/', ".");
+            let free = (1..).map(|number| if number == 1 { name.clone() } else { format!("{name}.{number}") });
+            let key = free.into_iter().find(|key| !actors.contains_key(key)).unwrap_or(name);
+            actors.insert(key, about);
+        }
+        actors.into()
     }
 
     /// The part at `path`, its steps separated by slashes; an empty path means all of it.

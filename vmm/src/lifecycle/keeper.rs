@@ -23,6 +23,7 @@ use super::controller::{Home, Settings, VmmEnd};
 use super::error::{ErrorKind, VmError};
 use super::mailbox::{Event, Mail, Mailbox, Post};
 use super::plan::Plan;
+use super::preparing::Preparations;
 use super::report::{DeviceReport, DeviceState, RecoveryClass, VmInfo, VmState};
 use super::roster;
 use super::story::Story;
@@ -52,7 +53,7 @@ pub(super) struct Live {
     pub(super) plan: Plan,
     pub(super) machine: Machine,
     /// Number of its incarnation: events of an earlier one concern nobody.
-    life: u64,
+    pub(super) life: u64,
 }
 
 /// What there is. Each state holds exactly what exists in it.
@@ -77,7 +78,7 @@ pub(super) fn no_machine() -> VmError {
     VmError::new(ErrorKind::NotFound, "there is no machine; create one with vm.create (atoll run)")
 }
 
-fn wrong(text: &str) -> VmError {
+pub(super) fn wrong(text: &str) -> VmError {
     VmError::new(ErrorKind::WrongState, text)
 }
 
@@ -134,7 +135,7 @@ impl State {
 /// The thread's own state.
 pub(super) struct Keeper {
     pub(super) story: Story,
-    home: Home,
+    pub(super) home: Home,
     pub(super) household: Arc<Household>,
     pub(super) mailbox: Arc<Mailbox>,
     view: Arc<View>,
@@ -144,6 +145,7 @@ pub(super) struct Keeper {
     figures: MachineFigures,
     last_pause: Option<PauseFigures>,
     end: Option<MachineEnd>,
+    pub(super) preparations: Preparations,
 }
 
 impl Keeper {
@@ -162,6 +164,7 @@ impl Keeper {
             figures: MachineFigures::default(),
             last_pause: None,
             end: None,
+            preparations: Preparations::default(),
         }
     }
 
@@ -178,10 +181,14 @@ impl Keeper {
             if let Some(end) = self.end.take() {
                 break end;
             }
-            match self.mailbox.next(self.alarm()) {
+            match self.mailbox.next(self.alarm(), self.preparations.held()) {
                 Mail::Event(event) => self.hear(event),
                 Mail::Request(job) => job.begin(&mut self),
-                Mail::Time => self.look_after_unplugs(),
+                Mail::Prepared(prepared) => self.go_on(prepared),
+                Mail::Time => {
+                    self.preparations.withdraw_late();
+                    self.look_after_unplugs();
+                }
                 Mail::Abandoned => self.finish(MachineEnd::Asked),
             }
         };
@@ -193,12 +200,16 @@ impl Keeper {
 
     /// When to look after the machine by itself.
     fn alarm(&self) -> Option<Instant> {
-        self.state.live().and_then(|live| live.machine.unplug_deadline())
+        let unplugs = self.state.live().and_then(|live| live.machine.unplug_deadline());
+        unplugs.into_iter().chain(self.preparations.deadline()).min()
     }
 
     /// Sets the state, and shows it.
-    fn enter(&mut self, state: State) {
+    pub(super) fn enter(&mut self, state: State) {
         self.state = state;
+        if self.state.live().is_none() {
+            self.preparations.withdraw_all("the machine was switched off meanwhile");
+        }
         self.show();
     }
 
@@ -216,7 +227,7 @@ impl Keeper {
     }
 
     /// A sink for the events of the next incarnation.
-    fn next_life(&mut self) -> (u64, EventSender) {
+    pub(super) fn next_life(&mut self) -> (u64, EventSender) {
         self.lives += 1;
         let post = Post { mailbox: Arc::clone(&self.mailbox), life: Some(self.lives) };
         (self.lives, EventSender::new(Arc::new(post)))
@@ -278,26 +289,6 @@ impl Keeper {
         Ok(())
     }
 
-    pub(super) fn boot(&mut self) -> Result<(), VmError> {
-        let mut config = match &self.state {
-            State::Created(config) | State::Shutdown(config) => config.clone(),
-            State::Running(..) => return Err(wrong("the machine runs already; start it again with vm.reboot")),
-            State::Empty | State::Paused(..) => return Err(self.state.not_running()),
-        };
-        self.story.tell("vm", "booting", []);
-        let plan = Plan::open(&config, &self.home, &self.household, &self.story)?;
-        let (life, events) = self.next_life();
-        let mut machine = Machine::build(plan.machine(), plan.builders(&config, &events)?, &events).map_err(failed)?;
-        plan.begin_lines();
-        plan.tell_choice();
-        plan.tell_lines(&mut config);
-        machine.count_in(self.household.metrics());
-        machine.start().map_err(failed)?;
-        self.enter(State::Running(config, Box::new(Live { plan, machine, life })));
-        self.story.tell("vm", "booted", []);
-        Ok(())
-    }
-
     pub(super) fn pause(&mut self) -> Result<(), VmError> {
         match self.take() {
             State::Running(config, mut live) => {
@@ -346,7 +337,7 @@ impl Keeper {
     }
 
     pub(super) fn reset(&mut self) -> Result<(), VmError> {
-        if !matches!(self.state, State::Running(..)) {
+        if self.state.live().is_none() {
             return Err(self.state.not_running());
         }
         let again = self.start_again();
@@ -406,6 +397,10 @@ impl Keeper {
                 }
                 self.enter(State::Shutdown(config));
                 self.story.tell("vm", "shutdown", []);
+                Ok(())
+            }
+            state if self.preparations.is_booting() => {
+                self.enter(state);
                 Ok(())
             }
             state => {
@@ -570,8 +565,8 @@ impl Keeper {
             memory: config.memory.size,
             machine: self.state.live().map(|live| &live.machine),
             devices,
-            waiting: self.mailbox.depth(),
-            actors: self.household.tree().census(),
+            coming: self.preparations.devices().filter_map(|device| device.id().map(str::to_owned)).collect(),
+            actors: self.story.roll().report().into_iter().chain(self.household.census()).collect(),
             last_pause: self.last_pause.as_ref(),
             story: &self.story,
         };

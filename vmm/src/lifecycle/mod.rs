@@ -4,6 +4,7 @@
 //! [`VmControl`] is what the API, the command line and tests hold; each call returns when it is done, or by its deadline
 //! with an error that names the step that was late. [`Controller`] is the real one. [`Story`] tells what happened, as it happens.
 
+mod booting;
 mod control;
 mod controller;
 mod error;
@@ -12,6 +13,7 @@ mod keeper;
 mod mailbox;
 mod plan;
 mod plugging;
+mod preparing;
 mod report;
 mod roster;
 mod story;

@@ -3,11 +3,14 @@
 //! Each subscriber has a bounded queue of its own; one that does not read loses the oldest events and is told how many.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::actor::{ActorReport, Post, Roll};
 
 /// Events that wait for one subscriber at most.
 const WAITING_MAX: usize = 1024;
@@ -30,13 +33,29 @@ pub struct StoryEvent {
 struct Waiting {
     events: VecDeque<StoryEvent>,
     lost: u64,
+    lost_ever: u64,
     closed: bool,
 }
 
 #[derive(Default)]
 struct Queue {
+    number: u64,
     waiting: Mutex<Waiting>,
     told: Condvar,
+}
+
+impl Post for Queue {
+    fn report(&self) -> ActorReport {
+        let waiting = lock(&self.waiting);
+        ActorReport {
+            name: format!("listener{}", self.number).into(),
+            waiting: waiting.events.len(),
+            capacity: WAITING_MAX,
+            full: waiting.lost_ever,
+            generation: 1,
+            state: if waiting.closed { "closed" } else { "listening" }.into(),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -48,11 +67,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Story {
     start: Instant,
     queues: Arc<Mutex<Vec<Weak<Queue>>>>,
+    subscribed: Arc<AtomicU64>,
+    roll: Roll,
 }
 
 impl Default for Story {
     fn default() -> Self {
-        Self { start: Instant::now(), queues: Arc::default() }
+        Self { start: Instant::now(), queues: Arc::default(), subscribed: Arc::default(), roll: Roll::default() }
     }
 }
 
@@ -69,6 +90,7 @@ impl Story {
             if waiting.events.len() >= WAITING_MAX {
                 waiting.events.pop_front();
                 waiting.lost += 1;
+                waiting.lost_ever += 1;
             }
             waiting.events.push_back(event.clone());
             drop(waiting);
@@ -79,9 +101,15 @@ impl Story {
 
     /// Hears all events from now on.
     pub fn subscribe(&self) -> Subscription {
-        let queue = Arc::new(Queue::default());
+        let number = self.subscribed.fetch_add(1, Ordering::Relaxed);
+        let queue = self.roll.post(Queue { number, ..Queue::default() });
         lock(&self.queues).push(Arc::downgrade(&queue));
         Subscription(queue)
+    }
+
+    /// Everybody who has a mailbox in this machine, outside the household.
+    pub fn roll(&self) -> &Roll {
+        &self.roll
     }
 
     /// No more events will come; subscribers hear of that after the last one.

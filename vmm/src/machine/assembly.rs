@@ -17,6 +17,7 @@ use super::boot;
 use super::config::{CpuKind, MachineConfig};
 use super::end::{MachineError, MachineFigures};
 use super::events::{EventSender, MachineEvent};
+use super::ground::Ground;
 use super::hotplug::Hotplug;
 use super::layout;
 use super::{Board, BoardParts, BuiltDevice, DeviceBuilder, UnplugEvent};
@@ -130,18 +131,36 @@ impl Machine {
         builders: Vec<Box<dyn DeviceBuilder>>,
         events: &EventSender,
     ) -> Result<Self, MachineError> {
-        let memory = GuestMemory::new(&layout::ram(config.memory_bytes)?)?;
-        Self::assemble(config, memory, builders, events, &mut Estate::default())
+        Self::build_on(Ground::new(config)?, config, builders, events)
     }
 
-    /// A new board around `memory`.
+    /// [`build`](Self::build) where the ground is there already, and builders may have been prepared on it.
+    ///
+    /// # Errors
+    /// When anything is missing or does not fit.
+    pub fn build_on(
+        ground: Ground,
+        config: &MachineConfig,
+        builders: Vec<Box<dyn DeviceBuilder>>,
+        events: &EventSender,
+    ) -> Result<Self, MachineError> {
+        Self::assemble(config, ground, builders, events, &mut Estate::default())
+    }
+
+    /// What a device may be prepared on that is to be plugged in.
+    pub fn ground(&self) -> Ground {
+        Ground { memory: self.board.memory().clone(), relay: Arc::clone(self.board.relay()) }
+    }
+
+    /// A new board on this ground.
     fn assemble(
         config: &MachineConfig,
-        memory: GuestMemory,
+        ground: Ground,
         builders: Vec<Box<dyn DeviceBuilder>>,
         events: &EventSender,
         estate: &mut Estate,
     ) -> Result<Self, MachineError> {
+        let Ground { memory, relay } = ground;
         let ram = layout::ram(config.memory_bytes)?;
         let tables = AcpiConfig {
             vcpus: u8::try_from(config.vcpus).map_err(|_| MachineError::TooManyVcpus(config.vcpus))?,
@@ -155,7 +174,7 @@ impl Machine {
         let board = Board::new(BoardParts {
             processor: processor(config, &memory, wall_base_ns)?,
             memory,
-            relay: Relay::new()?,
+            relay,
             power: Arc::new(PowerSwitch { kicks: kicks.clone(), events: events.clone() }),
             events: events.clone(),
             wall_base_ns,
@@ -296,7 +315,9 @@ impl Machine {
         let (config, memory) = (self.config.clone(), self.board.memory().clone());
         // Before the next one: two machines of KVM, and two boards' threads, are never there at once.
         drop(self);
-        let next = Self::assemble(&config, memory, builders, events, &mut estate);
+        let next = Relay::new()
+            .map_err(MachineError::from)
+            .and_then(|relay| Self::assemble(&config, Ground { memory, relay }, builders, events, &mut estate));
         Rebuilt { figures, gone: estate.gone, next }
     }
 }

@@ -209,6 +209,10 @@ impl Board {
     pub fn next_slot(&self) -> Option<u8> {
         self.pci.next()
     }
+    /// How many functions find a slot yet.
+    pub fn free_slots(&self) -> usize {
+        self.pci.free()
+    }
     /// The next function goes into this slot; `None` for the lowest free one. So a device keeps its place over a reset.
     pub fn use_slot(&mut self, slot: Option<u8>) {
         self.pci.want(slot);

@@ -7,6 +7,7 @@ use atoll_devices::pci::DevFn;
 use thiserror::Error;
 
 use super::Board;
+use super::ground::{Ground, Withdrawal};
 use crate::lifecycle::DeviceReport;
 use crate::vhost::{Fault, UpgradeOrder, UpgradeOutcome};
 
@@ -54,6 +55,14 @@ pub struct NewSize {
 pub trait DeviceBuilder: Send {
     /// The device's name in logs and errors.
     fn name(&self) -> String;
+    /// Does what needs no board and may wait for another process, such as reaching a backend; ends early when it is
+    /// withdrawn. Where nobody calls this, [`build`](Self::build) does it.
+    ///
+    /// # Errors
+    /// When the device cannot be had. Nothing of it is left then, nor when a prepared builder is dropped.
+    fn prepare(&mut self, _ground: &Ground, _withdrawal: &Withdrawal) -> Result<(), BuildError> {
+        Ok(())
+    }
     /// Makes the device and connects it to the board.
     fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError>;
 }

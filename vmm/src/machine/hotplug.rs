@@ -1,6 +1,7 @@
 //! Devices that come and go while the guest runs.
 //!
-//! In: build (the process starts, the function gets a slot that the guest does not see yet), start, show, tell the guest.
+//! In: prepare (the process starts and is greeted, on whatever thread), build (the function gets a slot that the guest does
+//! not see yet), start, show, tell the guest.
 //! When a step fails, those before it are undone. Out: the guest is asked, and nobody waits for it. When it lets the device
 //! go, its vCPU takes the function out of sight by itself; [`Machine::settle`] then ends the device on a thread of its own,
 //! because a backend that is gone or stuck takes its time, and frees name and slot when that is done. A guest that does not
@@ -112,7 +113,19 @@ fn end(mut device: BuiltDevice) -> Option<LifeError> {
 }
 
 impl Machine {
-    /// Plugs a device into the running machine; its place.
+    /// Whether a device of this name could be plugged in beside `coming` others that are being prepared.
+    ///
+    /// # Errors
+    /// When there is one of its name, or no slot.
+    pub fn has_room_for(&self, name: &str, coming: usize) -> Result<(), PlugError> {
+        if self.has_device(name) {
+            return Err(PlugError::Duplicate(name.into()));
+        }
+        if self.board.free_slots() > coming { Ok(()) } else { Err(PlugError::Full(BoardError::NoSlot)) }
+    }
+
+    /// Plugs a device into the running machine; its place. What may wait for another process has been done before, where
+    /// its builder was [prepared](DeviceBuilder::prepare).
     ///
     /// # Errors
     /// When there is no room for it or it cannot be made. Nothing of it is left then.

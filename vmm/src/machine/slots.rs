@@ -71,6 +71,10 @@ impl PciSlots {
             None => (0..layout::PCI_SLOTS).find(|slot| self.is_free(*slot)),
         }
     }
+    /// How many functions find a slot yet.
+    pub(super) fn free(&self) -> usize {
+        (0..layout::PCI_SLOTS).filter(|slot| self.is_free(*slot)).count()
+    }
     /// Where pin A of the next slot leads: pins turn by one from slot to slot, as the ACPI tables say.
     pub(super) fn next_pin_gsi(&self) -> u8 {
         layout::PCI_GSI_BASE as u8 + self.next().unwrap_or(0) % 4

@@ -2,7 +2,7 @@
 //! machine's life.
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use atoll_devices::pci::{DevFn, SharedFunction};
 use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
@@ -13,21 +13,25 @@ use super::device::{Connected, DeviceState, Recovery, Spare, VhostDevice};
 use super::fault::Fault;
 use super::kinds::{Host, Kind};
 use super::parts::{Care, DeviceParts, Limits};
+use super::patience::Ending;
 use super::upgrade::{UpgradeOrder, UpgradeOutcome};
 use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
-use crate::doorbell::{Doorbell, DoorbellTable, Relay};
+use crate::doorbell::{Doorbell, DoorbellTable};
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Standby, Story};
 use crate::machine::{
-    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent, NewSize,
+    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, Ground, LifeError, MachineEvent, NewSize,
+    Withdrawal,
 };
-use crate::memory::GuestMemory;
 use crate::metrics::Registry;
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
-/// Makes one device.
-pub(super) struct VhostBuilder {
+/// How long a backend may take to end that nobody wants any more.
+const GIVE_UP: Duration = Duration::from_secs(2);
+
+/// A device as it is described, before it has a backend.
+pub(super) struct Described {
     pub(super) kind: DeviceKind,
     pub(super) device: Box<dyn Kind>,
     pub(super) host: Host,
@@ -38,21 +42,9 @@ pub(super) struct VhostBuilder {
     pub(super) care: Care,
 }
 
-impl DeviceBuilder for VhostBuilder {
-    fn name(&self) -> String {
-        self.host.name.clone()
-    }
-
-    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
-        let (shown, kind) = (self.device.shown(), self.kind);
-        let connected = self.connect(board.memory().clone(), Arc::clone(board.relay()))?;
-        place(connected, kind, board).map_err(|source| BuildError::new(shown, source))
-    }
-}
-
-impl VhostBuilder {
-    /// Reaches the first backend.
-    pub(super) fn connect(mut self, memory: GuestMemory, relay: Arc<Relay>) -> Result<Connected, BuildError> {
+impl Described {
+    /// Reaches the first backend, as long as `ending` is not raised.
+    pub(super) fn connect(mut self, ground: &Ground, ending: Ending) -> Result<Connected, BuildError> {
         let shown = self.device.shown();
         let failed = |source: Cause| BuildError::new(shown.clone(), source);
         let (class, queues) = (self.device.sidecar(), self.device.own_queues());
@@ -63,8 +55,8 @@ impl VhostBuilder {
             name: self.host.name.clone(),
             class: self.device.class(),
             source: self.device.source(&self.host).map_err(failed)?,
-            memory,
-            relay,
+            memory: ground.memory.clone(),
+            relay: Arc::clone(&ground.relay),
             limits: Limits::default(),
             story: self.story,
             meter: Some(meter),
@@ -73,26 +65,60 @@ impl VhostBuilder {
             care: self.care,
             clock: DeviceParts::real_time(),
         };
-        VhostDevice::connect(parts).map_err(|error| failed(error.into()))
+        VhostDevice::connect_while(parts, ending).map_err(|error| failed(error.into()))
     }
 }
 
-/// Puts a device whose board is gone on the next one, with its backend.
-struct Survivor {
+/// Makes one device: out of its description, or out of what another board has left.
+pub(super) struct VhostBuilder {
+    name: String,
+    shown: String,
     kind: DeviceKind,
-    connected: Connected,
+    described: Option<Described>,
+    connected: Option<Connected>,
 }
 
-impl DeviceBuilder for Survivor {
-    fn name(&self) -> String {
-        self.connected.name().to_owned()
+impl VhostBuilder {
+    /// Of a device that has no backend yet.
+    pub(super) fn new(described: Described) -> Self {
+        let (name, shown, kind) = (described.host.name.clone(), described.device.shown(), described.kind);
+        Self { name, shown, kind, described: Some(described), connected: None }
     }
 
-    fn build(self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
-        let Self { kind, mut connected } = *self;
+    /// Of a device whose board is gone, and that keeps its backend.
+    fn of_survivor(kind: DeviceKind, connected: Connected) -> Self {
         let name = connected.name().to_owned();
-        connected.move_to(board.memory().clone(), Arc::clone(board.relay()));
-        place(connected, kind, board).map_err(|source| BuildError::new(name, source))
+        Self { shown: name.clone(), name, kind, described: None, connected: Some(connected) }
+    }
+}
+
+impl DeviceBuilder for VhostBuilder {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn prepare(&mut self, ground: &Ground, withdrawal: &Withdrawal) -> Result<(), BuildError> {
+        if let Some(described) = self.described.take() {
+            self.connected = Some(described.connect(ground, withdrawal.ending())?);
+        }
+        Ok(())
+    }
+
+    fn build(mut self: Box<Self>, board: &mut Board) -> Result<BuiltDevice, BuildError> {
+        let ground = Ground { memory: board.memory().clone(), relay: Arc::clone(board.relay()) };
+        self.prepare(&ground, &Withdrawal::default())?;
+        let failed = |source: Cause| BuildError::new(self.shown.clone(), source);
+        let mut connected = self.connected.take().ok_or_else(|| failed("its preparation had failed".into()))?;
+        connected.move_to(ground.memory, ground.relay);
+        place(connected, self.kind, board).map_err(failed)
+    }
+}
+
+impl Drop for VhostBuilder {
+    fn drop(&mut self) {
+        if let Some(connected) = self.connected.take() {
+            connected.give_up(Instant::now() + GIVE_UP);
+        }
     }
 }
 
@@ -265,6 +291,6 @@ impl DeviceLife for VhostLife {
     fn survive(mut self: Box<Self>, deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {
         let kind = self.kind;
         let connected = self.device.leave(deadline)?;
-        Some(Box::new(Survivor { kind, connected }))
+        Some(Box::new(VhostBuilder::of_survivor(kind, connected)))
     }
 }

@@ -10,7 +10,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use vhost::vhost_user::{Frontend, VhostUserProtocolFeatures as Protocol};
 use super::error::{ConversationError, Step};
 use super::patience::{Ending, Patience, SLICE};
 
+use crate::actor::{Inbox, Outbox, Roll, mailbox};
 use crate::seccomp::{self, ThreadClass};
 
 /// Rings that a conversation may name before the backend has said how many it has.
@@ -110,7 +111,7 @@ enum Cut {
 
 /// The waiting end.
 pub(super) struct Conversation {
-    units: Option<SyncSender<Unit>>,
+    units: Option<Outbox<Unit>>,
     socket: UnixStream,
     progress: Arc<Mutex<Progress>>,
     step_limit: Duration,
@@ -127,7 +128,13 @@ impl Conversation {
     ///
     /// # Errors
     /// If there is no thread or descriptor left.
-    pub(super) fn new(name: &str, socket: UnixStream, step_limit: Duration, ending: &Ending) -> io::Result<Self> {
+    pub(super) fn new(
+        roll: &Roll,
+        (name, generation): (&str, u64),
+        socket: UnixStream,
+        step_limit: Duration,
+        ending: &Ending,
+    ) -> io::Result<Self> {
         socket.set_nonblocking(false)?;
         let kept = socket.try_clone()?;
         let progress = Arc::new(Mutex::new(Progress { step: Step::Idle, since: Instant::now() }));
@@ -138,10 +145,10 @@ impl Conversation {
             progress: Arc::clone(&progress),
             protocol: Protocol::empty(),
         };
-        let (units, work): (_, Receiver<Unit>) = sync_channel(1);
+        let (units, work): (_, Inbox<Unit>) = mailbox(roll, format!("talk.{name}"), generation, 1);
         let thread = std::thread::Builder::new().name(format!("talk-{name}")).spawn(move || {
             seccomp::enter(ThreadClass::Talk);
-            for unit in work {
+            while let Ok(unit) = work.recv() {
                 unit(&mut wire);
             }
         })?;

@@ -33,6 +33,7 @@ use super::source::{Incarnation, SourceError, Start};
 pub(super) use super::status::{DeviceState, DeviceStatus, Recovery, Spare};
 use super::upgrade::{self, UpgradeError, UpgradeOrder, UpgradeOutcome};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
+use crate::actor::{ActorReport, Post};
 use crate::config::Track;
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
 use crate::irq::VectorTable;
@@ -181,6 +182,8 @@ impl Request {
 #[derive(Default)]
 struct Inbox {
     requests: VecDeque<Request>,
+    /// Requests that found no room.
+    full: u64,
     /// The thread has ended: nobody will read another request.
     closed: bool,
 }
@@ -216,6 +219,7 @@ impl Shared {
         let mut inbox = lock(&self.inbox);
         let room = inbox.requests.len() < INBOX_MAX || request.is_urgent();
         let taken = room && !inbox.closed;
+        inbox.full += u64::from(!room);
         if taken {
             inbox.requests.push_back(request);
         }
@@ -274,6 +278,24 @@ impl Shared {
     }
 }
 
+impl Post for Shared {
+    fn report(&self) -> ActorReport {
+        let (waiting, full) = {
+            let inbox = lock(&self.inbox);
+            (inbox.requests.len(), inbox.full)
+        };
+        let status = lock(&self.status);
+        ActorReport {
+            name: format!("device.{}", self.name).into(),
+            waiting,
+            capacity: INBOX_MAX,
+            full,
+            generation: status.generation,
+            state: status.state.word().into(),
+        }
+    }
+}
+
 /// A device with a backend and no transport yet: a new one, or one whose last board is gone.
 pub struct Connected {
     parts: Parts,
@@ -308,7 +330,8 @@ pub(super) fn greet(
         Start::Beside { exe } => source.connect_beside(generation, exe.as_deref(), &mut patience)?,
     };
     drop(source);
-    let mut conversation = Conversation::new(&parts.name, socket, parts.limits.step, ending)?;
+    let mut conversation =
+        Conversation::new(&parts.roll, (&parts.name, generation), socket, parts.limits.step, ending)?;
     if let Some(process) = &process {
         conversation.end_with(process.ended())?;
     }
@@ -360,6 +383,11 @@ impl Connected {
         (self.parts.memory, self.parts.relay) = (memory, relay);
     }
 
+    /// Nobody wants it: its backend has ended, or is left alone where it is somebody else's, when this returns.
+    pub(super) fn give_up(mut self, deadline: Instant) {
+        self.past.give_up(deadline);
+    }
+
     /// Starts the device's thread behind a transport that has the given vectors (one per queue, and one for the
     /// configuration).
     ///
@@ -372,7 +400,7 @@ impl Connected {
     ) -> Result<(VhostDevice, VhostFrontend), ConnectError> {
         let queues = &self.past.shown.queue_sizes;
         let doorbells = queues.iter().map(|_| Doorbell::new(&self.parts.relay)).collect::<Result<Vec<_>, _>>()?;
-        let shared = Arc::new(Shared {
+        let shared = self.parts.makers.roll.post(Shared {
             name: self.parts.makers.name.clone(),
             inbox: Mutex::default(),
             wake: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?,
@@ -406,12 +434,25 @@ impl VhostDevice {
     /// # Errors
     /// If there is none, or it cannot serve as this kind of device.
     pub fn connect(parts: DeviceParts) -> Result<Connected, ConnectError> {
+        Self::connect_while(parts, Ending::default())
+    }
+    /// [`Self::connect`], as long as `ending` is not raised.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub(super) fn connect_while(parts: DeviceParts, ending: Ending) -> Result<Connected, ConnectError> {
         let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } =
             parts;
         let (fence, foreign, build) = (source.fence(), source.is_foreign(), source.build());
-        let makers =
-            Makers { name, class: Arc::from(class), source: Arc::new(Mutex::new(source)), limits, track, build };
-        let ending = Ending::default();
+        let makers = Makers {
+            name,
+            class: Arc::from(class),
+            source: Arc::new(Mutex::new(source)),
+            limits,
+            track,
+            build,
+            roll: story.roll().clone(),
+        };
         let (session, offer) = greet(&makers, 1, &Start::Alone, &ending)?;
         let (recovery, pid, jail) = (session.recovery(), session.pid(), session.jail());
         tell_jail(&story, &makers.name, 1, &jail);

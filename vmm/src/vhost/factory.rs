@@ -8,15 +8,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use atoll_protocol::DeviceId;
 use thiserror::Error;
 
-use super::builder::VhostBuilder;
+use super::builder::{Described, VhostBuilder};
 use super::device::Connected;
 use super::kinds::{Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, Vsock};
 use super::parts::Care;
+use super::patience::Ending;
 use crate::backend::Household;
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
 use crate::doorbell::Relay;
 use crate::lifecycle::Story;
-use crate::machine::DeviceBuilder;
+use crate::machine::{DeviceBuilder, Ground};
 use crate::memory::GuestMemory;
 
 /// Numbers below are those of devices that the board always has.
@@ -109,12 +110,12 @@ impl DeviceFactory {
         config.id().map_or_else(made_up, str::to_owned)
     }
 
-    /// The builder of a device. Nothing is opened or started before it builds.
+    /// The builder of a device. Nothing is opened or started before it is prepared or builds.
     ///
     /// # Errors
     /// When the configuration is wrong in itself, or asks for what is not there.
     pub fn builder(&self, config: &DeviceConfig) -> Result<Box<dyn DeviceBuilder>, FactoryError> {
-        Ok(Box::new(self.vhost_builder(config)?))
+        Ok(Box::new(VhostBuilder::new(self.described(config)?)))
     }
 
     /// A device with its first backend and without a board: for who drives its queues without a guest, as campaigns of
@@ -128,10 +129,10 @@ impl DeviceFactory {
         memory: GuestMemory,
         relay: Arc<Relay>,
     ) -> Result<Connected, Box<dyn std::error::Error + Send + Sync>> {
-        Ok(self.vhost_builder(config)?.connect(memory, relay)?)
+        Ok(self.described(config)?.connect(&Ground { memory, relay }, Ending::default())?)
     }
 
-    fn vhost_builder(&self, config: &DeviceConfig) -> Result<VhostBuilder, FactoryError> {
+    fn described(&self, config: &DeviceConfig) -> Result<Described, FactoryError> {
         config.check()?;
         let id = self.name(config);
         let kind = config.kind();
@@ -167,7 +168,7 @@ impl DeviceFactory {
         let (on_failure, track) = (config.on_failure(), config.track());
         let debugged = self.debugged.contains(&host.name);
         let care = Care { stall: config.stall_timeout(), debugged, standby: config.standby(), ..Care::default() };
-        Ok(VhostBuilder { kind, device, host, story, registry, on_failure, track, care })
+        Ok(Described { kind, device, host, story, registry, on_failure, track, care })
     }
 
     /// A guest begins to print on the console.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::class::DeviceClass;
 use super::source::{BackendSource, Build, Fence};
 use super::upgrade::Lone;
-use crate::actor::{Clock, RealClock};
+use crate::actor::{Clock, RealClock, Roll};
 use crate::backend::PolicyConfig;
 use crate::config::{OnFailure, Track};
 use crate::doorbell::Relay;
@@ -108,6 +108,8 @@ pub(super) struct Makers {
     pub(super) track: Track,
     /// What its processes are made of, where that can be changed.
     pub(super) build: Result<Arc<Build>, Lone>,
+    /// Where its conversations and its own thread are on the roll.
+    pub(super) roll: Roll,
 }
 
 impl Makers {

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, TrySendError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use super::source::{
     BackendProcess, BackendSource, Build, EndIsEnough, Fence, Incarnation, SourceError, Start, is_readable,
 };
 use super::upgrade::Lone;
+use crate::actor::{Inbox, Outbox, mailbox};
 use crate::backend::{
     BackendEvent, BackendExit, BackendSpec, Child, Ending, EventKind, EventSink, ExitCause, Offer, PassedFd, Spawner,
     WatchLimits,
@@ -51,7 +52,7 @@ pub struct SpawnedBackend {
 /// Keeps what the device's thread wants to know; the rest is for the log.
 struct Ears {
     name: String,
-    events: SyncSender<EventKind>,
+    events: Outbox<EventKind>,
     measured: Arc<Measured>,
     stall: Arc<Mutex<Option<String>>>,
 }
@@ -129,7 +130,7 @@ impl SpawnedBackend {
             fds,
             limits: WatchLimits::default(),
         };
-        let (events, heard) = sync_channel(4);
+        let (events, heard) = mailbox(self.spawner.roll(), format!("process.{}", self.name), generation, 4);
         let (measured, stall) = (Arc::<Measured>::default(), Arc::default());
         let ears = Ears { name: self.name.clone(), events, measured: Arc::clone(&measured), stall: Arc::clone(&stall) };
         let child = self.spawner.spawn(spec, ears).map_err(|error| failed(false, error.into()))?;
@@ -205,7 +206,7 @@ impl std::fmt::Display for End {
 
 struct ChildProcess {
     child: Child,
-    events: Receiver<EventKind>,
+    events: Inbox<EventKind>,
     end: Option<End>,
     measured: Arc<Measured>,
     stall: Arc<Mutex<Option<String>>>,

@@ -40,6 +40,20 @@ pub enum DeviceState {
     Stopped,
 }
 
+impl DeviceState {
+    /// In one word.
+    pub(super) fn word(&self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Running => "running",
+            Self::Recovering { .. } => "recovering",
+            Self::Waiting { .. } => "waiting",
+            Self::Quarantined { .. } => "quarantined",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// A process that waits for the death of the one that serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spare {

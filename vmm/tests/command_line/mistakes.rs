@@ -98,10 +98,11 @@ fn memory_that_cannot_be() {
         command.args(["--memory", &format!("size={size}")]);
         command
     };
-    check(memory("1M"), 1, &["--memory size=1M", "too little", "16M"]);
-    check(memory("1P"), 1, &["--memory size=1P", "511G"]);
+    check(memory("1M"), 2, &["--memory size=1M", "too little", "16M"]);
+    check(memory("1P"), 2, &["--memory size=1P", "511G"]);
     check(memory("99999999999P"), 2, &["--memory size=99999999999P", "number of bytes"]);
-    check(memory("1000001"), 1, &["16M"]);
+    check(memory("1000001"), 2, &["16M"]);
+    check(memory("0"), 2, &["--memory size=0", "16M"]);
     let large = bench.sized("initramfs", 64 << 20);
     check(bench.with(&["--initramfs", large.to_str().unwrap()]), 1, &["initramfs", "64 MiB", "--memory"]);
     check(bench.with(&["--initramfs", "/missing"]), 1, &["cannot read initramfs /missing"]);
@@ -120,7 +121,18 @@ fn options_that_are_none() {
     check(only(&["--cpu", "fast"]), 2, &["fast", "auto"]);
     check(bench.with(&["--disk", "path=a,colour=red"]), 2, &["--disk path=a,colour=red", "colour", "readonly"]);
     check(bench.with(&["--cpus", "boot=0"]), 2, &["--cpus boot=0", "1 to 255"]);
-    check(bench.with(&["--cpu-model", "pentium"]), 1, &["pentium", "atoll-v1"]);
+    check(bench.with(&["--cpus", "boot=300"]), 2, &["--cpus boot=300", "1 to 255"]);
+    check(bench.with(&["--cpu-model", "pentium"]), 2, &["pentium", "atoll-v1", "or host with --cpu kvm"]);
+    check(bench.with(&["--name", "../x"]), 2, &["--name", "'../x' is no name for a machine"]);
+    check(bench.with(&["--api-socket", "path=/tmp/x,foo=1"]), 2, &["--api-socket path=/tmp/x,foo=1", "no key 'foo'"]);
+    check(bench.with(&["--event-monitor", "path=/tmp/x,foo=1"]), 2, &["--event-monitor", "no key 'foo'"]);
+    let switch = |arguments: &[&str]| {
+        let mut command = command();
+        command.arg("switch").args(arguments);
+        command
+    };
+    check(switch(&["lan", "--ports", "0"]), 2, &["--ports", "1.."]);
+    check(switch(&[""]), 2, &["'' is no name for a switch"]);
     check(bench.with(&["--console", "teletype"]), 2, &["--console teletype", "off"]);
     check(bench.with(&["--console", "tty", "--serial", "tty"]), 2, &["console", "the terminal already"]);
     check(bench.with(&["--serial", "file=/missing/x"]), 1, &["/missing/x", "another file"]);
@@ -143,14 +155,14 @@ fn names_and_sockets_that_are_taken() {
         std::thread::sleep(Duration::from_millis(10));
     }
     check(user.run(&["--name", "web"]), 1, &["'web' runs already", &format!("pid {}", running.pid()), "--name"]);
-    check(user.run(&["--name", "a/b"]), 1, &["'a/b' is no name"]);
+    check(user.run(&["--name", "a/b"]), 2, &["'a/b' is no name"]);
     let taken = format!("socket={}", socket.display());
     check(user.run(&["--serial", &taken]), 1, &["console.sock", "taken"]);
     check(user.run(&["--api-socket", socket.to_str().unwrap()]), 1, &["console.sock", "taken"]);
     let long = format!("/tmp/{}", "x".repeat(120));
     check(user.run(&["--serial", &format!("socket={long}")]), 2, &["107", "shorter"]);
-    check(user.run(&["--api-socket", &long]), 1, &["107", "shorter"]);
-    check(user.run(&["--api-socket", "fd=77"]), 1, &["77", "not open"]);
+    check(user.run(&["--api-socket", &long]), 2, &["107", "shorter"]);
+    check(user.run(&["--api-socket", "fd=77"]), 2, &["77", "not open"]);
     check(user.run(&["--disk", "path=a,id=x", "path=b,id=x"]), 2, &["two devices have the id 'x'"]);
     check(user.run(&["--net", "fd=[77]"]), 2, &["--net fd=77", "no such descriptor"]);
     check(user.run(&["--firmware", "x"]), 2, &["--firmware", "not supported", "--kernel"]);

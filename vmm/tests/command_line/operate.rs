@@ -135,6 +135,26 @@ fn a_console_is_attached_to() {
     }
 }
 
+/// A script's input is sent to its end, what the guest says is printed for a while, and that is all; no input at all is
+/// the same. The machine is left alone, unless it was told to end.
+#[test]
+fn a_console_ends_with_its_input() {
+    let user = User::new();
+    let running = Running::start(user.run(&["--serial", "socket"]));
+    user.wait_for("vm0");
+    while user.json(&["info", "vm0", "--json"])["state"] != "Running" {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let end = outcome(user.command(&["console", "vm0"]));
+    assert_eq!((end.status, end.out.as_str()), (Some(0), "hello\n"), "{end:?}");
+    assert_eq!(user.json(&["info", "vm0", "--json"])["state"], "Running");
+    let mut scripted = Running::start(user.command(&["console", "vm0", "--wait", "50"]));
+    scripted.send(b"q");
+    drop(scripted.stdin.take());
+    assert_eq!(running.end().status, Some(0), "all of it has arrived");
+    assert_eq!(scripted.end().status, Some(0));
+}
+
 /// Without a kernel the machine comes over the API, and may be switched off and on.
 #[test]
 fn a_machine_comes_over_the_api() {
@@ -189,6 +209,7 @@ fn what_a_killed_machine_leaves_is_nothing() {
     }
     assert!(user.api_socket("web").exists(), "a killed process cannot clean up");
     assert_eq!(user.json(&["ps", "--json"]), json!([]));
+    assert!(!user.folder.path().join("atoll/web").exists(), "whoever lists machines does");
     let mut again = Running::start(user.run(&["--name", "web"]));
     again.line();
     again.send(b"q");

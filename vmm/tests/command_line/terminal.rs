@@ -11,7 +11,8 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
 use super::kernel::obedient;
-use super::process::{PATIENCE, run};
+use super::operate::User;
+use super::process::{PATIENCE, Running, run};
 
 /// A terminal of our own with `atoll` on it.
 struct OnTerminal {
@@ -24,16 +25,20 @@ struct OnTerminal {
 impl OnTerminal {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
+        let command = run(&obedient(folder.path()));
+        Self::with(command, folder, "hello")
+    }
+
+    fn with(mut command: Command, folder: tempfile::TempDir, first: &str) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&master).unwrap();
         unlockpt(&master).unwrap();
         let name = ptsname(&master, Vec::new()).unwrap();
         let slave = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
-        let mut command: Command = run(&obedient(folder.path()));
         command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(Stdio::null());
         let child = command.spawn().unwrap();
         let mut terminal = Self { master: File::from(master), slave, child, _folder: folder };
-        terminal.expect("hello");
+        terminal.expect(first);
         terminal
     }
 
@@ -116,5 +121,25 @@ fn given_back_after_signals() {
         terminal.type_in(b"\x03");
         terminal.signal(signal);
         assert!(!terminal.ends_clean().success(), "{signal:?}");
+    }
+}
+
+/// `top` shows a machine until that ends, and then says so: nothing went wrong. One that was killed is another matter.
+#[test]
+fn top_ends_with_its_machine() {
+    for killed in [false, true] {
+        let user = User::new();
+        let mut running = Running::start(user.run(&["--name", "web"]));
+        running.line();
+        let folder = tempfile::tempdir().unwrap();
+        let mut top = OnTerminal::with(user.command(&["top", "web"]), folder, "web: running");
+        if killed {
+            kill_process(Pid::from_raw(running.pid()).unwrap(), Signal::KILL).unwrap();
+        } else {
+            running.send(b"q");
+            top.expect("web has ended");
+        }
+        assert_eq!(top.ends_clean().code(), Some(i32::from(killed)));
+        let _ = running.end();
     }
 }

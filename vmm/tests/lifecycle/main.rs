@@ -8,4 +8,5 @@ mod late;
 mod leaks;
 mod pauses;
 mod resets;
+mod silent;
 mod states;

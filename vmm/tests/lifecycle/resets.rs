@@ -1,6 +1,6 @@
 //! Starting again: from the guest and from outside.
 
-use atoll_vmm::lifecycle::VmControl;
+use atoll_vmm::lifecycle::{VmControl, VmState};
 use atoll_vmm::machine::MachineEnd;
 use iced_x86::code_asm::{dword_ptr, eax};
 
@@ -42,7 +42,12 @@ fn operator_resets() {
     bench.boot(config);
     for lives in 1..=20 {
         assert_eq!(bench.printed(lives).len(), lives);
+        // One that stands starts again like any other, and runs.
+        if lives % 2 == 0 {
+            bench.control.pause().unwrap();
+        }
         bench.control.reset().unwrap();
+        assert_eq!(bench.control.info().unwrap().state, VmState::Running);
     }
     let end = bench.finish();
     assert!(end.figures.instructions > 0);

@@ -56,7 +56,6 @@ fn wrong_states_are_told_with_a_remedy() {
     wrong(control.resume(), ErrorKind::WrongState, "vm.pause");
     control.pause().unwrap();
     wrong(control.pause(), ErrorKind::WrongState, "vm.resume");
-    wrong(control.reset(), ErrorKind::WrongState, "vm.resume");
     wrong(control.power_button(), ErrorKind::WrongState, "vm.resume");
     wrong(
         control.resize_disk("_disk7", NewSize { bytes: 1 << 20, allow_shrink: false }),
@@ -120,6 +119,13 @@ fn inspect_shows_parts() {
     assert!(control.counters().unwrap()["vcpu0"]["instructions"] > first);
     assert_eq!(control.inspect("actors/machine/waiting").unwrap(), 0);
     assert!(control.inspect("actors/vmm.supervisor/capacity").unwrap().as_u64().unwrap() > 0);
+    // Everybody who has a mailbox is there, with all that is known of it.
+    let actors = control.inspect("actors").unwrap();
+    for name in ["machine", "listener0", "spawner", "vmm.supervisor"] {
+        let about = |key: &str| &actors[name][key];
+        assert!(about("waiting").is_u64() && about("full").is_u64() && about("state").is_string(), "{name}: {actors}");
+        assert!(about("capacity").as_u64() > Some(0) && about("generation") == 1, "{name}: {actors}");
+    }
     let error = control.inspect("vcpus/vcpu9").unwrap_err();
     assert!(error.kind == ErrorKind::NotFound && error.text.contains("vcpu9"), "{error:?}");
     bench.finish();

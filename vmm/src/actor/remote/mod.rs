@@ -38,6 +38,7 @@ use self::table::{Asked, Settled, Table};
 use super::clock::Moment;
 use super::device::{Surroundings, little_endian};
 use super::rate::RateLimit;
+use super::roll::{ActorReport, Post};
 
 use crate::seccomp::{self, ThreadClass};
 
@@ -134,6 +135,8 @@ struct State {
     /// The receiving half of a new link, on its way to the thread.
     arriving: Option<Incoming>,
     counts: RemoteCounts,
+    /// Questions for which the table had no room.
+    full: u64,
     /// The thread waits without a limit, and must be woken for a new deadline.
     asleep: bool,
     closing: bool,
@@ -150,6 +153,26 @@ struct Shared {
     surroundings: Surroundings,
     wake: OwnedFd,
     state: Mutex<State>,
+}
+
+impl Post for Shared {
+    fn report(&self) -> ActorReport {
+        let state = self.lock();
+        let (waiting, capacity) = state.table.depth();
+        let at = match (&state.link, state.given_up) {
+            (Some(_), _) => "attached",
+            (None, true) => "given up",
+            (None, false) => "detached",
+        };
+        ActorReport {
+            name: format!("bus{}", self.device.0).into(),
+            waiting,
+            capacity,
+            full: state.full,
+            generation: state.generation.0,
+            state: at.into(),
+        }
+    }
 }
 
 /// The VMM's end of a device that other processes serve. Dropping it ends the connection and the thread.
@@ -199,12 +222,14 @@ impl Remote {
             link: None,
             arriving: None,
             counts: RemoteCounts::default(),
+            full: 0,
             asleep: false,
             closing: false,
             given_up: false,
             limit,
         };
-        let shared = Arc::new(Shared { device, shape, wires, msi, surroundings, wake, state: Mutex::new(state) });
+        let roll = surroundings.roll.clone();
+        let shared = roll.post(Shared { device, shape, wires, msi, surroundings, wake, state: Mutex::new(state) });
         let thread = std::thread::Builder::new().name(format!("bus{}", device.0)).spawn({
             let shared = Arc::clone(&shared);
             move || {
@@ -435,6 +460,7 @@ impl Shared {
         let waits = completion.is_some();
         let Some(id) = state.table.insert(call, asked, cause, deadline, completion) else {
             state.counts.stalled += 1;
+            state.full += 1;
             return (Some(self.stalled(state.generation, cause)), None);
         };
         let watch = if waits { state.link.as_ref().and_then(|link| link.lane()).map(VmmEnd::watch) } else { None };

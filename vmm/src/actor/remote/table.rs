@@ -56,6 +56,11 @@ impl Table {
         Self { next: 1, open: BTreeMap::new() }
     }
 
+    /// Questions that are open, and how many may be.
+    pub(super) fn depth(&self) -> (usize, usize) {
+        (self.open.len(), OPEN_MAX)
+    }
+
     /// Remembers a question. `None`, and the completion dropped, when too many are open.
     pub(super) fn insert(
         &mut self,

@@ -12,6 +12,7 @@ use super::super::clock::RealClock;
 use super::super::park::{Parked, StopSignal, park_access};
 use super::super::tests::Listener;
 use super::*;
+use crate::actor::Roll;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -38,8 +39,13 @@ fn regions() -> Vec<Region> {
 impl Bench {
     fn new(budget: Duration) -> Self {
         let (supervision, events) = Listener::new();
-        let surroundings =
-            Surroundings { clock: Arc::new(RealClock::new()), budget, supervision, causes: Arc::default() };
+        let surroundings = Surroundings {
+            clock: Arc::new(RealClock::new()),
+            budget,
+            supervision,
+            causes: Arc::default(),
+            roll: Roll::default(),
+        };
         let levels = Arc::new(Levels::default());
         let wires = vec![Wire::new(Arc::clone(&levels) as Arc<dyn WireSink>, 3)];
         let shape = RemoteShape { class: DeviceClass::Uart, regions: regions() };

@@ -19,8 +19,8 @@ pub(crate) struct Cli {
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (speaks as cloud-hypervisor v51.0.0)");
 
 const AFTER: &str = "Options without a command mean `run`. NAME is a machine of `atoll ps`, or the path of an API socket.\n\
-    Exit status: 0 when all went well, 1 when it did not, 2 for a mistake on the command line; see atoll run --help for \
-    that of a machine.";
+    Exit status: 0 when it was done, 1 when it was refused or failed, 2 for a mistake on the command line or in the file \
+    that it names (nothing was begun then); see atoll run --help for that of a machine.";
 
 const RUN_AFTER: &str = "Examples:\n  \
     atoll run --kernel vmlinuz --initramfs initrd.img --disk path=root.img --cmdline \"console=ttyS0 root=/dev/vda\"\n  \
@@ -188,12 +188,20 @@ pub(crate) enum Command {
         #[arg(long)]
         once: bool,
     },
-    /// Attaches this terminal to a machine's serial port (--serial pty or socket); Ctrl-A x detaches.
+    /// Attaches this terminal to a machine's serial port (--serial pty or socket); Ctrl-A x detaches. At the end of
+    /// standard input that is no terminal, all of it has been sent; what the guest prints is shown for --wait seconds more.
     #[command(
         after_help = "Exit status: 0 when it was detached or the machine has ended, 1 when its process was killed.\n\
-            Example:\n  atoll run --kernel vmlinuz --serial socket --name web &\n  atoll console web"
+            Examples:\n  atoll run --kernel vmlinuz --serial socket --name web &\n  atoll console web\n  \
+            echo uname -r | atoll console web --wait 5"
     )]
-    Console(Target),
+    Console {
+        #[command(flatten)]
+        vm: Target,
+        /// How long to go on printing after the end of standard input, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 1)]
+        wait: u32,
+    },
     /// Says what this machine can do for virtual machines, and how to mend what it cannot.
     #[command(
         after_help = "Exit status: 0 if some CPU can run a guest.\nExample:\n  atoll doctor --json | jq '.[] | select(.verdict != \"ok\")'"
@@ -276,7 +284,7 @@ pub(crate) struct SwitchArgs {
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
     /// Machines that can be plugged in at a time.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) ports: u16,
     /// Writes every frame to this file (pcap); PORT=FILE captures one port. May be repeated.
     #[arg(long, value_name = "FILE")]

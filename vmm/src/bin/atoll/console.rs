@@ -5,11 +5,12 @@ use std::io::{ErrorKind, IsTerminal, Read, Write, stderr, stdin, stdout};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use atoll_vmm::config::{ConsoleConfig, ConsoleMode};
 use atoll_vmm::machine::EscapeFilter;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::target::{self, Aftermath, Machine};
 use crate::terminal::{self, RawTerminal};
@@ -38,7 +39,7 @@ fn far_end(name: &str, port: Option<&ConsoleConfig>) -> anyhow::Result<OwnedFd> 
 }
 
 /// `console`.
-pub(crate) fn console(name: &str) -> anyhow::Result<()> {
+pub(crate) fn console(name: &str, wait_s: u32) -> anyhow::Result<()> {
     let socket = target::socket(name)?;
     let info = Machine::at(&socket)?.info()?;
     let far = File::from(far_end(name, info.config.serial.as_ref())?);
@@ -47,12 +48,12 @@ pub(crate) fn console(name: &str) -> anyhow::Result<()> {
     }
     terminal::restore_on_signals();
     let raw = RawTerminal::enter();
-    let relayed = relay(&far);
+    let relayed = relay(&far, Some(Duration::from_secs(wait_s.into())));
     drop(raw);
     if stdin().is_terminal() {
         let _ = writeln!(stderr(), "\ndetached from {name}");
     }
-    if relayed? == Parted::Escape {
+    if matches!(relayed?, Parted::Escape | Parted::Input) {
         return Ok(());
     }
     match target::aftermath(&socket) {
@@ -69,22 +70,31 @@ pub(crate) enum Parted {
     Machine,
     /// The escape was typed.
     Escape,
+    /// There was no more to send, and the time for answers is over.
+    Input,
 }
 
-/// Carries bytes both ways until the machine ends, or the escape is typed.
-pub(crate) fn relay(far: &File) -> anyhow::Result<Parted> {
+/// Carries bytes both ways until the machine ends, or the escape is typed; after the end of standard input for `answers`
+/// more, or without a limit.
+pub(crate) fn relay(far: &File, answers: Option<Duration>) -> anyhow::Result<Parted> {
     let (mut from, mut to) = (far.try_clone()?, far.try_clone()?);
     let mut typed = File::from(stdin().as_fd().try_clone_to_owned()?);
     let mut filter = EscapeFilter::default();
     let mut chunk = [0; CHUNK];
     let mut passed = Vec::new();
     let mut typing = true;
+    let mut until = None;
     loop {
         let mut fds = vec![PollFd::new(far, PollFlags::IN)];
         if typing {
             fds.push(PollFd::new(&typed, PollFlags::IN));
         }
-        match poll(&mut fds, None) {
+        let left = match until.map(|until: Instant| until.saturating_duration_since(Instant::now())) {
+            Some(Duration::ZERO) => return Ok(Parted::Input),
+            Some(left) => Some(Timespec::try_from(left)?),
+            None => None,
+        };
+        match poll(&mut fds, left.as_ref()) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other?,
         };
@@ -106,6 +116,9 @@ pub(crate) fn relay(far: &File) -> anyhow::Result<Parted> {
                 other => other?,
             };
             typing = count > 0;
+            if !typing {
+                until = answers.map(|answers| Instant::now() + answers);
+            }
             passed.clear();
             let left = filter.pass(chunk.get(..count).unwrap_or_default(), &mut passed);
             if to.write_all(&passed).is_err() {

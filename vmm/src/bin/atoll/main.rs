@@ -199,7 +199,7 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::Events(vm) => done(operate::events(&vm.name)),
         Command::Inspect { vm, path } => done(operate::inspect(&vm.name, path)),
         Command::Top { vm, once } => done(top::top(vm.as_deref(), *once)),
-        Command::Console(vm) => done(console::console(&vm.name)),
+        Command::Console { vm, wait } => done(console::console(&vm.name, *wait)),
         Command::Doctor { json } => Ok(doctor::doctor(*json)?),
         Command::Vfio(VfioCommand::Check { bdf, json, tree }) => Ok(vfio::check(*bdf, *json, tree)?),
         Command::Vfio(VfioCommand::Bind { bdf }) => {
@@ -212,7 +212,7 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         }
         Command::Switch(args) => {
             start_plain_log();
-            Ok(switch::switch(args)?)
+            switch::switch(args)
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Commands that ask a running machine for something.
 
 use std::io::{self, Write, stdout};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use atoll_vmm::api::{Client, ClientError, Method, own_inherited};
 use atoll_vmm::config::{ConsoleConfig, DeviceConfig, bytes_of};
 use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -173,20 +174,39 @@ pub(crate) fn put(name: &str, path: &str) -> anyhow::Result<()> {
     Machine::find(name)?.put(path, None).map(drop)
 }
 
-/// Ends a machine and its process, and waits until that no longer serves it.
+/// Ends a machine and its process, and waits until that has ended.
 pub(crate) fn end(name: &str) -> anyhow::Result<()> {
     let socket = target::socket(name)?;
-    Machine::at(&socket)?.put("vmm.shutdown", None)?;
+    let mut machine = Machine::at(&socket)?;
+    // Held before it is asked to end, so that its id cannot be somebody else's by then.
+    let process = machine.process()?;
+    machine.put("vmm.shutdown", None)?;
     let deadline = Instant::now() + END_MAX;
-    while socket.exists() {
-        anyhow::ensure!(
-            Instant::now() < deadline,
-            "{name} is ending, and has not ended within {} s",
-            END_MAX.as_secs()
-        );
-        std::thread::sleep(END_LOOK);
-    }
+    let ended = match process {
+        Some(process) => ends_by(&process, deadline)?,
+        // It runs out of sight: behind somebody else's socket, or in another namespace of processes.
+        None => loop {
+            match (socket.exists(), Instant::now() < deadline) {
+                (false, _) => break true,
+                (true, false) => break false,
+                (true, true) => std::thread::sleep(END_LOOK),
+            }
+        },
+    };
+    anyhow::ensure!(ended, "{name} is ending, and has not ended within {} s", END_MAX.as_secs());
     Ok(())
+}
+
+/// Whether a process has ended by `deadline`.
+fn ends_by(process: &OwnedFd, deadline: Instant) -> anyhow::Result<bool> {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&Timespec::try_from(left)?)) {
+            Ok(ended) => return Ok(ended > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Paths of the command line are those of its folder, not of the machine's process.

@@ -11,7 +11,7 @@ use atoll_vmm::backend::Household;
 use atoll_vmm::config::{ConsoleConfig, ConsoleMode, VmConfig};
 use atoll_vmm::lifecycle::{Controller, Home, Settings, Story, VmControl, VmError, VmmEnd};
 use atoll_vmm::machine::{MachineEnd, MachineEvent, StopCause};
-use atoll_vmm::rundir::{API_SOCKET, RunDir, RunRoot};
+use atoll_vmm::rundir::{API_SOCKET, RunDir, RunDirError, RunRoot};
 use atoll_vmm::seccomp::{self, ThreadClass};
 
 use crate::cli::RunArgs;
@@ -81,7 +81,10 @@ impl Desk {
         let own = ListenAt::Path(folder.path().join(API_SOCKET));
         let mut servers = Vec::new();
         for at in described.api_socket.iter().chain([&own]) {
-            let listener = at.open().map_err(failed)?;
+            let listener = at.open().map_err(|error| match error.is_mistake() {
+                true => RunError::Usage(UsageError::Where(format!("--api-socket: {error}"))),
+                false => failed(error),
+            })?;
             servers.push(ApiServer::start(listener, api.clone()).map_err(failed)?);
         }
         Ok(Self { servers, monitor })
@@ -110,7 +113,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8, RunError> {
         Some(name) => root.claim(name),
         None => root.claim_free(),
     };
-    let folder = folder.map_err(failed)?;
+    let folder = folder.map_err(|error| match error {
+        RunDirError::Name { .. } => RunError::Usage(UsageError::Where(format!("--name: {error}"))),
+        _ => failed(error),
+    })?;
     described.settle(folder.path())?;
     signals::block()?;
     // Before there is any thread that a guest could drive.
@@ -157,7 +163,10 @@ fn watched(
     }
     let VmmEnd { end, figures } = ended.wait();
     desk.close();
-    began.map_err(failed)?;
+    // A boot that was given up because somebody wants the machine to end is no failure of the machine's.
+    if !matches!(end, MachineEnd::Asked | MachineEnd::Stopped(StopCause::Signal(_))) {
+        began.map_err(failed)?;
+    }
     if let Some(path) = &args.report {
         Report::new(figures.cpu, &figures, &end).write(path)?;
     }
@@ -178,9 +187,9 @@ fn carry_console(controller: &Arc<Controller>) -> anyhow::Result<()> {
     let events = controller.events();
     std::thread::Builder::new().name("console".into()).spawn(move || {
         seccomp::enter(ThreadClass::Line);
-        match console::relay(&far) {
+        match console::relay(&far, None) {
             Ok(console::Parted::Escape) => events.tell(MachineEvent::Stop(StopCause::Escape)),
-            Ok(console::Parted::Machine) => {}
+            Ok(console::Parted::Machine | console::Parted::Input) => {}
             Err(error) => tracing::warn!("the terminal and the virtio console have parted: {error:#}"),
         }
     })?;

@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use atoll_vmm::backend::beside_this_binary;
-use atoll_vmm::rundir::RunRoot;
+use atoll_vmm::rundir::{RunDirError, RunRoot};
 use atoll_vmm::unix_socket::BoundSocket;
 
 use crate::cli::SwitchArgs;
+use crate::described::UsageError;
+use crate::run::RunError;
 use crate::signals;
 
 /// What the switch's executable is called.
@@ -62,13 +64,22 @@ fn stop(child: &mut Child) {
 }
 
 /// `switch`; the exit status.
-pub(crate) fn switch(args: &SwitchArgs) -> anyhow::Result<u8> {
-    let socket = RunRoot::of_user()?.switch_socket(&args.name)?;
+pub(crate) fn switch(args: &SwitchArgs) -> Result<u8, RunError> {
+    let root = RunRoot::of_user().map_err(anyhow::Error::from)?;
+    let socket = root.switch_socket(&args.name).map_err(|error| match error {
+        RunDirError::Name { .. } => RunError::Usage(UsageError::Where(error.to_string())),
+        _ => RunError::Failed(error.into()),
+    })?;
+    Ok(keep_alive(args, &socket)?)
+}
+
+/// Starts the switch whenever there is none, until a signal ends it.
+fn keep_alive(args: &SwitchArgs, socket: &Path) -> anyhow::Result<u8> {
     signals::block()?;
     let mut pause = Duration::ZERO;
     loop {
         let started = Instant::now();
-        let mut child = start(args, &socket)?;
+        let mut child = start(args, socket)?;
         tracing::info!("switch {} at {}", args.name, socket.display());
         let ended = loop {
             match signals::wait(None) {
@@ -79,7 +90,7 @@ pub(crate) fn switch(args: &SwitchArgs) -> anyhow::Result<u8> {
                 }
                 Some(_) => {
                     stop(&mut child);
-                    let _ = std::fs::remove_file(&socket);
+                    let _ = std::fs::remove_file(socket);
                     return Ok(0);
                 }
             }

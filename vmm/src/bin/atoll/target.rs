@@ -1,6 +1,7 @@
 //! Which machine a command is for, and how it is asked.
 
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,8 @@ use anyhow::Context;
 use atoll_vmm::api::{Client, ClientError, Method};
 use atoll_vmm::lifecycle::{DeviceReport, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{PidfdFlags, pidfd_open};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -136,6 +139,17 @@ impl Machine {
     pub(crate) fn put(self, path: &str, body: Option<&Value>) -> anyhow::Result<Option<Value>> {
         let mut client = self.0.with_patience(DEED_MAX);
         Ok(client.call(Method::Put, &format!("{ROOT}/{path}"), body)?)
+    }
+
+    /// The process that serves it, where it can be told for certain: who made the socket is who answers.
+    pub(crate) fn process(&mut self) -> anyhow::Result<Option<OwnedFd>> {
+        let says = self.get("vmm.ping")?["pid"].as_i64();
+        let Ok(peer) = socket_peercred(self.0.socket()) else { return Ok(None) };
+        if says != Some(peer.pid.as_raw_nonzero().get().into()) {
+            return Ok(None);
+        }
+        // It has just answered on this connection, so the id is still its own.
+        Ok(pidfd_open(peer.pid, PidfdFlags::empty()).ok())
     }
 
     /// The connection itself.

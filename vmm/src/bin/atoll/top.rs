@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::io::{IsTerminal, Read, stdin, stdout};
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use atoll_vmm::config::DeviceKind;
@@ -14,7 +15,7 @@ use serde::Deserialize;
 use crate::figures::Figures;
 use crate::operate::print;
 use crate::table::{bytes, rate, table, time_us};
-use crate::target::{Machine, named_or_only};
+use crate::target::{self, Aftermath, Machine, named_or_only};
 use crate::terminal::{self, RawTerminal};
 
 /// Time between two frames.
@@ -227,10 +228,21 @@ fn on_screen(frame: &str, columns: usize, rows: usize) -> String {
     text
 }
 
+/// What to say of a machine that answers no more: nothing, when it has ended as it should.
+fn end(name: &str, socket: &Path, error: anyhow::Error) -> anyhow::Result<()> {
+    terminal::restore();
+    match target::aftermath(socket) {
+        Aftermath::Ended => print(&format!("{name} has ended\n")),
+        Aftermath::Runs => Err(error),
+        Aftermath::Vanished => Err(target::vanished(name)),
+    }
+}
+
 /// `top`.
 pub(crate) fn top(name: Option<&str>, once: bool) -> anyhow::Result<()> {
     let name = named_or_only(name)?;
-    let mut machine = Machine::find(&name)?;
+    let socket = target::socket(&name)?;
+    let mut machine = Machine::at(&socket)?;
     let mut then = Reading::take(&mut machine)?;
     if once {
         std::thread::sleep(INTERVAL);
@@ -252,7 +264,10 @@ pub(crate) fn top(name: Option<&str>, once: bool) -> anyhow::Result<()> {
         if left(INTERVAL) {
             return Ok(());
         }
-        let now = Reading::take(&mut machine)?;
+        let now = match Reading::take(&mut machine) {
+            Ok(now) => now,
+            Err(error) => return end(&name, &socket, error),
+        };
         shown = frame(&name, &now, &then);
         then = now;
     }

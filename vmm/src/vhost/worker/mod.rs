@@ -108,6 +108,13 @@ impl Past {
             capacity: None,
         }
     }
+
+    /// Ends the backend of a device that is put on no board.
+    pub(super) fn give_up(&mut self, deadline: Instant) {
+        for session in self.session.iter_mut().chain(&mut self.dying) {
+            session.give_up(deadline);
+        }
+    }
 }
 
 /// Somebody waits for this device to leave its board.
