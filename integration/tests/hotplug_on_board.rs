@@ -60,6 +60,7 @@ impl Rig {
         let config = MachineConfig {
             boot: BootSource { kernel, initramfs: None, command_line: String::new() },
             memory_bytes: 32 << 20,
+            irqchip: Default::default(),
             vcpus: 1,
             cpu: CpuKind::Soft,
             cpu_model: "atoll-v1".into(),

@@ -51,6 +51,7 @@ impl Drop for Machine {
 }
 
 fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path, errors: &Path) -> Result<Machine> {
+    let monitor = console.with_file_name("monitor");
     let khz = counter_khz();
     let cmdline = format!(
         "console=ttyS0 no_timer_check nokaslr mitigations=off tsc=reliable tsc_early_khz={khz} panic=-1 quiet reboot=t \
@@ -79,8 +80,9 @@ fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path
             "-m",
             "3G",
         ])
-        .args(["-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"])
+        .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-serial", &format!("file:{}", console.display()), "-serial", &format!("file:{}", reports.display())])
+        .args(["-monitor", &format!("unix:{},server,nowait", monitor.display())])
         .args(disk(&freight.tools, "tools"))
         .args(disk(&freight.programs, "programs"))
         .arg("-kernel")

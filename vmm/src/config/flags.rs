@@ -1,7 +1,8 @@
 //! vCPUs, memory and serial ports, as they are written on the command line.
 
-use super::keyvalue::{Bytes, FlagError, KeyError, Options, Tolerated};
+use super::keyvalue::{Bytes, FlagError, KeyError, OptionValue, Options, Tolerated};
 use super::{ConsoleConfig, ConsoleMode, CpusConfig, MemoryConfig};
+use crate::cpu::kvm::Irqchip;
 
 /// Puts the option's name to what is wrong with its value.
 pub(super) fn named<T>(option: &'static str, text: &str, read: Result<T, KeyError>) -> Result<T, FlagError> {
@@ -87,6 +88,27 @@ impl CpusConfig {
             }
         };
         named(option, text, read())
+    }
+}
+
+impl OptionValue for Irqchip {
+    const EXPECTED: &'static str = "kernel or split";
+    fn read(text: &str) -> Option<Self> {
+        match text {
+            "kernel" => Some(Self::Kernel),
+            "split" => Some(Self::Split),
+            _ => None,
+        }
+    }
+}
+
+impl Irqchip {
+    /// Reads `irqchip=kernel` or `irqchip=split`.
+    ///
+    /// # Errors
+    /// What is wrong with it, naming `option`.
+    pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
+        named(option, text, Options::parse(text, &["irqchip"], &[]).and_then(|options| options.need("irqchip")))
     }
 }
 

@@ -8,6 +8,7 @@ use serde::de::{Deserializer, Error, Unexpected, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::JailPolicy;
+use crate::cpu::kvm::Irqchip;
 
 use super::keyvalue::{Bytes, OptionValue};
 
@@ -128,6 +129,9 @@ pub struct PlatformConfig {
     /// Name of the CPU model; `atoll-v1` when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_model: Option<String>,
+    /// On KVM: where the interrupt chips are.
+    #[serde(skip_serializing_if = "is_in_kernel")]
+    pub irqchip: Irqchip,
     /// Guest time from retired instructions.
     pub deterministic: bool,
     /// Where the device processes' executables are; beside the VMM's by default.
@@ -142,6 +146,10 @@ pub struct PlatformConfig {
     /// How device processes are jailed.
     #[serde(skip_serializing_if = "is_usual")]
     pub jail: JailPolicy,
+}
+
+fn is_in_kernel(irqchip: &Irqchip) -> bool {
+    *irqchip == Irqchip::Kernel
 }
 
 fn is_no(flag: &bool) -> bool {

@@ -116,6 +116,8 @@ pub struct VcpuFigures {
     pub instructions: u64,
     /// Host memory that holds decoded code, in bytes.
     pub cache_bytes: u64,
+    /// How often guest code was left for this process, for whatever reason: returns of KVM_RUN. Zero where nobody counts.
+    pub returns: u64,
     /// Deterministic mode: a hash of the registers at each millionth instruction and at the end.
     pub trace_hash: Option<u64>,
 }

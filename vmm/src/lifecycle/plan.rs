@@ -102,6 +102,7 @@ impl Plan {
             vcpus: config.cpus.boot_vcpus,
             cpu,
             cpu_model: config.platform.cpu_model.clone().unwrap_or_else(|| CPU_MODEL.to_owned()),
+            irqchip: config.platform.irqchip,
             deterministic: config.platform.deterministic.then_some(DETERMINISTIC_NS_PER_1000),
             com1: serial.is_some(),
         };

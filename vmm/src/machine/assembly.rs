@@ -73,6 +73,7 @@ fn processor(config: &MachineConfig, memory: &GuestMemory, wall: u64) -> Result<
             model: config.cpu_model.clone(),
             vcpus: config.vcpus,
             trial: false,
+            irqchip: config.irqchip,
         })?)),
         CpuKind::Soft => {
             let pace = config.deterministic.map_or(Pace::Real, |ns_per_1000| Pace::Retired { ns_per_1000 });

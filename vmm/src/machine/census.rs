@@ -24,6 +24,8 @@ pub struct VcpuReport {
     pub instructions: u64,
     /// Host memory that holds decoded code, in bytes.
     pub code_bytes: u64,
+    /// How often KVM came back from guest code, for whatever reason, this question included; zero on the software CPU.
+    pub returns: u64,
 }
 
 impl Machine {
@@ -39,7 +41,8 @@ impl Machine {
                     VcpuPhase::Ended => "ended",
                 };
                 let figures = vcpu.figures(deadline);
-                VcpuReport { index, phase, instructions: figures.instructions, code_bytes: figures.cache_bytes }
+                let (instructions, code_bytes) = (figures.instructions, figures.cache_bytes);
+                VcpuReport { index, phase, instructions, code_bytes, returns: figures.returns }
             })
             .collect()
     }
@@ -79,6 +82,7 @@ impl Machine {
                 ("instructions", vcpu.instructions),
                 ("code_bytes", vcpu.code_bytes),
                 ("exits", exits.exits_total()),
+                ("returns", vcpu.returns),
                 ("doorbells", exits.doorbells),
                 ("stalls", exits.stalls),
             ];

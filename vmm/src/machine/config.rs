@@ -1,6 +1,7 @@
 //! A machine's configuration, already validated: what each user interface makes and the assembler reads.
 
 use super::boot::BootSource;
+use crate::cpu::kvm::Irqchip;
 
 /// Which CPU runs the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub struct MachineConfig {
     pub cpu: CpuKind,
     /// Name of the CPU model.
     pub cpu_model: String,
+    /// On KVM: where the interrupt chips are.
+    pub irqchip: Irqchip,
     /// Time from retired instructions: nanoseconds for 1000 of them.
     pub deterministic: Option<u32>,
     /// Whether there is a COM1.

@@ -105,7 +105,8 @@ fn machine(builders: Vec<Box<dyn DeviceBuilder>>, write: impl FnOnce(&mut CodeAs
     let config = MachineConfig {
         boot,
         memory_bytes: 32 << 20,
-        vcpus: 1,
+        irqchip: Default::default(),
+            vcpus: 1,
         cpu: CpuKind::Soft,
         cpu_model: "atoll-v1".into(),
         deterministic: None,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use atoll_devices::{Answer, RegisterDevice};
 use atoll_softcpu::state::{Regs, Segment, SegmentName};
 use atoll_vmm::actor::{RealClock, StopSignal};
-use atoll_vmm::cpu::kvm::{KvmConfig, KvmProcessor};
+use atoll_vmm::cpu::kvm::{Irqchip, KvmConfig, KvmProcessor};
 use atoll_vmm::cpu::soft::{Pace, SoftConfig, SoftProcessor};
 use atoll_vmm::cpu::{
     AddressSpace, CpuState, Exit, Kicks, Processor, Space, Stall, StallSink, VcpuBus, VcpuEnd, VcpuThread, reset_system,
@@ -117,7 +117,7 @@ impl Lab {
             Cpu::Kvm if kvm_is_missing() => return None,
             Cpu::Kvm => {
                 let made = Arc::new(
-                    KvmProcessor::new(KvmConfig { memory: memory.clone(), model, vcpus: 1, trial: false }).unwrap(),
+                    KvmProcessor::new(KvmConfig { memory: memory.clone(), model, vcpus: 1, trial: false, irqchip: Irqchip::Kernel }).unwrap(),
                 );
                 kvm = Some(Arc::clone(&made));
                 made

@@ -1,6 +1,9 @@
 //! What runs in the lab: scenarios by name, one after the other, each ending in a report whatever happens.
 
 mod boot;
+mod exits;
+mod lives;
+mod yardstick;
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
@@ -17,6 +20,9 @@ const REPORTS: &str = "/dev/ttyS1";
 /// A scenario: its figures, or why it is not well.
 type Scenario = fn() -> Result<Map<String, Value>>;
 
+/// The arrangement with an I/O APIC of ours.
+const SPLIT: &[&str] = &["--kvm", "irqchip=split"];
+
 /// All of them that `cargo xtask lab kvm` runs.
 const KVM: &[(&str, Scenario)] = &[
     ("boot-6.1", || boot::boot("6.1", 1, &[])),
@@ -25,6 +31,14 @@ const KVM: &[(&str, Scenario)] = &[
     ("boot-6.1-4", || boot::boot("6.1", 4, &[])),
     ("boot-6.12-2", || boot::boot("6.12", 2, &[])),
     ("boot-6.12-4", || boot::boot("6.12", 4, &[])),
+    ("exits", exits::none_for_each_request),
+    ("pauses", || lives::pauses(2, &[])),
+    ("resets", || lives::resets(2, &[])),
+    ("split-6.1", || boot::boot("6.1", 2, SPLIT)),
+    ("split-6.12", || boot::boot("6.12", 1, SPLIT)),
+    ("split-pauses", || lives::pauses(2, SPLIT)),
+    ("split-resets", || lives::resets(2, SPLIT)),
+    ("yardstick", yardstick::boots),
 ];
 
 /// Names of the scenarios of `what`.

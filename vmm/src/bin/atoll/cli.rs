@@ -422,6 +422,9 @@ pub(crate) struct RunArgs {
     /// Which CPU runs the guest: auto when left out.
     #[arg(long, value_enum)]
     pub(crate) cpu: Option<CpuFlag>,
+    /// Of KVM: irqchip=kernel (when left out), or irqchip=split, which leaves only the local APICs to the host's kernel.
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) kvm: Option<String>,
     /// CPU model that the guest sees: atoll-v1 (when left out), atoll-v2 (x86-64-v2), or host (KVM only).
     #[arg(long, value_name = "NAME")]
     pub(crate) cpu_model: Option<String>,

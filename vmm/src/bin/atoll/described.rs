@@ -10,6 +10,7 @@ use atoll_vmm::config::{
     ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError,
     FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
 };
+use atoll_vmm::cpu::kvm::Irqchip;
 use atoll_vmm::rundir::CONSOLE_SOCKET;
 use thiserror::Error;
 
@@ -171,6 +172,9 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
         None => platform.cpu,
     };
     platform.cpu_model = args.cpu_model.clone().or(platform.cpu_model.take());
+    if let Some(text) = &args.kvm {
+        platform.irqchip = Irqchip::from_flag("--kvm", text)?;
+    }
     platform.deterministic |= args.deterministic;
     platform.allow_faults |= args.allow_faults;
     platform.debug_devices.extend(args.debug_device.iter().cloned());

@@ -12,6 +12,8 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Irqchip;
+use super::split::Lines;
 use crate::cpu::CpuError;
 use crate::irq::{EventRoute, InterruptFabric, IrqError};
 use crate::machine::layout::GSI_COUNT;
@@ -19,17 +21,32 @@ use crate::machine::layout::GSI_COUNT;
 /// GSIs that KVM's table holds (KVM_MAX_IRQ_ROUTES of x86).
 const GSI_MAX: u32 = 4096;
 
-/// The routes of messages: their GSIs begin behind those of the chips. `None` is taken but masked.
-type Messages = BTreeMap<u32, Option<MsiMessage>>;
+/// Where the board's lines end, which are the first GSIs.
+enum Pins {
+    /// In the kernel's chips.
+    Kernel,
+    /// In an I/O APIC of ours, whose entries are these.
+    Ours([MsiMessage; GSI_COUNT as usize]),
+}
+
+/// KVM's table of routes.
+struct Routes {
+    pins: Pins,
+    /// Those of messages: their GSIs begin behind those of the lines. `None` is taken but masked.
+    messages: BTreeMap<u32, Option<MsiMessage>>,
+}
 
 /// Where interrupts of one machine end.
 pub(super) struct KvmFabric {
     shared: Arc<Shared>,
+    /// The controllers of lines that are not in the kernel.
+    lines: Option<Arc<Lines>>,
 }
 
-struct Shared {
+/// What routes and chips share.
+pub(super) struct Shared {
     vm: Arc<VmFd>,
-    messages: Mutex<Messages>,
+    routes: Mutex<Routes>,
 }
 
 fn chip_route(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
@@ -76,17 +93,37 @@ fn chip_routes() -> Vec<kvm_irq_routing_entry> {
 }
 
 impl Shared {
-    fn messages(&self) -> MutexGuard<'_, Messages> {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn new(vm: Arc<VmFd>, irqchip: Irqchip) -> Result<Arc<Self>, CpuError> {
+        let pins = match irqchip {
+            Irqchip::Kernel => Pins::Kernel,
+            // As after reset, no pin sends anything.
+            Irqchip::Split => Pins::Ours([MsiMessage { address: 0xfee0_0000, data: 0 }; GSI_COUNT as usize]),
+        };
+        let shared = Self { vm, routes: Mutex::new(Routes { pins, messages: BTreeMap::new() }) };
+        shared.publish(&shared.routes()).map_err(|error| CpuError::Unsupported(error.to_string()))?;
+        Ok(Arc::new(shared))
+    }
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
     /// Gives KVM the whole table; it has no call for one entry.
-    fn publish(&self, messages: &Messages) -> Result<(), IrqError> {
-        let set = messages.iter().filter_map(|(gsi, message)| message.map(|message| message_route(*gsi, message)));
-        let entries: Vec<_> = chip_routes().into_iter().chain(set).collect();
+    fn publish(&self, routes: &Routes) -> Result<(), IrqError> {
+        let mut entries = match &routes.pins {
+            Pins::Kernel => chip_routes(),
+            Pins::Ours(pins) => (0..).zip(pins).map(|(gsi, message)| message_route(gsi, *message)).collect(),
+        };
+        let set = routes.messages.iter();
+        entries.extend(set.filter_map(|(gsi, message)| message.map(|message| message_route(*gsi, message))));
         let table = KvmIrqRouting::from_entries(&entries).map_err(|_| IrqError::Exhausted(GSI_MAX - GSI_COUNT))?;
         self.vm.set_gsi_routing(&table).map_err(|error| IrqError::Route(error.into()))
     }
-    fn fire(&self, message: MsiMessage) {
+    /// The entries of an I/O APIC of ours.
+    pub(super) fn set_pins(&self, pins: [MsiMessage; GSI_COUNT as usize]) -> Result<(), IrqError> {
+        let mut routes = self.routes();
+        routes.pins = Pins::Ours(pins);
+        self.publish(&routes)
+    }
+    pub(super) fn fire(&self, message: MsiMessage) {
         let msi = kvm_msi {
             address_lo: message.address as u32,
             address_hi: (message.address >> 32) as u32,
@@ -101,15 +138,16 @@ impl Shared {
 }
 
 impl KvmFabric {
-    pub(super) fn new(vm: Arc<VmFd>) -> Result<Self, CpuError> {
-        let shared = Arc::new(Shared { vm, messages: Mutex::default() });
-        shared.publish(&Messages::new()).map_err(|error| CpuError::Unsupported(error.to_string()))?;
-        Ok(Self { shared })
+    pub(super) fn new(shared: Arc<Shared>, lines: Option<Arc<Lines>>) -> Self {
+        Self { shared, lines }
     }
 }
 
 impl WireSink for KvmFabric {
     fn set_level(&self, line: u32, high: bool) {
+        if let Some(lines) = &self.lines {
+            return lines.set_line(line, high);
+        }
         if let Err(error) = self.shared.vm.set_irq_line(line, high) {
             tracing::error!(line, high, %error, "an interrupt line could not be set");
         }
@@ -125,11 +163,11 @@ impl MsiSink for KvmFabric {
 impl InterruptFabric for KvmFabric {
     fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError> {
         let event = event.try_clone().map_err(IrqError::Event)?;
-        let mut messages = self.shared.messages();
-        let gsi = (GSI_COUNT..GSI_MAX).find(|gsi| !messages.contains_key(gsi));
+        let mut routes = self.shared.routes();
+        let gsi = (GSI_COUNT..GSI_MAX).find(|gsi| !routes.messages.contains_key(gsi));
         let gsi = gsi.ok_or(IrqError::Exhausted(GSI_MAX - GSI_COUNT))?;
-        messages.insert(gsi, None);
-        drop(messages);
+        routes.messages.insert(gsi, None);
+        drop(routes);
         Ok(Box::new(KvmRoute { shared: Arc::clone(&self.shared), gsi, event, assigned: Mutex::new(false) }))
     }
 }
@@ -144,9 +182,9 @@ struct KvmRoute {
 
 impl KvmRoute {
     fn route(&self, message: Option<MsiMessage>) -> Result<(), IrqError> {
-        let mut messages = self.shared.messages();
-        messages.insert(self.gsi, message);
-        self.shared.publish(&messages)
+        let mut routes = self.shared.routes();
+        routes.messages.insert(self.gsi, message);
+        self.shared.publish(&routes)
     }
 }
 
@@ -185,6 +223,6 @@ impl Drop for KvmRoute {
         if let Err(error) = self.set(None) {
             tracing::warn!(gsi = self.gsi, %error, "an interrupt route was left behind");
         }
-        self.shared.messages().remove(&self.gsi);
+        self.shared.routes().messages.remove(&self.gsi);
     }
 }

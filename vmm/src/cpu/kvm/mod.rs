@@ -7,6 +7,7 @@
 mod cpuid;
 mod dirty;
 mod fabric;
+mod split;
 mod state;
 mod vcpu;
 
@@ -16,16 +17,21 @@ use std::time::Instant;
 
 use atoll_devices::GuestClock;
 use atoll_softcpu::VcpuTopology;
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{CpuError, DoorbellWatch, Processor, Space, Vcpu};
 use crate::irq::InterruptFabric;
-use crate::machine::layout::KVM_PRIVATE;
+use crate::machine::layout::{GSI_COUNT, KVM_PRIVATE};
 use crate::memory::{GuestMemory, MemorySlot};
 pub use dirty::DirtyLog;
-use fabric::KvmFabric;
+use fabric::{KvmFabric, Shared};
+use split::{Chips, Lines};
 use vcpu::KvmVcpu;
 
 /// The API version that every KVM of the last fifteen years has.
@@ -46,8 +52,22 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> CpuError {
     move |error| CpuError::Kvm { what, source: io::Error::from(error) }
 }
 
+/// Where the interrupt chips are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Irqchip {
+    /// All of them in the kernel.
+    #[default]
+    Kernel,
+    /// Local APICs in the kernel, I/O APIC, 8259 pair and interval timer in the VMM: less of the host's kernel for a guest
+    /// to reach.
+    Split,
+}
+
 /// What the vCPUs of one machine are made from.
 pub struct KvmConfig {
+    /// Where the interrupt chips are.
+    pub irqchip: Irqchip,
     /// Guest RAM.
     pub memory: GuestMemory,
     /// Name of the CPU model, or `host`.
@@ -66,6 +86,8 @@ pub struct KvmProcessor {
     fabric: Arc<KvmFabric>,
     clock: Arc<PowerOnClock>,
     dirty: DirtyLog,
+    /// Those that are not in the kernel.
+    chips: Option<Arc<Chips>>,
 }
 
 impl KvmProcessor {
@@ -88,16 +110,38 @@ impl KvmProcessor {
         let vm = Arc::new(kvm.create_vm().map_err(failed("making a virtual machine"))?);
         vm.set_identity_map_address(KVM_PRIVATE.start).map_err(failed("placing the identity map"))?;
         vm.set_tss_address(KVM_PRIVATE.start as usize + 0x1000).map_err(failed("placing the task state segment"))?;
-        vm.create_irq_chip().map_err(failed("making interrupt chips"))?;
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).map_err(failed("making the interval timer"))?;
+        match config.irqchip {
+            Irqchip::Kernel => {
+                vm.create_irq_chip().map_err(failed("making interrupt chips"))?;
+                let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+                vm.create_pit2(pit).map_err(failed("making the interval timer"))?;
+            }
+            Irqchip::Split if !kvm.check_extension(Cap::SplitIrqchip) => {
+                return Err(CpuError::KvmLacks("a split irqchip; leave --kvm irqchip=split out"));
+            }
+            Irqchip::Split => {
+                let args = [u64::from(GSI_COUNT), 0, 0, 0];
+                let split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, args, ..Default::default() };
+                vm.enable_cap(&split).map_err(failed("splitting the interrupt chips"))?;
+            }
+        }
         let slots = config.memory.slots();
         for (index, slot) in slots.iter().enumerate() {
             set_slot(&vm, index as u32, slot, 0)?;
         }
-        let fabric = Arc::new(KvmFabric::new(Arc::clone(&vm))?);
+        let routes = Shared::new(Arc::clone(&vm), config.irqchip)?;
+        let clock = Arc::new(PowerOnClock(Instant::now()));
+        let chips = match config.irqchip {
+            Irqchip::Kernel => None,
+            Irqchip::Split => {
+                let lines = Arc::new(Lines::new(Arc::clone(&routes)));
+                Some(Arc::new(Chips::new(lines, Arc::clone(&clock) as _)?))
+            }
+        };
+        let lines = chips.as_ref().map(|chips| Arc::clone(&chips.lines));
+        let fabric = Arc::new(KvmFabric::new(routes, lines));
         let dirty = DirtyLog::new(Arc::clone(&vm), slots);
-        Ok(Self { kvm, vm, config, fabric, clock: Arc::new(PowerOnClock(Instant::now())), dirty })
+        Ok(Self { kvm, vm, config, fabric, clock, dirty, chips })
     }
 
     /// Which pages the guest writes.
@@ -129,7 +173,7 @@ impl Processor for KvmProcessor {
         // Before any register: KVM checks EFER and CR4 against it.
         let table = cpuid::table(&self.kvm, &self.config.model, topology, !self.config.trial)?;
         fd.set_cpuid2(&table).map_err(failed("setting CPUID"))?;
-        Ok(Box::new(KvmVcpu::new(fd)?))
+        Ok(Box::new(KvmVcpu::new(fd, index, self.chips.clone())?))
     }
     fn interrupts(&self) -> Arc<dyn InterruptFabric> {
         Arc::clone(&self.fabric) as _

@@ -9,6 +9,7 @@ use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::split::Chips;
 use super::{failed, state};
 use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Space, Vcpu, VcpuFigures};
 
@@ -61,17 +62,27 @@ pub(super) struct KvmVcpu {
     /// An access has been answered, and the kernel has not yet put the answer into the guest's registers: that happens
     /// at the next entry, and until then the instruction is half done.
     is_owed: bool,
+    /// How often KVM_RUN has returned.
+    returns: u64,
+    /// The interrupt chips that are not in the kernel.
+    chips: Option<Arc<Chips>>,
+    /// Whether it is the one that the 8259 pair of those interrupts.
+    is_boot_cpu: bool,
 }
 
 impl KvmVcpu {
     /// Takes the vCPU over, on the thread that will run it.
-    pub(super) fn new(mut fd: VcpuFd) -> Result<Self, CpuError> {
+    pub(super) fn new(mut fd: VcpuFd, index: u32, chips: Option<Arc<Chips>>) -> Result<Self, CpuError> {
         install_handler()?;
         let run: *mut kvm_run = fd.get_kvm_run();
         // SAFETY: the pointer is to a live mapping; the byte is aligned as every byte is.
         let exit = NonNull::new(unsafe { &raw mut (*run).immediate_exit }.cast::<AtomicU8>()).map(ImmediateExit);
         let kick = KvmKick { asked: AtomicBool::new(false), thread: rustix::thread::gettid(), exit: Mutex::new(exit) };
-        Ok(Self { fd, kick: Arc::new(kick), is_owed: false })
+        let (kick, is_boot_cpu) = (Arc::new(kick), index == 0);
+        if let Some(chips) = chips.as_ref().filter(|_| is_boot_cpu) {
+            chips.lines.set_boot_cpu(Arc::clone(&kick) as _);
+        }
+        Ok(Self { fd, kick, is_owed: false, returns: 0, chips, is_boot_cpu })
     }
 
     /// Whether somebody wants the vCPU out and it may go; asks once. While the kernel owes the guest an answer it may not:
@@ -139,13 +150,18 @@ enum Left {
     Interrupted,
 }
 
-impl Vcpu for KvmVcpu {
-    fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError> {
+impl KvmVcpu {
+    /// Runs guest code, with everything outside the kernel on `bus`.
+    fn run_on(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError> {
         loop {
             if self.is_kicked() {
                 return Ok(Exit::Stopped);
             }
+            if self.is_boot_cpu && let Some(chips) = &self.chips {
+                chips.lines.offer(&mut self.fd)?;
+            }
             self.is_owed = false;
+            self.returns += 1;
             let left = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     Left::Port { port, len: data.len(), data: NonNull::from(data).cast(), write: false }
@@ -160,6 +176,12 @@ impl Vcpu for KvmVcpu {
                 Ok(VcpuExit::MmioWrite(address, data)) => {
                     bus.write(Space::Mmio, address, data);
                     Left::Answered
+                }
+                Ok(VcpuExit::IoapicEoi(vector)) => {
+                    if let Some(chips) = &self.chips {
+                        chips.lines.end_of_interrupt(vector);
+                    }
+                    Left::Interrupted
                 }
                 Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Left::Interrupted,
                 Ok(VcpuExit::Shutdown) => Left::End(Exit::TripleFault { rip: 0 }),
@@ -183,6 +205,16 @@ impl Vcpu for KvmVcpu {
         }
     }
 
+}
+
+impl Vcpu for KvmVcpu {
+    fn run(&mut self, bus: &mut dyn GuestBus) -> Result<Exit, CpuError> {
+        match self.chips.clone() {
+            Some(chips) => self.run_on(&mut chips.before(bus)),
+            None => self.run_on(bus),
+        }
+    }
+
     fn state(&mut self) -> Result<CpuState, CpuError> {
         state::read(&self.fd)
     }
@@ -196,7 +228,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn figures(&self) -> VcpuFigures {
-        VcpuFigures::default()
+        VcpuFigures { returns: self.returns, ..VcpuFigures::default() }
     }
 
     fn stood(&mut self) -> Result<(), CpuError> {

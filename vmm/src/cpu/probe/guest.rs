@@ -11,7 +11,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::actor::{RealClock, StopSignal};
-use crate::cpu::kvm::{KvmConfig, KvmProcessor};
+use crate::cpu::kvm::{Irqchip, KvmConfig, KvmProcessor};
 use crate::cpu::{
     AddressSpace, CpuError, CpuState, Exit, Kicks, Space, Stall, StallSink, VcpuBus, VcpuEnd, VcpuThread, reset_system,
 };
@@ -137,7 +137,7 @@ pub(super) fn run(time_max: Duration) -> Result<(), Obstacle> {
     let spans = ram(RAM_MIN).unwrap_or_default();
     let memory = GuestMemory::new(&spans)?;
     load(&memory);
-    let processor = Arc::new(KvmProcessor::new(KvmConfig { memory, model: "atoll-v1".into(), vcpus: 1, trial: true })?);
+    let processor = Arc::new(KvmProcessor::new(KvmConfig { memory, model: "atoll-v1".into(), vcpus: 1, trial: true, irqchip: Irqchip::Kernel })?);
     let space = Arc::new(AddressSpace::new(Arc::new(DoorbellTable::new(None))));
     let (told, end) = sync_channel(4);
     let done: Arc<Mutex<Done>> = Arc::new(Mutex::new(Done(told.clone())));

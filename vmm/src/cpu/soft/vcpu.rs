@@ -214,6 +214,7 @@ impl Vcpu for SoftVcpu {
 
     fn figures(&self) -> VcpuFigures {
         VcpuFigures {
+            returns: 0,
             instructions: self.cpu.retired(),
             cache_bytes: self.cpu.cache_bytes() as u64,
             trace_hash: (!self.clock.is_real()).then(|| self.trace.finish(&self.cpu)),

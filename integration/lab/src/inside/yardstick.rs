@@ -1,0 +1,71 @@
+//! The same guest on QEMU and the same KVM, in turn with Atoll.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use serde_json::{Map, Value, json};
+use xtask::demo::{Demo, KernelForm, timed_boot};
+
+use super::boot::{figures, milliseconds};
+use crate::freight::guest_inside;
+
+const CMDLINE: &str = "console=ttyS0 no_timer_check reboot=t";
+const ROUNDS: usize = 3;
+
+/// Of exec to shell, to QEMU's smallest machine.
+const EXEC_MAX: f64 = 1.0;
+/// Of the kernel's first line to shell, to QEMU's usual machine.
+const KERNEL_MAX: f64 = 1.1;
+
+fn qemu(machine: &str) -> Command {
+    let guest = guest_inside("6.1");
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-L", "/tools/firmware", "-M", machine, "-accel", "kvm", "-cpu", "host", "-m", "512M"])
+        .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"])
+        .arg("-kernel")
+        .arg(&guest.vmlinux)
+        .arg("-initrd")
+        .arg(&guest.initramfs)
+        .args(["-append", CMDLINE]);
+    command
+}
+
+fn atoll() -> Result<Command> {
+    let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "kvm".to_owned() };
+    let mut command = demo.command(&guest_inside("6.1"))?;
+    command.args(["--cmdline", CMDLINE]);
+    Ok(command)
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+/// Three rounds of three boots; ratios of the medians.
+pub(super) fn boots() -> Result<Map<String, Value>> {
+    let (mut ours, mut small, mut usual) = (Vec::new(), Vec::new(), Vec::new());
+    // Files are read from the disk once, by whoever is first: not by us alone.
+    timed_boot(&mut atoll()?)?;
+    for _ in 0..ROUNDS {
+        small.push(timed_boot(&mut qemu("microvm,acpi=off"))?);
+        ours.push(timed_boot(&mut atoll()?)?);
+        usual.push(timed_boot(&mut qemu("q35"))?);
+    }
+    let exec = |times: &[(Duration, Duration)]| median(times.iter().map(|(exec, _)| *exec).collect());
+    let kernel = |times: &[(Duration, Duration)]| median(times.iter().map(|(_, kernel)| *kernel).collect());
+    let ratio = |ours: Duration, theirs: Duration| {
+        (ours.as_secs_f64() / theirs.as_secs_f64().max(0.001) * 1000.0).round() / 1000.0
+    };
+    let (to_small, to_usual) = (ratio(exec(&ours), exec(&small)), ratio(kernel(&ours), kernel(&usual)));
+    let results = json!({
+        "exec_to_shell_ms": milliseconds(exec(&ours)), "qemu_microvm_ms": milliseconds(exec(&small)),
+        "ratio_to_microvm": to_small,
+        "first_line_to_shell_ms": milliseconds(kernel(&ours)), "qemu_q35_ms": milliseconds(kernel(&usual)),
+        "ratio_to_q35": to_usual,
+    });
+    ensure!(to_small <= EXEC_MAX && to_usual <= KERNEL_MAX, "slower than may be: {results}");
+    Ok(figures(results))
+}
