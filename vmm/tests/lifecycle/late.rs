@@ -106,7 +106,7 @@ fn machine(builders: Vec<Box<dyn DeviceBuilder>>, write: impl FnOnce(&mut CodeAs
         boot,
         memory_bytes: 32 << 20,
         irqchip: Default::default(),
-            vcpus: 1,
+        vcpus: 1,
         cpu: CpuKind::Soft,
         cpu_model: "atoll-v1".into(),
         deterministic: None,

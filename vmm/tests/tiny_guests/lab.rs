@@ -117,7 +117,14 @@ impl Lab {
             Cpu::Kvm if kvm_is_missing() => return None,
             Cpu::Kvm => {
                 let made = Arc::new(
-                    KvmProcessor::new(KvmConfig { memory: memory.clone(), model, vcpus: 1, trial: false, irqchip: Irqchip::Kernel }).unwrap(),
+                    KvmProcessor::new(KvmConfig {
+                        memory: memory.clone(),
+                        model,
+                        vcpus: 1,
+                        trial: false,
+                        irqchip: Irqchip::Kernel,
+                    })
+                    .unwrap(),
                 );
                 kvm = Some(Arc::clone(&made));
                 made

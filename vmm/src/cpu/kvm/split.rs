@@ -76,7 +76,10 @@ fn to_msi(message: ApicMessage) -> MsiMessage {
 fn pin_route(entry: u64) -> MsiMessage {
     let logical = u64::from(entry & ENTRY_LOGICAL != 0);
     let level = u32::from(entry & ENTRY_LEVEL != 0);
-    MsiMessage { address: 0xfee0_0000 | (entry >> 56) << 12 | logical << 2, data: entry as u32 & 0x7ff | 1 << 14 | level << 15 }
+    MsiMessage {
+        address: 0xfee0_0000 | (entry >> 56) << 12 | logical << 2,
+        data: entry as u32 & 0x7ff | 1 << 14 | level << 15,
+    }
 }
 
 impl Lines {
@@ -246,7 +249,8 @@ impl Chips {
         let weak = Arc::downgrade(&timer);
         let name = "kvm-timer".to_owned();
         let failed = |source| CpuError::Thread { name: name.clone(), source };
-        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || Timer::live(&weak)).map_err(failed)?;
+        let thread =
+            std::thread::Builder::new().name(name.clone()).spawn(move || Timer::live(&weak)).map_err(failed)?;
         Ok(Self { lines, timer, thread: Some(thread) })
     }
 

@@ -157,7 +157,9 @@ impl KvmVcpu {
             if self.is_kicked() {
                 return Ok(Exit::Stopped);
             }
-            if self.is_boot_cpu && let Some(chips) = &self.chips {
+            if self.is_boot_cpu
+                && let Some(chips) = &self.chips
+            {
                 chips.lines.offer(&mut self.fd)?;
             }
             self.is_owed = false;
@@ -204,7 +206,6 @@ impl KvmVcpu {
             }
         }
     }
-
 }
 
 impl Vcpu for KvmVcpu {

@@ -137,7 +137,13 @@ pub(super) fn run(time_max: Duration) -> Result<(), Obstacle> {
     let spans = ram(RAM_MIN).unwrap_or_default();
     let memory = GuestMemory::new(&spans)?;
     load(&memory);
-    let processor = Arc::new(KvmProcessor::new(KvmConfig { memory, model: "atoll-v1".into(), vcpus: 1, trial: true, irqchip: Irqchip::Kernel })?);
+    let processor = Arc::new(KvmProcessor::new(KvmConfig {
+        memory,
+        model: "atoll-v1".into(),
+        vcpus: 1,
+        trial: true,
+        irqchip: Irqchip::Kernel,
+    })?);
     let space = Arc::new(AddressSpace::new(Arc::new(DoorbellTable::new(None))));
     let (told, end) = sync_channel(4);
     let done: Arc<Mutex<Done>> = Arc::new(Mutex::new(Done(told.clone())));
