@@ -9,7 +9,7 @@
 use crate::console::Console;
 use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
 use crate::{images, packages, place, processes};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use atoll_verify::blk::{History, Judge, Verdict, Violation};
 use atoll_verify::dice::{Dice, mix};
 use atoll_verify::net::TalkVerdict;
@@ -66,6 +66,8 @@ pub fn program() -> Result<PathBuf> {
 /// Puts the program onto a root disk, as [`PROGRAM`].
 pub fn install(disk: &Path) -> Result<()> {
     let program = program()?;
+    // debugfs says nothing of a file that it cannot read.
+    ensure!(program.is_file(), "{} was not built", program.display());
     let debugfs = place::on_path("debugfs").context("debugfs is missing: install e2fsprogs")?;
     for request in [format!("write {} {PROGRAM}", program.display()), format!("sif {PROGRAM} mode 0100755")] {
         let status = Command::new(&debugfs)
