@@ -263,6 +263,10 @@ impl Header {
             return Err(damaged(format!("a first-level table of {} entries, {l2_tables} are needed", l1.1)));
         }
         let refcount_table = (u64_at(bytes, 48)?, u32_at(bytes, 56)?);
+        // imago would look for room for its first block until the stack is full.
+        if refcount_table.1 == 0 {
+            return Err(damaged("it has no refcount table"));
+        }
         let refcount_bytes = u64::from(refcount_table.1) * cluster;
         table("refcount table", refcount_table.0, refcount_bytes, REFCOUNT_TABLE_BYTES_MAX, cluster, file_bytes)?;
         let blocks = file_bytes.div_ceil(cluster * ((cluster * 8) >> order)) + 1;
@@ -382,6 +386,8 @@ mod tests {
             (40, &(u64::MAX - 0xffff).to_be_bytes(), "not within the file"),
             (48, &0_u64.to_be_bytes(), "not within the file"),
             (56, &u32::MAX.to_be_bytes(), "refcount table would take"),
+            // Found by the fuzzer: the first write recursed without end.
+            (56, &0_u32.to_be_bytes(), "no refcount table"),
             (56, &0x40_u32.to_be_bytes(), "not within the file"),
             (96, &7_u32.to_be_bytes(), "2^7 bits"),
             (100, &96_u32.to_be_bytes(), "header of 96 bytes"),
