@@ -11,16 +11,16 @@ use atoll_kit::driver::iommu::{self, READ, WRITE};
 use atoll_kit::driver::{Driver, Options, USER_OFFSET};
 use vhost::vhost_user::VhostUserFrontend;
 
-use process::{Blk, DATA, image, pattern, run};
+use process::{DATA, Process, image, listen, pattern, run};
 
 const IOVA: u64 = 7 << 40;
 const PAGE: u64 = 4096;
 const IO_ERROR: u8 = 1;
 
 /// A disk, its driver, and the end of the back channel at which it asks.
-fn disk(folder: &std::path::Path, bytes: u64) -> Result<(Blk, Driver, UnixStream)> {
+fn disk(folder: &std::path::Path, bytes: u64) -> Result<(Process, Driver, UnixStream)> {
     let path = image(folder, bytes)?;
-    let mut blk = Blk::listen(folder, &["--path", path.to_str().unwrap()])?;
+    let mut blk = listen(folder, &["--path", path.to_str().unwrap()])?;
     let mut driver = blk.driver(Options { iommu: true, ..Options::default() })?;
     let (questions, theirs) = UnixStream::pair()?;
     questions.set_read_timeout(Some(Duration::from_secs(60)))?;

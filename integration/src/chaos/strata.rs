@@ -282,9 +282,9 @@ fn stratum(
                 trace.first_ms = trace.last_ms;
             }
             if issued < killed {
-                in_flight.push(now)
+                in_flight.push(now);
             } else {
-                after.push(issued.elapsed())
+                after.push(issued.elapsed());
             }
             slowest = now;
         }

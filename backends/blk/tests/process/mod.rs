@@ -1,6 +1,6 @@
 //! `atoll-blk` as a process, and a driver for it.
 
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part")]
 
 pub(crate) mod guesses;
 pub(crate) mod qemu_img;

@@ -1,6 +1,6 @@
 //! `atoll-net` as a process, and guests for it.
 
-#![allow(dead_code, reason = "each test file uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part")]
 
 use std::os::fd::OwnedFd;
 use std::path::Path;

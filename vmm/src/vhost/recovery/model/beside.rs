@@ -100,7 +100,7 @@ impl State {
             Action::Tell(Tale::Upgraded { generation }) => {
                 match self.beside.promoted {
                     (promoted, build) if promoted == generation && build != self.beside.told => {
-                        self.beside.told = build
+                        self.beside.told = build;
                     }
                     _ => self.complain("an upgrade was said to be done and is not"),
                 }
