@@ -9,6 +9,7 @@ pub mod backend;
 pub mod config;
 pub mod cpu;
 pub mod doorbell;
+pub mod iommu;
 pub mod irq;
 mod lasted;
 pub mod lifecycle;

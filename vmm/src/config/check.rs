@@ -163,6 +163,13 @@ impl DeviceConfig {
                     .into(),
             );
         }
+        if self.iommu() && foreign {
+            return Err(
+                "iommu=on is for device processes of Atoll's, which are known to let go of what the guest takes back: leave \
+                 it out"
+                    .into(),
+            );
+        }
         if self.standby() && foreign {
             return Err(
                 "standby=on is for device processes that this machine starts: start a second one of your own".into()

@@ -156,6 +156,9 @@ pub struct DiskConfig {
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(skip_serializing_if = "Track::is_default")]
     pub track: Track,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub iommu: bool,
 }
 
 /// A network card. Exactly one of `tap` (or descriptors), `user`, `switch` and `vhost_user` says what it is plugged into;
@@ -474,6 +477,11 @@ impl DeviceConfig {
             Self::Vsock(vsock) => vsock.standby,
             Self::Rng(_) | Self::Fs(_) | Self::Console(_) | Self::Generic(_) => false,
         }
+    }
+
+    /// Whether it is behind the machine's virtual IOMMU.
+    pub fn iommu(&self) -> bool {
+        matches!(self, Self::Disk(disk) if disk.iommu)
     }
 
     /// What becomes of it when its backend cannot be had again.

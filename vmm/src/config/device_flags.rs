@@ -8,15 +8,17 @@ use super::{
     RngConfig, TokenBucketConfig, Track, VsockConfig,
 };
 
-const IOMMU: Tolerated =
-    Tolerated { key: "iommu", values: &["off", "false"], remedy: "there is no virtual IOMMU yet; leave it out" };
+const IOMMU: Tolerated = Tolerated {
+    key: "iommu",
+    values: &["off", "false"],
+    remedy: "only disks can be behind the virtual IOMMU; leave it out",
+};
 const SEGMENT: Tolerated =
     Tolerated { key: "pci_segment", values: &["0"], remedy: "there is one PCI segment; leave it out" };
 /// Both: keys of every PCI device.
 const PLACE: [Tolerated; 2] = [IOMMU, SEGMENT];
 
-const DISK_TOLERATED: [Tolerated; 5] = [
-    IOMMU,
+const DISK_TOLERATED: [Tolerated; 4] = [
     SEGMENT,
     Tolerated { key: "queue_affinity", values: &["[]"], remedy: "pin the threads of atoll-blk with taskset" },
     Tolerated { key: "_disable_io_uring", values: &["off", "false"], remedy: "leave it out" },
@@ -136,6 +138,7 @@ impl DiskConfig {
             "standby",
             "on_failure",
             "track",
+            "iommu",
             "id",
         ];
         let read = || {
@@ -157,6 +160,7 @@ impl DiskConfig {
                 standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
+                iommu: options.on("iommu")?,
             })
         };
         device(option, text, read, DeviceConfig::Disk)
@@ -420,7 +424,7 @@ mod tests {
             ("path=a,num_queues=65", "from 1 to 64"),
             ("path=a,queue_size=100", "power of two"),
             ("path=a,serial=123456789012345678901", "20 bytes"),
-            ("path=a,iommu=on", "no virtual IOMMU"),
+            ("vhost_user=on,socket=s,iommu=on", "device processes of Atoll's"),
             ("path=a,bw_size=1M", "bw_refill_time= is needed"),
             ("path=a,id=a/b", "letters"),
             ("path=a,on_failure=panic", "error, wait or unplug"),

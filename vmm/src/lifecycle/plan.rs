@@ -12,6 +12,7 @@ use super::story::Story;
 use crate::backend::{Household, UartBuilder, UartLine, UartOutput};
 use crate::config::{ConsoleConfig, ConsoleMode, CpuChoice, DeviceConfig, PlatformConfig, VmConfig};
 use crate::cpu::probe::{Memo, Verdict, probe};
+use crate::iommu::IommuBuilder;
 use crate::machine::boot::BootSource;
 use crate::machine::{CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialLine, chipset};
 use crate::vhost::{DeviceFactory, FactoryError, FactoryParts};
@@ -194,6 +195,9 @@ impl Plan {
         events: &EventSender,
     ) -> Result<Vec<Box<dyn DeviceBuilder>>, VmError> {
         let mut builders = self.board(events)?;
+        if config.devices().iter().any(DeviceConfig::iommu) {
+            builders.push(Box::new(IommuBuilder));
+        }
         for device in config.devices() {
             builders.push(self.device(&device)?);
         }

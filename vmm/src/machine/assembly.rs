@@ -26,6 +26,7 @@ use crate::cpu::kvm::{KvmConfig, KvmProcessor};
 use crate::cpu::soft::{Pace, SoftConfig, SoftProcessor};
 use crate::cpu::{ANSWER_BUDGET, CpuError, CpuState, Kicks, Processor, VcpuBus, VcpuEnd, VcpuThread};
 use crate::doorbell::Relay;
+use crate::iommu::endpoint_id;
 use crate::memory::GuestMemory;
 use crate::metrics::Registry;
 
@@ -168,7 +169,7 @@ impl Machine {
             com1: config.com1,
         };
         boot::low_memory(memory.mapped());
-        let rsdp = acpi::write_tables(tables, memory.mapped())?;
+        let rsdp = acpi::write_tables(tables, None, memory.mapped())?;
         let boot_state = boot::load(&config.boot, memory.mapped(), &ram, rsdp)?;
         let wall_base_ns = wall_base_ns(config);
         let kicks = Kicks::default();
@@ -204,6 +205,11 @@ impl Machine {
             let device = builder.build(&mut machine.board)?;
             tracing::debug!(device = name, "built");
             machine.devices.push(device);
+        }
+        if let Some((place, endpoints)) = machine.board.iommu_topology() {
+            // Who is behind the IOMMU is known only now; where the tables begin does not change.
+            let topology = acpi::Topology { iommu: endpoint_id(place), endpoints };
+            acpi::write_tables(tables, Some(&topology), machine.board.memory().mapped())?;
         }
         Ok(machine)
     }

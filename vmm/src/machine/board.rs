@@ -14,6 +14,7 @@ use super::layout::{GSI_COUNT, SCI_GSI, Span};
 use super::slots::{Ejector, FunctionBars, PciSlots};
 use crate::cpu::{AddressSpace, Processor, SharedDevice, Space};
 use crate::doorbell::{DoorbellTable, Relay};
+use crate::iommu::Unit;
 use crate::irq::{InterruptFabric, IrqError, VectorTable};
 use crate::memory::GuestMemory;
 
@@ -78,6 +79,7 @@ pub struct Board {
     pci: PciSlots,
     hotplug: Arc<Mutex<AcpiHotplug>>,
     power_button: Option<Arc<Mutex<AtTime<AcpiPm>>>>,
+    iommu: Option<(Arc<Unit>, DevFn)>,
 }
 
 impl Board {
@@ -92,7 +94,7 @@ impl Board {
         let ejector = Ejector { root: Arc::clone(pci.root()), events: parts.events.clone() };
         let sci = lines[SCI_GSI as usize].input();
         let hotplug = Arc::new(Mutex::new(AcpiHotplug::new(sci, Arc::new(ejector))));
-        Self { parts, fabric, lines, space, doorbells, pci, hotplug, power_button: None }
+        Self { parts, fabric, lines, space, doorbells, pci, hotplug, power_button: None, iommu: None }
     }
 
     /// The processor.
@@ -134,6 +136,22 @@ impl Board {
     /// What has the power button.
     pub(super) fn set_power_button(&mut self, registers: Arc<Mutex<AtTime<AcpiPm>>>) {
         self.power_button = Some(registers);
+    }
+    /// The virtual IOMMU, where there is one.
+    pub fn iommu(&self) -> Option<&Arc<Unit>> {
+        self.iommu.as_ref().map(|(unit, _)| unit)
+    }
+    /// There is one, and it is here.
+    pub fn set_iommu(&mut self, unit: Arc<Unit>, place: DevFn) {
+        self.iommu = Some((unit, place));
+    }
+    /// Whether what is built now comes to a guest that runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.pci.is_veiled()
+    }
+    /// What ACPI tells of it: where it is, and what is behind it.
+    pub(super) fn iommu_topology(&self) -> Option<(DevFn, Vec<u32>)> {
+        self.iommu.as_ref().map(|(unit, place)| (*place, unit.endpoints()))
     }
     /// Presses the power button; the guest decides what that means. Whether the board has one.
     pub fn press_power_button(&self) -> bool {

@@ -61,6 +61,9 @@ impl PciSlots {
     pub(super) fn veil(&mut self, veiled: bool) {
         self.veiled = veiled;
     }
+    pub(super) fn is_veiled(&self) -> bool {
+        self.veiled
+    }
     fn is_free(&self, slot: u8) -> bool {
         self.slots.get(usize::from(slot)).is_some_and(Option::is_none)
     }

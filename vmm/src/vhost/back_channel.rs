@@ -10,6 +10,8 @@ use std::os::unix::net::UnixStream;
 use thiserror::Error;
 use vhost::vhost_user::message::BackendReq;
 
+use super::iotlb::Miss;
+
 /// Header: request, flags, size.
 const HEADER: usize = 12;
 /// Longest body that any request has.
@@ -78,6 +80,14 @@ impl BackChannel {
     /// # Errors
     /// All of [`ChannelError`]; the channel is of no use then.
     pub fn hear(&mut self) -> Result<Heard, ChannelError> {
+        self.hear_with(&mut |_| false)
+    }
+
+    /// The same for a device behind an IOMMU: `judge` says yes or no to each question for a translation.
+    ///
+    /// # Errors
+    /// All of [`ChannelError`]; the channel is of no use then.
+    pub fn hear_with(&mut self, judge: &mut dyn FnMut(Miss) -> bool) -> Result<Heard, ChannelError> {
         let mut heard = Heard::default();
         let mut bytes = [0; 4096];
         let mut taken = 0;
@@ -90,7 +100,7 @@ impl BackChannel {
                 Ok(count) => {
                     taken += count;
                     self.pending.extend(bytes.iter().take(count));
-                    self.take_messages(&mut heard)?;
+                    self.take_messages(&mut heard, judge)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -103,7 +113,7 @@ impl BackChannel {
         Ok(heard)
     }
 
-    fn take_messages(&mut self, heard: &mut Heard) -> Result<(), ChannelError> {
+    fn take_messages(&mut self, heard: &mut Heard, judge: &mut dyn FnMut(Miss) -> bool) -> Result<(), ChannelError> {
         while let Some(header) = self.pending.first_chunk::<HEADER>() {
             let mut words = header.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
             let mut word = || words.next().unwrap_or(0);
@@ -115,9 +125,12 @@ impl BackChannel {
             if self.pending.len() < whole {
                 return Ok(());
             }
+            let body = self.pending.get(HEADER..whole).unwrap_or_default();
+            let miss = if request == u32::from(BackendReq::IOTLB_MSG) { Miss::decode(body) } else { None };
             self.pending.drain(..whole);
-            let known = request == u32::from(BackendReq::CONFIG_CHANGE_MSG) && size == 0;
-            heard.config_changed |= known;
+            let changed = request == u32::from(BackendReq::CONFIG_CHANGE_MSG) && size == 0;
+            heard.config_changed |= changed;
+            let known = changed || miss.is_some_and(&mut *judge);
             if flags & NEED_REPLY != 0 {
                 self.answer(request, u64::from(!known))?;
             }

@@ -11,6 +11,7 @@ use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 use super::call::Transport;
 use super::device::{Connected, DeviceState, Recovery, Spare, VhostDevice};
 use super::fault::Fault;
+use super::iotlb::Behind;
 use super::kinds::{Host, Kind};
 use super::parts::{Care, DeviceParts, Limits};
 use super::patience::Ending;
@@ -18,6 +19,7 @@ use super::upgrade::{UpgradeOrder, UpgradeOutcome};
 use crate::config::{DeviceKind, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable};
+use crate::iommu::endpoint_id;
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Standby, Story};
 use crate::machine::{
     Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, Ground, LifeError, MachineEvent, NewSize,
@@ -40,6 +42,7 @@ pub(super) struct Described {
     pub(super) on_failure: OnFailure,
     pub(super) track: Track,
     pub(super) care: Care,
+    pub(super) iommu: bool,
 }
 
 impl Described {
@@ -63,6 +66,7 @@ impl Described {
             on_failure: self.on_failure,
             track: self.track,
             care: self.care,
+            iommu: self.iommu,
             clock: DeviceParts::real_time(),
         };
         VhostDevice::connect_while(parts, ending).map_err(|error| failed(error.into()))
@@ -123,7 +127,11 @@ impl Drop for VhostBuilder {
 }
 
 /// Puts a device with a backend behind a PCI function of the board.
-fn place(connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<BuiltDevice, Cause> {
+fn place(mut connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<BuiltDevice, Cause> {
+    let behind = if connected.wants_iommu() { Some(behind(board)?) } else { None };
+    if let Some(behind) = &behind {
+        connected.put_behind(behind.clone());
+    }
     let name = connected.name().to_owned();
     let offer = connected.offer().clone();
     offer.check()?;
@@ -132,10 +140,7 @@ fn place(connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<Bu
     let (device, frontend) = connected.attach(Arc::clone(&vectors), Arc::clone(&face) as _)?;
     let bars = board.bar_mapping();
     let (intx, intx_line) = board.next_pin();
-    let doorbells = Placements {
-        table: Arc::clone(board.doorbells()),
-        bells: frontend.doorbells().iter().map(|bell| (Arc::clone(bell), None)).collect(),
-    };
+    let doorbells = Placements::new(board.doorbells(), frontend.doorbells());
     let frontend: Box<dyn VirtioFrontend> = Box::new(frontend);
     let function = VirtioPci::new(VirtioPciParts {
         offer,
@@ -152,8 +157,24 @@ fn place(connected: Connected, kind: DeviceKind, board: &mut Board) -> Result<Bu
     let _ = face.function.set(Arc::downgrade(&function));
     let shared: SharedFunction = function;
     let place = board.add_pci(shared, &bars)?;
-    let life = Box::new(VhostLife { device, name: name.clone(), kind, place });
+    if let Some(Behind { unit, endpoint }) = &behind {
+        unit.join(*endpoint, device.endpoint());
+    }
+    let life = Box::new(VhostLife { device, name: name.clone(), kind, place, behind });
     Ok(BuiltDevice { name, place: Some(place), life })
+}
+
+/// The IOMMU of the board, and the place that the next function gets there.
+fn behind(board: &Board) -> Result<Behind, Cause> {
+    let unit = board.iommu().ok_or(
+        "iommu=on needs the machine's IOMMU, which is there from the start or not at all: start the machine with a device \
+         that has iommu=on",
+    )?;
+    if board.is_running() {
+        return Err("a device with iommu=on cannot be plugged into a running machine: give it at the start".into());
+    }
+    let place = board.next_slot().and_then(|slot| DevFn::new(slot, 0)).ok_or("all PCI slots are taken")?;
+    Ok(Behind { unit: Arc::clone(unit), endpoint: endpoint_id(place) })
 }
 
 /// The transport, as the device's thread reaches it. Its lock is held by vCPUs in the middle of an access, which never
@@ -188,9 +209,17 @@ impl Transport for PciFace {
 }
 
 /// Moves the doorbells along with the BAR that they are in.
-struct Placements {
+pub(crate) struct Placements {
     table: Arc<DoorbellTable>,
     bells: Vec<(Arc<Doorbell>, Option<u64>)>,
+}
+
+impl Placements {
+    /// Of these doorbells, by queue; they are nowhere yet.
+    pub(crate) fn new(table: &Arc<DoorbellTable>, bells: &[Arc<Doorbell>]) -> Self {
+        let bells = bells.iter().map(|bell| (Arc::clone(bell), None)).collect();
+        Self { table: Arc::clone(table), bells }
+    }
 }
 
 impl NotifyPlacement for Placements {
@@ -212,6 +241,7 @@ struct VhostLife {
     name: String,
     kind: DeviceKind,
     place: DevFn,
+    behind: Option<Behind>,
 }
 
 impl VhostLife {
@@ -226,6 +256,9 @@ impl DeviceLife for VhostLife {
     }
     fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
         self.device.stop(deadline);
+        if let Some(Behind { unit, endpoint }) = &self.behind {
+            unit.leave(*endpoint);
+        }
         Ok(())
     }
     fn begin_pause(&mut self) {

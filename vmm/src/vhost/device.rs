@@ -8,10 +8,11 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use atoll_devices::iommu::Change;
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
 use atoll_devices::{Answer, Completion, access};
 use atoll_protocol::jail::JailedLayer;
@@ -24,6 +25,7 @@ use super::conversation::Conversation;
 use super::error::ConversationError;
 use super::fault::{self, Fault, FaultError};
 use super::gate::{Closed, Gate};
+use super::iotlb::Behind;
 use super::parts::{DeviceParts, Makers, Parts};
 use super::patience::{Ending, Patience};
 use super::recovery::Rules;
@@ -36,6 +38,7 @@ use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::actor::{ActorReport, Post};
 use crate::config::Track;
 use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
+use crate::iommu::{Endpoint, Unconfirmed};
 use crate::irq::VectorTable;
 use crate::lasted::Lasted;
 use crate::lifecycle::{QueueReport, Story};
@@ -142,6 +145,11 @@ pub(super) enum Request {
     Resume {
         answer: SyncSender<Result<(), PauseError>>,
     },
+    /// The IOMMU has changed what the device may reach.
+    Translate {
+        change: Change,
+        answer: SyncSender<()>,
+    },
     /// The operator wants a device back that was given up.
     Revive,
     /// The operator has a new program for it.
@@ -171,6 +179,7 @@ impl Request {
             Self::Resize { .. }
                 | Self::Pause
                 | Self::Resume { .. }
+                | Self::Translate { .. }
                 | Self::Revive
                 | Self::Upgrade { .. }
                 | Self::Leave { .. }
@@ -335,9 +344,9 @@ pub(super) fn greet(
     if let Some(process) = &process {
         conversation.end_with(process.ended())?;
     }
-    let wish = parts.class.config();
+    let (wish, iommu) = (parts.class.config(), parts.iommu);
     let greeted = conversation
-        .perform(move |wire| session::handshake(wire, wish, &backends_end))
+        .perform(move |wire| session::handshake(wire, wish, &backends_end, iommu))
         .and_then(|capabilities| Ok((parts.class.offer(&capabilities)?, capabilities)))
         .and_then(|(offer, capabilities)| {
             if let Some((offset, bytes)) = parts.class.imprint(&capabilities) {
@@ -376,6 +385,16 @@ impl Connected {
     /// Which device it is, after its board is gone.
     pub fn name(&self) -> &str {
         &self.parts.makers.name
+    }
+
+    /// Whether it is to be behind an IOMMU.
+    pub(super) fn wants_iommu(&self) -> bool {
+        self.parts.makers.iommu
+    }
+
+    /// It is behind this one from now on.
+    pub(super) fn put_behind(&mut self, behind: Behind) {
+        self.parts.behind = Some(behind);
     }
 
     /// The board that it comes to has other memory than the one that it came from, and another relay.
@@ -422,6 +441,27 @@ impl Connected {
     }
 }
 
+impl Endpoint for Shared {
+    fn changed(&self, change: Change, deadline: Instant) -> Result<(), Unconfirmed> {
+        let (answer, done) = sync_channel(1);
+        if self.send(Request::Translate { change, answer }) {
+            match done.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                // Told, or there is nobody to tell: it has not been started, or was lost over this.
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Unconfirmed(format!("{}: its backend has not confirmed in time", self.name)));
+                }
+            }
+        }
+        // One that was lost may still write until the fence has passed.
+        if self.gate.await_settled(deadline) {
+            Ok(())
+        } else {
+            Err(Unconfirmed(format!("{}: nothing shows that the dead backend's last writes are done", self.name)))
+        }
+    }
+}
+
 /// A running device.
 pub struct VhostDevice {
     shared: Arc<Shared>,
@@ -441,8 +481,21 @@ impl VhostDevice {
     /// # Errors
     /// As [`Self::connect`].
     pub(super) fn connect_while(parts: DeviceParts, ending: Ending) -> Result<Connected, ConnectError> {
-        let DeviceParts { name, class, source, memory, relay, limits, story, meter, on_failure, track, care, clock } =
-            parts;
+        let DeviceParts {
+            name,
+            class,
+            source,
+            memory,
+            relay,
+            limits,
+            story,
+            meter,
+            on_failure,
+            track,
+            care,
+            iommu,
+            clock,
+        } = parts;
         let (fence, foreign, build) = (source.fence(), source.is_foreign(), source.build());
         let makers = Makers {
             name,
@@ -450,6 +503,7 @@ impl VhostDevice {
             source: Arc::new(Mutex::new(source)),
             limits,
             track,
+            iommu,
             build,
             roll: story.roll().clone(),
         };
@@ -487,7 +541,7 @@ impl VhostDevice {
             standby: care.standby && makers.build.is_ok(),
             probation: limits.probation,
         };
-        let parts = Parts { makers, fence, memory, relay, limits, story, meter, clock };
+        let parts = Parts { makers, fence, memory, behind: None, relay, limits, story, meter, clock };
         Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
     }
     /// What it is at.
@@ -497,6 +551,11 @@ impl VhostDevice {
     /// Who counts what it does.
     pub fn counted(&self) -> Option<CountedBy> {
         self.shared.meter.as_ref().map(|meter| meter.counted())
+    }
+    /// The device as an IOMMU tells it of changes.
+    pub(super) fn endpoint(&self) -> Weak<dyn Endpoint> {
+        let shared: Weak<Shared> = Arc::downgrade(&self.shared);
+        shared
     }
     /// Its doorbells, by queue.
     pub fn doorbells(&self) -> &[Arc<Doorbell>] {

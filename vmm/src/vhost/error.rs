@@ -41,6 +41,7 @@ pub enum Step {
     CheckDeviceState,
     Measure,
     BackendRequest,
+    IotlbMsg,
 }
 
 impl fmt::Display for Step {
@@ -49,6 +50,7 @@ impl fmt::Display for Step {
             Self::Connect => ("connect", None),
             Self::Idle => ("(nothing asked)", None),
             Self::BackendRequest => ("requests of its own", None),
+            Self::IotlbMsg => ("IOTLB_MSG", None),
             Self::SetOwner => ("SET_OWNER", None),
             Self::GetFeatures => ("GET_FEATURES", None),
             Self::GetProtocolFeatures => ("GET_PROTOCOL_FEATURES", None),

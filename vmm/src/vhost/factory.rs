@@ -168,7 +168,8 @@ impl DeviceFactory {
         let (on_failure, track) = (config.on_failure(), config.track());
         let debugged = self.debugged.contains(&host.name);
         let care = Care { stall: config.stall_timeout(), debugged, standby: config.standby(), ..Care::default() };
-        Ok(Described { kind, device, host, story, registry, on_failure, track, care })
+        let iommu = config.iommu();
+        Ok(Described { kind, device, host, story, registry, on_failure, track, care, iommu })
     }
 
     /// A guest begins to print on the console.

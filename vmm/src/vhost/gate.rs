@@ -79,6 +79,18 @@ impl Gate {
     pub(super) fn open(&self) -> bool {
         self.with(|state| std::mem::take(&mut state.closed))
     }
+    /// Waits until no dead backend can write any more; whether that is so by `deadline`.
+    pub(super) fn await_settled(&self, deadline: Instant) -> bool {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.dying {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
     /// Waits until the rings are back: until `deadline` for a live backend, until `fence` for the proof that a dead one's
     /// writes are done. When it is late, the gate is open again.
     pub(super) fn await_closed(&self, deadline: Instant, fence: Instant) -> Closed {

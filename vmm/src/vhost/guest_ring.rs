@@ -28,7 +28,7 @@ const CHAIN_MAX: u32 = 1024;
 
 /// What a driver has done to its ring.
 #[derive(Debug, Error, PartialEq, Eq)]
-pub(super) enum RingFault {
+pub(crate) enum RingFault {
     /// Size or place of its parts.
     #[error("queue {0}: its size or its addresses cannot be right")]
     Layout(u16),
@@ -58,7 +58,7 @@ pub(super) enum RingFault {
 }
 
 /// A driver's ring.
-pub(super) struct GuestRing {
+pub(crate) struct GuestRing {
     index: u16,
     size: u16,
     queue: Queue,
@@ -68,7 +68,7 @@ pub(super) struct GuestRing {
 impl GuestRing {
     /// Takes a ring over where `next_avail` is the next entry to take; the next completion goes to the used index that is
     /// in memory.
-    pub(super) fn new(
+    pub(crate) fn new(
         memory: &Arc<GuestMemoryMmap>,
         config: &QueueConfig,
         features: u64,
@@ -90,14 +90,14 @@ impl GuestRing {
         Ok(Self { index: config.index, size: config.size, queue, memory: Arc::clone(memory) })
     }
 
-    pub(super) fn index(&self) -> u16 {
+    pub(crate) fn index(&self) -> u16 {
         self.index
     }
-    pub(super) fn size(&self) -> u16 {
+    pub(crate) fn size(&self) -> u16 {
         self.size
     }
     /// The entry that [`Self::take`] gives next.
-    pub(super) fn next_avail(&self) -> u16 {
+    pub(crate) fn next_avail(&self) -> u16 {
         self.queue.next_avail()
     }
     fn lost(&self) -> RingFault {
@@ -105,7 +105,7 @@ impl GuestRing {
     }
 
     /// The next head that the driver has made available.
-    pub(super) fn take(&mut self) -> Result<Option<u16>, RingFault> {
+    pub(crate) fn take(&mut self) -> Result<Option<u16>, RingFault> {
         let (index, size, next) = (self.index, self.size, self.queue.next_avail());
         let available = self.queue.avail_idx(self.memory.as_ref(), Ordering::Acquire).map_err(|_| self.lost())?.0;
         let waiting = available.wrapping_sub(next);
@@ -127,7 +127,7 @@ impl GuestRing {
     }
 
     /// Gives a chain back to the driver, with so many bytes written.
-    pub(super) fn complete(&mut self, head: u16, written: u32) -> Result<(), RingFault> {
+    pub(crate) fn complete(&mut self, head: u16, written: u32) -> Result<(), RingFault> {
         let (index, size) = (self.index, self.size);
         if head >= size {
             return Err(RingFault::Head { index, head, size });
@@ -136,7 +136,7 @@ impl GuestRing {
     }
 
     /// Whether the driver wants to be interrupted for what was completed since it was asked last.
-    pub(super) fn wants_call(&mut self) -> Result<bool, RingFault> {
+    pub(crate) fn wants_call(&mut self) -> Result<bool, RingFault> {
         let wants = self.queue.needs_notification(self.memory.as_ref()).map_err(|_| self.lost())?;
         if self.queue.event_idx_enabled() {
             return Ok(wants);
@@ -147,29 +147,29 @@ impl GuestRing {
     }
 
     /// Asks the driver to kick; whether there is something already.
-    pub(super) fn listen(&mut self) -> Result<bool, RingFault> {
+    pub(crate) fn listen(&mut self) -> Result<bool, RingFault> {
         self.queue.enable_notification(self.memory.as_ref()).map_err(|_| self.lost())
     }
 
     /// What the chain at `head` consists of.
-    pub(super) fn chain(&self, head: u16) -> Option<Chain> {
+    pub(crate) fn chain(&self, head: u16) -> Option<Chain> {
         Chain::read(self.memory.as_ref(), self.queue.desc_table(), self.size, head)
     }
 }
 
 /// Where the bytes of a request are.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Chain {
+pub(crate) struct Chain {
     /// Ranges that the device reads: address and bytes.
-    pub(super) readable: Vec<(u64, u32)>,
+    pub(crate) readable: Vec<(u64, u32)>,
     /// Ranges that it writes, behind those.
-    pub(super) writable: Vec<(u64, u32)>,
+    pub(crate) writable: Vec<(u64, u32)>,
 }
 
 impl Chain {
     /// Reads a chain; `None` for one that makes no sense: a loop, a table outside RAM, an indirect table where none may be,
     /// readable behind writable.
-    pub(super) fn read(memory: &GuestMemoryMmap, table: u64, size: u16, head: u16) -> Option<Self> {
+    pub(crate) fn read(memory: &GuestMemoryMmap, table: u64, size: u16, head: u16) -> Option<Self> {
         let mut chain = Self::default();
         let (mut table, mut entries, mut next) = (table, u32::from(size), u32::from(head));
         let (mut indirect, mut left) = (false, entries);
@@ -207,14 +207,14 @@ impl Chain {
     }
 
     /// Writes `byte` where the device's last one goes; whether there is such a place.
-    pub(super) fn write_last(&self, memory: &GuestMemoryMmap, byte: u8) -> bool {
+    pub(crate) fn write_last(&self, memory: &GuestMemoryMmap, byte: u8) -> bool {
         let last = self.writable.iter().rev().find(|(_, len)| *len > 0);
         let address = last.and_then(|(start, len)| start.checked_add(u64::from(*len) - 1));
         address.is_some_and(|address| memory.write_slice(&[byte], GuestAddress(address)).is_ok())
     }
 
     /// The first `N` bytes for the device.
-    pub(super) fn first<const N: usize>(&self, memory: &GuestMemoryMmap) -> Option<[u8; N]> {
+    pub(crate) fn first<const N: usize>(&self, memory: &GuestMemoryMmap) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         let mut at = 0;
         for (start, len) in &self.readable {
@@ -226,8 +226,28 @@ impl Chain {
         (at == N).then_some(bytes)
     }
 
+    /// The first bytes for the device: all that there are, up to `most`. Fewer where they are not in RAM.
+    pub(crate) fn gather(&self, memory: &GuestMemoryMmap, most: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (start, len) in &self.readable {
+            let here = (most - bytes.len()).min(usize::try_from(*len).unwrap_or(usize::MAX));
+            let mut part = vec![0; here];
+            if here == 0 || memory.read_slice(&mut part, GuestAddress(*start)).is_err() {
+                break;
+            }
+            bytes.extend(part);
+        }
+        bytes
+    }
+
+    /// How many bytes the device may write, up to `most`.
+    pub(crate) fn room(&self, most: usize) -> usize {
+        let room: u64 = self.writable.iter().map(|(_, len)| u64::from(*len)).sum();
+        usize::try_from(room).unwrap_or(usize::MAX).min(most)
+    }
+
     /// Writes `bytes` where the device's first ones go; whether there is room for all.
-    pub(super) fn write_first(&self, memory: &GuestMemoryMmap, mut bytes: &[u8]) -> bool {
+    pub(crate) fn write_first(&self, memory: &GuestMemoryMmap, mut bytes: &[u8]) -> bool {
         for (start, len) in &self.writable {
             let (here, later) = bytes.split_at(bytes.len().min(usize::try_from(*len).unwrap_or(usize::MAX)));
             if memory.write_slice(here, GuestAddress(*start)).is_err() {

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::class::DeviceClass;
+use super::iotlb::Behind;
 use super::source::{BackendSource, Build, Fence};
 use super::upgrade::Lone;
 use crate::actor::{Clock, RealClock, Roll};
@@ -65,6 +66,8 @@ pub struct DeviceParts {
     pub track: Track,
     /// What the user says of deaths and stalls.
     pub care: Care,
+    /// It is behind the machine's IOMMU.
+    pub iommu: bool,
     /// Time of restarts and deadlines.
     pub clock: Arc<dyn Clock>,
 }
@@ -106,6 +109,8 @@ pub(super) struct Makers {
     pub(super) source: Arc<Mutex<Box<dyn BackendSource>>>,
     pub(super) limits: Limits,
     pub(super) track: Track,
+    /// Its backends use addresses of the machine's IOMMU.
+    pub(super) iommu: bool,
     /// What its processes are made of, where that can be changed.
     pub(super) build: Result<Arc<Build>, Lone>,
     /// Where its conversations and its own thread are on the roll.
@@ -124,6 +129,8 @@ pub(super) struct Parts {
     pub(super) makers: Makers,
     pub(super) fence: Arc<dyn Fence>,
     pub(super) memory: GuestMemory,
+    /// The IOMMU that the device is behind, once it is on a board.
+    pub(super) behind: Option<Behind>,
     pub(super) relay: Arc<Relay>,
     pub(super) limits: Limits,
     pub(super) story: Story,

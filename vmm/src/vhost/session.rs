@@ -14,6 +14,7 @@ use super::conversation::Wire;
 use super::error::{ConversationError, Step};
 use super::features::{self, PROTOCOL_FEATURES, VERSION_1};
 use super::inflight::{InflightRegion, Shape};
+use super::iotlb::{self, ACCESS_PLATFORM};
 use super::shadow::RingMemory;
 use crate::memory::{GuestMemory, backend_address};
 
@@ -35,10 +36,12 @@ pub(super) fn handshake(
     wire: &mut Wire,
     wish: ConfigWish,
     requests: &UnixStream,
+    iommu: bool,
 ) -> Result<Capabilities, ConversationError> {
     wire.tell(Step::SetOwner, |frontend| frontend.set_owner())?;
     let offered = wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
-    let missing = (PROTOCOL_FEATURES | VERSION_1) & !offered;
+    let platform = if iommu { ACCESS_PLATFORM } else { 0 };
+    let missing = (PROTOCOL_FEATURES | VERSION_1 | platform) & !offered;
     if missing != 0 {
         return Err(ConversationError::Lacks { what: features::feature_names(missing, 0) });
     }
@@ -47,7 +50,11 @@ pub(super) fn handshake(
     if matches!(wish, ConfigWish::Needed(_)) && !protocol.contains(Protocol::CONFIG) {
         return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::CONFIG.bits()) });
     }
-    if !protocol.contains(Protocol::CONFIG) {
+    if iommu && !protocol.contains(Protocol::REPLY_ACK) {
+        // Without it nobody knows when it has let go of what the guest takes back.
+        return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::REPLY_ACK.bits()) });
+    }
+    if !protocol.contains(Protocol::CONFIG) && !iommu {
         // The only request that is served is that the configuration has changed.
         protocol.remove(Protocol::BACKEND_REQ);
     }
@@ -68,7 +75,8 @@ pub(super) fn handshake(
         wire.tell(Step::SetBackendReqFd, |frontend| frontend.set_backend_request_fd(requests))?;
     }
     let config = read_config(wire, wish)?;
-    Ok(Capabilities { features: features::offerable(offered), protocol, queues, config })
+    let features = features::offerable(offered) | platform;
+    Ok(Capabilities { features, protocol, queues, config })
 }
 
 /// Reads the configuration space, as much of it as is wished for and there.
@@ -89,6 +97,15 @@ pub(super) fn read_config(wire: &mut Wire, wish: ConfigWish) -> Result<Vec<u8>, 
     Ok(Vec::new())
 }
 
+/// Addresses of a ring as a backend knows them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ToldAt {
+    /// The front end's own: those that its memory table gives to guest-physical ones.
+    Memory,
+    /// The driver's: descriptor table, available ring, used ring behind the IOMMU.
+    Iommu([u64; 3]),
+}
+
 /// One ring, ready to be handed over.
 pub(super) struct RingPlan {
     pub(super) index: u16,
@@ -98,6 +115,8 @@ pub(super) struct RingPlan {
     pub(super) available_ring: u64,
     pub(super) used_ring: u64,
     /// Next index of the available ring to look at.
+    /// Where a backend is told that they are.
+    pub(super) told: ToldAt,
     pub(super) base: u16,
     pub(super) call: EventFd,
     pub(super) error: EventFd,
@@ -122,6 +141,8 @@ pub(super) struct StartPlan {
     pub(super) inflight: InflightPlan,
     /// Where its rings are, when they are not the driver's.
     pub(super) shadow: Option<Arc<RingMemory>>,
+    /// What it has to know of the IOMMU before it has rings.
+    pub(super) translations: Vec<iotlb::Word>,
     pub(super) rings: Vec<RingPlan>,
     pub(super) known: Known,
 }
@@ -185,6 +206,9 @@ pub(super) fn start(wire: &mut Wire, plan: StartPlan) -> Result<Option<Arc<Infli
         let (message, descriptor) = region.message();
         wire.tell(Step::SetInflightFd, |frontend| frontend.set_inflight_fd(&message, descriptor))?;
     }
+    for word in plan.translations {
+        iotlb::tell(wire, word)?;
+    }
     for ring in &plan.rings {
         start_ring(wire, ring)?;
     }
@@ -207,13 +231,17 @@ fn start_ring(wire: &mut Wire, ring: &RingPlan) -> Result<(), ConversationError>
     let number = usize::from(index);
     wire.tell(Step::SetVringNum(index), |frontend| frontend.set_vring_num(number, size))?;
     wire.tell(Step::SetVringBase(index), |frontend| frontend.set_vring_base(number, base))?;
+    let [desc_table_addr, avail_ring_addr, used_ring_addr] = match ring.told {
+        ToldAt::Memory => [ring.descriptor_table, ring.available_ring, ring.used_ring].map(backend_address),
+        ToldAt::Iommu(addresses) => addresses,
+    };
     let addresses = VringConfigData {
         queue_max_size: size,
         queue_size: size,
         flags: 0,
-        desc_table_addr: backend_address(ring.descriptor_table),
-        used_ring_addr: backend_address(ring.used_ring),
-        avail_ring_addr: backend_address(ring.available_ring),
+        desc_table_addr,
+        used_ring_addr,
+        avail_ring_addr,
         log_addr: None,
     };
     wire.tell(Step::SetVringAddr(index), |frontend| frontend.set_vring_addr(number, &addresses))?;

@@ -6,6 +6,9 @@
 mod dsdt;
 mod fixed;
 mod hotplug;
+mod viot;
+
+pub use viot::Topology;
 
 use acpi_tables::Aml;
 use acpi_tables::facs::FACS;
@@ -54,8 +57,8 @@ impl Layout {
     }
 }
 
-/// All tables as they lie from [`ACPI_TABLES`] on; the RSDP is first.
-pub fn tables(config: AcpiConfig) -> Vec<u8> {
+/// All tables as they lie from [`ACPI_TABLES`] on; the RSDP is first. With an IOMMU there is one more, behind the others.
+pub fn tables(config: AcpiConfig, iommu: Option<&Topology>) -> Vec<u8> {
     let mut layout = Layout { image: vec![0; Rsdp::len()] };
     let facs = layout.add(&bytes(&FACS::new()));
     let dsdt = layout.add(&dsdt::dsdt(config));
@@ -64,8 +67,9 @@ pub fn tables(config: AcpiConfig) -> Vec<u8> {
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
     mcfg.add_ecam(ECAM.start, 0, 0, 255);
     let mcfg = layout.add(&bytes(&mcfg));
+    let viot = iommu.map(|topology| layout.add(&viot::viot(topology)));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
-    for table in [fadt, madt, mcfg] {
+    for table in [fadt, madt, mcfg].into_iter().chain(viot) {
         xsdt.add_entry(table);
     }
     let xsdt = layout.add(&bytes(&xsdt));
@@ -78,8 +82,8 @@ pub fn tables(config: AcpiConfig) -> Vec<u8> {
 ///
 /// # Errors
 /// When there is no RAM for them.
-pub fn write_tables(config: AcpiConfig, memory: &GuestMemoryMmap) -> Result<u64, BootError> {
-    let image = tables(config);
+pub fn write_tables(config: AcpiConfig, iommu: Option<&Topology>, memory: &GuestMemoryMmap) -> Result<u64, BootError> {
+    let image = tables(config, iommu);
     let span = Span { start: ACPI_TABLES.start, len: image.len() as u64 };
     if span.len > ACPI_TABLES.len {
         return Err(BootError::NoRam(span));
@@ -104,7 +108,7 @@ mod tests {
     /// is a new board. The golden file was checked with `iasl -d`, which read it back without an error.
     #[test]
     fn tables_are_pinned() {
-        let image = dump(&tables(AcpiConfig { vcpus: 2, com1: true }));
+        let image = dump(&tables(AcpiConfig { vcpus: 2, com1: true }, None));
         let golden = include_str!("golden/atoll-1.txt");
         assert!(image == golden, "the ACPI tables of board atoll-1 have changed:\n{image}");
     }
@@ -113,7 +117,7 @@ mod tests {
     #[test]
     fn tables_are_linked_and_summed() {
         let config = AcpiConfig { vcpus: 255, com1: false };
-        let image = tables(config);
+        let image = tables(config, None);
         assert!(image.len() as u64 <= ACPI_TABLES.len);
         let at = |address: u64| &image[(address - ACPI_TABLES.start) as usize..];
         let word = |bytes: &[u8], offset: usize| u32::from_le_bytes(bytes[offset..offset + 4].try_into().unwrap());
@@ -133,6 +137,9 @@ mod tests {
         let fadt = &entries[0];
         assert_eq!(&table(long(fadt, 140))[..4], b"DSDT");
         assert_eq!(&at(long(fadt, 132))[..4], b"FACS");
+        let behind = tables(config, Some(&Topology { iommu: 8, endpoints: vec![16, 24, 40] }));
+        assert_eq!(behind.windows(4).filter(|word| word == b"VIOT").count(), 1);
+        assert!(image.windows(4).all(|word| word != b"VIOT"), "without an IOMMU nothing has changed");
         let local_apics = entries[1][44..].windows(4).filter(|entry| entry[..2] == [0, 8] && entry[2] == entry[3]);
         assert!(local_apics.count() >= 255);
     }

@@ -126,6 +126,7 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
         on_failure: OnFailure::default(),
         track: Track::default(),
         care: Care::default(),
+        iommu: false,
         clock: DeviceParts::real_time(),
     };
     (parts, lives)

@@ -69,6 +69,7 @@ impl Card {
             on_failure: crate::config::OnFailure::default(),
             track: crate::config::Track::default(),
             care: Care::default(),
+            iommu: false,
             clock: DeviceParts::real_time(),
         };
         let (device, frontend, told) = attach(VhostDevice::connect(parts).unwrap());

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
+use super::translate::Questions;
 use super::{Session, Worker};
 use crate::vhost::class::{ConfigWish, changeable};
 use crate::vhost::conversation::Wire;
@@ -79,7 +80,8 @@ impl Worker {
             && is_readable(requests.socket())
         {
             self.listen_at = now + PAUSE;
-            match requests.hear() {
+            let mut questions = Questions::new(self.parts.behind.as_ref());
+            match requests.hear_with(&mut |miss| questions.judge(miss)) {
                 Ok(heard) => {
                     self.config_is_stale |= heard.config_changed;
                     if heard.closed {
@@ -91,6 +93,8 @@ impl Worker {
                     return self.lose(&ConversationError::Absurd { step, what });
                 }
             }
+            let answers = questions.end();
+            self.answer_questions(answers);
         }
         self.update_config();
     }

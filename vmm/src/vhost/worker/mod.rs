@@ -21,6 +21,7 @@ mod next;
 mod resize;
 mod rings;
 mod standin;
+mod translate;
 
 use std::io::Write as _;
 use std::sync::Arc;
@@ -220,6 +221,10 @@ impl Worker {
                         self.update_config();
                         let _ = answer.send(Ok(()));
                     }
+                    Request::Translate { change, answer } => {
+                        self.translate(change);
+                        let _ = answer.send(());
+                    }
                     Request::Revive => self.feed(Event::Revive),
                     Request::Upgrade { order, answer } => self.begin_upgrade(order, answer),
                     Request::Break { nonsense } => self.break_conversation(nonsense),
@@ -333,6 +338,14 @@ impl Worker {
         if self.driver.is_some() {
             self.forget_driver(Event::Reset, self.parts.limits.drain);
         }
+        let (queues, behind) = match self.locate(features, queues) {
+            Ok(located) => located,
+            Err(why) => {
+                tracing::warn!(device = self.shared.name, why, "the driver's queues cannot be served");
+                self.transport.needs_reset();
+                return;
+            }
+        };
         if let Some(queue) = queues.iter().find(|queue| !in_ram(self.parts.memory.mapped(), queue)) {
             tracing::warn!(device = self.shared.name, queue = queue.index, "the driver put a ring outside of RAM");
             self.transport.needs_reset();
@@ -353,7 +366,9 @@ impl Worker {
         // Only what was shown can have been accepted; the transport has checked that, and a backend believes it.
         let features = features & self.past.shown.features;
         self.shared.begin_queues(&queues);
-        self.driver = Some(Driver::new(features, queues, calls));
+        let mut driver = Driver::new(features, queues, calls);
+        driver.behind = behind;
+        self.driver = Some(driver);
         self.activation = Some(completion);
         self.feed(Event::Activated);
     }

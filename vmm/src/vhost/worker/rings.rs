@@ -15,18 +15,22 @@ use crate::vhost::call::CallPath;
 use crate::vhost::class::{answers, holds_requests};
 use crate::vhost::device::{Recovery, Shared};
 use crate::vhost::error::{ConversationError, Step};
+use crate::vhost::iotlb::Behind;
 use crate::vhost::ledger::Ledger;
 use crate::vhost::parts::{Limits, Parts};
 use crate::vhost::recovery::Sample;
 use crate::vhost::rings::RingPosition;
-use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan};
+use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan, ToldAt};
 use crate::vhost::shadow::{Shadow, ShadowRing};
 use crate::vhost::standin::Stock;
 
 /// What the driver has set up.
 pub(super) struct Driver {
     pub(super) features: u64,
+    /// At guest-physical addresses.
     pub(super) queues: Vec<QueueConfig>,
+    /// As the driver has set them up, behind an IOMMU.
+    pub(super) behind: Option<Vec<QueueConfig>>,
     pub(super) calls: Vec<CallPath>,
     /// Some backend has had the rings: what they hold may have been taken already.
     pub(super) ran: bool,
@@ -43,7 +47,14 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(features: u64, queues: Vec<QueueConfig>, calls: Vec<CallPath>) -> Self {
         let (used_at_start, bases, stocks) = (Vec::new(), Vec::new(), Vec::new());
-        Self { features, queues, calls, ran: false, used_at_start, unfinished: None, bases, stocks }
+        Self { features, queues, behind: None, calls, ran: false, used_at_start, unfinished: None, bases, stocks }
+    }
+    /// Where a backend is told that the ring of a queue is.
+    fn told_at(&self, index: u16) -> ToldAt {
+        let asked = self.behind.iter().flatten().find(|queue| queue.index == index);
+        asked.map_or(ToldAt::Memory, |queue| {
+            ToldAt::Iommu([queue.descriptor_table, queue.available_ring, queue.used_ring])
+        })
     }
     /// Whether the last backend had the ring of queue `index`.
     pub(super) fn had(&self, index: u16) -> bool {
@@ -110,6 +121,7 @@ impl Worker {
                 descriptor_table: queue.descriptor_table,
                 available_ring: queue.available_ring,
                 used_ring: queue.used_ring,
+                told: driver.told_at(index),
                 base: match driver.bases.iter().find(|(ring, _)| *ring == index) {
                     Some((_, base)) => *base,
                     None if continued => position.used,
@@ -140,7 +152,9 @@ impl Worker {
         let features = driver.features & session.capabilities.features;
         let shadow = self.shadow.as_ref().map(|shadow| Arc::clone(shadow.memory()));
         let known = session.told.take(features, &self.parts.memory, self.past.inflight.as_ref());
-        let plan = StartPlan { features, memory: self.parts.memory.clone(), inflight, shadow, rings, known };
+        let translations = self.parts.behind.as_ref().map(Behind::everything).unwrap_or_default();
+        let memory = self.parts.memory.clone();
+        let plan = StartPlan { features, memory, inflight, shadow, translations, rings, known };
         driver.ran = true;
         driver.bases.clear();
         driver.stocks.clear();

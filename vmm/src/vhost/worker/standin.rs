@@ -46,6 +46,10 @@ impl Worker {
     /// What a stand-in needs for the driver's rings. Rings of which nobody knows what was taken are told apart.
     fn stand_in_parts(&self) -> Option<(StandInParts, Vec<(u16, String)>)> {
         let driver = self.driver.as_ref()?;
+        if driver.behind.is_some() {
+            // Where its requests point to is the IOMMU's, and they wait for the next backend, or a reset.
+            return None;
+        }
         let memory = self.parts.memory.mapped();
         let (mut rings, mut unknown) = (Vec::new(), Vec::new());
         for (queue, call) in driver.queues.iter().zip(&driver.calls) {

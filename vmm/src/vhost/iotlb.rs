@@ -1,0 +1,147 @@
+//! What a backend is told of the guest's IOMMU (vhost-user, "IOMMU support"), spoken by hand: the `vhost` crate has no such
+//! messages.
+//!
+//! A backend is told of each mapping before the guest hears that it is made, and of each one that goes before the guest hears
+//! that it is gone; its acknowledgement of the latter says that it uses nothing of it any more. So it has no reason to ask:
+//! where it does, it is for an access that the guest has not permitted, or that was permitted while it forgot.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use atoll_devices::iommu::{Access, IovaRange, Mapping};
+use atoll_devices::virtio::QueueConfig;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::conversation::Wire;
+use super::error::{ConversationError, Step};
+use crate::iommu::Unit;
+use crate::memory::backend_address;
+
+/// VIRTIO_F_ACCESS_PLATFORM.
+pub(super) const ACCESS_PLATFORM: u64 = 1 << 33;
+/// `struct vhost_iotlb_msg`.
+pub(super) const BODY: usize = 32;
+
+const VERSION: u32 = 1;
+const REPLY: u32 = 4;
+const NEED_REPLY: u32 = 8;
+const MISS: u8 = 1;
+const UPDATE: u8 = 2;
+const INVALIDATE: u8 = 3;
+const READ: u8 = 1;
+const WRITE: u8 = 2;
+
+/// The IOMMU before a device, and the device's number there.
+#[derive(Clone)]
+pub(super) struct Behind {
+    pub(super) unit: Arc<Unit>,
+    pub(super) endpoint: u32,
+}
+
+impl Behind {
+    /// A queue at guest-physical addresses; `None` where the device may not reach all of it, or it does not lie there in
+    /// one piece.
+    pub(super) fn translate(&self, queue: &QueueConfig) -> Option<QueueConfig> {
+        let size = u64::from(queue.size);
+        let area = |first: u64, len: u64, access: Access| {
+            let (mut left, mut next, mut begin) = (len, first, None::<(u64, u64)>);
+            while left > 0 {
+                let mapping = self.unit.find(self.endpoint, next, access).ok()?;
+                let gpa = mapping.translate(next)?;
+                match begin {
+                    None => begin = Some((gpa, gpa)),
+                    Some((_, expected)) if gpa != expected => return None,
+                    Some(_) => {}
+                }
+                let here = (mapping.iova().last() - next).saturating_add(1).min(left);
+                left -= here;
+                begin = begin.and_then(|(begin, _)| Some((begin, gpa.checked_add(here)?)));
+                next = if left > 0 { next.checked_add(here)? } else { next };
+            }
+            begin.map(|(begin, _)| begin)
+        };
+        Some(QueueConfig {
+            descriptor_table: area(queue.descriptor_table, 16 * size, Access::Read)?,
+            available_ring: area(queue.available_ring, 6 + 2 * size, Access::Read)?,
+            used_ring: area(queue.used_ring, 6 + 8 * size, Access::Write)?,
+            ..*queue
+        })
+    }
+
+    /// Everything that a backend has to be told that knows nothing, or knows what was.
+    pub(super) fn everything(&self) -> Vec<Word> {
+        let all = IovaRange::ALL;
+        let mappings = self.unit.mappings(self.endpoint, all).into_iter().map(Word::Update);
+        std::iter::once(Word::Invalidate(all)).chain(mappings).collect()
+    }
+}
+
+/// One thing that a backend is told.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Word {
+    /// This leads there.
+    Update(Mapping),
+    /// Nothing of this holds any longer.
+    Invalidate(IovaRange),
+}
+
+impl Word {
+    fn body(self) -> [u8; BODY] {
+        let (range, user, permissions, kind) = match self {
+            Self::Update(mapping) => {
+                let read = if mapping.rights.read { READ } else { 0 };
+                let write = if mapping.rights.write { WRITE } else { 0 };
+                (mapping.iova(), backend_address(mapping.gpa()), read | write, UPDATE)
+            }
+            Self::Invalidate(range) => (range, 0, 0, INVALIDATE),
+        };
+        let mut body = [0; BODY];
+        // All addresses are one more than can be said; nothing can be mapped at the last one.
+        let longs = [range.first(), range.reach().saturating_add(1), user];
+        for (field, long) in body.chunks_exact_mut(8).zip(longs) {
+            field.copy_from_slice(&long.to_le_bytes());
+        }
+        (body[24], body[25]) = (permissions, kind);
+        body
+    }
+}
+
+/// Tells a backend and waits until it has confirmed.
+pub(super) fn tell(wire: &mut Wire, word: Word) -> Result<(), ConversationError> {
+    let step = Step::IotlbMsg;
+    wire.speak(step, |socket| {
+        let gone = |error: io::Error| ConversationError::Gone { step, reason: error.to_string() };
+        let request = u32::from(FrontendReq::IOTLB_MSG);
+        let mut message = [request, VERSION | NEED_REPLY, BODY as u32].map(u32::to_le_bytes).concat();
+        message.extend(word.body());
+        let mut stream: &UnixStream = socket;
+        stream.write_all(&message).map_err(gone)?;
+        let mut answer = [0; 20];
+        stream.read_exact(&mut answer).map_err(gone)?;
+        let (header, value) = answer.split_at(12);
+        if header != [request, VERSION | REPLY, 8].map(u32::to_le_bytes).concat() {
+            return Err(ConversationError::Absurd { step, what: format!("a header of {header:x?}") });
+        }
+        if value.iter().all(|byte| *byte == 0) { Ok(()) } else { Err(ConversationError::Refused { step }) }
+    })
+}
+
+/// What a backend asks for, or complains that it may not do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Miss {
+    /// Where.
+    pub address: u64,
+    /// What it wants to do.
+    pub access: Access,
+}
+
+impl Miss {
+    /// Reads the body of a message of a backend; `None` when it is no question.
+    pub(super) fn decode(body: &[u8]) -> Option<Self> {
+        let body: &[u8; BODY] = body.try_into().ok()?;
+        let address = u64::from_le_bytes(*body.first_chunk()?);
+        let access = if body[24] & WRITE != 0 { Access::Write } else { Access::Read };
+        (body[25] == MISS).then_some(Self { address, access })
+    }
+}
