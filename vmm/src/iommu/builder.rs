@@ -125,7 +125,7 @@ fn build(board: &mut Board) -> Result<BuiltDevice, Cause> {
     })?;
     let life = Life { orders, wake, thread: Some(thread) };
     let shared: SharedFunction = function;
-    let place = board.add_pci(shared, &bars)?;
+    let place = board.add_fixed_pci(shared, &bars)?;
     board.set_iommu(unit, place);
     Ok(BuiltDevice { name: NAME.to_owned(), place: Some(place), life: Box::new(life) })
 }

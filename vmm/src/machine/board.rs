@@ -240,11 +240,18 @@ impl Board {
     /// # Errors
     /// When slots or windows are full.
     pub fn add_pci(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
-        let place = self.pci.add(function, bars)?;
+        let place = self.add_fixed_pci(function, bars)?;
         if place.slot() != HOST_BRIDGE_SLOT {
             self.hotplug().occupied(place.slot());
         }
         Ok(place)
+    }
+    /// The same for a function that neither the guest nor the operator can take away.
+    ///
+    /// # Errors
+    /// When slots or windows are full.
+    pub fn add_fixed_pci(&mut self, function: SharedFunction, bars: &FunctionBars) -> Result<DevFn, BoardError> {
+        self.pci.add(function, bars)
     }
     /// While veiled, new functions have a slot and are not seen by the guest.
     pub(super) fn veil(&mut self, veiled: bool) {
