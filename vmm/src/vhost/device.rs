@@ -17,12 +17,11 @@ use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
 use atoll_devices::{Answer, Completion, access};
 use atoll_protocol::jail::JailedLayer;
 use rustix::event::EventfdFlags;
-use thiserror::Error;
 
 use super::back_channel::BackChannel;
 use super::call::Transport;
 use super::conversation::Conversation;
-use super::error::ConversationError;
+pub use super::device_error::{ConnectError, PauseError, SwitchError};
 use super::fault::{self, Fault, FaultError};
 use super::gate::{Closed, Gate};
 use super::iotlb::Behind;
@@ -31,94 +30,20 @@ use super::patience::{Ending, Patience};
 use super::recovery::Rules;
 use super::rings::RingPosition;
 use super::session;
-use super::source::{Incarnation, SourceError, Start};
+use super::source::{Incarnation, Start};
 pub(super) use super::status::{DeviceState, DeviceStatus, Recovery, Spare};
 use super::upgrade::{self, UpgradeError, UpgradeOrder, UpgradeOutcome};
 use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
 use crate::actor::{ActorReport, Post};
 use crate::config::Track;
-use crate::doorbell::{Doorbell, DoorbellError, Interposer, Relay};
-use crate::iommu::{Endpoint, Unconfirmed};
+use crate::doorbell::{Doorbell, Interposer, Relay};
+use crate::iommu::Endpoint;
 use crate::irq::VectorTable;
-use crate::lasted::Lasted;
 use crate::lifecycle::{QueueReport, Story};
 use crate::machine::NewSize;
 use crate::memory::GuestMemory;
 use crate::metrics::{CountedBy, DeviceMeter, Phase};
 use crate::seccomp::{self, ThreadClass};
-
-/// The device could not be made.
-#[derive(Debug, Error)]
-pub enum ConnectError {
-    /// No backend.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// A backend that will not do.
-    #[error("{backend}: {source}")]
-    Conversation {
-        /// Which.
-        backend: String,
-        /// Why not.
-        #[source]
-        source: ConversationError,
-    },
-    /// No doorbell.
-    #[error(transparent)]
-    Doorbell(#[from] DoorbellError),
-    /// No thread or descriptor.
-    #[error("no thread or descriptor for the device ({0}); raise the limits (ulimit -u, -n)")]
-    Resource(#[from] io::Error),
-}
-
-impl ConnectError {
-    /// Whether trying again would end the same way.
-    pub(super) fn is_hopeless(&self) -> bool {
-        match self {
-            Self::Source(SourceError::Start { hopeless, .. }) => *hopeless,
-            Self::Conversation { source, .. } => !source.is_gone(),
-            Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => false,
-        }
-    }
-}
-
-/// A device did not pause or go on.
-#[derive(Debug, Error)]
-pub enum PauseError {
-    /// The backend keeps the rings. The device goes on as if it had not been asked.
-    #[error(
-        "the backend did not give the rings back within {}: {in_flight} requests are in flight; try again when it is less busy",
-        Lasted(*.waited)
-    )]
-    Late {
-        /// How long it had.
-        waited: Duration,
-        /// Requests that it has not completed.
-        in_flight: u32,
-    },
-    /// The device's thread has ended.
-    #[error("the device has been stopped")]
-    Stopped,
-}
-
-/// A call's way could not be switched.
-#[derive(Debug, Error)]
-pub enum SwitchError {
-    /// The device is not running, or has no such queue with a vector.
-    #[error("queue {0} has no interrupt vector in use; start its driver first")]
-    NotRunning(u16),
-    /// The backend did not take it; the device recovers.
-    #[error(transparent)]
-    Conversation(#[from] ConversationError),
-    /// No descriptor.
-    #[error("no eventfd ({0}); raise the limit on open files (ulimit -n)")]
-    Resource(#[from] io::Error),
-    /// The device's thread is busy with something that takes longer than anything of its own may.
-    #[error("no answer within {} s; try again when the device has recovered (`atoll info`)", .0.as_secs())]
-    Late(Duration),
-    /// The device's thread has ended.
-    #[error("the device has been stopped")]
-    Stopped,
-}
 
 /// A net below the deadlines that the device's thread has for each of its own steps.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
@@ -224,7 +149,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    fn send(&self, request: Request) -> bool {
+    pub(super) fn send(&self, request: Request) -> bool {
         let mut inbox = lock(&self.inbox);
         let room = inbox.requests.len() < INBOX_MAX || request.is_urgent();
         let taken = room && !inbox.closed;
@@ -438,27 +363,6 @@ impl Connected {
             worker.run();
         })?;
         Ok((VhostDevice { shared: Arc::clone(&shared), thread: Some(thread) }, VhostFrontend { shared }))
-    }
-}
-
-impl Endpoint for Shared {
-    fn changed(&self, change: Change, deadline: Instant) -> Result<(), Unconfirmed> {
-        let (answer, done) = sync_channel(1);
-        if self.send(Request::Translate { change, answer }) {
-            match done.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                // Told, or there is nobody to tell: it has not been started, or was lost over this.
-                Ok(()) | Err(RecvTimeoutError::Disconnected) => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(Unconfirmed(format!("{}: its backend has not confirmed in time", self.name)));
-                }
-            }
-        }
-        // One that was lost may still write until the fence has passed.
-        if self.gate.await_settled(deadline) {
-            Ok(())
-        } else {
-            Err(Unconfirmed(format!("{}: nothing shows that the dead backend's last writes are done", self.name)))
-        }
     }
 }
 

@@ -8,14 +8,17 @@
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::Instant;
 
-use atoll_devices::iommu::{Access, IovaRange, Mapping};
+use atoll_devices::iommu::{Access, Change, IovaRange, Mapping};
 use atoll_devices::virtio::QueueConfig;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::conversation::Wire;
+use super::device::{Request, Shared};
 use super::error::{ConversationError, Step};
-use crate::iommu::Unit;
+use crate::iommu::{Endpoint, Unconfirmed, Unit};
 use crate::memory::backend_address;
 
 /// VIRTIO_F_ACCESS_PLATFORM.
@@ -74,6 +77,27 @@ impl Behind {
         let all = IovaRange::ALL;
         let mappings = self.unit.mappings(self.endpoint, all).into_iter().map(Word::Update);
         std::iter::once(Word::Invalidate(all)).chain(mappings).collect()
+    }
+}
+
+impl Endpoint for Shared {
+    fn changed(&self, change: Change, deadline: Instant) -> Result<(), Unconfirmed> {
+        let (answer, done) = sync_channel(1);
+        if self.send(Request::Translate { change, answer }) {
+            match done.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                // Told, or there is nobody to tell: it has not been started, or was lost over this.
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(Unconfirmed(format!("{}: its backend has not confirmed in time", self.name)));
+                }
+            }
+        }
+        // One that was lost may still write until the fence has passed.
+        if self.gate.await_settled(deadline) {
+            Ok(())
+        } else {
+            Err(Unconfirmed(format!("{}: nothing shows that the dead backend's last writes are done", self.name)))
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod class;
 mod config_space;
 mod conversation;
 mod device;
+mod device_error;
 mod device_state;
 mod error;
 mod factory;

@@ -1,0 +1,84 @@
+//! Why a device could not be made, paused or switched.
+
+use std::io;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::error::ConversationError;
+use super::source::SourceError;
+use crate::doorbell::DoorbellError;
+use crate::lasted::Lasted;
+
+/// The device could not be made.
+#[derive(Debug, Error)]
+pub enum ConnectError {
+    /// No backend.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// A backend that will not do.
+    #[error("{backend}: {source}")]
+    Conversation {
+        /// Which.
+        backend: String,
+        /// Why not.
+        #[source]
+        source: ConversationError,
+    },
+    /// No doorbell.
+    #[error(transparent)]
+    Doorbell(#[from] DoorbellError),
+    /// No thread or descriptor.
+    #[error("no thread or descriptor for the device ({0}); raise the limits (ulimit -u, -n)")]
+    Resource(#[from] io::Error),
+}
+
+impl ConnectError {
+    /// Whether trying again would end the same way.
+    pub(super) fn is_hopeless(&self) -> bool {
+        match self {
+            Self::Source(SourceError::Start { hopeless, .. }) => *hopeless,
+            Self::Conversation { source, .. } => !source.is_gone(),
+            Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => false,
+        }
+    }
+}
+
+/// A device did not pause or go on.
+#[derive(Debug, Error)]
+pub enum PauseError {
+    /// The backend keeps the rings. The device goes on as if it had not been asked.
+    #[error(
+        "the backend did not give the rings back within {}: {in_flight} requests are in flight; try again when it is less busy",
+        Lasted(*.waited)
+    )]
+    Late {
+        /// How long it had.
+        waited: Duration,
+        /// Requests that it has not completed.
+        in_flight: u32,
+    },
+    /// The device's thread has ended.
+    #[error("the device has been stopped")]
+    Stopped,
+}
+
+/// A call's way could not be switched.
+#[derive(Debug, Error)]
+pub enum SwitchError {
+    /// The device is not running, or has no such queue with a vector.
+    #[error("queue {0} has no interrupt vector in use; start its driver first")]
+    NotRunning(u16),
+    /// The backend did not take it; the device recovers.
+    #[error(transparent)]
+    Conversation(#[from] ConversationError),
+    /// No descriptor.
+    #[error("no eventfd ({0}); raise the limit on open files (ulimit -n)")]
+    Resource(#[from] io::Error),
+    /// The device's thread is busy with something that takes longer than anything of its own may.
+    #[error("no answer within {} s; try again when the device has recovered (`atoll info`)", .0.as_secs())]
+    Late(Duration),
+    /// The device's thread has ended.
+    #[error("the device has been stopped")]
+    Stopped,
+}
