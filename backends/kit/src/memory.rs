@@ -81,14 +81,15 @@ impl GuestMemory for GuestRam {
         count: usize,
         access: Permissions,
     ) -> vm_memory::guest_memory::Result<impl GuestMemorySliceIterator<'a, LogSlice<'a>>> {
-        let wrong = vm_memory::guest_memory::Error::InvalidGuestAddress(addr);
-        match &self.iotlb {
-            None => {
-                let slices: Result<Vec<_>, _> = GuestMemoryBackend::get_slices(&self.physical, addr, count).collect();
-                Ok(Slices(slices?.into_iter()))
+        let found = match &self.iotlb {
+            None => None,
+            Some(iotlb) => {
+                let found = self.translate(iotlb, addr, count, access);
+                Some(found.ok_or(vm_memory::guest_memory::Error::InvalidGuestAddress(addr))?.into_iter())
             }
-            Some(iotlb) => Ok(Slices(self.translate(iotlb, addr, count, access).ok_or(wrong)?.into_iter())),
-        }
+        };
+        // Nothing is looked up before the first piece is asked for.
+        Ok(Slices { found, direct: GuestMemoryBackend::get_slices(&self.physical, addr, count) })
     }
 
     #[inline]
@@ -97,19 +98,29 @@ impl GuestMemory for GuestRam {
     }
 }
 
-/// Pieces of memory that were found all before the first is used.
-struct Slices<'a>(std::vec::IntoIter<VolatileSlice<'a, LogSlice<'a>>>);
+/// Pieces of memory, one after the other.
+struct Slices<'a, I> {
+    /// Behind an IOMMU all of them are found before the first is used.
+    found: Option<std::vec::IntoIter<VolatileSlice<'a, LogSlice<'a>>>>,
+    direct: I,
+}
 
-impl<'a> Iterator for Slices<'a> {
-    type Item = vm_memory::guest_memory::Result<VolatileSlice<'a, LogSlice<'a>>>;
-    fn next(&mut self) -> Option<Self::Item> {
-        self.0.next().map(Ok)
+type Slice<'a> = vm_memory::guest_memory::Result<VolatileSlice<'a, LogSlice<'a>>>;
+
+impl<'a, I: Iterator<Item = Slice<'a>>> Iterator for Slices<'a, I> {
+    type Item = Slice<'a>;
+    #[inline]
+    fn next(&mut self) -> Option<Slice<'a>> {
+        match &mut self.found {
+            None => self.direct.next(),
+            Some(found) => found.next().map(Ok),
+        }
     }
 }
 
-impl FusedIterator for Slices<'_> {}
+impl<'a, I: FusedIterator<Item = Slice<'a>>> FusedIterator for Slices<'a, I> {}
 
-impl<'a> GuestMemorySliceIterator<'a, LogSlice<'a>> for Slices<'a> {}
+impl<'a, I: FusedIterator<Item = Slice<'a>>> GuestMemorySliceIterator<'a, LogSlice<'a>> for Slices<'a, I> {}
 
 /// The regions that a front end has handed over.
 ///
