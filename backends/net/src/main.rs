@@ -17,7 +17,7 @@ use atoll_net::link::none::Nowhere;
 use atoll_net::link::stream::Stream;
 use atoll_net::link::switch::{Port, Switch};
 use atoll_net::link::tap::Tap;
-use atoll_net::link::{Link, tap_device};
+use atoll_net::link::{self, Link, tap_device};
 use atoll_net::options::Options;
 use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason};
 use clap::Parser;
@@ -70,6 +70,10 @@ impl Program for Cli {
     }
     fn check(&self) -> Result<(), String> {
         self.options.check()
+    }
+    fn errand(&self) -> Option<Result<(), StartError>> {
+        let (fd, name) = (self.options.hand_over?, self.options.tap.as_ref()?);
+        Some(hand_over(&self.options, name, fd))
     }
     /// Frames that are under way die with the process that holds them: there is nothing for a successor to wait for.
     fn open(&self, reports: Option<&Reports>) -> Result<(Cards, Box<dyn Fence>), StartError> {
@@ -161,6 +165,14 @@ impl Recorder {
         }
         captures
     }
+}
+
+/// Opens the interface for a supervisor that keeps it (`--hand-over`).
+fn hand_over(options: &Options, name: &str, fd: RawFd) -> Result<(), StartError> {
+    let socket = serve::inherited("--hand-over", fd)?;
+    let opened = tap_device::open(name, options.queue_pairs, &options.host_end());
+    link::hand_over::hand_over(&socket, &opened)?;
+    Ok(opened.map(drop)?)
 }
 
 fn main() -> ExitCode {

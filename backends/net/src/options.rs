@@ -32,6 +32,9 @@ pub struct Options {
     /// A TAP interface of the host, made if it is not there and that is permitted
     #[arg(long, value_name = "NAME")]
     pub tap: Option<String>,
+    /// Serve nothing: open --tap, send its queues over this inherited socket, and end
+    #[arg(long, value_name = "N", requires = "tap", conflicts_with_all = ["socket", "vhost_fd"])]
+    pub hand_over: Option<RawFd>,
     /// An inherited queue of a TAP interface (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR); once for each queue pair
     #[arg(long, value_name = "N")]
     pub fd: Vec<RawFd>,
@@ -127,7 +130,9 @@ pub fn parse_mac(text: &str) -> Result<Mac, String> {
 impl Options {
     /// What contradicts itself beyond what clap can see.
     pub fn check(&self) -> Result<(), String> {
-        self.serve.check()?;
+        if self.hand_over.is_none() {
+            self.serve.check()?;
+        }
         if !self.fd.is_empty() && self.fd.len() != usize::from(self.queue_pairs) {
             return Err(format!("{} queue pairs need as many --fd, not {}", self.queue_pairs, self.fd.len()));
         }
@@ -147,7 +152,8 @@ impl Options {
 
     /// The inherited descriptors of its links.
     pub fn inherited(&self) -> Vec<RawFd> {
-        self.stream_fd.into_iter().chain(self.fd.iter().copied()).collect()
+        let one = [self.stream_fd, self.hand_over].into_iter().flatten();
+        one.chain(self.fd.iter().copied()).collect()
     }
 
     /// The limits of one direction of one card; each has buckets of its own.
@@ -211,6 +217,8 @@ mod tests {
             ("--socket s --none --mac 52:54:00:12:34", "write for example"),
             ("--socket s --switch --pcap 8=x", "from 0 to 7"),
             ("--socket s --none --host-ip 10.0.0.1", "--tap"),
+            ("--none --hand-over 5", "--tap"),
+            ("--socket s --tap t --hand-over 5", "cannot be used with"),
         ];
         for (line, reason) in cases {
             let text = parse(line).unwrap_err();

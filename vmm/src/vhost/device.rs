@@ -550,6 +550,12 @@ impl VhostDevice {
                 Ok(())
             }
             Closed::Late => {
+                // The thread may still wait for the rings, and get a successor's instead: it must hear that nobody wants them
+                // to stay here. There is nobody to wait for its answer.
+                if self.shared.gate.open() {
+                    let (answer, _) = sync_channel(1);
+                    self.shared.send(Request::Resume { answer });
+                }
                 let in_flight = self.queues().iter().map(|queue| u32::from(queue.in_flight)).sum();
                 Err(PauseError::Late { waited: began.elapsed(), in_flight })
             }

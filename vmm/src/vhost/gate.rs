@@ -23,7 +23,8 @@ pub(super) enum Closed {
     Proven,
     /// No live backend touches them; whether the writes of a dead one are done could not be seen.
     Unproven,
-    /// A live backend kept them; the gate is open as before.
+    /// A live backend kept them. The gate is still closed: whoever gives the pause up opens it, and tells the thread, which
+    /// may have heard of the pause and not of its end.
     Late,
 }
 
@@ -92,7 +93,7 @@ impl Gate {
         true
     }
     /// Waits until the rings are back: until `deadline` for a live backend, until `fence` for the proof that a dead one's
-    /// writes are done. When it is late, the gate is open again.
+    /// writes are done.
     pub(super) fn await_closed(&self, deadline: Instant, fence: Instant) -> Closed {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -106,8 +107,6 @@ impl Gate {
                 if !state.out {
                     return Closed::Unproven;
                 }
-                state.closed = false;
-                self.changed.notify_all();
                 return Closed::Late;
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -121,7 +120,7 @@ mod tests {
 
     use super::*;
 
-    /// A dead backend keeps nobody waiting, a live one only until the deadline, and then all is as before.
+    /// A dead backend keeps nobody waiting, a live one only until the deadline, and then it is for the one who waits to open.
     #[test]
     fn only_a_live_backend_can_be_late() {
         let gate = Gate::default();
@@ -131,7 +130,7 @@ mod tests {
         assert!(!gate.take_out() && gate.open() && gate.take_out());
         assert!(gate.close());
         assert_eq!(gate.await_closed(soon(), soon()), Closed::Late);
-        assert!(!gate.is_closed());
+        assert!(gate.is_closed() && gate.open() && !gate.open());
         assert!(gate.close());
         gate.lost();
         assert_eq!(gate.await_closed(Instant::now() + Duration::from_secs(60), soon()), Closed::Unproven);

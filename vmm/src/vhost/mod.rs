@@ -53,7 +53,7 @@ pub use fault::{Fault, FaultError};
 pub use features::{feature_names, offerable, protocol_feature_names};
 pub(crate) use guest_ring::{GuestRing, RingFault};
 pub use iotlb::Miss;
-pub use kinds::{ChainError, ConsoleError, DiskError, NetError, UserError, switch_socket};
+pub use kinds::{ChainError, ConsoleError, DiskError, NetError, TapError, UserError, switch_socket};
 pub use parts::{Care, DeviceParts, Limits};
 pub use patience::{Ending, Patience};
 pub use session::Capabilities;

@@ -43,12 +43,6 @@ pub enum Lone {
         "it is somebody else's process; start the new one where the old one listened, and the device goes on with it"
     )]
     Foreign,
-    /// A card's process opens its interface.
-    #[error(
-        "it opens its TAP interface by name, which one process can do at a time; give the card the TAP as descriptors (--net \
-         fd=…), which two can have"
-    )]
-    Tap,
     /// A card's way to the world.
     #[error(
         "the card has a passt of its own, whose connections are lost with it; unplug the card and plug it in again \

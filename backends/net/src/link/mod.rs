@@ -4,6 +4,7 @@
 //! that cannot take a frame says so by a descriptor that the queue thread waits for, or drops it.
 
 pub mod connector;
+pub mod hand_over;
 pub mod iovec;
 pub mod none;
 pub mod stream;

@@ -9,6 +9,7 @@ mod generic;
 mod limits;
 mod net;
 mod rng;
+mod tap;
 mod user;
 mod vsock;
 
@@ -29,6 +30,7 @@ pub(super) use disk::Disk;
 pub(super) use fs::Fs;
 pub(super) use generic::Generic;
 pub use net::{NetError, switch_socket};
+pub use tap::TapError;
 pub use user::UserError;
 
 pub(super) use net::Net;

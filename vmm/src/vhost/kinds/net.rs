@@ -14,6 +14,7 @@ use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 use thiserror::Error;
 
 use super::limits::rate_arguments;
+use super::tap::NamedTap;
 use super::user::UserMode;
 use super::{Host, Kind, KindError, queue_size};
 use crate::backend::PassedFd;
@@ -26,7 +27,7 @@ use crate::vhost::upgrade::Lone;
 
 const QUEUE_SIZE: u16 = 256;
 /// Most queue pairs of a card.
-const PAIRS_MAX: u16 = 8;
+pub(super) const PAIRS_MAX: u16 = 8;
 
 /// Offsets in the configuration space (virtio 1.2, 5.1.4).
 const STATUS_AT: usize = 6;
@@ -179,6 +180,16 @@ impl Net {
         Ok(Self { way, mac, pairs, config: config.clone() })
     }
 
+    /// How the host's end of an interface that is opened here shall be.
+    fn host_end(&self) -> Vec<OsString> {
+        let host_end = [("--host-ip", &self.config.ip), ("--host-mac", &self.config.host_mac)];
+        // A mask without an address says nothing.
+        let mask = self.config.ip.is_some().then_some(("--host-mask", &self.config.mask));
+        let mtu = self.config.mtu.map(|mtu| mtu.to_string());
+        let told = host_end.into_iter().chain(mask).chain([("--mtu", &mtu)]);
+        told.flat_map(|(flag, value)| value.iter().flat_map(move |value| [flag.into(), value.into()])).collect()
+    }
+
     fn arguments(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> =
             vec!["--queue-pairs".into(), self.pairs.to_string().into(), "--mac".into(), self.mac.to_string().into()];
@@ -228,25 +239,17 @@ impl Kind for Net {
     }
     fn lone(&self) -> Option<Lone> {
         match self.way {
-            Way::Tap(_) => Some(Lone::Tap),
             Way::User(_) => Some(Lone::User),
-            Way::Descriptors(_) | Way::Switch(_) | Way::Foreign(_) => None,
+            Way::Tap(_) | Way::Descriptors(_) | Way::Switch(_) | Way::Foreign(_) => None,
         }
     }
     fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
-        let mut args = self.arguments();
+        let args = self.arguments();
         let descriptors = match &self.way {
             Way::Switch(socket) | Way::Foreign(socket) => return Ok(Box::new(ExternalSocket::new(socket))),
             Way::Tap(name) => {
-                args.extend(["--tap".into(), name.into()]);
-                let host_end = [("--host-ip", &self.config.ip), ("--host-mac", &self.config.host_mac)];
-                // A mask without an address says nothing.
-                let mask = ("--host-mask", &self.config.mask);
-                let mask = self.config.ip.is_some().then_some(mask);
-                for (flag, value) in host_end.into_iter().chain(mask) {
-                    args.extend(value.iter().flat_map(|value| [flag.into(), value.into()]));
-                }
-                Vec::new()
+                let tap = NamedTap::open(name, self.pairs, self.host_end(), host)?;
+                return host.process("atoll-net", self.sidecar(), args, Box::new(move || Ok(tap.queues()?)));
             }
             Way::Descriptors(descriptors) => descriptors.clone(),
             Way::User(wish) => {
@@ -365,10 +368,8 @@ mod tests {
         let lone = |config: NetConfig| Net::new(&config, "vm", "_net0", Path::new("/run")).unwrap().lone();
         let tap = lone(NetConfig { tap: Some("tap0".into()), ..NetConfig::default() });
         let user = lone(NetConfig { user: true, ..NetConfig::default() });
-        assert_eq!((tap, user), (Some(Lone::Tap), Some(Lone::User)));
-        for (lone, remedy) in
-            [(Lone::Tap, "fd="), (Lone::User, "unplug"), (Lone::Foreign, "where the old one listened")]
-        {
+        assert_eq!((tap, user), (None, Some(Lone::User)));
+        for (lone, remedy) in [(Lone::User, "unplug"), (Lone::Foreign, "where the old one listened")] {
             let told = UpgradeError::from(lone).to_string();
             assert!(told.contains(remedy), "{told}");
         }

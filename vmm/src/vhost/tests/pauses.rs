@@ -203,6 +203,26 @@ fn late_pause_is_undone() {
     card.device.pause(soon()).unwrap();
 }
 
+/// The same, and the backend never gives the rings back: it dies, or is ended for it. Its successor gets them, since the pause
+/// is long given up.
+#[test]
+fn late_pause_is_undone_for_the_successor() {
+    let mut card = Card::new(plain());
+    let backend = card.backend();
+    assert_eq!(wait(card.frontend.intent(run())), Some(0));
+    let slow = backend.slow.lock().unwrap();
+    let late = card.device.pause(Instant::now() + Duration::from_millis(60));
+    assert!(matches!(late, Err(PauseError::Late { .. })), "{late:?}");
+    // As the machine does with all its devices.
+    card.device.resume().unwrap();
+    backend.die();
+    drop(slow);
+    card.backend().await_count(SET_VRING_NUM, 2);
+    let status = await_state(&card.device, |state| *state == DeviceState::Running);
+    assert_eq!((status.generation, status.lost), (2, 1));
+    card.device.pause(soon()).unwrap();
+}
+
 /// Nobody is there who could keep the rings: the pause waits a while for the proof that the dead one's writes are done,
 /// and never until its deadline.
 #[test]
