@@ -86,7 +86,11 @@ impl NamedTap {
         let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
         if queues.is_empty() || queues.iter().any(is_gone) {
             if !queues.is_empty() {
-                tracing::warn!(device = self.device, tap = self.name, "the interface was taken away; it is opened anew");
+                tracing::warn!(
+                    device = self.device,
+                    tap = self.name,
+                    "the interface was taken away; it is opened anew"
+                );
             }
             queues.clear();
             *queues = self.ask()?;
@@ -103,8 +107,7 @@ impl NamedTap {
         let spec = CompanionSpec { name: self.device.clone(), exe: self.exe.clone(), args: self.args.clone(), fds };
         // Ends when this returns, if it has not by then.
         let _opener = self.spawner.companion(spec)?;
-        let silent =
-            |reason: String| TapError::Silent { exe: self.exe.clone(), name: self.name.clone(), reason };
+        let silent = |reason: String| TapError::Silent { exe: self.exe.clone(), name: self.name.clone(), reason };
         let (said, queues) = hear(&ours, Instant::now() + OPEN_MAX).map_err(silent)?;
         match said.as_slice() {
             [] => Err(silent("it ended without a word, which its log explains".into())),
