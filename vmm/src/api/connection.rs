@@ -85,7 +85,9 @@ impl Connection<'_> {
     fn receive(&mut self, deadline: Option<Instant>) -> Result<usize, WireError> {
         if deadline.is_none() {
             // At rest until something comes, and at work before it is read: whoever looks finds one or the other.
-            wire::wait(self.socket.as_fd(), PollFlags::IN, None)?;
+            while !wire::has_more(self.socket.as_fd()) {
+                wire::wait(self.socket.as_fd(), PollFlags::IN, None)?;
+            }
             self.seat.works();
         }
         let room = self.assembler.room();

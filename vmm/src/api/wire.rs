@@ -138,9 +138,8 @@ pub(super) fn is_gone(socket: BorrowedFd<'_>) -> bool {
         && fds.first().is_some_and(|fd| fd.revents().intersects(PollFlags::HUP | PollFlags::ERR))
 }
 
-/// Whether there is something to be read that nobody has read yet.
+/// Whether there is something to be read that nobody has read yet, be it the end.
 pub(super) fn has_more(socket: BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(socket, PollFlags::IN)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    matches!(poll(&mut fds, Some(&now)), Ok(1..)) && fds.first().is_some_and(|fd| fd.revents().contains(PollFlags::IN))
+    matches!(poll(&mut [PollFd::from_borrowed_fd(socket, PollFlags::IN)], Some(&now)), Ok(1..))
 }

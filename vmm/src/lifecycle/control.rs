@@ -23,17 +23,19 @@ pub struct Plugged {
     pub bdf: String,
 }
 
-/// One virtual machine, or the place for one. Safe to call from many threads: requests are carried out one after the other.
+/// One virtual machine, or the place for one. Safe to call from many threads: requests are carried out one after the other,
+/// and none waits for a device that another has asked for and that takes its time.
 pub trait VmControl: Send + Sync {
     /// Keeps a checked configuration. Nothing is opened before [`boot`](Self::boot).
     fn create(&self, config: VmConfig) -> Result<(), VmError>;
-    /// Builds the machine, starts its device processes and its vCPUs. When anything fails, nothing of it is left.
+    /// Builds the machine, starts its device processes and its vCPUs. When anything fails, nothing of it is left. Meanwhile
+    /// others are answered; a shutdown, a delete or the end of the process gives the boot up.
     fn boot(&self) -> Result<(), VmError>;
     /// Stops the vCPUs with no exit half done, drains the devices.
     fn pause(&self) -> Result<(), VmError>;
     /// Lets them run.
     fn resume(&self) -> Result<(), VmError>;
-    /// Presses the reset button: the guest starts again, device processes stay.
+    /// Presses the reset button: the guest starts again, device processes stay. A paused machine runs then.
     fn reset(&self) -> Result<(), VmError>;
     /// Presses the power button; the guest decides.
     fn power_button(&self) -> Result<(), VmError>;

@@ -10,6 +10,9 @@
 //!                                     Shutdown <─────────────────┘ shutdown
 //! ```
 //!
+//! A reset of a paused machine leads to Running as well. While a boot is under way the state is what it was before; what is
+//! prepared for it, or for a device that is plugged in, comes back as a message (`preparing`, `booting`).
+//!
 //! A guest that switches itself off ends the whole process, as does a vCPU that cannot go on: that is what clients of a
 //! machine monitor with one machine a process wait for.
 

@@ -64,7 +64,7 @@ pub(crate) enum Command {
     /// Lets a paused machine go on.
     #[command(after_help = "Example:\n  atoll resume web")]
     Resume(Target),
-    /// Presses the reset button: the guest starts again, device processes stay.
+    /// Presses the reset button: the guest starts again, device processes stay. A paused machine runs then.
     #[command(after_help = "Example:\n  atoll reset web")]
     Reset(Target),
     /// Presses the power button; the guest decides what to do.
