@@ -32,6 +32,16 @@ pub fn child_named(parent: u32, name: &str, within: Duration) -> Result<u32> {
     }
 }
 
+/// Processor time so far of a process and of all that descend from it, as far as they live, in nanoseconds.
+pub fn processor_ns(pid: u32) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let own: u64 = tasks
+        .filter_map(|task| std::fs::read_to_string(task.path().join("schedstat")).ok())
+        .filter_map(|stat| stat.split_whitespace().next()?.parse::<u64>().ok())
+        .sum();
+    own + children(pid).into_iter().map(processor_ns).sum::<u64>()
+}
+
 /// Whether the process runs (a zombie does not).
 pub fn alive(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat"))

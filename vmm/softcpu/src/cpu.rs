@@ -6,10 +6,14 @@ use std::sync::Arc;
 
 use crate::cpuid::CpuModel;
 use crate::exec::Exec;
+use crate::huge::HugePages;
 use crate::ram::GuestRam;
 use crate::state::{Regs, Segment, SegmentName, StoredMsrs, System, Table};
 use crate::tlb::Mmu;
 use crate::world::Attention;
+
+/// Address space for decoded code, which is thrown away before it gets so large, and for the other caches.
+const CACHES_MAX: usize = 128 << 20;
 
 /// Where guest time comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,14 +61,15 @@ pub struct Cpu {
 impl Cpu {
     /// A processor in reset state.
     pub fn new(ram: GuestRam, model: Arc<CpuModel>, attention: Attention, time: TimeMode) -> Self {
+        let pages = Arc::new(HugePages::reserve(CACHES_MAX));
         let mut cpu = Self {
             regs: Regs::default(),
             sys: reset_system(),
             halted: false,
             nmi: NmiState::default(),
-            mmu: Mmu::new(ram.regions().iter().map(|region| (region.gpa(), region.len()))),
+            mmu: Mmu::new(&pages, ram.regions().iter().map(|region| (region.gpa(), region.len()))),
             ram,
-            exec: Exec::new(&model),
+            exec: Exec::new(&model, &pages),
             model,
             attention,
             time,

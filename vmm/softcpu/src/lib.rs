@@ -14,6 +14,7 @@ pub mod cpuid;
 mod descriptor;
 mod exec;
 mod far;
+mod huge;
 mod interrupt;
 mod kvmclock;
 mod mmu;

@@ -10,10 +10,13 @@
 //! says that there may be some.
 
 use std::mem::size_of;
+use std::sync::Arc;
+
+use crate::huge::{HugePages, Placed};
 
 /// Entries of each table. Booting Linux to a shell takes 190,000 data fills with 1024 entries, six times as many with
 /// 512, and with 2048 two thirds.
-pub const TLB_ENTRIES: usize = 1024;
+pub const TLB_ENTRIES: usize = 2048;
 
 /// Tag of an empty entry: no page has this address.
 const EMPTY: u64 = !0;
@@ -64,6 +67,7 @@ pub enum PageSize {
 }
 
 /// The tables of one privilege.
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Tlb {
     /// Data reads.
@@ -152,7 +156,7 @@ impl Tlb {
 /// Everything that caches translations.
 pub struct Mmu {
     /// Supervisor tables at 0, user tables at 1.
-    pub tlb: Box<[Tlb; 2]>,
+    pub(crate) tlb: Placed<[Tlb; 2]>,
     /// For the lower and the upper half of the address space: grows whenever a translation that
     /// [`Mmu::remember_exec`] was told of may have changed. Whoever keeps code by linear address compares it.
     pub exec_epochs: [u64; 2],
@@ -193,13 +197,13 @@ struct CodeBits {
 
 impl Mmu {
     /// Empty caches for the given RAM stretches (guest-physical address and length).
-    pub fn new(ram: impl IntoIterator<Item = (u64, u64)>) -> Self {
+    pub(crate) fn new(pages: &Arc<HugePages>, ram: impl IntoIterator<Item = (u64, u64)>) -> Self {
         let code = ram
             .into_iter()
             .map(|(gpa, len)| CodeBits { gpa, frames: len / 4096, bits: vec![0; (len / 4096).div_ceil(64) as usize] })
             .collect();
         Self {
-            tlb: Box::new([const { Tlb::empty() }; 2]),
+            tlb: Placed::new(pages, Box::new([const { Tlb::empty() }; 2])),
             exec_epochs: [0; 2],
             dma_epoch: 0,
             remembered: [Remembered::default(); 2],
@@ -214,7 +218,7 @@ impl Mmu {
     /// Memory held by the tables.
     pub fn cache_bytes(&self) -> usize {
         size_of::<Self>()
-            + size_of::<[Tlb; 2]>()
+            + self.tlb.heap_bytes()
             + self.listed.capacity() * 2
             + self.code.iter().map(|stretch| stretch.bits.len() * 8).sum::<usize>()
     }

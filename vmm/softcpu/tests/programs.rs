@@ -438,6 +438,49 @@ fn an_interrupt_waits_out_the_shadow_of_sti() {
     assert_eq!(machine.gpr(3), 2);
 }
 
+/// A block does not end for STI, unless it ends there anyway. Wherever that is, and whenever an interrupt comes, it must not
+/// come between STI and the next instruction: a kernel that halts there would sleep through it.
+#[test]
+fn no_interrupt_comes_right_behind_sti_wherever_blocks_end() {
+    for before in 56..68_u64 {
+        for look in [3, 10, 11, 12] {
+            let mut machine = Machine::new();
+            let handler = CODE + 0x8000;
+            machine.load_at(handler, |a| {
+                a.mov(rdx, qword_ptr(rsp)).unwrap();
+                a.mov(qword_ptr(DATA as i32), 1).unwrap();
+                a.iretq().unwrap();
+            });
+            machine.gate(0x40, handler);
+            machine.world.at_look = Some((look, 0x40, machine.attention.clone()));
+            machine.load(|a| {
+                let mut top = a.create_label();
+                let mut done = a.create_label();
+                a.mov(ecx, 1_000_000).unwrap();
+                a.set_label(&mut top).unwrap();
+                a.cli().unwrap();
+                for _ in 0..before {
+                    a.inc(eax).unwrap();
+                }
+                a.sti().unwrap();
+                a.inc(ebx).unwrap();
+                a.cmp(qword_ptr(DATA as i32), 0).unwrap();
+                a.jne(done).unwrap();
+                a.dec(ecx).unwrap();
+                a.jne(top).unwrap();
+                a.set_label(&mut done).unwrap();
+                a.cli().unwrap();
+                a.hlt().unwrap();
+            });
+            machine.run();
+            assert_eq!(machine.read_u64(DATA), 1, "the interrupt came");
+            // MOV is five bytes, INC two, CLI and STI one each.
+            let behind = CODE + 5 + 1 + 2 * before + 1;
+            assert_ne!(machine.gpr(2), behind, "{before} instructions before STI, at look {look}");
+        }
+    }
+}
+
 /// A timer of the board has no thread: the processor looks around every few microseconds of guest code, and an interrupt
 /// that comes of it ends a busy loop.
 #[test]

@@ -164,6 +164,8 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
         ThreadClass::SoftVcpu => {
             freely(&mut rules, &[libc::SYS_epoll_ctl, libc::SYS_epoll_wait]);
             freely(&mut rules, QUESTIONS);
+            // How much memory its caches take, in huge pages or small ones.
+            freely(&mut rules, &[libc::SYS_mincore]);
         }
         ThreadClass::KvmVcpu => {
             // The requests of KVM (type 0xae), on descriptors of KVM: interrupt routes change as a guest's driver sets its

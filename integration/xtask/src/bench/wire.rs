@@ -9,9 +9,10 @@
 use super::spread::Spread;
 use crate::console::Console;
 use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
-use crate::{images, packages, place, userland, yardstick};
+use crate::{images, packages, place, processes, userland, yardstick};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use std::fmt;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ const TAP: &str = "atollwire0";
 const HOST: &str = "10.77.0.1";
 const CMDLINE: &str = "console=ttyS0 quiet atoll.load=net";
 const STEP: Duration = Duration::from_secs(60);
+const PINGS: u32 = 200;
+/// Length of the stream in seconds.
+const STREAM_S: u32 = 4;
 
 #[derive(Serialize)]
 struct Line {
@@ -34,6 +38,11 @@ struct Line {
     atoll_round_trip_ms: Spread,
     qemu_round_trip_ms: Spread,
     round_trip: Spread,
+    /// Processor time of all processes for one, the 10 ms of waiting before it included.
+    atoll_round_trip_cpu_us: Spread,
+    qemu_round_trip_cpu_us: Spread,
+    atoll_megabyte_cpu_us: Spread,
+    qemu_megabyte_cpu_us: Spread,
     ok: bool,
 }
 
@@ -76,18 +85,47 @@ fn field(text: &str, number: usize) -> Result<f64> {
     field.parse().with_context(|| format!("{field} in {text} is no number"))
 }
 
-/// Mbit/s from guest to host, and the mean round trip in milliseconds.
-fn measure(command: &mut Command) -> Result<(f64, f64)> {
+/// What one guest did.
+#[derive(Clone, Copy)]
+struct Figures {
+    /// From guest to host.
+    mbits: f64,
+    /// The mean.
+    round_trip_ms: f64,
+    /// Processor time of the VMM and its processes for a round trip, the 10 ms of waiting before it included.
+    round_trip_cpu_us: f64,
+    /// And for a megabyte.
+    megabyte_cpu_us: f64,
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mbits, round_trip_ms, round_trip_cpu_us, megabyte_cpu_us } = self;
+        write!(formatter, "{mbits} Mbit/s ({megabyte_cpu_us:.0} us CPU/MB), ")?;
+        write!(formatter, "{round_trip_ms} ms ({round_trip_cpu_us:.0} us CPU)")
+    }
+}
+
+/// Measures one guest from its boot to its end.
+fn measure(command: &mut Command) -> Result<Figures> {
     let mut console = Console::spawn(command)?;
     console.prompt(BOOT_LIMIT)?;
     console.run("ip addr add 10.77.0.2/24 dev eth0; ip link set eth0 up; sleep 1", STEP)?;
-    let ping = console.run(&format!("ping -q -c 200 -i 0.01 {HOST} | tail -1"), STEP)?;
+    let busy_us = |console: &Console| processes::processor_ns(console.pid()) as f64 / 1000.0;
+    let before = busy_us(&console);
+    let ping = console.run(&format!("ping -q -c {PINGS} -i 0.01 {HOST} | tail -1"), STEP)?;
+    let round_trip_cpu_us = (busy_us(&console) - before) / f64::from(PINGS);
     let average = ping.split('/').nth(4).with_context(|| format!("{ping} tells no mean"))?;
-    let iperf = console.run(&format!("iperf3 -c {HOST} -t 4 -f m | grep receiver"), STEP)?;
+    let before = busy_us(&console);
+    let iperf = console.run(&format!("iperf3 -c {HOST} -t {STREAM_S} -f m | grep receiver"), STEP)?;
+    let stream_us = busy_us(&console) - before;
     let rate = iperf.split("Bytes").nth(1).with_context(|| format!("{iperf} tells no rate"))?;
     console.send("poweroff -f\n")?;
     console.wait(STEP)?;
-    Ok((field(rate, 0)?, average.parse()?))
+    let mbits = field(rate, 0)?;
+    let megabytes = mbits * f64::from(STREAM_S) / 8.0;
+    let round_trip_ms = average.parse()?;
+    Ok(Figures { mbits, round_trip_ms, round_trip_cpu_us, megabyte_cpu_us: stream_us / megabytes })
 }
 
 /// Speed of our processor to QEMU's on cold code, once.
@@ -134,33 +172,37 @@ pub fn run(rounds: usize) -> Result<bool> {
             .args(["-device", "virtio-net-pci,netdev=n"]);
         let qemu = measure(&mut qemu)?;
         let speed = cold_code()?;
-        eprintln!("round {round}/{rounds}: atoll {atoll:?}, QEMU {qemu:?} (Mbit/s, ms); cold code {speed}");
+        eprintln!("round {round}/{rounds}: atoll {atoll}; QEMU {qemu}; cold code {speed}");
         cold.push(speed);
         ours.push(atoll);
         theirs.push(qemu);
     }
-    let ratio = |of: fn(&(f64, f64)) -> f64| {
+    let ratio = |of: fn(&Figures) -> f64| {
         Spread::of(ours.iter().zip(&theirs).map(|(ours, theirs)| of(ours) / of(theirs)).collect())
     };
-    let (throughput, round_trip) = (ratio(|pair| pair.0), ratio(|pair| pair.1));
+    let (throughput, round_trip) = (ratio(|guest| guest.mbits), ratio(|guest| guest.round_trip_ms));
     let cold_code = Spread::of(cold);
     let round_trip_limit = 1.0 / cold_code.median;
     eprintln!(
         "throughput {throughput}, at least {:.2}; round trip {round_trip}, at most {round_trip_limit:.2}",
         cold_code.median
     );
-    let all = |of: fn(&(f64, f64)) -> f64, pairs: &[(f64, f64)]| Spread::of(pairs.iter().map(of).collect());
+    let all = |of: fn(&Figures) -> f64, guests: &[Figures]| Spread::of(guests.iter().map(of).collect());
     let line = Line {
         bench: "wire",
         rounds,
         cold_code,
         round_trip_limit,
-        atoll_mbits: all(|pair| pair.0, &ours),
-        qemu_mbits: all(|pair| pair.0, &theirs),
+        atoll_mbits: all(|guest| guest.mbits, &ours),
+        qemu_mbits: all(|guest| guest.mbits, &theirs),
         throughput,
-        atoll_round_trip_ms: all(|pair| pair.1, &ours),
-        qemu_round_trip_ms: all(|pair| pair.1, &theirs),
+        atoll_round_trip_ms: all(|guest| guest.round_trip_ms, &ours),
+        qemu_round_trip_ms: all(|guest| guest.round_trip_ms, &theirs),
         round_trip,
+        atoll_round_trip_cpu_us: all(|guest| guest.round_trip_cpu_us, &ours),
+        qemu_round_trip_cpu_us: all(|guest| guest.round_trip_cpu_us, &theirs),
+        atoll_megabyte_cpu_us: all(|guest| guest.megabyte_cpu_us, &ours),
+        qemu_megabyte_cpu_us: all(|guest| guest.megabyte_cpu_us, &theirs),
         ok: throughput.median >= cold_code.median && round_trip.median <= round_trip_limit,
     };
     println!("{}", serde_json::to_string(&line)?);

@@ -11,8 +11,11 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 
+use super::chunks::{Chunk, Chunks};
 use super::{Exit, Op, Slot};
+use crate::huge::{HugePages, Placed};
 
 /// Entries of the jump cache.
 pub(crate) const JUMPS: usize = 16384;
@@ -64,7 +67,7 @@ pub(crate) struct Frame {
     /// The frame's bytes.
     host: *const u8,
     /// Ops, in chunks that never move.
-    chunks: Vec<Vec<Slot>>,
+    chunks: Vec<Chunk>,
     /// Keys of its blocks.
     keys: Vec<u64>,
 }
@@ -95,9 +98,11 @@ pub(crate) struct CodeCache {
     buried: Vec<Box<Frame>>,
     /// Grows with every report of DMA.
     epoch: u64,
+    chunks: Chunks,
+    /// Of chunks that hold code.
     bytes: usize,
     burials: u64,
-    jumps: Box<[Jump; JUMPS]>,
+    jumps: Placed<[Jump; JUMPS]>,
     /// Generation of the jump cache for addresses of the lower and of the upper half: twelve bits.
     generations: [u64; 2],
     /// The same, but never repeating.
@@ -119,8 +124,9 @@ fn line_hash(line: &[u8; LINE]) -> u32 {
 }
 
 impl CodeCache {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(pages: &Arc<HugePages>) -> Self {
         let empty = Jump { tag: NO_TAG, op: std::ptr::null() };
+        let jumps = vec![empty; JUMPS].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!());
         Self {
             frames: Map::default(),
             blocks: Map::default(),
@@ -128,7 +134,8 @@ impl CodeCache {
             epoch: 0,
             bytes: 0,
             burials: 0,
-            jumps: vec![empty; JUMPS].into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!()),
+            jumps: Placed::new(pages, jumps),
+            chunks: Chunks::new(Arc::clone(pages)),
             generations: [1; 2],
             ages: [0; 2],
         }
@@ -136,7 +143,8 @@ impl CodeCache {
 
     /// Host memory in use.
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes + self.frames.len() * size_of::<Frame>() + self.blocks.capacity() * 32 + JUMPS * size_of::<Jump>()
+        let heap = self.frames.len() * size_of::<Frame>() + self.blocks.capacity() * 32 + self.jumps.heap_bytes();
+        self.chunks.bytes() + heap
     }
     /// Base of the jump cache.
     pub(crate) fn jumps(&mut self) -> *mut Jump {
@@ -145,6 +153,11 @@ impl CodeCache {
     /// Notes where a block is.
     pub(crate) fn remember_jump(&mut self, index: usize, tag: u64, op: *const Op) {
         self.jumps[index & (JUMPS - 1)] = Jump { tag, op };
+    }
+    /// What was noted, if it still is so.
+    pub(crate) fn known_jump(&self, index: usize, tag: u64) -> Option<*const Op> {
+        let jump = self.jumps[index & (JUMPS - 1)];
+        (jump.tag == tag).then_some(jump.op)
     }
     /// Grows whenever code is buried: links made before must not be written any more.
     pub(crate) fn burials(&self) -> u64 {
@@ -233,18 +246,14 @@ impl CodeCache {
             frame.lines |= 1 << line_number;
             frame.hashes[line_number] = line_hash(line);
         }
-        let fits = frame.chunks.last().is_some_and(|chunk| chunk.capacity() - chunk.len() >= ops.len());
+        let fits = frame.chunks.last().is_some_and(|chunk| chunk.room() >= ops.len());
         if !fits {
             let wanted = if frame.chunks.is_empty() { 64 } else { 256 };
-            let chunk: Vec<Slot> = Vec::with_capacity(wanted.max(ops.len()));
-            self.bytes += chunk.capacity() * size_of::<Slot>();
+            let chunk = self.chunks.take(wanted.max(ops.len()));
+            self.bytes += chunk.bytes();
             frame.chunks.push(chunk);
         }
-        let chunk = frame.chunks.last_mut()?;
-        let at = chunk.len();
-        chunk.extend_from_slice(ops);
-        // SAFETY: `at` is within the chunk, which never grows beyond its capacity and so never moves.
-        let op = unsafe { chunk.as_ptr().add(at).cast::<Op>() };
+        let op = frame.chunks.last_mut()?.push(ops)?.cast::<Op>();
         let key = key(gpa, mode);
         frame.keys.push(key);
         let frame: *mut Frame = &raw mut **frame;
@@ -257,10 +266,9 @@ impl CodeCache {
         let Some(frame) = self.frames.get_mut(&(gpa & !0xfff)) else { return };
         let address = exit as usize;
         for chunk in &mut frame.chunks {
-            let range = chunk.as_mut_ptr_range();
-            if (range.start as usize..range.end as usize).contains(&address) {
-                // SAFETY: the exit is a slot of this chunk (provenance taken from the chunk), which lives.
-                unsafe { (*range.start.cast::<Exit>().with_addr(address)).link = op };
+            if let Some(slot) = chunk.at(address) {
+                // SAFETY: the exit is a slot of this chunk, which lives.
+                unsafe { (*slot.cast::<Exit>()).link = op };
                 return;
             }
         }
@@ -297,7 +305,10 @@ impl CodeCache {
     pub(crate) fn free_buried(&mut self) -> bool {
         let any = !self.buried.is_empty();
         for frame in self.buried.drain(..) {
-            self.bytes -= frame.chunks.iter().map(|chunk| chunk.capacity() * size_of::<Slot>()).sum::<usize>();
+            for chunk in frame.chunks {
+                self.bytes -= chunk.bytes();
+                self.chunks.give_back(chunk);
+            }
         }
         any
     }

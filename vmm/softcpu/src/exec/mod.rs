@@ -13,13 +13,17 @@
 #![allow(unsafe_code, reason = "handlers work on raw pointers to the CPU and to ops, for speed")]
 
 mod cache;
+mod chunks;
 mod decode;
 mod dispatch;
 mod fast;
 mod general;
 mod run;
 
+use std::sync::Arc;
+
 use crate::cpu::Cpu;
+use crate::huge::HugePages;
 use crate::native::Thunks;
 use crate::state::{Exception, SegmentName};
 use crate::tlb::{Kind, Tlb};
@@ -219,6 +223,8 @@ pub(crate) struct Exec {
     epochs: [u64; 2],
     /// Frames whose code was thrown away as a whole; their protection is lifted by the run loop.
     forgotten: Vec<u64>,
+    /// Instructions decoded alone.
+    decoded: decode::Decoded,
     /// What the CPU model lets through the decoder.
     offered: decode::Offered,
     /// Rolling hash of the register state.
@@ -236,8 +242,8 @@ pub(crate) struct Exec {
 unsafe impl Send for Exec {}
 
 impl Exec {
-    pub(crate) fn new(model: &crate::cpuid::CpuModel) -> Self {
-        let mut cache = CodeCache::new();
+    pub(crate) fn new(model: &crate::cpuid::CpuModel, pages: &Arc<HugePages>) -> Self {
+        let mut cache = CodeCache::new(pages);
         Self {
             user: false,
             vectors: false,
@@ -263,6 +269,7 @@ impl Exec {
             base: 0,
             epochs: [0; 2],
             forgotten: Vec::new(),
+            decoded: decode::Decoded::new(),
             offered: decode::Offered::new(model),
             trace: None,
             next_look: 0,

@@ -162,7 +162,8 @@ impl Cpu {
         let mut fuel = slice;
         let mut link = None;
         loop {
-            let (op, gpa) = match self.find_block() {
+            let known = if link.is_none() { self.known_block() } else { None };
+            let (op, gpa) = match known.map_or_else(|| self.find_block(), |op| Ok(Some((op, 0)))) {
                 Ok(Some(found)) => found,
                 Ok(None) => return self.step(world),
                 Err(fault) => return self.deliver_fault(world, fault),
@@ -287,6 +288,16 @@ impl Cpu {
             std::ptr::copy(page.host.add((linear & 0xfff) as usize), bytes.as_mut_ptr(), bytes.len());
         }
         Ok(())
+    }
+
+    /// The block at `regs.rip` if the jump cache leads there, by the same rule as from block to block.
+    fn known_block(&self) -> Option<*const Op> {
+        if self.exec.mode != Mode::Bits64 {
+            return None;
+        }
+        let rip = self.regs.rip;
+        let tag = rip ^ self.exec.jump_keys[(rip >> 63) as usize];
+        self.exec.cache.known_jump(super::dispatch::jump_index(rip), tag)
     }
 
     /// The block at `regs.rip`, decoded if it is new. `None`: the instruction there must be done alone.

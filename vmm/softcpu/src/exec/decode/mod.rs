@@ -6,6 +6,7 @@
 //! all of them) and gives those the handler that computes none.
 #![allow(unsafe_code, reason = "puts instructions behind ops, and copies guest memory that may change meanwhile")]
 
+mod decoded;
 mod offered;
 mod select;
 
@@ -20,6 +21,7 @@ use crate::cpu::Cpu;
 use crate::native::MemAccess;
 use crate::state::Regs;
 
+pub(crate) use decoded::Decoded;
 pub(crate) use offered::Offered;
 use select::At;
 
@@ -54,6 +56,8 @@ pub(crate) struct Builder {
     uses: Vec<FlagUse>,
     /// Slots of exits, and of what they link to until a better way is known.
     exits: Vec<(usize, usize)>,
+    /// Slot of a STI that the block has not gone on behind yet.
+    last_sti: Option<usize>,
 }
 
 /// Whether the block goes on behind an instruction.
@@ -69,11 +73,18 @@ impl Builder {
         self.slots.clear();
         self.uses.clear();
         self.exits.clear();
+        self.last_sti = None;
     }
     /// Puts an op that shows flags to nobody and changes none, or that must be taken for one that shows them.
     fn put(&mut self, op: Op, observes: bool) {
         self.uses.push(FlagUse { slot: self.slots.len(), observes, overwrites: false, quiet: None });
         self.slots.push(Slot { op });
+    }
+    /// Another instruction follows in the block.
+    fn goes_on(&mut self) {
+        if let Some(sti) = self.last_sti.take() {
+            self.slots[sti].op.imm = 1;
+        }
     }
     /// Puts raw data behind an op.
     fn put_behind<T: Copy>(&mut self, value: &T, slots: usize) {
@@ -145,14 +156,19 @@ fn bare_op(handler: Handler, offset: usize, ordinal: usize) -> Op {
 impl Cpu {
     /// Decodes one instruction from exactly these bytes; `None` if they end before it does. What is no instruction comes
     /// back as an invalid one.
-    pub(super) fn decode_one(&self, rip: u64, bytes: &[u8]) -> Option<Instruction> {
-        let mut decoder = Decoder::with_ip(self.exec.mode.bitness(), bytes, rip, OPTIONS);
+    pub(super) fn decode_one(&mut self, rip: u64, bytes: &[u8]) -> Option<Instruction> {
+        let mode = self.exec.mode;
+        if let Some(known) = self.exec.decoded.get(rip, mode, bytes) {
+            return Some(known);
+        }
+        let mut decoder = Decoder::with_ip(mode.bitness(), bytes, rip, OPTIONS);
         let insn = decoder.decode();
         if decoder.last_error() == DecoderError::NoMoreBytes {
             return None;
         }
         let mut insn = if self.exec.offered.allows(insn.code()) { insn } else { Instruction::default() };
-        self.exec.mode.drop_null_override(&mut insn);
+        mode.drop_null_override(&mut insn);
+        self.exec.decoded.put(mode, bytes, &insn);
         Some(insn)
     }
 
@@ -241,6 +257,7 @@ impl Cpu {
             let at = At { start, offset: used, ordinal: count };
             used += length;
             count += 1;
+            builder.goes_on();
             // A compare waits to see whether a conditional jump follows.
             if mode == Mode::Bits64 {
                 if insn.is_jcc_short_or_near() {

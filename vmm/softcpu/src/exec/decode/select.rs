@@ -38,6 +38,9 @@ impl Builder {
         let mut op = bare_op(dispatch::general, at.offset, at.ordinal);
         let pick = select(insn, &mut op, at)?;
         if let Some(pick) = pick {
+            if insn.mnemonic() == Mnemonic::Sti {
+                self.last_sti = Some(self.slots.len());
+            }
             self.put_pick(op, pick);
         }
         Some(After::GoOn)
@@ -438,6 +441,7 @@ fn select(insn: &Instruction, op: &mut Op, at: At) -> Option<Option<Pick>> {
         M::Cmpxchg | M::Xadd if insn.op0_kind() == OpKind::Memory => return select_locked(insn, op, at).map(Some),
         M::Pushf if insn.stack_pointer_increment() == -8 => system::pick_pushf(),
         M::Cli => system::pick_cli(),
+        M::Sti => system::pick_sti(),
         M::Bsf | M::Bsr => {
             let (r0, size) = register(insn, 0)?;
             op.r0 = r0;

@@ -1,4 +1,4 @@
-//! The few system instructions that a kernel runs all the time: flags on the stack, CLI, reading a segment register.
+//! The few system instructions that a kernel runs all the time: flags on the stack, CLI, STI, reading a segment register.
 
 use super::super::dispatch::next;
 use super::super::fold;
@@ -35,6 +35,19 @@ unsafe extern "sysv64" fn cli(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u6
     }
     next!(cpu, op, fuel, flags);
 }
+/// STI behind which the block goes on (`imm` is not zero), where the privilege is plain and nobody wants attention. The next
+/// instruction comes at once then: the shadow in which no interrupt may come between the two needs not be noted, and
+/// the block needs not be left for it. A kernel does this with each lock that it gives back.
+unsafe extern "sysv64" fn sti(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
+    // SAFETY: by the contract of a handler.
+    unsafe {
+        if (*cpu).exec.user || (*op).imm == 0 || (*cpu).attention.peek() != 0 {
+            return slow_simple(cpu, op, fuel, flags);
+        }
+        (*cpu).regs.rflags |= IF;
+    }
+    next!(cpu, op, fuel, flags);
+}
 /// MOV of a segment register (its number in `imm`) to a general one.
 unsafe extern "sysv64" fn mov_from_segment<W: Word>(cpu: *mut Cpu, op: *const Op, fuel: i64, flags: u64) -> Next {
     // SAFETY: by the contract of a handler; the decoder puts a number below six.
@@ -52,6 +65,10 @@ pub(in crate::exec) fn pick_pushf() -> Pick {
 /// CLI.
 pub(in crate::exec) fn pick_cli() -> Pick {
     Pick { loud: cli, quiet: None, observes: true, overwrites: false }
+}
+/// STI.
+pub(in crate::exec) fn pick_sti() -> Pick {
+    Pick { loud: sti, quiet: None, observes: true, overwrites: false }
 }
 /// MOV r, Sreg.
 pub(in crate::exec) fn pick_mov_from_segment(bytes: u32) -> Pick {
