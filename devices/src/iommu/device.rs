@@ -211,7 +211,7 @@ impl Iommu {
         }
         let mut changes = Vec::new();
         let done = match request {
-            Request::Attach { domain, endpoint, flags, reserved } if reserved == 0 => {
+            Request::Attach { domain, endpoint, flags, reserved: 0 } => {
                 self.attach(domain, endpoint, flags, &mut changes)
             }
             Request::Detach { domain, endpoint } => self.detach(domain, endpoint, &mut changes),
