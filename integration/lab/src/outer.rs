@@ -176,7 +176,7 @@ pub fn run(
         if let Some(status) = ended {
             if !status.success() {
                 let said = std::fs::read_to_string(&errors).unwrap_or_default();
-                let last = said.lines().filter(|line| !line.contains("TCG doesn't support")).next_back();
+                let last = said.lines().rfind(|line| !line.contains("TCG doesn't support"));
                 fault = Some(format!("QEMU ended with {status}: {}", last.unwrap_or_default()));
             }
             break;

@@ -87,10 +87,12 @@ impl Chunks {
 
     /// Takes a chunk back that nothing leads into any more.
     pub(crate) fn give_back(&mut self, chunk: Chunk) {
-        if chunk.heap.is_some() {
-            self.heap_bytes -= chunk.bytes();
-        } else if let Some(free) = self.free.get_mut(chunk.capacity / GRAIN - 1) {
-            free.push(chunk.slots);
+        let bytes = chunk.bytes();
+        let Chunk { slots, capacity, heap, .. } = chunk;
+        if heap.is_some() {
+            self.heap_bytes -= bytes;
+        } else if let Some(free) = self.free.get_mut(capacity / GRAIN - 1) {
+            free.push(slots);
         }
     }
 

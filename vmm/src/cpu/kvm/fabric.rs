@@ -26,7 +26,7 @@ enum Pins {
     /// In the kernel's chips.
     Kernel,
     /// In an I/O APIC of ours, whose entries are these.
-    Ours([MsiMessage; GSI_COUNT as usize]),
+    Ours(Box<[MsiMessage; GSI_COUNT as usize]>),
 }
 
 /// KVM's table of routes.
@@ -97,7 +97,7 @@ impl Shared {
         let pins = match irqchip {
             Irqchip::Kernel => Pins::Kernel,
             // As after reset, no pin sends anything.
-            Irqchip::Split => Pins::Ours([MsiMessage { address: 0xfee0_0000, data: 0 }; GSI_COUNT as usize]),
+            Irqchip::Split => Pins::Ours(Box::new([MsiMessage { address: 0xfee0_0000, data: 0 }; GSI_COUNT as usize])),
         };
         let shared = Self { vm, routes: Mutex::new(Routes { pins, messages: BTreeMap::new() }) };
         shared.publish(&shared.routes()).map_err(|error| CpuError::Unsupported(error.to_string()))?;
@@ -110,7 +110,7 @@ impl Shared {
     fn publish(&self, routes: &Routes) -> Result<(), IrqError> {
         let mut entries = match &routes.pins {
             Pins::Kernel => chip_routes(),
-            Pins::Ours(pins) => (0..).zip(pins).map(|(gsi, message)| message_route(gsi, *message)).collect(),
+            Pins::Ours(pins) => (0..).zip(pins.iter()).map(|(gsi, message)| message_route(gsi, *message)).collect(),
         };
         let set = routes.messages.iter();
         entries.extend(set.filter_map(|(gsi, message)| message.map(|message| message_route(*gsi, message))));
@@ -120,7 +120,7 @@ impl Shared {
     /// The entries of an I/O APIC of ours.
     pub(super) fn set_pins(&self, pins: [MsiMessage; GSI_COUNT as usize]) -> Result<(), IrqError> {
         let mut routes = self.routes();
-        routes.pins = Pins::Ours(pins);
+        routes.pins = Pins::Ours(Box::new(pins));
         self.publish(&routes)
     }
     pub(super) fn fire(&self, message: MsiMessage) {
