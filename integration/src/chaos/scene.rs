@@ -153,6 +153,7 @@ impl Scene {
                     src: "/dev/urandom".into(),
                     id: None,
                     stall_timeout: None,
+                    start_attempts: None,
                     on_failure: OnFailure::default(),
                 };
                 let mut rig = house.device(&DeviceConfig::Rng(config), one_queue::MEMORY)?;

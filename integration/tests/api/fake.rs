@@ -174,6 +174,7 @@ impl VmControl for Fake {
             state: DeviceState::Idle,
             reason: None,
             generation: 1,
+            failed_starts: 0,
             restarts: 0,
             recovery: RecoveryClass::Full,
             counted: None,

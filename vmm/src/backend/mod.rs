@@ -30,7 +30,7 @@ pub use companion::{COMPANION_END, Companion, CompanionSpec};
 pub use event::{BackendEvent, BackendExit, EventKind, EventSink, ExitCause, ExitStatus, Offer, SpawnError};
 pub use household::Household;
 pub use image::{ImageAccess, ImageError, ImageHandle};
-pub use policy::{Decision, Ending, PolicyConfig, QuarantineReason, RestartPolicy};
+pub use policy::{Decision, Ending, PolicyConfig, QuarantineReason, RestartPolicy, START_ATTEMPTS};
 pub use registers::{RegisterBackend, RegisterError, RegisterProcess};
 pub use spawner::{Child, Spawner};
 pub use spec::{BackendSpec, JailPolicy, PassedFd, WatchLimits, beside_this_binary};

@@ -32,9 +32,14 @@ pub struct PolicyConfig {
     pub idle_backoff_max: Duration,
     /// The longest delay after an incarnation that did not get ready.
     pub start_backoff_max: Duration,
-    /// Crashes in a row before ready that are forgiven; `None`: all (somebody else's backend comes when it comes).
-    pub start_failures_max: Option<u32>,
+    /// After so many starts in a row of which none got ready it is given up; `None`: never (somebody else's backend comes
+    /// when it comes).
+    pub start_attempts: Option<u32>,
 }
+
+/// Starts in a row that fail before a device is given up, unless its user says otherwise: with the delays between them an
+/// outage of not quite half a minute.
+pub const START_ATTEMPTS: u32 = 20;
 
 impl Default for PolicyConfig {
     fn default() -> Self {
@@ -44,9 +49,8 @@ impl Default for PolicyConfig {
             intensity: 12,
             period: Duration::from_mins(2),
             idle_backoff_max: Duration::from_millis(100),
-            start_backoff_max: Duration::from_secs(10),
-            // With these delays an outage of almost two minutes.
-            start_failures_max: Some(20),
+            start_backoff_max: Duration::from_secs(2),
+            start_attempts: Some(START_ATTEMPTS),
         }
     }
 }
@@ -222,7 +226,7 @@ impl RestartPolicy {
             return Decision::GiveUp;
         }
         self.start_failures = self.start_failures.saturating_add(1);
-        if self.config.start_failures_max.is_some_and(|most| self.start_failures > most) {
+        if self.config.start_attempts.is_some_and(|most| self.start_failures >= most) {
             return self.quarantine(QuarantineReason::StartFailures(self.start_failures));
         }
         // Never at once: what failed a moment ago fails again.
@@ -274,8 +278,19 @@ impl RestartPolicy {
         }
     }
 
-    /// The guest was reset, or an operator asked for it: a device that was given up, or waits, starts afresh.
+    /// An operator asked for it: a device that was given up, or waits, starts afresh.
     pub fn revive(&mut self) -> Decision {
+        let decision = self.retry();
+        if decision != Decision::Nothing {
+            self.start_failures = 0;
+        }
+        decision
+    }
+
+    /// The guest was reset: a device that was given up, or waits, is tried at once. What could not be started before is not
+    /// better for that: when it fails again, it fails as one time more, and a guest that boots does not wait for all of the
+    /// attempts again.
+    pub fn retry(&mut self) -> Decision {
         match self.phase {
             Phase::Quarantined => self.generation = self.issue(),
             Phase::Recovering { .. } => {}
@@ -283,9 +298,14 @@ impl RestartPolicy {
         }
         self.crashes.clear();
         self.idle_crashes.clear();
-        self.start_failures = 0;
         self.phase = Phase::Starting;
         Decision::Start(self.generation)
+    }
+
+    /// Starts in a row that failed.
+    #[must_use]
+    pub fn start_failures(&self) -> u32 {
+        self.start_failures
     }
 
     /// Whoever judges this incarnation found that no restart can help.
@@ -362,7 +382,7 @@ mod tests {
             period: Duration::from_secs(60),
             idle_backoff_max: Duration::from_millis(200),
             start_backoff_max: Duration::from_millis(300),
-            start_failures_max: Some(2),
+            start_attempts: Some(3),
         }
     }
 
@@ -475,6 +495,31 @@ mod tests {
         assert_eq!(story.policy.due(now), Decision::Start(Generation(5)));
         let failed = story.policy.not_started(Generation(5), now);
         assert_eq!(failed, Decision::Quarantine(QuarantineReason::StartFailures(3)));
+        // A reset of the guest is one attempt more, an operator's word all of them.
+        assert_eq!(story.policy.retry(), Decision::Start(Generation(6)));
+        let failed = story.policy.not_started(Generation(6), now);
+        assert_eq!(failed, Decision::Quarantine(QuarantineReason::StartFailures(4)));
+        assert_eq!(story.policy.revive(), Decision::Start(Generation(7)));
+        assert!(matches!(story.policy.not_started(Generation(7), now), Decision::Wait(_)));
+    }
+
+    /// A program that cannot be started any more is in quarantine within half a minute, and not before an outage of some
+    /// length.
+    #[test]
+    fn a_hopeless_program_is_given_up_soon() {
+        let mut policy = RestartPolicy::new(PolicyConfig::default(), Generation::FIRST);
+        policy.ready(Generation::FIRST);
+        let start = Moment::default();
+        assert_eq!(policy.exited(Generation::FIRST, &crash(), start), Decision::Start(Generation(2)));
+        let (mut now, mut starts) = (start, 1);
+        while let Decision::Wait(at) = policy.not_started(policy.generation(), now) {
+            now = at;
+            assert_eq!(policy.due(now), Decision::Start(policy.generation()));
+            starts += 1;
+        }
+        assert!(policy.is_quarantined());
+        let outage = now.since(start);
+        assert!(starts == START_ATTEMPTS && (20..30).contains(&outage.as_secs()), "{starts} starts in {outage:?}");
     }
 
     /// What must not lead to a restart: an exit that was asked for, news of an earlier incarnation, a configuration that

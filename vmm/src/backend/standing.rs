@@ -20,6 +20,7 @@ struct Known {
     serves: bool,
     given_up: Option<String>,
     lost: u64,
+    failed_starts: u64,
     jail: Vec<JailedLayer>,
     last_exit: Option<String>,
     last_lines: Vec<String>,
@@ -47,6 +48,7 @@ impl Standing {
         let mut known = self.lock();
         let served = std::mem::take(&mut known.serves);
         known.lost += u64::from(served && exit.cause != ExitCause::Asked);
+        known.failed_starts += u64::from(!served && exit.cause != ExitCause::Asked);
         known.pid = None;
         (known.last_exit, known.last_lines) = (Some(exit.to_string()), exit.last_stderr.clone());
     }
@@ -72,6 +74,7 @@ impl Standing {
             reason,
             generation: known.generation,
             restarts: known.lost,
+            failed_starts: known.failed_starts,
             recovery: RecoveryClass::IdleOnly,
             counted: None,
             pid: known.pid,

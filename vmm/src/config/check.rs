@@ -109,8 +109,10 @@ impl VmConfig {
             if !served {
                 return wrong(name, "the second serial port leads to a file, a pty or is off".into());
             }
-            if name != "console" && (port.stall_timeout.is_some() || port.on_failure != OnFailure::default()) {
-                return wrong(name, "stall_timeout and on_failure are for virtio devices: leave them out here".into());
+            let cared = port.stall_timeout.is_some() || port.start_attempts.is_some();
+            if name != "console" && (cared || port.on_failure != OnFailure::default()) {
+                let what = "stall_timeout, start_attempts and on_failure are for virtio devices: leave them out here";
+                return wrong(name, what.into());
             }
             match port.mode {
                 ConsoleMode::Tty => {

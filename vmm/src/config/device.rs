@@ -6,6 +6,8 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use crate::backend::START_ATTEMPTS;
+
 /// A token bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TokenBucketConfig {
@@ -153,6 +155,10 @@ pub struct DiskConfig {
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
+    /// Starts of a process of ours in a row that may fail before the device is given up; 0: any number. 20 when left out, which
+    /// with the pauses between them is not quite half a minute.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_attempts: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -223,6 +229,10 @@ pub struct NetConfig {
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
+    /// Starts of a process of ours in a row that may fail before the device is given up; 0: any number. 20 when left out, which
+    /// with the pauses between them is not quite half a minute.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_attempts: Option<u32>,
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(skip_serializing_if = "Track::is_default")]
     pub track: Track,
@@ -293,6 +303,10 @@ pub struct VsockConfig {
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
+    /// Starts of a process of ours in a row that may fail before the device is given up; 0: any number. 20 when left out, which
+    /// with the pauses between them is not quite half a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_attempts: Option<u32>,
     /// A spare process waits beside the one that serves, and takes its place at once when it dies.
     #[serde(default, skip_serializing_if = "is_false")]
     pub standby: bool,
@@ -340,6 +354,10 @@ pub struct RngConfig {
     /// Seconds for which a queue may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
+    /// Starts of a process of ours in a row that may fail before the device is given up; 0: any number. 20 when left out, which
+    /// with the pauses between them is not quite half a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_attempts: Option<u32>,
 }
 
 /// Where a port leads.
@@ -383,6 +401,10 @@ pub struct ConsoleConfig {
     /// Seconds for which a queue of a virtio console may stand with work in it before its backend is replaced; 0: for ever. 30 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stall_timeout: Option<u32>,
+    /// Starts of a process of ours in a row that may fail before the device is given up; 0: any number. 20 when left out, which
+    /// with the pauses between them is not quite half a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_attempts: Option<u32>,
 }
 
 /// One device, as it can be built or plugged in.
@@ -510,6 +532,21 @@ impl DeviceConfig {
         };
         let seconds = seconds.unwrap_or(STALL_TIMEOUT_SECONDS);
         (seconds != 0).then_some(Duration::from_secs(seconds.into()))
+    }
+
+    /// How many starts in a row may fail before it is given up; `None`: any number.
+    pub fn start_attempts(&self) -> Option<u32> {
+        let attempts = match self {
+            Self::Disk(disk) => disk.start_attempts,
+            Self::Net(net) => net.start_attempts,
+            Self::Vsock(vsock) => vsock.start_attempts,
+            Self::Rng(rng) => rng.start_attempts,
+            Self::Console(console) => console.start_attempts,
+            // Nobody here starts those.
+            Self::Fs(_) | Self::Generic(_) => Some(0),
+        };
+        let attempts = attempts.unwrap_or(START_ATTEMPTS);
+        (attempts != 0).then_some(attempts)
     }
 
     /// Who keeps account of its requests.

@@ -135,6 +135,7 @@ impl DiskConfig {
             "vhost_user",
             "socket",
             "stall_timeout",
+            "start_attempts",
             "standby",
             "on_failure",
             "track",
@@ -157,6 +158,7 @@ impl DiskConfig {
                 vhost_socket: options.get("socket")?,
                 rate_limiter_config: limits(&options)?,
                 stall_timeout: options.get("stall_timeout")?,
+                start_attempts: options.get("start_attempts")?,
                 standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
@@ -190,6 +192,7 @@ impl NetConfig {
             "pcap",
             "fd",
             "stall_timeout",
+            "start_attempts",
             "standby",
             "on_failure",
             "track",
@@ -216,6 +219,7 @@ impl NetConfig {
                 pcap: options.get("pcap")?,
                 rate_limiter_config: limits(&options)?,
                 stall_timeout: options.get("stall_timeout")?,
+                start_attempts: options.get("start_attempts")?,
                 standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
@@ -258,7 +262,17 @@ impl VsockConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["cid", "socket", "vhost_user", "stall_timeout", "standby", "on_failure", "track", "id"];
+            let keys = [
+                "cid",
+                "socket",
+                "vhost_user",
+                "stall_timeout",
+                "start_attempts",
+                "standby",
+                "on_failure",
+                "track",
+                "id",
+            ];
             let options = Options::parse(text, &keys, &PLACE)?;
             Ok(Self {
                 id: options.get("id")?,
@@ -266,6 +280,7 @@ impl VsockConfig {
                 socket: options.need("socket")?,
                 vhost_user: options.on("vhost_user")?,
                 stall_timeout: options.get("stall_timeout")?,
+                start_attempts: options.get("start_attempts")?,
                 standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
@@ -336,11 +351,13 @@ impl RngConfig {
             return Ok(None);
         }
         let read = || {
-            let options = Options::parse(text, &["src", "stall_timeout", "on_failure", "id"], &PLACE)?;
+            let options =
+                Options::parse(text, &["src", "stall_timeout", "start_attempts", "on_failure", "id"], &PLACE)?;
             Ok(Self {
                 src: options.need("src")?,
                 id: options.get("id")?,
                 stall_timeout: options.get("stall_timeout")?,
+                start_attempts: options.get("start_attempts")?,
                 on_failure: on_failure(&options)?,
             })
         };
@@ -429,6 +446,7 @@ mod tests {
             ("path=a,id=a/b", "letters"),
             ("path=a,on_failure=panic", "error, wait or unplug"),
             ("path=a,stall_timeout=soon", "stall_timeout"),
+            ("path=a,start_attempts=few", "start_attempts"),
             ("path=a,track=shadow", "keeps that record by itself"),
             ("vhost_user=on,socket=s,standby=on", "start a second one"),
         ];

@@ -125,7 +125,8 @@ impl ConsoleConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         // What else there is to say of a virtio console; a serial port has no process of that kind.
-        let more: &[&'static str] = if option == "--console" { &["stall_timeout", "on_failure"] } else { &[] };
+        let more: &[&'static str] =
+            if option == "--console" { &["stall_timeout", "start_attempts", "on_failure"] } else { &[] };
         let read = || {
             let (options, mut port) = if text.starts_with("file=") {
                 let options = Options::parse(text, &[&["file"], more].concat(), &[])?;
@@ -153,6 +154,7 @@ impl ConsoleConfig {
                 (Options::parse(rest, more, &[])?, Self::of(mode))
             };
             port.stall_timeout = options.get("stall_timeout")?;
+            port.start_attempts = options.get("start_attempts")?;
             port.on_failure = options.get("on_failure").map(Option::unwrap_or_default)?;
             Ok(port)
         };

@@ -521,6 +521,7 @@ impl Keeper {
             reason: None,
             generation: 0,
             restarts: 0,
+            failed_starts: 0,
             recovery: RecoveryClass::None,
             counted: None,
             pid: None,

@@ -117,6 +117,9 @@ pub struct DeviceReport {
     pub generation: u64,
     /// Backends that it has lost.
     pub restarts: u64,
+    /// Successors that could not be started, or did not get ready.
+    #[serde(default)]
+    pub failed_starts: u64,
     /// What happens when it loses this one.
     pub recovery: RecoveryClass,
     /// Who counts what it does: `process` (requests, bytes, errors, latencies) or `rings` (completed requests, and nothing

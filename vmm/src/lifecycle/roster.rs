@@ -119,6 +119,7 @@ mod tests {
                 src: "/dev/urandom".into(),
                 id: None,
                 stall_timeout: None,
+                start_attempts: None,
                 on_failure: OnFailure::Error,
             }),
             ..VmConfig::default()
@@ -129,7 +130,13 @@ mod tests {
 
         let error = add(&mut config, DeviceConfig::Disk(disk(Some("_disk2")))).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Duplicate);
-        let rng = RngConfig { src: "/dev/random".into(), id: None, stall_timeout: None, on_failure: OnFailure::Error };
+        let rng = RngConfig {
+            src: "/dev/random".into(),
+            id: None,
+            stall_timeout: None,
+            start_attempts: None,
+            on_failure: OnFailure::Error,
+        };
         assert_eq!(add(&mut config, DeviceConfig::Rng(rng)).unwrap_err().kind, ErrorKind::Duplicate);
         assert!(remove(&mut config, "_disk1") && !remove(&mut config, "_disk1"));
         let again = add(&mut config, DeviceConfig::Disk(disk(None))).unwrap();

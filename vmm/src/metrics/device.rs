@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use atoll_devices::virtio::QueueConfig;
 use atoll_protocol::sidecar::DeviceClass;
@@ -15,6 +15,7 @@ use vm_memory::GuestMemoryMmap;
 use super::page::{QueueFigures, StatsPage};
 use super::rings::{CountedBy, Rings};
 use crate::config::DeviceKind;
+use crate::vhost::Spare;
 
 /// What a device is at, as far as figures are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -61,6 +62,9 @@ enum Count {
     Rings(Rings),
 }
 
+/// Characters of a label that says how a process ended.
+const REASON_MAX: usize = 256;
+
 /// One device's figures. Whoever serves the device keeps it; with the last of them it disappears from the registry.
 #[derive(Debug)]
 pub struct DeviceMeter {
@@ -72,13 +76,17 @@ pub struct DeviceMeter {
     generation: AtomicU64,
     lost: AtomicU64,
     full: AtomicBool,
+    failed_starts: AtomicU64,
+    /// How the last backend ended, and the spare beside the present one.
+    told: Mutex<(Option<String>, Spare)>,
 }
 
 impl DeviceMeter {
     pub(super) fn new(id: &str, kind: DeviceKind, class: DeviceClass, page: Option<StatsPage>) -> Self {
         let (phase, generation, lost) = (AtomicU8::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let count = page.map_or_else(|| Count::Rings(Rings::default()), Count::Page);
-        Self { id: id.to_owned(), kind, class, count, phase, generation, lost, full: AtomicBool::new(false) }
+        let (full, failed_starts, told) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::new((None, Spare::Off)));
+        Self { id: id.to_owned(), kind, class, count, phase, generation, lost, full, failed_starts, told }
     }
 
     /// Its name.
@@ -139,12 +147,23 @@ impl DeviceMeter {
         self.full.store(full, Ordering::Relaxed);
     }
 
+    /// Starts that failed, how the last process ended, and whether a spare waits.
+    pub fn tell_end(&self, failed_starts: u64, last_exit: Option<&str>, spare: Spare) {
+        self.failed_starts.store(failed_starts, Ordering::Relaxed);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.0.as_deref() != last_exit {
+            told.0 = last_exit.map(|words| words.chars().take(REASON_MAX).collect());
+        }
+        told.1 = spare;
+    }
+
     /// The figures now.
     pub fn snapshot(&self) -> DeviceSnapshot {
         let (queues, completed) = match &self.count {
             Count::Page(page) => ((0..page.queues()).map(|n| page.queue(n)).collect(), BTreeMap::new()),
             Count::Rings(rings) => (Vec::new(), rings.completed()),
         };
+        let (last_exit, spare) = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
         DeviceSnapshot {
             counted: self.counted(),
             completed,
@@ -155,6 +174,9 @@ impl DeviceMeter {
             generation: self.generation.load(Ordering::Relaxed),
             lost: self.lost.load(Ordering::Relaxed),
             full_recovery: self.full.load(Ordering::Relaxed),
+            failed_starts: self.failed_starts.load(Ordering::Relaxed),
+            last_exit,
+            spare,
             queues,
         }
     }
@@ -177,6 +199,12 @@ pub struct DeviceSnapshot {
     pub lost: u64,
     /// Whether it survives the death of the present backend with requests in flight.
     pub full_recovery: bool,
+    /// Successors that could not be started.
+    pub failed_starts: u64,
+    /// How the last process ended.
+    pub last_exit: Option<String>,
+    /// Whether a spare waits.
+    pub spare: Spare,
     /// Who has counted.
     pub counted: CountedBy,
     /// Its queues, where its process counts.

@@ -6,6 +6,7 @@ use super::device::{DeviceSnapshot, Phase};
 use super::page::QueueFigures;
 use super::registry::Snapshot;
 use super::rings::CountedBy;
+use crate::vhost::Spare;
 
 /// A label's value: backslash, quote and line feed are escaped.
 struct Value<'a>(&'a str);
@@ -127,6 +128,30 @@ fn devices(text: &mut Text, devices: &[DeviceSnapshot]) {
     text.family(name, "counter", "Backends that the device has lost.");
     for device in devices {
         text.sample(name, format_args!("device=\"{}\"", Value(&device.id)), device.lost);
+    }
+    let name = "atoll_backend_failed_starts_total";
+    text.family(name, "counter", "Successors that could not be started, or did not get ready.");
+    for device in devices {
+        text.sample(name, format_args!("device=\"{}\"", Value(&device.id)), device.failed_starts);
+    }
+    let name = "atoll_backend_last_exit";
+    text.family(name, "gauge", "1, with how the last process of the device ended; left out where none has.");
+    for device in devices {
+        let Some(reason) = &device.last_exit else { continue };
+        text.sample(name, format_args!("device=\"{}\",reason=\"{}\"", Value(&device.id), Value(reason)), 1);
+    }
+    let name = "atoll_backend_spare";
+    text.family(name, "gauge", "1 for what the spare process beside the device's backend is at.");
+    for device in devices {
+        let at = match device.spare {
+            Spare::Off => "off",
+            Spare::Coming => "coming",
+            Spare::Ready { .. } => "ready",
+        };
+        for state in ["off", "coming", "ready"] {
+            let labels = format_args!("device=\"{}\",state=\"{state}\"", Value(&device.id));
+            text.sample(name, labels, u8::from(state == at));
+        }
     }
     let name = "atoll_device_generation";
     text.family(name, "gauge", "Incarnation of the backend that serves the device, from 1.");

@@ -145,6 +145,7 @@ mod tests {
     use super::super::vcpu::AnswerKind;
     use super::*;
     use crate::cpu::Space;
+    use crate::vhost::Spare;
 
     fn write(meter: &DeviceMeter, queue: u16, name: &str, value: u64) {
         let (_, offset) = QueueStats::COUNTERS.iter().find(|(known, _)| *known == name).unwrap();
@@ -179,6 +180,7 @@ mod tests {
         let disk = registry.device("disk \"a\"\\", DeviceKind::Disk, DeviceClass::Block, Some(1)).unwrap();
         disk.tell(Phase::Running, 2, 1);
         disk.tell_recovery(true);
+        disk.tell_end(7, Some("exit status 3; its last words: \"no\""), Spare::Coming);
         write(&disk, 0, "requests", 3);
         write(&disk, 0, "read_bytes", 4096);
         write(&disk, 0, "latency_sum_ns", 1_500_000);
@@ -191,6 +193,10 @@ mod tests {
             r#"atoll_device_requests_total{device="disk \"a\"\\",queue="0"} 3"#,
             r#"atoll_device_bytes_total{device="disk \"a\"\\",queue="0",direction="read"} 4096"#,
             r#"atoll_device_restarts_total{device="disk \"a\"\\"} 1"#,
+            r#"atoll_backend_failed_starts_total{device="disk \"a\"\\"} 7"#,
+            r#"atoll_backend_last_exit{device="disk \"a\"\\",reason="exit status 3; its last words: \"no\""} 1"#,
+            r#"atoll_backend_spare{device="disk \"a\"\\",state="coming"} 1"#,
+            r#"atoll_backend_spare{device="disk \"a\"\\",state="off"} 0"#,
             r#"atoll_device_generation{device="disk \"a\"\\"} 2"#,
             r#"atoll_device_full_recovery{device="disk \"a\"\\"} 1"#,
             r#"atoll_device_state{device="disk \"a\"\\",state="running"} 1"#,

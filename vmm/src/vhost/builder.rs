@@ -303,6 +303,7 @@ impl DeviceLife for VhostLife {
             reason,
             generation: status.generation,
             restarts: status.lost,
+            failed_starts: status.failed_starts,
             recovery: match status.recovery {
                 Recovery::Full => RecoveryClass::Full,
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,

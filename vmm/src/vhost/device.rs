@@ -209,6 +209,7 @@ impl Shared {
         };
         meter.tell(phase, status.generation, status.lost);
         meter.tell_recovery(status.recovery == Recovery::Full);
+        meter.tell_end(status.failed_starts, status.last_exit.as_deref(), status.spare);
     }
 }
 
@@ -296,7 +297,8 @@ pub(super) fn greet(
             if let Some(end) = end {
                 backend = format!("{backend} ({end})");
             }
-            Err(ConnectError::Conversation { backend, source })
+            let last_lines = process.as_ref().map(|process| process.last_lines()).unwrap_or_default();
+            Err(ConnectError::Conversation { backend, source, last_lines })
         }
     }
 }
@@ -422,6 +424,7 @@ impl VhostDevice {
             state,
             generation: 1,
             lost: 0,
+            failed_starts: 0,
             spare,
             exe,
             recovery,
@@ -433,7 +436,7 @@ impl VhostDevice {
         };
         let mut policy = care.policy;
         if foreign {
-            (policy.start_failures_max, policy.start_backoff_max) = (None, FOREIGN_LOOK);
+            (policy.start_attempts, policy.start_backoff_max) = (None, FOREIGN_LOOK);
         }
         let rules = Rules {
             policy,

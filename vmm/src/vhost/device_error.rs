@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::error::ConversationError;
 use super::source::SourceError;
+use crate::backend::BackendExit;
 use crate::doorbell::DoorbellError;
 use crate::lasted::Lasted;
 
@@ -24,6 +25,8 @@ pub enum ConnectError {
         /// Why not.
         #[source]
         source: ConversationError,
+        /// What its process wrote last, where it is ours.
+        last_lines: Vec<String>,
     },
     /// No doorbell.
     #[error(transparent)]
@@ -40,6 +43,23 @@ impl ConnectError {
             Self::Source(SourceError::Start { hopeless, .. }) => *hopeless,
             Self::Conversation { source, .. } => !source.is_gone(),
             Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => false,
+        }
+    }
+    /// How the process ended, where one of ours was tried.
+    pub(super) fn ended(&self) -> Option<String> {
+        match self {
+            Self::Source(SourceError::Start { .. }) | Self::Conversation { .. } => Some(self.to_string()),
+            Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => None,
+        }
+    }
+    /// What it wrote last.
+    pub(super) fn last_lines(&self) -> &[String] {
+        match self {
+            Self::Source(SourceError::Start { source, .. }) => {
+                source.downcast_ref().map_or(&[], |exit: &BackendExit| &exit.last_stderr)
+            }
+            Self::Conversation { last_lines, .. } => last_lines,
+            Self::Source(_) | Self::Doorbell(_) | Self::Resource(_) => &[],
         }
     }
 }

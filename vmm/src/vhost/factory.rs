@@ -13,7 +13,7 @@ use super::device::Connected;
 use super::kinds::{Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, Vsock};
 use super::parts::Care;
 use super::patience::Ending;
-use crate::backend::Household;
+use crate::backend::{Household, PolicyConfig};
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
 use crate::doorbell::Relay;
 use crate::lifecycle::Story;
@@ -167,7 +167,8 @@ impl DeviceFactory {
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
         let (on_failure, track) = (config.on_failure(), config.track());
         let debugged = self.debugged.contains(&host.name);
-        let care = Care { stall: config.stall_timeout(), debugged, standby: config.standby(), ..Care::default() };
+        let policy = PolicyConfig { start_attempts: config.start_attempts(), ..PolicyConfig::default() };
+        let care = Care { stall: config.stall_timeout(), debugged, policy, standby: config.standby() };
         let iommu = config.iommu();
         Ok(Described { kind, device, host, story, registry, on_failure, track, care, iommu })
     }

@@ -77,6 +77,8 @@ pub struct DeviceStatus {
     pub generation: u64,
     /// Backends that it has lost.
     pub lost: u64,
+    /// Successors that could not be started or greeted.
+    pub failed_starts: u64,
     /// The spare that waits beside it.
     pub spare: Spare,
     /// The program that it is served by, where that is ours.

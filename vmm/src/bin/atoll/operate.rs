@@ -370,6 +370,7 @@ mod tests {
             reason: None,
             generation: 2,
             restarts: 1,
+            failed_starts: 0,
             recovery: RecoveryClass::IdleOnly,
             counted: None,
             pid: Some(7),

@@ -297,6 +297,7 @@ mod tests {
             reason: None,
             generation: 2,
             restarts: 1,
+            failed_starts: 0,
             recovery: RecoveryClass::Full,
             counted: None,
             pid: Some(77),

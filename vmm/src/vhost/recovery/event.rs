@@ -113,6 +113,11 @@ pub(in crate::vhost) enum Tale {
     Crashed { generation: u64 },
     /// Its successor serves, or could.
     Restarted { generation: u64 },
+    /// Its successor could not be started, this often in a row by now; told for the first one, and then for each that
+    /// doubles the number.
+    StartFailed { generation: u64, times: u32, why: String },
+    /// None is to be had, and is waited for without limit.
+    Waiting { why: String },
     /// No backend serves it any more.
     Quarantined { why: String },
     /// It stands, and is left alone.

@@ -104,6 +104,7 @@ pub(in crate::vhost) struct Machine {
     stall_told: bool,
     pub(super) trouble: Trouble,
     lost: u64,
+    failed_starts: u64,
     stalls: StallWatch,
     actions: Vec<Action>,
 }
@@ -133,6 +134,7 @@ impl Machine {
             stall_told: false,
             trouble: Trouble::None,
             lost: 0,
+            failed_starts: 0,
             stalls: StallWatch::new(rules.stall),
             actions: Vec::new(),
         }
@@ -150,6 +152,10 @@ impl Machine {
     /// Backends that were lost.
     pub(in crate::vhost) fn lost(&self) -> u64 {
         self.lost
+    }
+    /// Successors that did not get as far as to be greeted.
+    pub(in crate::vhost) fn failed_starts(&self) -> u64 {
+        self.failed_starts
     }
     /// What happens when the present one is lost.
     pub(in crate::vhost) fn recovery(&self) -> Option<Recovery> {
@@ -247,7 +253,7 @@ impl Machine {
                 self.cancel_upgrade("the machine starts again", now);
                 self.stop_preparing_a_spare();
                 self.forget_driver(TakeBack::Leave);
-                self.revive(now);
+                self.bring_back(RestartPolicy::retry, now);
                 self.clear_up();
             }
             Event::Stop => {
@@ -265,7 +271,7 @@ impl Machine {
                     self.actions.push(Action::Spawn { generation });
                 }
             }
-            Event::Revive => self.revive(now),
+            Event::Revive => self.bring_back(RestartPolicy::revive, now),
             Event::Upgrade => self.upgrade(),
             Event::Transferred { generation } => self.transferred(generation, now),
             Event::NotTransferred { generation, why } => {
@@ -416,11 +422,20 @@ impl Machine {
             return;
         }
         self.coming = None;
+        self.failed_starts += 1;
         match failure {
             Failure::Hopeless(why) => self.give_up(why, now),
             Failure::Passing(why) => {
-                let unlimited = self.rules.policy.start_failures_max.is_none();
-                self.trouble = if unlimited { Trouble::Waiting(why) } else { Trouble::Recovering(why) };
+                let times = self.policy.start_failures().saturating_add(1);
+                if times.is_power_of_two() {
+                    self.act(Action::Tell(Tale::StartFailed { generation, times, why: why.clone() }));
+                }
+                // One that waits goes on waiting, whatever comes of this attempt.
+                match self.trouble {
+                    Trouble::Waiting(_) => self.trouble = Trouble::Waiting(why),
+                    _ if self.rules.policy.start_attempts.is_none() => self.await_one(why),
+                    _ => self.trouble = Trouble::Recovering(why),
+                }
                 let decision = self.policy.not_started(Generation(generation), now);
                 self.follow(decision, now);
             }
@@ -507,11 +522,19 @@ impl Machine {
         }
     }
 
+    /// None is to be had now.
+    fn await_one(&mut self, why: String) {
+        if !matches!(self.trouble, Trouble::Waiting(_)) {
+            self.act(Action::Tell(Tale::Waiting { why: why.clone() }));
+        }
+        self.trouble = Trouble::Waiting(why);
+    }
+
     /// No restart helps.
     fn give_up(&mut self, why: String, now: Moment) {
         if self.rules.on_failure == OnFailure::Wait {
             let decision = self.policy.hold(now);
-            self.trouble = Trouble::Waiting(why);
+            self.await_one(why);
             return self.follow(decision, now);
         }
         self.policy.give_up();
@@ -613,13 +636,13 @@ impl Machine {
         self.resets_owed = true;
         self.forget_driver(TakeBack::Reset);
         if self.is_quarantined() {
-            self.revive(now);
+            self.bring_back(RestartPolicy::retry, now);
         }
         self.clear_up();
     }
 
-    /// A device that was given up, or waits, starts afresh.
-    fn revive(&mut self, now: Moment) {
+    /// A device that was given up, or waits, is tried at once.
+    fn bring_back(&mut self, how: fn(&mut RestartPolicy) -> Decision, now: Moment) {
         if self.present.is_some() || self.coming.is_some() {
             return;
         }
@@ -627,7 +650,7 @@ impl Machine {
         if self.is_quarantined() {
             self.trouble = Trouble::Recovering("it was given up, and is tried again".into());
         }
-        let decision = self.policy.revive();
+        let decision = how(&mut self.policy);
         self.follow(decision, now);
     }
 

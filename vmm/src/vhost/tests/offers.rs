@@ -165,6 +165,7 @@ fn impossible_devices_are_refused() {
         src: "/dev/urandom".into(),
         id: None,
         stall_timeout: None,
+        start_attempts: None,
         on_failure: OnFailure::Error,
     });
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng0");

@@ -16,6 +16,8 @@ use crate::vhost::upgrade::UpgradeError;
 
 /// How long a killed process may take to be reaped before it is waited for beside everything else.
 const REAP: Duration = Duration::from_secs(1);
+/// Lines of a backend's output that are kept for an operator.
+const LAST_LINES: usize = 8;
 /// I/O of a process that has ended was seen to land this long after its end, and never later (when it cannot be seen).
 const AFTER_THE_END: Duration = Duration::from_millis(250);
 
@@ -73,6 +75,7 @@ impl Worker {
             State::Quarantined { why } => DeviceState::Quarantined { why },
         };
         let (generation, lost, recovery) = (machine.generation(), machine.lost(), machine.recovery());
+        let failed_starts = machine.failed_starts();
         let session = self.past.session.as_ref();
         let spare = match machine.spare() {
             SpareState::Off => Spare::Off,
@@ -83,7 +86,7 @@ impl Worker {
         let (pid, jail) = (session.and_then(|session| session.pid()), session.map(|session| session.jail()));
         self.shared.update(|status| {
             (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
-            (status.spare, status.exe) = (spare, exe);
+            (status.spare, status.exe, status.failed_starts) = (spare, exe, failed_starts);
             status.jail = jail.unwrap_or_default();
             status.recovery = recovery.unwrap_or(status.recovery);
         });
@@ -194,7 +197,11 @@ impl Worker {
     fn examine(&mut self, generation: u64, start: Start, outcome: Outcome) -> Result<Recovery, Failure> {
         let device = self.shared.name.clone();
         let (mut session, offer) = outcome.map_err(|error| {
-            tracing::warn!(device, generation, %error, "no backend yet");
+            // Told by whoever counts them, so that a program that never starts does not fill the log.
+            tracing::debug!(device, generation, %error, "no backend yet");
+            if start == Start::Alone {
+                self.note_end(error.ended(), error.last_lines().to_vec());
+            }
             failure(error.is_hopeless(), error.to_string())
         })?;
         session.conversation.obey(&self.shared.ending);
@@ -212,6 +219,9 @@ impl Worker {
         let fits = fits.and_then(|()| if beside { Ok(()) } else { self.replay_config(&mut session) });
         if let Err(error) = fits {
             let end = session.give_up(if beside { Instant::now() } else { Instant::now() + REAP });
+            if !beside {
+                self.note_end(Some(error.to_string()), Vec::new());
+            }
             tracing::warn!(device, generation, %error, end, "a backend that will not do");
             return Err(failure(!error.is_gone(), error.to_string()));
         }
@@ -222,7 +232,13 @@ impl Worker {
 
     fn kill(&mut self, generation: u64, events: &mut VecDeque<Event>) {
         let Some(mut session) = self.past.session.take() else { return };
+        // Its end is ours unless it had begun before.
+        let killed = session.process.is_some() && session.over().is_none();
         let words = session.give_up(Instant::now() + REAP);
+        let words = match (words, self.past.machine.state()) {
+            (Some(words), State::Recovering { why }) if killed => Some(format!("killed by the VMM: {why} ({words})")),
+            (words, _) => words,
+        };
         self.shared.gate.lost();
         if session.is_gone() {
             return self.bury(generation, &session, words, events);
@@ -265,8 +281,15 @@ impl Worker {
         };
         tracing::warn!(device = self.shared.name, generation, why, end = words, "backend lost");
         let reason = words.unwrap_or(why);
-        self.shared.update(|status| (status.last_exit, status.last_lines) = (Some(reason), lines));
+        self.note_end(Some(reason), lines);
         events.push_back(Event::Ended { generation, end: End { ending, progressed, unfinished } });
+    }
+
+    /// How the last one ended, and what it wrote last; nothing where there was no process.
+    fn note_end(&self, end: Option<String>, mut lines: Vec<String>) {
+        let Some(end) = end else { return };
+        lines.drain(..lines.len().saturating_sub(LAST_LINES));
+        self.shared.update(|status| (status.last_exit, status.last_lines) = (Some(end), lines));
     }
 
     /// Whether one that was killed has ended at last, and whether its last writes are done.
@@ -358,6 +381,14 @@ impl Worker {
             Tale::Restarted { generation } => {
                 tracing::warn!(device, generation, "backend is back");
                 self.tell("restarted", Some(generation), None);
+            }
+            Tale::StartFailed { generation, times, why } => {
+                tracing::warn!(device, generation, times, why, "no backend yet");
+                self.tell("start-failed", Some(generation), Some(format!("{why} (failed starts in a row: {times})")));
+            }
+            Tale::Waiting { why } => {
+                tracing::warn!(device, why, "no backend is to be had; it is waited for");
+                self.tell("waiting", None, Some(why));
             }
             Tale::Quarantined { why } => {
                 tracing::error!(

@@ -99,7 +99,7 @@ fn prepare(makers: &Makers, make: Make, ending: &Ending) -> Outcome {
     {
         session.give_up(Instant::now() + REAP);
         let backend = "the process beside the one that serves".to_owned();
-        return Err(ConnectError::Conversation { backend, source });
+        return Err(ConnectError::Conversation { backend, source, last_lines: Vec::new() });
     }
     Ok((session, offer))
 }

@@ -82,7 +82,7 @@ struct Schedule {
 fn rules(rng: &mut Rng) -> Rules {
     let on_failure = [OnFailure::Error, OnFailure::Wait, OnFailure::Unplug];
     let mut policy = PolicyConfig { intensity: 3, ..PolicyConfig::default() };
-    policy.start_failures_max = rng.chance(2).then_some(2);
+    policy.start_attempts = rng.chance(2).then_some(2);
     Rules {
         policy,
         on_failure: on_failure.get(rng.below(3)).copied().unwrap_or_default(),
