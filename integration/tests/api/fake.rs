@@ -175,6 +175,7 @@ impl VmControl for Fake {
             reason: None,
             generation: 1,
             failed_starts: 0,
+            upgrade: None,
             restarts: 0,
             recovery: RecoveryClass::Full,
             counted: None,

@@ -75,6 +75,7 @@ impl Standing {
             generation: known.generation,
             restarts: known.lost,
             failed_starts: known.failed_starts,
+            upgrade: None,
             recovery: RecoveryClass::IdleOnly,
             counted: None,
             pid: known.pid,

@@ -522,6 +522,7 @@ impl Keeper {
             generation: 0,
             restarts: 0,
             failed_starts: 0,
+            upgrade: None,
             recovery: RecoveryClass::None,
             counted: None,
             pid: None,

@@ -120,6 +120,9 @@ pub struct DeviceReport {
     /// Successors that could not be started, or did not get ready.
     #[serde(default)]
     pub failed_starts: u64,
+    /// What became of the last upgrade, while that is news: on probation, or rolled back and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<String>,
     /// What happens when it loses this one.
     pub recovery: RecoveryClass,
     /// Who counts what it does: `process` (requests, bytes, errors, latencies) or `rings` (completed requests, and nothing

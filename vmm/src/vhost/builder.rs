@@ -277,12 +277,18 @@ impl DeviceLife for VhostLife {
         self.device.inject(fault, seed).map_err(|error| self.failed("suffer the fault", error))
     }
     fn revive(&mut self) -> Result<(), LifeError> {
-        self.device.revive();
-        Ok(())
+        match self.device.status().state {
+            DeviceState::Idle | DeviceState::Running => Err(self.failed("revive", "it is well: a backend serves it")),
+            DeviceState::Stopped => Err(self.failed("revive", "it has been stopped")),
+            DeviceState::Recovering { .. } | DeviceState::Waiting { .. } | DeviceState::Quarantined { .. } => {
+                self.device.revive();
+                Ok(())
+            }
+        }
     }
 
     fn upgrade(&mut self, order: UpgradeOrder) -> Result<UpgradeOutcome, LifeError> {
-        self.device.begin_upgrade(order).map_err(|error| self.failed("be upgraded", error))
+        self.device.begin_upgrade(order).map_err(|error| self.failed("take the upgrade", error))
     }
 
     fn report(&self) -> Option<DeviceReport> {
@@ -304,6 +310,7 @@ impl DeviceLife for VhostLife {
             generation: status.generation,
             restarts: status.lost,
             failed_starts: status.failed_starts,
+            upgrade: status.upgrade,
             recovery: match status.recovery {
                 Recovery::Full => RecoveryClass::Full,
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,

@@ -425,6 +425,7 @@ impl VhostDevice {
             generation: 1,
             lost: 0,
             failed_starts: 0,
+            upgrade: None,
             spare,
             exe,
             recovery,
@@ -447,6 +448,7 @@ impl VhostDevice {
             // Of what cannot be started beside itself there is no spare.
             standby: care.standby && makers.build.is_ok(),
             probation: limits.probation,
+            trial: limits.trial,
         };
         let parts = Parts { makers, fence, memory, behind: None, relay, limits, story, meter, clock };
         Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
@@ -595,9 +597,15 @@ impl VhostDevice {
     /// When the program cannot even be tried.
     pub fn begin_upgrade(&self, order: UpgradeOrder) -> Result<UpgradeOutcome, UpgradeError> {
         let unfit = |reason: String| UpgradeError::Program { exe: order.exe.clone(), reason };
-        let there = order.exe.metadata().map_err(|error| unfit(error.to_string()))?;
-        if !order.exe.is_absolute() || !there.is_file() {
-            return Err(unfit("give the absolute path of a program".into()));
+        if !order.exe.is_absolute() {
+            return Err(unfit("give the program's absolute path".into()));
+        }
+        let there = order.exe.metadata().map_err(|error| unfit(format!("it cannot be run ({error})")))?;
+        if !there.is_file() {
+            return Err(unfit(format!(
+                "it is {}, and no program",
+                if there.is_dir() { "a folder" } else { "no file" }
+            )));
         }
         let (answer, outcome) = sync_channel(1);
         if !self.shared.send(Request::Upgrade { order, answer }) {

@@ -63,6 +63,6 @@ pub use source::{
 pub use spawned::{MakeDescriptors, SpawnedBackend};
 pub use standin::{RecordError, unfinished};
 pub use status::{DeviceState, DeviceStatus, Recovery, Spare};
-pub use upgrade::{Lone, SWITCH_STEP, UpgradeError, UpgradeOrder, UpgradeOutcome};
+pub use upgrade::{Lone, SWITCH_STEP, UPGRADE_TRIAL, UpgradeError, UpgradeOrder, UpgradeOutcome};
 pub(crate) use upgrade::{UPGRADE_MAX, await_outcome};
 pub use worker::ResizeError;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::class::DeviceClass;
 use super::iotlb::Behind;
 use super::source::{BackendSource, Build, Fence};
-use super::upgrade::Lone;
+use super::upgrade::{Lone, UPGRADE_TRIAL};
 use crate::actor::{Clock, RealClock, Roll};
 use crate::backend::PolicyConfig;
 use crate::config::{OnFailure, Track};
@@ -24,8 +24,10 @@ pub struct Limits {
     pub step: Duration,
     /// GET_VRING_BASE, for which a backend finishes what is in flight.
     pub drain: Duration,
-    /// How long a new build must serve before the old one is forgotten.
+    /// How long a new build must serve before the operator is told that it does.
     pub probation: Duration,
+    /// How long after that its death brings the old one back.
+    pub trial: Duration,
     /// A guest's reset waits so long for a successor to have passed the fence of a dead backend.
     pub fence: Duration,
 }
@@ -37,6 +39,7 @@ impl Default for Limits {
             step: Duration::from_secs(5),
             drain: Duration::from_secs(10),
             probation: Duration::from_millis(250),
+            trial: UPGRADE_TRIAL,
             fence: Duration::from_secs(10),
         }
     }

@@ -83,6 +83,8 @@ pub struct DeviceStatus {
     pub spare: Spare,
     /// The program that it is served by, where that is ours.
     pub exe: Option<PathBuf>,
+    /// What became of the last upgrade, while that is news: on probation, or rolled back and why.
+    pub upgrade: Option<String>,
     /// What happens when it loses this one.
     pub recovery: Recovery,
     /// Process id of the backend, where it is ours and there is one.

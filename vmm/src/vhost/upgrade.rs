@@ -32,6 +32,9 @@ pub(crate) fn await_outcome(coming: &UpgradeOutcome, limit: Duration) -> Result<
     })
 }
 
+/// How long a new build is on probation when it serves: its death within that time brings the old one back.
+pub const UPGRADE_TRIAL: Duration = Duration::from_secs(10);
+
 /// How long a new build may take for each word while the guest waits, unless the operator says otherwise.
 pub const SWITCH_STEP: Duration = Duration::from_millis(25);
 
@@ -45,8 +48,9 @@ pub enum Lone {
     Foreign,
     /// A card's way to the world.
     #[error(
-        "the card has a passt of its own, whose connections are lost with it; unplug the card and plug it in again \
-         (atoll remove-device, atoll add-net)"
+        "the card has a passt of its own, which serves one process at a time; put the new program where the old one lies and \
+         kill the process (its successor is of the new one), or unplug the card and plug it in again (atoll remove-device, \
+         atoll add-net)"
     )]
     User,
 }
@@ -55,13 +59,13 @@ pub enum Lone {
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum UpgradeError {
     /// There is one process of it at a time.
-    #[error("its backend cannot be replaced from here: {0}")]
+    #[error("its backend cannot be replaced while it serves: {0}")]
     Lone(#[from] Lone),
     /// One at a time.
     #[error("it is being upgraded already; wait for that")]
     Busy,
     /// The program is not there.
-    #[error("{} cannot be run: {reason}", .exe.display())]
+    #[error("{}: {reason}", .exe.display())]
     Program {
         /// Where it should be.
         exe: PathBuf,
@@ -69,7 +73,7 @@ pub enum UpgradeError {
         reason: String,
     },
     /// It was tried, and will not do.
-    #[error("the old build carries on: {0}")]
+    #[error("the old build stays: {0}")]
     Refused(String),
     /// No outcome in time.
     #[error(

@@ -10,6 +10,7 @@ use atoll_vmm::api::{Client, ClientError, Method, own_inherited};
 use atoll_vmm::config::{ConsoleConfig, DeviceConfig, bytes_of};
 use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
+use atoll_vmm::vhost::UPGRADE_TRIAL;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -113,7 +114,8 @@ fn device_rows(devices: &[DeviceReport]) -> Vec<Vec<String>> {
     let mut rows = vec![row(["DEVICE", "KIND", "PLACE", "STATE", "RECOVERY", "PID", "GENERATION", "RESTARTS", ""])];
     let optional = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     rows.extend(devices.iter().map(|device| {
-        let why = device.reason.clone().or_else(|| device.last_exit.as_ref().map(|exit| format!("last: {exit}")));
+        let last = || device.last_exit.as_ref().map(|exit| format!("last: {exit}"));
+        let why = device.reason.clone().or_else(|| device.upgrade.clone()).or_else(last);
         vec![
             device.id.clone(),
             device.kind.name().into(),
@@ -312,7 +314,12 @@ pub(crate) fn upgrade(name: &str, id: &str, exe: &Path, step_ms: u32) -> anyhow:
     let body = json!({ "id": id, "exe": exe, "step_ms": step_ms });
     let answer = Machine::find(name)?.put("vm.upgrade-device", Some(&body))?;
     let generation = answer.as_ref().and_then(|answer| answer["generation"].as_u64()).unwrap_or_default();
-    let line = format!("{id} is served by {} now (generation {generation})\n", exe.display());
+    let trial = UPGRADE_TRIAL.as_secs();
+    let line = format!(
+        "{id} is served by {} now (generation {generation}); for {trial} s it is on probation: if it dies, the program before \
+         it comes back (`atoll info`)\n",
+        exe.display()
+    );
     stdout().write_all(line.as_bytes())?;
     Ok(())
 }
@@ -371,6 +378,7 @@ mod tests {
             generation: 2,
             restarts: 1,
             failed_starts: 0,
+            upgrade: None,
             recovery: RecoveryClass::IdleOnly,
             counted: None,
             pid: Some(7),

@@ -298,6 +298,7 @@ mod tests {
             generation: 2,
             restarts: 1,
             failed_starts: 0,
+            upgrade: None,
             recovery: RecoveryClass::Full,
             counted: None,
             pid: Some(77),

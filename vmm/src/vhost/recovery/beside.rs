@@ -28,6 +28,8 @@ pub(super) enum Upgrade {
     Switching { generation: u64, recovery: Recovery, lost: Option<String> },
     /// It is the device's backend, and still has to show that it lives.
     Probation { generation: u64, until: Option<Moment> },
+    /// It has, and the operator knows; but its first death within this time brings the old build back.
+    Trial { generation: u64, until: Moment },
 }
 
 /// A process that waits for the death of the one that serves.
@@ -77,7 +79,8 @@ impl Machine {
                 | Upgrade::Stopping { generation, .. }
                 | Upgrade::Moving { generation, .. }
                 | Upgrade::Switching { generation, .. }
-                | Upgrade::Probation { generation, .. },
+                | Upgrade::Probation { generation, .. }
+                | Upgrade::Trial { generation, .. },
             ) => Some(generation),
             None => None,
         };
@@ -98,28 +101,48 @@ impl Machine {
 
     /// Begins to make an incarnation of the new build.
     pub(super) fn upgrade(&mut self) {
+        // Who asks for the next one keeps the last one.
+        self.end_trial();
+        if matches!(self.upgrade, Some(Upgrade::Trial { .. })) {
+            let why = "the last new build has just died, and the one before it is on its way; try again when it serves";
+            return self.act(Action::Tell(Tale::UpgradeRefused { why: why.to_owned() }));
+        }
         if self.upgrade.is_some() {
             return;
         }
-        let why = match self.alive() {
-            _ if self.leaving => "the machine ends or starts again",
-            Some(_) => {
-                let generation = self.policy.issue().0;
-                self.upgrade = Some(Upgrade::Starting { generation });
-                self.act(Action::Tell(Tale::UpgradeStarted { generation }));
-                return self.act(Action::SpawnBeside { generation, build: Build::New });
-            }
-            None if self.is_quarantined() => {
-                "the device has been given up; `atoll revive` brings its backend back first"
-            }
-            None => "the device's backend is not there just now; try again when it is",
-        };
-        self.refuse(why.to_owned());
+        if self.leaving {
+            return self.refuse("the machine ends or starts again".to_owned());
+        }
+        let generation = self.policy.issue().0;
+        self.upgrade = Some(Upgrade::Starting { generation });
+        self.act(Action::Tell(Tale::UpgradeStarted { generation }));
+        self.act(Action::SpawnBeside { generation, build: Build::New });
+    }
+
+    /// A new build is ready, and nobody serves the device or is about to: it does, as after a crash. What the old one knew
+    /// is lost with it. Says whether it was so.
+    pub(super) fn take_over(&mut self, now: Moment) -> bool {
+        let Some(Upgrade::Ready { generation, recovery }) = self.upgrade else { return false };
+        if self.present.is_some() || self.coming.is_some() || self.leaving {
+            return false;
+        }
+        self.again_at = None;
+        self.take_back(TakeBack::Reset);
+        self.upgrade = Some(Upgrade::Probation { generation, until: None });
+        self.renew_probation(now);
+        self.act(Action::Tell(Tale::Restarted { generation }));
+        self.promote(generation, recovery);
+        true
     }
 
     /// One that was started beside is there. Says whether it was one.
-    pub(super) fn greeted_beside(&mut self, generation: u64, recovery: Recovery) -> bool {
+    pub(super) fn greeted_beside(&mut self, generation: u64, recovery: Recovery, now: Moment) -> bool {
         match self.upgrade {
+            Some(Upgrade::Starting { generation: new }) if new == generation && self.alive().is_none() => {
+                self.upgrade = Some(Upgrade::Ready { generation, recovery });
+                self.take_over(now);
+                return true;
+            }
             Some(Upgrade::Starting { generation: new }) if new == generation => {
                 self.cover(generation, recovery);
                 return true;
@@ -286,14 +309,35 @@ impl Machine {
     /// The new build serves no more, and its time of probation is not over.
     pub(super) fn roll_back(&mut self, why: String, now: Moment) {
         self.act(Action::Revert);
-        self.refuse(why);
+        if let Some(Upgrade::Trial { .. }) = self.upgrade {
+            self.upgrade = None;
+            // It is of the new build too.
+            self.drop_spare();
+            self.act(Action::Tell(Tale::RolledBack { why }));
+        } else {
+            self.refuse(why);
+        }
         let decision = self.policy.replace();
         self.follow(decision, now);
     }
 
     /// Whether it is a new build whose time of probation is not over.
     pub(super) fn is_on_probation(&self, generation: u64) -> bool {
-        matches!(self.upgrade, Some(Upgrade::Probation { generation: new, .. }) if new == generation)
+        let on_probation = match self.upgrade {
+            Some(Upgrade::Probation { generation, .. } | Upgrade::Trial { generation, .. }) => Some(generation),
+            _ => None,
+        };
+        on_probation == Some(generation)
+    }
+
+    /// Whether what serves is a new build whose death would bring the old one back.
+    pub(in crate::vhost) fn is_on_trial(&self) -> bool {
+        matches!(self.upgrade, Some(Upgrade::Trial { .. }))
+    }
+
+    /// Whether a new build is being started and greeted.
+    pub(super) fn is_trying_a_build(&self) -> bool {
+        matches!(self.upgrade, Some(Upgrade::Starting { .. }))
     }
 
     /// Its time begins when it could have the rings, and anew when it has them.
@@ -312,10 +356,22 @@ impl Machine {
         if let Some(Upgrade::Probation { generation, .. }) = self.upgrade
             && self.alive() == Some(generation)
         {
-            self.upgrade = None;
+            self.upgrade = Some(Upgrade::Trial { generation, until: now.after(self.rules.trial) });
             self.act(Action::Tell(Tale::Upgraded { generation }));
             // The spare is of the old build.
             self.renew_spare(now);
+            if self.rules.trial.is_zero() {
+                self.end_trial();
+            }
+        }
+    }
+
+    /// The new build is kept. One that is dying is not.
+    fn end_trial(&mut self) {
+        if let Some(Upgrade::Trial { generation, .. }) = self.upgrade
+            && self.alive() == Some(generation)
+        {
+            self.upgrade = None;
         }
     }
 
@@ -332,7 +388,11 @@ impl Machine {
                 self.act(Action::DropBeside { generation });
                 self.refuse(why.to_owned());
             }
-            Some(Upgrade::Probation { .. }) => self.complete_upgrade(now),
+            Some(Upgrade::Probation { .. }) => {
+                self.complete_upgrade(now);
+                self.end_trial();
+            }
+            Some(Upgrade::Trial { .. }) => self.end_trial(),
             Some(Upgrade::Switching { .. }) | None => {}
         }
     }
@@ -395,6 +455,7 @@ impl Machine {
     pub(super) fn beside_due_at(&self) -> Option<Moment> {
         let probation = match self.upgrade {
             Some(Upgrade::Probation { until, .. }) => until,
+            Some(Upgrade::Trial { until, generation }) if self.alive() == Some(generation) => Some(until),
             _ => None,
         };
         let spare = match self.standby.stage {
@@ -406,7 +467,8 @@ impl Machine {
 
     /// Beside whom there should be a spare: one that serves and is not about to be replaced.
     fn wants_spare(&self) -> bool {
-        self.rules.standby && self.alive().is_some() && self.upgrade.is_none() && !self.leaving
+        let settled = matches!(self.upgrade, None | Some(Upgrade::Trial { .. }));
+        self.rules.standby && self.alive().is_some() && settled && !self.leaving
     }
 
     pub(super) fn time_beside(&mut self, now: Moment) {
@@ -414,6 +476,11 @@ impl Machine {
             && until <= now
         {
             self.complete_upgrade(now);
+        }
+        if let Some(Upgrade::Trial { until, .. }) = self.upgrade
+            && until <= now
+        {
+            self.end_trial();
         }
         if let Stage::From(at) = self.standby.stage
             && at <= now

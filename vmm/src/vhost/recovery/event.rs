@@ -130,6 +130,8 @@ pub(in crate::vhost) enum Tale {
     Upgraded { generation: u64 },
     /// The old build carries on, or is back.
     UpgradeRefused { why: String },
+    /// The new build served, and died too soon to be kept: the old one is started again.
+    RolledBack { why: String },
     /// A spare waits.
     SpareReady { generation: u64 },
     /// The spare is gone; there will be another.

@@ -27,8 +27,10 @@ pub(in crate::vhost) struct Rules {
     pub(in crate::vhost) debugged: bool,
     /// A spare waits beside the backend.
     pub(in crate::vhost) standby: bool,
-    /// How long a new build must serve before the old one is forgotten.
+    /// How long a new build must serve before the operator is told that it does.
     pub(in crate::vhost) probation: Duration,
+    /// How long after that its death brings the old one back.
+    pub(in crate::vhost) trial: Duration,
 }
 
 /// A backend that is there.
@@ -92,7 +94,7 @@ pub(in crate::vhost) struct Machine {
     pub(super) coming_beside: bool,
     pub(super) upgrade: Option<Upgrade>,
     pub(super) standby: Standby,
-    again_at: Option<Moment>,
+    pub(super) again_at: Option<Moment>,
     pub(super) rings: Rings,
     pub(super) fence: Fence,
     driver: Option<Driver>,
@@ -194,7 +196,7 @@ impl Machine {
     pub(in crate::vhost) fn on(&mut self, event: Event, now: Moment) -> Vec<Action> {
         match event {
             Event::Greeted { generation, recovery } => {
-                if !self.greeted_beside(generation, recovery) {
+                if !self.greeted_beside(generation, recovery, now) {
                     self.greeted(generation, recovery);
                 }
             }
@@ -423,6 +425,9 @@ impl Machine {
         }
         self.coming = None;
         self.failed_starts += 1;
+        if self.take_over(now) {
+            return;
+        }
         match failure {
             Failure::Hopeless(why) => self.give_up(why, now),
             Failure::Passing(why) => {
@@ -464,7 +469,8 @@ impl Machine {
             && let Some(present) = &mut self.present
         {
             present.dying = Some(Verdict::RollBack(why.clone()));
-        } else {
+        } else if !self.is_trying_a_build() {
+            // One that is on its way may be what the device waits for.
             self.cancel_upgrade(&format!("the old one was lost meanwhile: {why}"), now);
         }
         self.lost += 1;
@@ -509,6 +515,7 @@ impl Machine {
             self.policy.progress(Generation(generation));
         }
         match verdict {
+            Verdict::GiveUp(_) | Verdict::Restart if self.take_over(now) => {}
             Verdict::GiveUp(why) => self.give_up(why, now),
             Verdict::RollBack(why) => self.roll_back(why, now),
             Verdict::Replaced | Verdict::Restart => {
@@ -553,7 +560,7 @@ impl Machine {
 
     fn sampled(&mut self, samples: &[Sample], spared: bool, now: Moment) {
         let Rings::Out(generation) = self.rings else { return };
-        let (moved, stands) = self.stalls.look(samples, now);
+        let (moved, waits, stands) = self.stalls.look(samples, now);
         if moved {
             self.stall_told = false;
             self.policy.progress(Generation(generation));
@@ -561,6 +568,9 @@ impl Machine {
         if let Some((queue, time)) = stands {
             let what = format!("queue {queue} has completed nothing for {} s with work in it", time.as_secs());
             self.stalled(generation, what, spared, now);
+        } else if waits {
+            // A kick may have been lost: it is given again before that costs a backend.
+            self.act(Action::Kick { call: false });
         }
     }
 

@@ -31,8 +31,8 @@ pub(in crate::vhost) struct StallWatch {
     look_at: Option<Moment>,
 }
 
-/// Looks per limit: a stall is seen at most this fraction of the limit late.
-const LOOKS: u32 = 4;
+/// Looks per limit: a stall is seen at most this fraction of the limit late, and a lost kick after two of them.
+const LOOKS: u32 = 15;
 
 impl StallWatch {
     /// A watch that finds a queue that stands for `limit`; none for one that finds nothing.
@@ -53,21 +53,25 @@ impl StallWatch {
     pub(super) fn look_at(&self) -> Option<Moment> {
         self.look_at
     }
-    /// Compares with the last look. Says whether anything was completed since, and which queue stands and for how long.
-    pub(super) fn look(&mut self, samples: &[Sample], now: Moment) -> (bool, Option<(u16, Duration)>) {
-        let Some(limit) = self.limit else { return (false, None) };
+    /// Compares with the last look. Says whether anything was completed since, whether a queue has completed nothing since
+    /// with work in it at both, and which one stands and for how long.
+    pub(super) fn look(&mut self, samples: &[Sample], now: Moment) -> (bool, bool, Option<(u16, Duration)>) {
+        let Some(limit) = self.limit else { return (false, false, None) };
         self.look_at = self.look_at.map(|_| now.after(limit / LOOKS));
         // Whoever looks was not running itself: nobody is late because of that.
         let absent = now.since(self.looked_at).saturating_sub(limit / 2);
         self.looked_at = now;
-        let (mut moved, mut stands) = (false, None);
+        let (mut moved, mut waits, mut stands) = (false, false, None);
         let before = std::mem::take(&mut self.queues);
         for sample in samples {
             let known = before.iter().find(|known| known.sample.queue == sample.queue);
             let progress = known.is_some_and(|known| known.sample.used != sample.used);
             moved |= progress;
             let since = match known {
-                Some(known) if !progress && known.sample.waiting && sample.waiting => known.since.after(absent),
+                Some(known) if !progress && known.sample.waiting && sample.waiting => {
+                    waits = true;
+                    known.since.after(absent)
+                }
                 _ => now,
             };
             if now.since(since) >= limit {
@@ -75,6 +79,6 @@ impl StallWatch {
             }
             self.queues.push(Watched { sample: *sample, since });
         }
-        (moved, stands)
+        (moved, waits, stands)
     }
 }

@@ -15,9 +15,9 @@ struct Story {
 
 fn rules() -> Rules {
     let (fence, stall) = (Duration::from_secs(10), Some(Duration::from_secs(30)));
-    let (standby, probation) = (false, Duration::from_millis(200));
+    let (standby, probation, trial) = (false, Duration::from_millis(200), Duration::from_secs(10));
     let policy = PolicyConfig::default();
-    Rules { policy, on_failure: OnFailure::Error, fence, stall, debugged: false, standby, probation }
+    Rules { policy, on_failure: OnFailure::Error, fence, stall, debugged: false, standby, probation, trial }
 }
 
 fn end(idle: bool) -> End {
@@ -151,26 +151,26 @@ fn a_pause_during_recovery() {
 }
 
 /// A queue with work in it stands: its backend is replaced at the deadline, though it answers whatever it is asked. One
-/// that is being debugged is told of, once. A machine that was itself stopped for an hour blames nobody.
+/// that is being debugged is told of, once. A machine that was itself stopped for an hour blames nobody. Before that its
+/// kick is given again: one that was lost costs two looks, and no backend.
 #[test]
 fn a_queue_that_stands() {
     let stand = |story: &mut Story, seconds: u64| {
         story.now += Duration::from_secs(seconds);
         let samples = vec![Sample { queue: 0, used: 7, waiting: true }];
-        story.on(Event::Sampled { samples, spared: false })
+        let actions = story.on(Event::Sampled { samples, spared: false });
+        let kicks = actions.iter().filter(|action| **action == Action::Kick { call: false }).count();
+        (actions.into_iter().filter(|action| !matches!(action, Action::Kick { .. })).collect::<Vec<_>>(), kicks)
     };
-    let until = |story: &mut Story| -> Vec<Action> {
-        let looks: Vec<Action> = (0..5).flat_map(|_| stand(story, 8)).collect();
-        looks
-    };
+    let until = |story: &mut Story| -> Vec<Action> { (0..5).flat_map(|_| stand(story, 8).0).collect() };
     assert_eq!(until(&mut Story::running(rules())), [Action::Kill { generation: 1 }]);
     let told = until(&mut Story::running(Rules { debugged: true, ..rules() }));
     assert!(matches!(told.as_slice(), [Action::Tell(Tale::Stalled { .. })]), "{told:?}");
     assert_eq!(until(&mut Story::running(Rules { stall: None, ..rules() })), []);
     let mut stopped = Story::running(rules());
-    assert_eq!(stand(&mut stopped, 8), []);
-    assert_eq!(stand(&mut stopped, 3600), []);
-    assert_eq!((0..3).flat_map(|_| stand(&mut stopped, 8)).collect::<Vec<_>>(), [Action::Kill { generation: 1 }]);
+    assert_eq!(stand(&mut stopped, 8), (vec![], 0));
+    assert_eq!(stand(&mut stopped, 3600), (vec![], 1));
+    assert_eq!((0..3).flat_map(|_| stand(&mut stopped, 8).0).collect::<Vec<_>>(), [Action::Kill { generation: 1 }]);
 }
 
 /// A new build is made ready beside the one that serves, and then a process of the old build that would have the rings if
@@ -201,7 +201,109 @@ fn a_new_build_takes_over() {
     let done = [Action::Tell(Tale::Upgraded { generation: 2 }), Action::DropBeside { generation: 3 }];
     assert_eq!(story.pass(), done);
     assert_eq!((story.machine.lost(), story.machine.state()), (0, State::Running));
-    assert_eq!((story.machine.spare(), story.machine.due_at()), (SpareState::Off, None));
+    assert_eq!(story.machine.spare(), SpareState::Off);
+    // If it dies soon, the old one comes back; later its death is one like any other.
+    let mut soon = Story { machine: story.machine.clone(), now: story.now };
+    let actions = soon.lose(2, false);
+    let back = [Action::Tell(Tale::RolledBack { why: "gone".into() }), Action::Spawn { generation: 4 }];
+    assert!(actions.contains(&Action::Revert) && actions.ends_with(&back), "{actions:?}");
+    soon.on(Event::FencePassed);
+    soon.greeted(4);
+    soon.on(Event::HandedOver { generation: 4 });
+    assert!(!soon.lose(4, false).contains(&Action::Revert), "once");
+    assert!(story.machine.is_on_trial());
+    assert_eq!((story.pass(), story.machine.due_at(), story.machine.is_on_trial()), (vec![], None, false));
+    assert!(!story.lose(2, false).contains(&Action::Revert));
+}
+
+/// Fails every start until the device is given up. Says how often the failures were told.
+fn fail_until_quarantined(story: &mut Story, mut actions: Vec<Action>) -> Vec<u32> {
+    let mut told = Vec::new();
+    loop {
+        told.extend(actions.iter().filter_map(|action| match action {
+            Action::Tell(Tale::StartFailed { times, .. }) => Some(*times),
+            _ => None,
+        }));
+        if matches!(story.machine.state(), State::Quarantined { .. }) {
+            return told;
+        }
+        actions = match actions.iter().find_map(|action| match action {
+            Action::Spawn { generation } => Some(*generation),
+            _ => None,
+        }) {
+            Some(generation) => story.not_started(generation),
+            None => story.pass(),
+        };
+    }
+}
+
+/// A program that does not start any more was silent for two minutes, and again so long after each reset of the guest.
+/// Each failure is counted; the first is told, and then each that doubles their number; a reset is one attempt more, a word
+/// of the operator all of them.
+#[test]
+fn failed_starts_are_told_and_counted() {
+    let mut story = Story::running(rules());
+    let actions = story.lose(1, false);
+    assert_eq!(fail_until_quarantined(&mut story, actions), [1, 2, 4, 8, 16]);
+    assert_eq!(story.machine.failed_starts(), 20);
+    assert!(story.now < Duration::from_secs(30), "{:?}", story.now);
+    story.on(Event::FencePassed);
+    story.on(Event::Employed);
+    let actions = story.on(Event::Reset);
+    let before = story.now;
+    assert_eq!(fail_until_quarantined(&mut story, actions), []);
+    assert_eq!((story.machine.failed_starts(), story.now), (21, before));
+    let actions = story.on(Event::Revive);
+    assert_eq!(fail_until_quarantined(&mut story, actions), [1, 2, 4, 8, 16]);
+    // One that is waited for: that it is, is told once.
+    let mut waiting = Story::running(Rules { on_failure: OnFailure::Wait, ..rules() });
+    let mut actions = waiting.lose(1, false);
+    let mut told = 0;
+    while waiting.machine.failed_starts() < 60 {
+        told += actions.iter().filter(|action| matches!(action, Action::Tell(Tale::Waiting { .. }))).count();
+        actions = match actions.last() {
+            Some(Action::Spawn { generation }) => waiting.not_started(*generation),
+            _ => waiting.pass(),
+        };
+    }
+    assert_eq!((told, matches!(waiting.machine.state(), State::Waiting { .. })), (1, true));
+}
+
+/// Where the program is broken, another one is the way out: it takes a device that was given up, or that waits, as a
+/// successor does. One that will not do is refused, and changes nothing.
+#[test]
+fn an_upgrade_out_of_a_crash_loop() {
+    let mut story = Story::running(rules());
+    let actions = story.lose(1, false);
+    fail_until_quarantined(&mut story, actions);
+    story.on(Event::FencePassed);
+    story.on(Event::Employed);
+    let tried = |actions: &[Action]| match actions {
+        [Action::Tell(Tale::UpgradeStarted { .. }), Action::SpawnBeside { generation, build: Build::New }] => {
+            *generation
+        }
+        other => panic!("{other:?}"),
+    };
+    let generation = tried(&story.on(Event::Upgrade));
+    let failure = Failure::Hopeless("lacks FLUSH".into());
+    let refused = story.on(Event::NotStarted { generation, failure });
+    assert_eq!(refused, [Action::Tell(Tale::UpgradeRefused { why: "lacks FLUSH".into() })]);
+    assert!(matches!(story.machine.state(), State::Quarantined { .. }));
+    let generation = tried(&story.on(Event::Upgrade));
+    let actions = story.greeted(generation);
+    let place = |wanted: Action| actions.iter().position(|action| *action == wanted).expect("done");
+    assert!(place(Action::Dismiss) < place(Action::Promote { generation }), "{actions:?}");
+    assert_eq!(actions.last(), Some(&Action::HandOver { generation, continued: true }));
+    story.on(Event::HandedOver { generation });
+    assert!(story.pass().contains(&Action::Tell(Tale::Upgraded { generation })));
+    // While the old program is being started once more, that is waited for.
+    let mut recovering = Story::running(rules());
+    recovering.lose(1, false);
+    let generation = tried(&recovering.on(Event::Upgrade));
+    assert_eq!(recovering.greeted(generation), []);
+    assert!(recovering.not_started(2).contains(&Action::Promote { generation }));
+    let over = [Action::Settled, Action::HandOver { generation, continued: true }];
+    assert_eq!(recovering.on(Event::FencePassed), over);
 }
 
 /// A new build that will not do: before it has anything the old one carries on untouched; when the old one has given its

@@ -105,6 +105,7 @@ struct Rig {
 fn limits() -> Limits {
     Limits {
         probation: Duration::from_millis(100),
+        trial: Duration::from_secs(10),
         start: Duration::from_secs(5),
         step: Duration::from_millis(200),
         drain: Duration::from_millis(200),

@@ -47,8 +47,6 @@ impl Greeted {
 /// An upgrade under way.
 pub(super) struct Upgrade {
     order: UpgradeOrder,
-    /// The program before, once the new one has been promoted.
-    former: Option<PathBuf>,
     answer: SyncSender<Result<u64, UpgradeError>>,
     outcome: Option<Result<u64, UpgradeError>>,
 }
@@ -68,7 +66,7 @@ impl Worker {
             let _ = answer.send(Err(error));
             return;
         }
-        self.past.upgrade = Some(Upgrade { order, former: None, answer, outcome: None });
+        self.past.upgrade = Some(Upgrade { order, answer, outcome: None });
         self.feed(Event::Upgrade);
     }
 
@@ -123,9 +121,8 @@ impl Worker {
         };
         let Greeted { mut session, config, build, beside, .. } = self.past.greeted.swap_remove(at);
         if let Some(build) = build {
-            let former = self.parts.makers.build.as_ref().ok().map(|builds| builds.set(build));
+            self.past.former = self.parts.makers.build.as_ref().ok().map(|builds| builds.set(build));
             if let Some(upgrade) = &mut self.past.upgrade {
-                upgrade.former = former;
                 session.conversation.set_step_limit(upgrade.order.step);
             }
         }
@@ -138,8 +135,7 @@ impl Worker {
 
     /// The new build has done for this device.
     pub(super) fn revert(&mut self) {
-        let former = self.past.upgrade.as_mut().and_then(|upgrade| upgrade.former.take());
-        if let (Some(former), Ok(builds)) = (former, &self.parts.makers.build) {
+        if let (Some(former), Ok(builds)) = (self.past.former.take(), &self.parts.makers.build) {
             builds.set(former);
         }
     }

@@ -76,6 +76,9 @@ impl Worker {
         };
         let (generation, lost, recovery) = (machine.generation(), machine.lost(), machine.recovery());
         let failed_starts = machine.failed_starts();
+        let on_trial =
+            machine.is_on_trial().then(|| "on probation: if it dies, the program before it comes back".into());
+        let upgrade = on_trial.or_else(|| self.past.rolled_back.clone());
         let session = self.past.session.as_ref();
         let spare = match machine.spare() {
             SpareState::Off => Spare::Off,
@@ -87,6 +90,7 @@ impl Worker {
         self.shared.update(|status| {
             (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
             (status.spare, status.exe, status.failed_starts) = (spare, exe, failed_starts);
+            status.upgrade = upgrade;
             status.jail = jail.unwrap_or_default();
             status.recovery = recovery.unwrap_or(status.recovery);
         });
@@ -402,7 +406,13 @@ impl Worker {
                 tracing::warn!(device, what, "the backend stands");
                 self.tell("stalled", None, Some(what));
             }
+            Tale::RolledBack { why } => {
+                tracing::warn!(device, why, "the other build died too soon; the one before it is started again");
+                self.past.rolled_back = Some(format!("rolled back: the new build did not last ({why})"));
+                self.tell("rolled-back", None, Some(why));
+            }
             Tale::UpgradeStarted { generation } => {
+                self.past.rolled_back = None;
                 tracing::info!(device, generation, "another build is tried");
                 self.tell("upgrade-started", Some(generation), None);
             }

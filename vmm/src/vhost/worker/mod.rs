@@ -24,6 +24,7 @@ mod standin;
 mod translate;
 
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
@@ -87,6 +88,10 @@ pub(super) struct Past {
     greeted: Vec<Greeted>,
     /// Another build that the operator asked for.
     upgrade: Option<Upgrade>,
+    /// The program before the last that was promoted.
+    former: Option<PathBuf>,
+    /// Why the last build that was tried was given up after all.
+    rolled_back: Option<String>,
     machine: Machine,
     inflight: Option<Arc<InflightRegion>>,
     /// Sectors that the operator gave it last, if he did: what a successor shows then is no surprise.
@@ -104,6 +109,8 @@ impl Past {
             dying: None,
             greeted: Vec::new(),
             upgrade: None,
+            former: None,
+            rolled_back: None,
             machine,
             inflight: None,
             capacity: None,

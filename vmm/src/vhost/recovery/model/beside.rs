@@ -25,12 +25,15 @@ pub(super) struct Beside {
     upgrades_left: u8,
     /// The operator waits for a word.
     asked: bool,
+    /// Whom what the device knows was moved to.
+    moved: Option<u64>,
 }
 
 impl Beside {
     pub(super) fn new(device: &Device) -> Self {
         let upgrades_left = device.upgrades;
-        Self { waiting: Vec::new(), build: 0, former: 0, told: 0, promoted: (1, 0), upgrades_left, asked: false }
+        let (promoted, asked, moved) = ((1, 0), false, None);
+        Self { waiting: Vec::new(), build: 0, former: 0, told: 0, promoted, upgrades_left, asked, moved }
     }
 
     /// The build of a process that is started alone.
@@ -131,7 +134,9 @@ impl State {
         if self.process.is_some() {
             self.complain("two backends at a time");
         }
-        let Waiting { process, dead } = self.beside.waiting.remove(at);
+        let Waiting { mut process, dead } = self.beside.waiting.remove(at);
+        // One that follows the dead is told again what the driver has told its device.
+        process.knows |= self.beside.moved != Some(generation);
         self.beside.promoted = (generation, process.build);
         if process.build != self.beside.build && mistake != Some(Mistake::KeepBuild) {
             (self.beside.former, self.beside.build) = (self.beside.build, process.build);
@@ -154,6 +159,7 @@ impl State {
         let new = self.beside.waiting.iter_mut().find(|waiting| waiting.process.generation == to && !waiting.dead);
         let event = match new {
             Some(new) => {
+                self.beside.moved = Some(to);
                 new.process.knows = mistake != Some(Mistake::SkipTransfer);
                 Event::Transferred { generation: to }
             }

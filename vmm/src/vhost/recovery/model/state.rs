@@ -191,7 +191,7 @@ pub(super) enum Step {
 fn rules(standby: bool) -> Rules {
     let policy = PolicyConfig::default();
     let (on_failure, probation) = (OnFailure::Error, Duration::from_secs(1));
-    Rules { policy, on_failure, fence: FENCE, stall: None, debugged: false, standby, probation }
+    Rules { policy, on_failure, fence: FENCE, stall: None, debugged: false, standby, probation, trial: Duration::ZERO }
 }
 
 impl State {

@@ -51,6 +51,7 @@ fn every_schedule_is_safe_and_comes_to_an_end() {
     // The schedules do what they are for.
     assert!(sum.deaths > SCHEDULES && sum.hand_overs > SCHEDULES && sum.quarantines > SCHEDULES / 10, "{sum:?}");
     assert!(sum.completed as u64 > 2 * SCHEDULES, "{sum:?}");
+    assert!(sum.rolled_back > SCHEDULES / 50, "{sum:?}");
     assert!(sum.upgrades > SCHEDULES / 4 && sum.refusals > SCHEDULES / 2 && sum.takeovers > SCHEDULES / 4, "{sum:?}");
 }
 

@@ -30,6 +30,7 @@ pub(super) struct Outcome {
     pub(super) hand_overs: u64,
     pub(super) upgrades: u64,
     pub(super) refusals: u64,
+    pub(super) rolled_back: u64,
     pub(super) takeovers: u64,
 }
 
@@ -42,6 +43,7 @@ impl Outcome {
         self.hand_overs += other.hand_overs;
         self.upgrades += other.upgrades;
         self.refusals += other.refusals;
+        self.rolled_back += other.rolled_back;
         self.takeovers += other.takeovers;
     }
 }
@@ -76,6 +78,7 @@ struct Schedule {
     must_know: Option<(u64, u32)>,
     upgrades: u64,
     refusals: u64,
+    rolled_back: u64,
     takeovers: u64,
 }
 
@@ -91,6 +94,7 @@ fn rules(rng: &mut Rng) -> Rules {
         debugged: false,
         standby: rng.chance(2),
         probation: Duration::from_millis(200),
+        trial: Duration::from_secs(1 << rng.below(8)),
     }
 }
 
@@ -128,6 +132,7 @@ pub(super) fn run(seed: u64, mistake: Option<Mistake>) -> Outcome {
         must_know: None,
         upgrades: 0,
         refusals: 0,
+        rolled_back: 0,
         takeovers: 0,
     };
     schedule.activate();
@@ -151,6 +156,7 @@ impl Schedule {
             hand_overs: self.hand_overs,
             upgrades: self.upgrades,
             refusals: self.refusals,
+            rolled_back: self.rolled_back,
             takeovers: self.takeovers,
         }
     }

@@ -138,6 +138,11 @@ impl Schedule {
                     self.world.complain("an upgrade was said to be refused and is done");
                 }
             }
+            // The operator hears that the build before serves again.
+            Action::Tell(Tale::RolledBack { .. }) => {
+                self.rolled_back += 1;
+                self.told_build = self.former_build;
+            }
             Action::Tell(_) | Action::ShowConfig | Action::NeedsReset | Action::AskUnplug => {}
         }
     }
