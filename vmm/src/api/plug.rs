@@ -73,6 +73,9 @@ pub(super) fn routes() -> Vec<Route> {
             Good::Json(of::<Upgraded>),
             |api, _, asked| {
                 let UpgradeDevice { id, exe, step_ms } = body::decode(asked.body)?;
+                if step_ms == Some(0) {
+                    return refuse("step_ms is how long each word may take, at least 1");
+                }
                 let step = step_ms.map_or(SWITCH_STEP, |ms| Duration::from_millis(ms.into()));
                 let generation = api.control.upgrade_device(&id, UpgradeOrder { exe, step })?;
                 Ok(Reply::json(&Upgraded { generation }).into())

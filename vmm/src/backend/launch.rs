@@ -1,10 +1,11 @@
 //! One exec: what happens between fork and the child's first instruction.
 #![allow(unsafe_code, reason = "code between fork and exec: std offers it only as an unsafe hook")]
 
-use std::io::{self, PipeReader};
+use std::fs::File;
+use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
@@ -56,6 +57,10 @@ pub(super) fn launch(spec: BackendSpec, jail: JailPolicy) -> Result<Launched, Sp
 pub(super) fn start(name: &str, mut command: Command, fds: Vec<PassedFd>) -> Result<Started, SpawnError> {
     let plumbing = |source: io::Error| SpawnError::Plumbing { name: name.to_owned(), source };
     let exe = PathBuf::from(command.get_program());
+    if is_no_program(&exe) {
+        let source = io::Error::from_raw_os_error(libc::ENOEXEC);
+        return Err(SpawnError::Exec { name: name.to_owned(), exe, source });
+    }
     let (output, childs_output) = io::pipe().map_err(plumbing)?;
     rustix::io::ioctl_fionbio(&output, true).map_err(|errno| plumbing(errno.into()))?;
     let childs_errors = childs_output.try_clone().map_err(plumbing)?;
@@ -97,6 +102,15 @@ pub(super) fn start(name: &str, mut command: Command, fds: Vec<PassedFd>) -> Res
             Err(plumbing(errno.into()))
         }
     }
+}
+
+/// Whether a file is neither an ELF program nor a script that names its interpreter. The C library hands what the kernel does
+/// not execute to a shell, as a script; a text that happens to be executable is no device process.
+fn is_no_program(exe: &Path) -> bool {
+    let mut start = [0; 4];
+    let read = File::open(exe).and_then(|mut file| file.read(&mut start));
+    // What cannot be read may still be executed; the kernel says more about it.
+    read.is_ok_and(|read| !matches!(start.get(..read), Some([b'#', b'!', ..] | [0x7f, b'E', b'L', b'F'])))
 }
 
 /// Runs between fork and exec.

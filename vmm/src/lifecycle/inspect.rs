@@ -107,6 +107,7 @@ impl Tree<'_> {
     /// The part at `path`, its steps separated by slashes; an empty path means all of it.
     pub(super) fn part(&self, path: &str) -> Result<Value, VmError> {
         let mut part = self.whole();
+        let mut above = String::new();
         for step in path.split('/').filter(|step| !step.is_empty()) {
             let next = match &mut part {
                 Value::Object(fields) => fields.remove(step),
@@ -118,9 +119,13 @@ impl Tree<'_> {
             part = next.ok_or_else(|| {
                 VmError::new(
                     ErrorKind::NotFound,
-                    format!("there is no '{step}' in '{path}'; inspect its parent to see what there is"),
+                    match above.as_str() {
+                        "" => format!("there is no '{step}'; `atoll inspect` without a path shows what there is"),
+                        above => format!("there is no '{step}' in '{above}'; inspect '{above}' to see what there is"),
+                    },
                 )
             })?;
+            above = if above.is_empty() { step.to_owned() } else { format!("{above}/{step}") };
         }
         Ok(part)
     }

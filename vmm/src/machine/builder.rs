@@ -131,8 +131,10 @@ pub trait DeviceLife: Send {
     /// # Errors
     /// When there is no process behind it, or it cannot be replaced.
     fn upgrade(&mut self, _order: UpgradeOrder) -> Result<UpgradeOutcome, LifeError> {
-        let source = "the device has no process that could be replaced".into();
-        Err(LifeError { device: "device".into(), step: "be upgraded", source })
+        let source = "no process stands behind it that could hand over what it knows to another build; one that is killed has a \
+                      successor of the program that lies at its path then"
+            .into();
+        Err(LifeError { device: "device".into(), step: "take the upgrade", source })
     }
     /// What an operator is told about it; `None` for devices without a process.
     fn report(&self) -> Option<DeviceReport> {

@@ -9,7 +9,7 @@
 //! | `kill`, `disconnect`, `garbage` | requests that take some milliseconds longer | a successor |
 //! | `stop` | requests that take as long as the process stands | by itself; a successor after `stall_timeout` |
 //! | `delay`, `slow` | slower requests | by itself |
-//! | `drop-kick` | a request that nobody takes | its next kick; a successor after `stall_timeout` |
+//! | `drop-kick` | a request that nobody takes | its next kick; the VMM's own, which a ring that stands gets after two looks (a fifteenth of `stall_timeout` each: two to four seconds); a successor after `stall_timeout` |
 //! | `drop-call` | a request that is done, and nobody says so | the next call, which a driver that hears of used buffers by index (EVENT_IDX) may never get; the next recovery, which calls every ring |
 
 use std::str::FromStr;
@@ -22,7 +22,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::device::{SwitchError, VhostDevice};
+use super::device::{DeviceState, SwitchError, VhostDevice};
 use crate::doorbell::{DoorbellError, Interposer, Verdict};
 
 /// What may happen to a device.
@@ -92,6 +92,9 @@ pub enum FaultError {
     /// There is no process of ours.
     #[error("no process of this VMM serves the device now: disconnect works with any backend")]
     NoProcess,
+    /// There is no conversation that could break.
+    #[error("no backend serves the device now (it is {0}), so that nothing can break")]
+    NoBackend(&'static str),
     /// The process could not be signalled.
     #[error("its process cannot be signalled: {0}")]
     Signal(#[from] rustix::io::Errno),
@@ -175,6 +178,10 @@ pub(super) fn inject(device: &VhostDevice, fault: Fault, seed: u64) -> Result<()
         Fault::DropKick => kicks(device, few, Verdict::Drop),
         Fault::DropCall => calls(device, few, Verdict::Drop),
         Fault::Disconnect | Fault::Garbage => {
+            let state = device.status().state;
+            if !matches!(state, DeviceState::Idle | DeviceState::Running) {
+                return Err(FaultError::NoBackend(state.word()));
+            }
             if device.break_conversation((fault == Fault::Garbage).then_some(seed)) {
                 Ok(())
             } else {

@@ -145,7 +145,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE")]
         exe: PathBuf,
         /// How long it may take for each word while the guest waits, in milliseconds; then the old one comes back.
-        #[arg(long, value_name = "MS", default_value_t = 25)]
+        #[arg(long, value_name = "MS", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..))]
         step_ms: u32,
     },
     /// Does to a device what the world may do: kill, stop, delay, drop-kick, drop-call, slow, disconnect or garbage. Only for
@@ -387,7 +387,8 @@ pub(crate) struct RunArgs {
     /// A disk: path=FILE[,image_type=raw|qcow2][,backing_files=on][,readonly=on][,direct=on][,serial=TEXT][,num_queues=N]
     /// [,queue_size=N][,id=NAME], or an external backend: vhost_user=true,socket=PATH[,track=shadow]. Limits:
     /// bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and bw_one_time_burst, ops_one_time_burst. With
-    /// on_failure=error|wait|unplug for a backend that cannot be had again; standby=on keeps a spare process beside the one
+    /// on_failure=error|wait|unplug for a backend that cannot be had again, start_attempts=N for how often in a row it may fail
+    /// to start before that (20 when left out, half a minute; 0 for any number); standby=on keeps a spare process beside the one
     /// that serves. Several may follow one flag, and it may be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) disk: Vec<String>,

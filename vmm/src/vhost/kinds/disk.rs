@@ -67,6 +67,12 @@ pub enum DiskError {
         /// The image.
         path: PathBuf,
     },
+    /// Nothing in it, and a size alone would not do.
+    #[error("{} is empty, and no qcow2 image: make one with `qemu-img create -f qcow2 {} 1G`", .path.display(), .path.display())]
+    EmptyQcow2 {
+        /// The image.
+        path: PathBuf,
+    },
     /// Nobody said what it is, and it may be either.
     #[error(
         "{} begins with a qcow2 header and the disk does not say what it is: give it image_type=qcow2, or image_type=raw \
@@ -92,6 +98,7 @@ fn open_image(path: &Path, access: ImageAccess, image_type: Option<ImageType>) -
     let bytes = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).map_err(size)?;
     let mut start = [0; QCOW2_MAGIC.len()];
     match bytes {
+        0 if image_type == Some(ImageType::Qcow2) => return Err(DiskError::EmptyQcow2 { path: path.to_owned() }),
         0 => return Err(DiskError::Empty { path: path.to_owned() }),
         _ if image_type == Some(ImageType::Qcow2) => return Ok(image),
         // A guest may write such a header onto its raw disk: what a disk is, is never guessed from what is on it.
