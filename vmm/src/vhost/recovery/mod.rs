@@ -21,11 +21,14 @@
 //!
 //! ```text
 //!          started, greeted     rings taken back     state moved         old one ended       time passes
-//! Starting ───────────────> Ready ───────────> Stopping ──────> Switching ────────────> Probation ─────────> done
+//! Starting ───────────────> Ready ───────────> Stopping ──────> Switching ────────────> Probation ─────────> Trial
 //!    │                        │                   │                │                      │
 //!    └────────────────────────┴───────────────────┘                └──────────────────────┘
 //!       refused: the old one carries on, on its rings                refused: the old build is started again
 //! ```
+//!
+//! A build whose time of trial is over is the device's; one that dies before that is followed by the one before it. Where
+//! nobody serves, one that is ready takes the device as a successor does.
 //!
 //! The machine runs in a simulation of its own ([`simulation`]): fake processes, fake time, seeded schedules. And in a model
 //! ([`model`]) in which every interleaving of a small device is tried, together with the real rules of a queue and of the
