@@ -183,8 +183,16 @@ fn failures_to_start_are_explained() {
     let error = spawner.spawn(missing, sink.clone()).expect_err("there is none").to_string();
     assert_eq!(error, "the backend of disk0 is missing: there is no /nonexistent/atoll-blk; install it beside atoll");
     let folder = BackendSpec { exe: "/".into(), ..spec("", 1) };
-    let error = spawner.spawn(folder, sink).expect_err("not executable");
+    let error = spawner.spawn(folder, sink.clone()).expect_err("not executable");
     assert!(matches!(error, SpawnError::Exec { .. }), "{error}");
+    // The C library would have a shell run it, with everything that the device was to have.
+    let scratch = tempfile::tempdir().unwrap();
+    let text = scratch.path().join("text");
+    std::fs::write(&text, "touch ran-as-a-script\n").unwrap();
+    std::fs::set_permissions(&text, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let error = spawner.spawn(BackendSpec { exe: text, ..spec("", 1) }, sink).expect_err("no program");
+    let SpawnError::Exec { source, .. } = error else { panic!("{error}") };
+    assert_eq!(source.raw_os_error(), Some(libc::ENOEXEC));
 
     let quick = |part| {
         let mut spec = spec(part, 1);

@@ -149,8 +149,11 @@ fn devices(text: &mut Text, devices: &[DeviceSnapshot]) {
             Spare::Ready { .. } => "ready",
         };
         for state in ["off", "coming", "ready"] {
-            let labels = format_args!("device=\"{}\",state=\"{state}\"", Value(&device.id));
-            text.sample(name, labels, u8::from(state == at));
+            text.sample(
+                name,
+                format_args!("device=\"{}\",state=\"{state}\"", Value(&device.id)),
+                u8::from(state == at),
+            );
         }
     }
     let name = "atoll_device_generation";
