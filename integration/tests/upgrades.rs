@@ -10,7 +10,8 @@ fn plan(image: Image, seed: u64) -> Plan {
     Plan { class: Class::Blk, kills: 0, seed, image, direct: false, folder: None, sabotage: None }
 }
 
-/// Two builds of a disk take turns, with a kill in between that must bring the newest build back; nothing is lost.
+/// Two builds of a disk take turns, with a kill in between that brings back the build before the newest, which is on probation; nothing
+/// is lost.
 #[test]
 fn builds_take_turns_under_load() -> Result<()> {
     let mut builds = Builds::open(&plan(Image::Raw, 11), &place::steps())?;

@@ -26,7 +26,7 @@ const BETWEEN: u64 = 200;
 const UPGRADE_MAX: Duration = Duration::from_secs(60);
 /// A machine that is busy with something else makes an honest build late; then it is tried again.
 const TRIES: u32 = 5;
-/// After so many upgrades the backend is killed: its successor is of the new build.
+/// After so many upgrades the backend is killed: its successor is of the build that it must be of.
 const KILL_EVERY: u64 = 25;
 
 /// What a run of upgrades came to.
@@ -44,7 +44,8 @@ pub struct Upgrades {
     pub upgrades: u64,
     /// Honest builds that were taken back because they were late, and tried again.
     pub late: u64,
-    /// Backends that were killed between upgrades; each successor was of the newest build.
+    /// Backends that were killed between upgrades; each successor was of the newest build, or of the one before it where the
+    /// newest was on probation.
     pub kills: u64,
     /// The longest time without a completion around each upgrade.
     pub silence_ms: Spread,
@@ -213,7 +214,8 @@ impl Builds {
         self.verify_serving(self.serves).with_context(|| format!("after {bad:?}: {error}"))
     }
 
-    /// The backend is killed: the next one is of the build that served.
+    /// The backend is killed: the next one is of the build that served, or of the one before it, where that is what is told
+    /// of a build on probation.
     pub fn kill(&mut self) -> Result<()> {
         let lost = self.scene.rig.lost();
         self.scene.rig.device().inject(Fault::Kill, 0)?;
@@ -223,6 +225,10 @@ impl Builds {
             self.scene.load.turn()?;
         }
         self.kills += 1;
+        let told = self.scene.rig.status().upgrade;
+        if told.is_some_and(|told| told.starts_with("rolled back")) {
+            self.serves = 1 - self.serves;
+        }
         self.verify_serving(self.serves)
     }
 
