@@ -251,7 +251,7 @@ fn failed_starts_are_told_and_counted() {
     story.on(Event::Employed);
     let actions = story.on(Event::Reset);
     let before = story.now;
-    assert_eq!(fail_until_quarantined(&mut story, actions), []);
+    assert_eq!(fail_until_quarantined(&mut story, actions), [0_u32; 0]);
     assert_eq!((story.machine.failed_starts(), story.now), (21, before));
     let actions = story.on(Event::Revive);
     assert_eq!(fail_until_quarantined(&mut story, actions), [1, 2, 4, 8, 16]);
