@@ -179,8 +179,9 @@ pub(super) fn inject(device: &VhostDevice, fault: Fault, seed: u64) -> Result<()
         Fault::DropCall => calls(device, few, Verdict::Drop),
         Fault::Disconnect | Fault::Garbage => {
             let state = device.status().state;
-            if !matches!(state, DeviceState::Idle | DeviceState::Running) {
-                return Err(FaultError::NoBackend(state.word()));
+            match state {
+                DeviceState::Idle | DeviceState::Running | DeviceState::Stopped => {}
+                away => return Err(FaultError::NoBackend(away.word())),
             }
             if device.break_conversation((fault == Fault::Garbage).then_some(seed)) {
                 Ok(())

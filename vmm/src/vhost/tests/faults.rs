@@ -104,7 +104,8 @@ fn a_lost_kick_is_made_good_by_the_next_one_or_by_a_successor() {
     let second = rig.lives.recv_timeout(LONG).unwrap();
     second.await_message("SET_VRING_ENABLE 1");
     assert_eq!(rig.device.doorbells()[0].path(), Path::Interposed, "three more would be lost");
-    assert_eq!(second.await_kick(0), 1, "and the successor's own kick is not");
+    // Those that the VMM gave the first one in vain are in the same doorbell.
+    assert!(second.await_kick(0) >= 1, "and the successor's own kick is not");
 }
 
 /// The backend's call is lost, so the driver waits for a request that is done: until the next call, or until a recovery, which
