@@ -1,3 +1,6 @@
+//! The virtual IOMMU without queues: what the specification's examples and status codes say, the life of a driver, and any
+//! sequence of requests beside a map of single bytes that keeps no ranges.
+
 use std::collections::HashMap;
 
 use proptest::collection::vec;

@@ -1,3 +1,6 @@
+//! The virtual IOMMU behind its queues: a driver's rings in memory, a device that keeps translations and confirms changes or
+//! does not, and what the driver reads in the used rings.
+
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 

@@ -1,3 +1,6 @@
+//! What is said of functions of machines that differ: each is a tree of files as sysfs lays it out, with the configuration space of
+//! each function, and the kernel's part in binding is played on it.
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
