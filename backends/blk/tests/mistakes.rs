@@ -88,7 +88,7 @@ fn an_image_on_a_read_only_descriptor_is_not_opened_for_writing() -> Result<()> 
 fn a_socket_that_nobody_listens_on_is_replaced_and_one_in_use_is_not() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let path = image(folder.path(), 1 << 20)?;
-    let socket = folder.path().join("blk.sock");
+    let socket = folder.path().join("device.sock");
     // A predecessor that was killed leaves its file.
     drop(std::os::unix::net::UnixListener::bind(&socket)?);
     let mut blk = process::listen(folder.path(), &["--path", path.to_str().unwrap()])?;

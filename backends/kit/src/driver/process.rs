@@ -19,6 +19,8 @@ use super::{Driver, Options};
 const LISTEN_MAX: Duration = Duration::from_secs(10);
 /// How long it may take to end.
 const END_MAX: Duration = Duration::from_secs(20);
+/// How long it may take to say why it does not serve.
+const FAIL_MAX: Duration = Duration::from_secs(60);
 
 /// A running program; killed when dropped.
 #[derive(Debug)]
@@ -143,10 +145,23 @@ pub fn with_fds<'a>(command: &'a mut Command, fds: &[(&str, OwnedFd)]) -> &'a mu
 /// Runs it to its end, for mistakes on the command line: status and standard error.
 ///
 /// # Panics
-/// It does not start, or says what is no text.
+/// It does not start, does not end, or says what is no text.
 pub fn fails(program: impl AsRef<OsStr>, args: &[&str]) -> (ExitStatus, String) {
     let mut child = command(program).args(args).stderr(Stdio::piped()).spawn().expect("the program starts");
+    let deadline = Instant::now() + FAIL_MAX;
+    // What it says fits into a pipe.
+    let status = loop {
+        match child.try_wait().expect("a status") {
+            Some(status) => break status,
+            None if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(2)),
+            None => {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("with {args:?} it serves instead of failing");
+            }
+        }
+    };
     let mut text = String::new();
     child.stderr.take().expect("a pipe").read_to_string(&mut text).expect("text");
-    (child.wait().expect("a status"), text)
+    (status, text)
 }
