@@ -140,6 +140,9 @@ impl Options {
         if self.tap.is_none() && (self.host_ip.is_some() || self.host_mac.is_some()) {
             return Err("--host-ip and --host-mac are for --tap".to_owned());
         }
+        if self.tap.is_none() && self.hand_over.is_some() {
+            return Err("--hand-over is for --tap".to_owned());
+        }
         if self.queue_pairs > 1 && (self.stream.is_some() || self.stream_fd.is_some()) {
             return Err("a stream has one queue pair: leave --queue-pairs out".to_owned());
         }

@@ -270,7 +270,7 @@ mod tests {
             (&["--kernel", "k", "--disk", "path=a,id=x", "path=b,id=x"], "'x'"),
             (&["--kernel", "k", "--console", "tty", "--serial", "tty"], "the terminal"),
             (&["--kernel", "k", "--serial2", "tty"], "second serial port"),
-            (&["--kernel", "k", "--api-socket", "fd=x"], "fd=N"),
+            (&["--kernel", "k", "--api-socket", "fd=x"], "fd=x: a number"),
             (&["--kernel", "k", "--serial", &long], "107"),
         ];
         for (line, expected) in cases {
