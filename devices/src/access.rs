@@ -175,6 +175,13 @@ impl Deferred {
 }
 
 impl Completion {
+    /// Whether somebody still waits for the answer.
+    #[must_use]
+    pub fn is_awaited(&self) -> bool {
+        // The asker has the other one.
+        Arc::strong_count(&self.0) > 1
+    }
+
     /// Completes the access: the value read, or zero for a write.
     pub fn complete(self, value: u64) {
         settle(&self.0, State::Done(value));

@@ -9,6 +9,7 @@ pub mod address_map;
 pub mod interrupt;
 pub mod iommu;
 pub mod irq;
+pub mod passthrough;
 pub mod pci;
 pub mod power;
 pub mod reset_port;

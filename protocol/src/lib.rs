@@ -10,6 +10,7 @@
 pub mod access;
 pub mod bounded;
 pub mod bus;
+pub mod display;
 pub mod frame;
 pub mod id;
 pub mod jail;
@@ -21,6 +22,7 @@ pub mod saved;
 pub mod sidecar;
 pub mod socket;
 pub mod stats;
+pub mod vfio_user;
 
 pub use access::{Access, AccessKind, Exit, Space, Width};
 pub use frame::{FrameError, FrameHeader};

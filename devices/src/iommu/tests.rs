@@ -279,7 +279,7 @@ fn an_unconfirmed_change_fails() {
     assert_eq!(outcome.answer, [Status::DeviceError as u8, 0, 0, 0]);
     let mut none = Outcome::default();
     none.fail();
-    assert_eq!(none.answer, []);
+    assert!(none.answer.is_empty());
 }
 
 /// The addresses of the model: some at either end of the address space.

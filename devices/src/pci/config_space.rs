@@ -132,6 +132,27 @@ impl ConfigSpace {
         space
     }
 
+    /// The header and capabilities of another function: its `bytes` at power-on and what of them software may change. BARs are
+    /// added as to an empty one.
+    pub fn of(mut bytes: [u8; CONFIG_LEN], mut writable: [u8; CONFIG_LEN], mapping: Arc<dyn BarMapping>) -> Self {
+        bytes[BAR_0..BAR_0 + 24].fill(0);
+        writable[BAR_0..BAR_0 + 24].fill(0);
+        // Decoding is off at power-on, and goes on only where there are BARs.
+        bytes[COMMAND..COMMAND + 2].fill(0);
+        let mut space = Self {
+            bytes,
+            writable,
+            power_on: bytes,
+            bars: [None; 6],
+            // Nobody appends to somebody else's list.
+            next_capability: CONFIG_LEN,
+            last_pointer: CAPABILITY_POINTER,
+            mapping,
+        };
+        space.allow_command(COMMAND_BUS_MASTER);
+        space
+    }
+
     /// Sets bytes as they are at power-on.
     fn put(&mut self, at: usize, bytes: &[u8]) {
         for (index, byte) in bytes.iter().enumerate() {
@@ -244,7 +265,20 @@ impl ConfigSpace {
         start < at + width && at < start + len
     }
 
-    fn command(&self) -> u16 {
+    /// What the command register is after a write.
+    pub fn command_after(&self, offset: u16, data: &[u8]) -> u16 {
+        let mut command = self.command().to_le_bytes();
+        for (byte, at) in data.iter().zip(usize::from(offset)..) {
+            if let Some(index) = at.checked_sub(COMMAND).filter(|index| *index < 2) {
+                let mask = self.writable[at];
+                command[index] = command[index] & !mask | byte & mask;
+            }
+        }
+        u16::from_le_bytes(command)
+    }
+
+    /// The command register.
+    pub fn command(&self) -> u16 {
         u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]])
     }
 

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use thiserror::Error;
 
+use super::config_space::BarKind;
 use crate::access::Answer;
 
 /// Device and function number on bus 0.
@@ -63,8 +64,8 @@ pub trait PciFunction: Send {
     /// Machine reset: back to the state at power-on, BAR addresses included. [`Answer::Later`] when something behind the
     /// function must stop first.
     fn reset(&mut self) -> Answer;
-    /// The BARs that the board assigns addresses to before the guest starts: number, space, length in bytes.
-    fn bars(&self) -> Vec<(u8, BarSpace, u64)>;
+    /// The BARs that the board assigns addresses to before the guest starts: number, kind, length in bytes.
+    fn bars(&self) -> Vec<(u8, BarKind, u64)>;
     /// Puts BAR `bar` at `base`, as firmware would.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::config_space::{ConfigSpace, Identity};
+use super::config_space::{BarKind, ConfigSpace, Identity};
 use super::function::{BarError, BarMapping, BarSpace, PciFunction};
 use crate::access::Answer;
 
@@ -59,7 +59,7 @@ impl PciFunction for HostBridge {
         self.config.reset();
         Answer::Now
     }
-    fn bars(&self) -> Vec<(u8, BarSpace, u64)> {
+    fn bars(&self) -> Vec<(u8, BarKind, u64)> {
         Vec::new()
     }
     fn assign_bar(&mut self, bar: u8, base: u64) -> Result<(), BarError> {

@@ -97,6 +97,12 @@ impl Msix {
         Ok(())
     }
 
+    /// What the control register says now, where another configuration space holds it.
+    pub fn set_control(&mut self, enabled: bool, function_masked: bool) {
+        (self.state.enabled, self.state.function_masked) = (enabled, function_masked);
+        (0..self.vectors()).for_each(|vector| self.tell(vector));
+    }
+
     /// Number of vectors.
     pub fn vectors(&self) -> u16 {
         self.state.entries.len() as u16
@@ -130,9 +136,7 @@ impl Msix {
 
     fn follow_control(&mut self, config: &ConfigSpace) {
         let control = config.bytes()[usize::from(self.capability) + 3];
-        self.state.enabled = control & ENABLE != 0;
-        self.state.function_masked = control & FUNCTION_MASK != 0;
-        (0..self.vectors()).for_each(|vector| self.tell(vector));
+        self.set_control(control & ENABLE != 0, control & FUNCTION_MASK != 0);
     }
 
     /// Reads the table, 4 or 8 bytes at a multiple of 4; zeros otherwise.

@@ -23,7 +23,7 @@ use super::driver_intent::{DeviceOffer, Intent, NotifyPlacement, VirtioFrontend}
 use crate::access::{Answer, Deferred};
 use crate::interrupt::{MsiMessage, MsixRoutes, Wire};
 use crate::pci::config_space::{BarKind, CONFIG_LEN, CapabilityError, ConfigSpace, Identity};
-use crate::pci::function::{BarError, BarMapping, BarSpace, PciFunction};
+use crate::pci::function::{BarError, BarMapping, PciFunction};
 use crate::pci::msix::{ENTRY_LEN, Msix, MsixState, VectorCountError};
 
 /// The BAR with the register blocks.
@@ -549,8 +549,8 @@ impl PciFunction for VirtioPci {
         pending.map_or(Answer::Now, Answer::Later)
     }
 
-    fn bars(&self) -> Vec<(u8, BarSpace, u64)> {
-        self.pci.bars().map(|(bar, kind, len)| (bar, kind.space(), len)).collect()
+    fn bars(&self) -> Vec<(u8, BarKind, u64)> {
+        self.pci.bars().collect()
     }
 
     fn assign_bar(&mut self, bar: u8, base: u64) -> Result<(), BarError> {

@@ -6,7 +6,7 @@ use super::pci::{BAR_LEN, NOTIFY_OFFSET};
 use super::*;
 use crate::access::{Answer, Completion, deferred};
 use crate::interrupt::{MsiMessage, MsixRoutes, Wire, WireSink};
-use crate::pci::{BarMapping, BarSpace, PciFunction};
+use crate::pci::{BarKind, BarMapping, BarSpace, PciFunction};
 
 /// Everything that a transport reports, in the order in which it does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -404,7 +404,7 @@ fn device_configuration() {
 #[test]
 fn doorbells_follow_the_bar() {
     let (mut function, log) = function();
-    assert_eq!(function.bars(), [(0, BarSpace::Memory, BAR_LEN)]);
+    assert_eq!(function.bars(), [(0, BarKind::Memory64 { prefetchable: false }, BAR_LEN)]);
     function.assign_bar(0, 0x80_0000_0000).unwrap();
     assert_eq!(log.take(), []);
     let _ = function.config_write(4, &[2]);
