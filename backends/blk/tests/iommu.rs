@@ -9,6 +9,7 @@ use anyhow::Result;
 use atoll_kit::driver::disk::Kind;
 use atoll_kit::driver::iommu::{self, READ, WRITE};
 use atoll_kit::driver::{Driver, Options, USER_OFFSET};
+use vhost::VhostBackend as _;
 use vhost::vhost_user::VhostUserFrontend;
 
 use process::{DATA, Process, image, listen, pattern, run};
@@ -25,6 +26,8 @@ fn disk(folder: &std::path::Path, bytes: u64) -> Result<(Process, Driver, UnixSt
     let (questions, theirs) = UnixStream::pair()?;
     questions.set_read_timeout(Some(Duration::from_secs(60)))?;
     driver.front()?.set_backend_request_fd(&theirs)?;
+    // It is not answered, and a request that came before it would have nowhere to ask: what is answered comes behind it.
+    driver.front()?.get_features()?;
     Ok((blk, driver, questions))
 }
 

@@ -2,27 +2,25 @@
 //! has changed.
 //!
 //! The `vhost` crate receives the channel (SET_BACKEND_REQ_FD) and hides its descriptor, and has no word for
-//! VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. So that one message is taken from the socket by hand before the crate sees it, and
+//! VHOST_USER_BACKEND_CONFIG_CHANGE_MSG. So that one message is taken from the socket by hand ([`brought`](crate::brought)), and
 //! the other one is written by hand. No answer is asked for: whoever waited for one would keep the conversation from
 //! answering the question that the front end asks next, which is GET_CONFIG.
 
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 
 /// Header: request, flags, size.
-const HEADER: usize = 12;
-const VERSION: u32 = 1;
-const VERSION_MASK: u32 = 3;
-const REPLY: u32 = 4;
-const NEED_REPLY: u32 = 8;
+pub(crate) const HEADER: usize = 12;
+pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION_MASK: u32 = 3;
+pub(crate) const REPLY: u32 = 4;
+pub(crate) const NEED_REPLY: u32 = 8;
 /// VHOST_USER_BACKEND_IOTLB_MSG, which the crate does not know.
 const BACKEND_IOTLB_MSG: u32 = 1;
 /// Bytes of an answer: header and value.
@@ -95,7 +93,7 @@ fn hear_yes(socket: &OwnedFd, deadline: Instant) -> Option<bool> {
     (header == expected).then(|| value.iter().all(|byte| *byte == 0))
 }
 
-fn words(words: &[u32]) -> Vec<u8> {
+pub(crate) fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
@@ -112,68 +110,17 @@ pub(crate) fn next_request(stream: &UnixStream) -> Option<FrontendReq> {
     }
 }
 
-/// Takes the message that brings a back channel, and answers it when `acknowledge` is agreed on and asked for.
-pub(crate) fn take(stream: &UnixStream, acknowledge: bool) -> io::Result<OwnedFd> {
-    let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("SET_BACKEND_REQ_FD {what}"));
-    let mut header = [0; HEADER];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::WAITALL;
-    let received = loop {
-        match recvmsg(stream, &mut [IoSliceMut::new(&mut header)], &mut ancillary, flags) {
-            Err(rustix::io::Errno::INTR) => {}
-            received => break received?,
-        }
-    };
-    let mut descriptors: Vec<OwnedFd> = ancillary
-        .drain()
-        .filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
-            _ => None,
-        })
-        .flatten()
-        .collect();
-    let [_, _, _, _, f0, f1, f2, f3, s0, s1, s2, s3] = header;
-    let (flags, size) = (u32::from_le_bytes([f0, f1, f2, f3]), u32::from_le_bytes([s0, s1, s2, s3]));
-    if received.bytes != HEADER || flags & VERSION_MASK != VERSION || flags & REPLY != 0 || size != 0 {
-        return Err(wrong("has a header that cannot be right"));
-    }
-    if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() != 1 {
-        return Err(wrong("must bring one descriptor"));
-    }
-    let Some(socket) = descriptors.pop() else { return Err(wrong("must bring one descriptor")) };
-    if rustix::net::sockopt::socket_domain(&socket)? != rustix::net::AddressFamily::UNIX {
-        return Err(wrong("brought something that is no UNIX socket"));
-    }
-    if acknowledge && flags & NEED_REPLY != 0 {
-        let answer = words(&[u32::from(FrontendReq::SET_BACKEND_REQ_FD), VERSION | REPLY, 8, 0, 0]);
-        if send(stream, &answer, SendFlags::NOSIGNAL)? != answer.len() {
-            return Err(wrong("could not be answered"));
-        }
-    }
-    Ok(socket)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::{IoSlice, Read, Write};
+    use std::io::{Read, Write};
     use std::os::fd::AsFd;
 
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, sendmsg};
-
     use super::*;
+    use crate::brought::take;
+    use crate::brought::tests::offer;
 
     fn is_next(stream: &UnixStream) -> bool {
         matches!(next_request(stream), Some(FrontendReq::SET_BACKEND_REQ_FD))
-    }
-
-    fn offer(front: &UnixStream, header: &[u32], descriptors: &[std::os::fd::BorrowedFd<'_>]) {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() {
-            assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
-        }
-        sendmsg(front, &[IoSlice::new(&words(header))], &mut ancillary, SendFlags::empty()).unwrap();
     }
 
     /// The channel is taken out from between other messages, acknowledged, and used.
@@ -189,7 +136,7 @@ mod tests {
         assert!(is_next(&back));
         let channel = BackChannel::default();
         channel.config_changed();
-        channel.set(Some(take(&back, true).unwrap()));
+        channel.set(Some(take(&back, FrontendReq::SET_BACKEND_REQ_FD, true).unwrap()));
         let mut answer = [0; 20];
         front.read_exact(&mut answer).unwrap();
         assert_eq!(answer.to_vec(), words(&[21, 5, 8, 0, 0]));
@@ -201,25 +148,5 @@ mod tests {
         assert_eq!(fronts.read(&mut told).unwrap(), 0, "closed");
         drop(front);
         assert!(!is_next(&back), "a hang-up is nobody's channel");
-    }
-
-    #[test]
-    fn what_is_no_channel_is_refused() {
-        let (front, back) = UnixStream::pair().unwrap();
-        let file = tempfile::tempfile().unwrap();
-        let cases: &[(&[u32], &[std::os::fd::BorrowedFd<'_>])] = &[
-            (&[21, 1, 0], &[]),
-            (&[21, 1, 0], &[file.as_fd()]),
-            (&[21, 1, 0], &[front.as_fd(), front.as_fd()]),
-            (&[21, 1, 0], &[front.as_fd(), front.as_fd(), front.as_fd()]),
-            (&[21, 5, 0], &[front.as_fd()]),
-            (&[21, 1, 8], &[front.as_fd()]),
-            (&[21, 0, 0], &[front.as_fd()]),
-        ];
-        for (header, descriptors) in cases {
-            offer(&front, header, descriptors);
-            assert!(is_next(&back));
-            assert!(take(&back, false).is_err(), "{header:?} with {} descriptors", descriptors.len());
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! What a device process brings to the kit.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -58,6 +58,21 @@ pub trait Device: Send + 'static {
 
     /// Back to the state of a device that no driver has touched.
     fn reset(&mut self);
+
+    /// The front end has gone, without a word or because this process ends: what it shared is given up. The next one finds a
+    /// device that no driver has touched, unless what the driver did is kept for a successor elsewhere.
+    fn left(&mut self) {
+        self.reset();
+    }
+
+    /// Its front end may hand over the socket of a display (GPU_SET_SOCKET).
+    fn has_display(&self) -> bool {
+        false
+    }
+
+    /// The socket of a display, in place of one that was handed over before; none when the front end has gone. For a device
+    /// that has a display only.
+    fn display(&mut self, _socket: Option<OwnedFd>) {}
 
     /// What the device stands on may have another size: looks, shows it in the configuration space from now on, and
     /// says how many bytes it is. None for a device without a size.
@@ -145,6 +160,12 @@ pub trait QueueHandler: Send + 'static {
     /// A ring of `size` entries starts.
     fn started(&mut self, size: u16);
 
+    /// Said right behind [`QueueHandler::started`]: so many requests (modulo 2^16) were taken from the ring before the next
+    /// one, by whomever; and whether somebody, this process or another, has served this driver's ring before, where the front
+    /// end keeps a record of requests in flight, which it clears when the driver resets its device. For a device that
+    /// completes in order and remembers what it has done.
+    fn goes_on_at(&mut self, _taken: u16, _served: Option<bool>) {}
+
     /// The ring has stopped; nothing is in flight.
     fn stopped(&mut self);
 
@@ -204,6 +225,9 @@ pub trait QueueHandler: Send + 'static {
     fn is_inlet(&self) -> bool {
         false
     }
+
+    /// The front end enables its ring again that it had disabled: what came meanwhile is not for the guest.
+    fn reopens(&mut self) {}
 
     /// Fills buffers with what there is, and says what to wait for.
     fn fill<M: GuestMemory>(&mut self, _buffers: &mut Buffers<'_, M>) -> Wait {

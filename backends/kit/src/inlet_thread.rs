@@ -31,6 +31,8 @@ pub(crate) struct InletThread<H, M: GuestMemory> {
     index: u16,
     uring: Uring,
     handler: H,
+    /// The front end has disabled the ring.
+    disabled: bool,
     mailbox: Arc<Mailbox<M>>,
     pulse: Arc<QueuePulse>,
     inlet: Arc<Inlet<M>>,
@@ -58,6 +60,7 @@ impl<H: QueueHandler, M: GuestMemory> InletThread<H, M> {
             index,
             uring,
             handler,
+            disabled: false,
             mailbox,
             pulse: Arc::clone(inlet.pulse()),
             inlet,
@@ -163,6 +166,7 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for InletThread<H, M> {
     fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
         RingOwner::stop(self)?;
         let size = start.config.size;
+        self.disabled = false;
         // The handler first: others may fill the ring as soon as it is open.
         self.handler.started(size);
         match self.inlet.start(start) {
@@ -198,6 +202,10 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for InletThread<H, M> {
     }
 
     fn set_enabled(&mut self, enabled: bool) {
+        // Before anybody can enter.
+        if std::mem::replace(&mut self.disabled, !enabled) && enabled {
+            self.handler.reopens();
+        }
         self.inlet.set_enabled(enabled);
     }
 }

@@ -23,6 +23,7 @@
 mod areas;
 pub mod back_channel;
 pub mod bad_build;
+mod brought;
 pub mod chain;
 pub mod course;
 pub mod device;
@@ -45,6 +46,7 @@ pub mod memory;
 pub mod meter;
 pub mod program;
 mod queue_thread;
+mod refused;
 pub mod requests;
 pub mod ring;
 mod segments;
@@ -56,6 +58,7 @@ pub mod spin;
 pub mod stats;
 pub mod step;
 pub mod uring;
+pub mod vfio_user;
 pub mod worker;
 
 /// Exit status of a process whose queue thread could not drive its ring any longer.

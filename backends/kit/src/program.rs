@@ -30,7 +30,7 @@ pub struct ServeArgs {
     /// Listen on this UNIX socket and serve one front end after another
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// Serve the front end on this inherited, connected socket, and end with it
+    /// Serve the front end (of a PCI device: the client) on this inherited, connected socket, and end with it
     #[arg(long, value_name = "N", conflicts_with = "socket")]
     pub vhost_fd: Option<RawFd>,
     /// The supervisor's channel as an inherited descriptor

@@ -69,7 +69,7 @@ struct Running<M: GuestMemory> {
     kick: OwnedFd,
     err: Option<OwnedFd>,
     enabled: bool,
-    /// It was enabled and is no longer: requests are thrown away.
+    /// It was told to be disabled: requests are thrown away.
     discards: bool,
     broken: bool,
 }
@@ -438,12 +438,14 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
 
     fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
         self.stop()?;
+        let recorded = start.config.tracker.is_some();
         let mut ring = match Ring::start(start.mem, start.config) {
             Ok(ring) => ring,
             Err(e) => return Ok(Err(e)),
         };
         ring.call = start.call;
         self.handler.started(ring.size());
+        self.handler.goes_on_at(ring.next_avail(), recorded.then(|| ring.continued()));
         self.meter.ring(ring.size());
         if ring.continued() {
             ring.interrupt();
@@ -494,8 +496,8 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
 
     fn set_enabled(&mut self, enabled: bool) {
         if let Some(running) = &mut self.running {
-            running.discards =
-                !enabled && (running.enabled || running.discards) && self.handler.discards_when_disabled();
+            // Not before it is told to: a ring that starts is disabled until the front end says more.
+            running.discards = !enabled && self.handler.discards_when_disabled();
             running.enabled = enabled;
         }
     }

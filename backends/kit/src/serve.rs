@@ -97,6 +97,12 @@ pub enum ServeError {
     /// An inherited front end misbehaved.
     #[error(transparent)]
     Talk(EndOfTalk),
+    /// An inherited client of a PCI device misbehaved.
+    #[error("the client is given up: {0}")]
+    Client(String),
+    /// A PCI device cannot go on.
+    #[error(transparent)]
+    Device(#[from] crate::vfio_user::DeviceError),
 }
 
 /// Where front ends come from.
@@ -133,6 +139,18 @@ impl Listening {
         let listener = UnixListener::bind(path).map_err(listen)?;
         let file = Arc::new(SocketFile::at(path).map_err(listen)?);
         Ok(Self { listener, path: path.to_owned(), file })
+    }
+
+    /// Its name, as the jail lets it be removed.
+    pub(crate) fn file(&self) -> Arc<SocketFile> {
+        Arc::clone(&self.file)
+    }
+
+    /// The next one who connects.
+    pub(crate) fn accept(&self) -> Result<UnixStream, ServeError> {
+        let accepted = self.listener.accept();
+        let path = || self.path.display().to_string();
+        accepted.map(|(stream, _)| stream).map_err(|source| ServeError::Listen { path: path(), source })
     }
 }
 
@@ -293,7 +311,7 @@ pub fn tell_jail(layers: Vec<JailedLayer>, reports: Option<&Reports>) -> Result<
 }
 
 /// A thread that panics takes the process with it: a successor serves better than what is left.
-fn end_on_panic() {
+pub(crate) fn end_on_panic() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         usual(panic);
@@ -412,10 +430,7 @@ fn talk<D: Device>(conversations: &[Talk<D>], ports: &Ports, transport: Transpor
         }
         (Transport::Connected(_), _) => Err(ServeError::OneFrontEnd(conversations.len())),
         (Transport::Listen(listening), _) => loop {
-            let (stream, _) = listening
-                .listener
-                .accept()
-                .map_err(|source| ServeError::Listen { path: listening.path.display().to_string(), source })?;
+            let stream = listening.accept()?;
             match conversations {
                 [conversation] => one(conversation, stream, 0),
                 _ => ports.give(stream),

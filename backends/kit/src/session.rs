@@ -26,21 +26,23 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     BackendReqHandler, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1};
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::back_channel::{self, BackChannel};
 use crate::bad_build::{self, Bad};
+use crate::brought;
 use crate::device::Device;
 use crate::device_state::{self, StateError, Transfer};
 use crate::dirty::DirtyLog;
 use crate::early_enable;
 use crate::hold::Hold;
 use crate::inflight::{self, Region};
-use crate::iotlb::{self, ACCESS_PLATFORM, Iotlb, IotlbError};
+use crate::iotlb::{self, ACCESS_PLATFORM, Iotlb};
 use crate::memory::{GuestRam, MemoryTable, REGIONS_MAX};
+use crate::refused::Refused;
 use crate::ring::{RingConfig, RingError};
 use crate::stats::StatsPage;
 use crate::step::{Step, step};
@@ -52,56 +54,9 @@ pub const CONFIG_BYTES: u32 = 256;
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+const RING_RESET: u64 = 1 << VIRTIO_F_RING_RESET;
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 const PROTOCOL: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-
-/// A request of the front end that is refused.
-#[derive(Debug, Error)]
-enum Refused {
-    #[error("there is no queue {0}")]
-    NoQueue(u32),
-    #[error("queue size {0} is no power of two from 1 to {1}")]
-    QueueSize(u32, u16),
-    #[error("queue {0} is started without addresses")]
-    NoAddresses(u16),
-    #[error("queue {0} is started without guest memory")]
-    NoMemory(u16),
-    #[error("queue {0} has no kick descriptor; polling instead of kicks is not supported")]
-    NoKick(u16),
-    #[error("the addresses of queue {0} change while it runs; stop it first (GET_VRING_BASE)")]
-    AddressesOfRunning(u16),
-    #[error("features {0:#x} were not offered")]
-    Features(u64),
-    #[error("the last memory region is removed while queues run")]
-    MemoryInUse,
-    #[error("an in-flight region for {queues} queues of {size} was asked for; the device has {have} of {size_max}")]
-    Inflight { queues: u16, size: u16, have: u16, size_max: u16 },
-    #[error(transparent)]
-    Memory(#[from] crate::memory::MemoryError),
-    #[error(transparent)]
-    Iotlb(#[from] IotlbError),
-    #[error(transparent)]
-    Log(#[from] crate::dirty::DirtyLogError),
-    #[error(transparent)]
-    Region(#[from] inflight::InflightError),
-    #[error(transparent)]
-    Ring(#[from] RingError),
-    #[error(transparent)]
-    Worker(#[from] WorkerGone),
-    #[error(transparent)]
-    Config(#[from] crate::device::ConfigError),
-    #[error(transparent)]
-    Fence(#[from] crate::fence::FenceError),
-    #[error("its state: {0}")]
-    State(#[from] StateError),
-}
-
-impl From<Refused> for VhostError {
-    fn from(refused: Refused) -> Self {
-        tracing::warn!(error = %refused, "a request of the front end is refused");
-        Self::ReqHandlerError(io::Error::other(refused.to_string()))
-    }
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Addresses {
@@ -230,8 +185,18 @@ impl<D: Device> Conversation<D> {
             return None;
         }
         let acknowledge = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
-        let taken = back_channel::take(stream, acknowledge);
+        let taken = brought::take(stream, FrontendReq::SET_BACKEND_REQ_FD, acknowledge);
         Some(taken.map(|socket| self.back_channel.set(Some(socket))))
+    }
+
+    /// Takes the next message, which brings the socket of a display, if the device has one.
+    fn take_display(&mut self, stream: &UnixStream) -> Option<io::Result<()>> {
+        if !self.device.has_display() {
+            return None;
+        }
+        let acknowledge = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        let taken = brought::take(stream, FrontendReq::GPU_SET_SOCKET, acknowledge);
+        Some(taken.map(|socket| self.device.display(Some(socket))))
     }
 
     /// Takes the next message if it is about addresses behind an IOMMU. What is taken back is acknowledged when nobody uses
@@ -292,9 +257,10 @@ impl<D: Device> Conversation<D> {
         self.protocol = VhostUserProtocolFeatures::empty();
         self.back_channel.set(None);
         self.transfer = None;
+        self.device.display(None);
         // What a predecessor shares with us is as it wants it.
         if self.hold.is_none() {
-            self.device.reset();
+            self.device.left();
         }
     }
 
@@ -420,6 +386,7 @@ pub fn serve<D: Device>(conversation: &Arc<Mutex<Conversation<D>>>, stream: Unix
     loop {
         let taken = match back_channel::next_request(&peeked) {
             Some(FrontendReq::SET_BACKEND_REQ_FD) => lock(conversation).take_back_channel(&peeked),
+            Some(FrontendReq::GPU_SET_SOCKET) => lock(conversation).take_display(&peeked),
             Some(FrontendReq::SET_VRING_ENABLE) => lock(conversation).take_early_enable(&peeked),
             Some(FrontendReq::IOTLB_MSG) => lock(conversation).take_iotlb(&peeked),
             _ => None,
@@ -469,6 +436,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Conversation<D> {
     }
 
     fn set_features(&mut self, features: u64) -> VhostResult<()> {
+        // QEMU's display says this one of itself without having been offered it. Its meaning is the front end's affair, which
+        // stops a ring and starts it again.
+        let features = if self.device.has_display() { features & !RING_RESET } else { features };
         let foreign = features & !self.offered();
         if foreign != 0 {
             return Err(Refused::Features(foreign).into());

@@ -34,6 +34,8 @@ pub enum Step {
     UsedElement,
     /// The used index has moved.
     UsedIndex,
+    /// Its completion is counted in the record, where that is a step of its own.
+    Counted,
     /// It is no longer marked as in flight.
     Unmarked,
     /// The guest was interrupted.
@@ -52,7 +54,7 @@ pub enum Step {
 
 impl Step {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Fetch,
         Self::Mark,
         Self::Submit,
@@ -60,6 +62,7 @@ impl Step {
         Self::Status,
         Self::UsedElement,
         Self::UsedIndex,
+        Self::Counted,
         Self::Unmarked,
         Self::Call,
         Self::Handshake,
@@ -79,6 +82,7 @@ impl Step {
             Self::Status => "status",
             Self::UsedElement => "used-element",
             Self::UsedIndex => "used-index",
+            Self::Counted => "counted",
             Self::Unmarked => "unmarked",
             Self::Call => "call",
             Self::Handshake => "handshake",

@@ -213,6 +213,12 @@ impl<L: Link> QueueHandler for NetQueue<L> {
         matches!(self, Self::Transmit(_))
     }
 
+    fn reopens(&mut self) {
+        if let Self::Receive(receive) = self {
+            receive.receiver.discard();
+        }
+    }
+
     fn is_inlet(&self) -> bool {
         matches!(self, Self::Receive(_))
     }

@@ -5,6 +5,7 @@
 //! successor. It trusts its caller: wrong addresses are passed on, which is what hostile-guest tests need.
 
 pub mod disk;
+pub mod display;
 pub mod guest;
 pub mod iommu;
 pub mod net;
@@ -271,6 +272,11 @@ impl Driver {
     /// Guest memory.
     pub fn guest(&self) -> &Guest {
         &self.guest
+    }
+
+    /// How many queues there are.
+    pub fn queues(&self) -> usize {
+        self.queues.len()
     }
 
     /// A queue, and the memory that it lies in.

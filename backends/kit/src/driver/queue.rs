@@ -25,8 +25,8 @@ pub const INDIRECT: u16 = 4;
 pub const QUEUE_BYTES: u64 = 128 << 10;
 
 /// How long the interrupt for a completion may take that is seen already: a device on a busy host may be put aside just
-/// between the two.
-const CALL_MAX: Duration = Duration::from_secs(1);
+/// between the two, or be killed there, and then its successor interrupts.
+const CALL_MAX: Duration = Duration::from_secs(10);
 
 /// What ended a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +39,39 @@ pub enum Woken {
     Late,
     /// Something was completed, and no interrupt came for it.
     Uncalled,
+}
+
+/// Waits for an interrupt of a device that interrupts for each completion; returns at once when `is_completed` says that
+/// there is one already.
+///
+/// # Errors
+/// When the wait fails.
+pub fn wait_for_interrupt(call: &EventFd, timeout: Duration, is_completed: impl Fn() -> bool) -> Result<Woken> {
+    if is_completed() {
+        return Ok(Woken::Already);
+    }
+    wait_for_call(call, timeout, is_completed)
+}
+
+fn wait_for_call(call: &EventFd, timeout: Duration, is_completed: impl Fn() -> bool) -> Result<Woken> {
+    #[allow(unsafe_code, reason = "EventFd lends no borrowed descriptor")]
+    // SAFETY: the eventfd lives as long as its borrow.
+    let fd = unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) };
+    let within = |time: Duration| {
+        poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Timespec::try_from(time).ok().as_ref())
+    };
+    let mut called = within(timeout)? > 0;
+    // What is completed at this very moment has its call on the way.
+    let uncalled = !called && is_completed();
+    if uncalled {
+        called = within(CALL_MAX)? > 0;
+    }
+    let _ = call.read();
+    Ok(match (called, uncalled) {
+        (true, _) => Woken::Called,
+        (false, true) => Woken::Uncalled,
+        (false, false) => Woken::Late,
+    })
 }
 
 /// A queue. It lies at the start of guest memory, one after the other.
@@ -191,24 +224,7 @@ impl Queue {
         if already {
             return Ok(Woken::Already);
         }
-        #[allow(unsafe_code, reason = "EventFd lends no borrowed descriptor")]
-        // SAFETY: the eventfd lives as long as the queue.
-        let fd = unsafe { BorrowedFd::borrow_raw(self.call.as_raw_fd()) };
-        let within = |time: Duration| {
-            poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Timespec::try_from(time).ok().as_ref())
-        };
-        let mut called = within(timeout)? > 0;
-        // What is completed at this very moment has its call on the way.
-        let uncalled = !called && u16::from_le(guest.load(self.used + 2)) != self.next_used;
-        if uncalled {
-            called = within(CALL_MAX)? > 0;
-        }
-        let _ = self.call.read();
-        Ok(match (called, uncalled) {
-            (true, _) => Woken::Called,
-            (false, true) => Woken::Uncalled,
-            (false, false) => Woken::Late,
-        })
+        wait_for_call(&self.call, timeout, || u16::from_le(guest.load(self.used + 2)) != self.next_used)
     }
 
     /// Takes one finished request, waiting for it.

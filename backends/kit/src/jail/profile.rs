@@ -115,6 +115,9 @@ impl Profile {
         heap_bytes_max: 2048 * MIB,
     };
 
+    /// An NVMe controller: what a disk needs.
+    pub const NVME: Self = Self { name: "nvme", heap_bytes_max: 512 * MIB, ..Self::BLK };
+
     /// Reads the header of an image, says what is in it, and ends.
     pub const PROBE: Self = Self {
         name: "probe",
@@ -174,6 +177,16 @@ impl Profile {
         heap_bytes_max: 256 * MIB,
     };
 
+    /// A display without a renderer: pictures are in a memfd, whose pages are given back.
+    pub const GPU: Self = Self {
+        name: "gpu",
+        calls: vhost_user![libc::SYS_fallocate],
+        ioctls: &[],
+        opcodes: &[],
+        // One update of the largest picture, and what resources stand on.
+        heap_bytes_max: 256 * MIB,
+    };
+
     /// A serial port on the bus: no ring and no guest memory.
     pub const UART: Self = Self {
         name: "uart",
@@ -205,14 +218,16 @@ impl Profile {
     };
 
     /// All of them.
-    pub const ALL: [&'static Self; 9] = [
+    pub const ALL: [&'static Self; 11] = [
         &Self::BLK,
+        &Self::NVME,
         &Self::PROBE,
         &Self::NET,
         &Self::NET_TAP,
         &Self::RNG,
         &Self::CONSOLE,
         &Self::VSOCK,
+        &Self::GPU,
         &Self::UART,
         &Self::GENERIC,
     ];

@@ -112,4 +112,7 @@ pub trait Receiver: Send + 'static {
 
     /// The ring has stopped: what was begun is forgotten.
     fn stopped(&mut self) {}
+
+    /// What lies there was sent while the cable was out: it is thrown away.
+    fn discard(&mut self) {}
 }

@@ -228,4 +228,10 @@ impl Receiver for TapReceiver {
             intake.stopped();
         }
     }
+
+    fn discard(&mut self) {
+        if let Some(intake) = &self.intake {
+            intake.discard();
+        }
+    }
 }

@@ -33,6 +33,8 @@ use crate::header::{FRAME_MAX, HEADER_BYTES};
 
 /// Frames of one turn; then the conversation is heard.
 const TURN: u32 = 128;
+/// Frames that a TAP keeps at most, mostly (`txqueuelen`), several times.
+const DISCARD_MAX: u32 = 1 << 14;
 /// A frame of usual length.
 const USUAL_BYTES: u64 = 1518;
 /// Frames of usual length after which no longer ones are expected.
@@ -85,6 +87,19 @@ impl Intake {
     /// The ring has stopped.
     pub(super) fn stopped(&self) {
         self.reader().waiting = None;
+    }
+
+    /// Throws away what lies in the TAP. To be called while nobody can be in the receive queue.
+    pub(super) fn discard(&self) {
+        self.reader().waiting = None;
+        // A frame is gone with the first bytes that are read of it, which must be its header. Who sends without a pause is not
+        // waited for.
+        let mut head = [0; 64];
+        for _ in 0..DISCARD_MAX {
+            if rustix::io::read(self.queue.file(), &mut head).is_err() {
+                break;
+            }
+        }
     }
 
     /// On the receive queue's thread: reads, and leaves the waiting for more to the other one.
