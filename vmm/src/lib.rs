@@ -20,4 +20,6 @@ pub mod passthrough;
 pub mod rundir;
 pub mod seccomp;
 pub mod unix_socket;
+pub mod vfio;
+pub mod vfio_user;
 pub mod vhost;

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::reply::{Reply, Status};
+use crate::machine::LinkState;
 use crate::vhost::Fault;
 
 /// Reads a body.
@@ -100,6 +101,15 @@ pub(super) struct UpgradeDevice {
     /// Milliseconds that it may take for each word while the guest waits; 40 when left out.
     #[serde(default)]
     pub(super) step_ms: Option<u32>,
+}
+
+/// Whether the cable of a network card is plugged in.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, schemars::JsonSchema)]
+pub(super) struct SetLink {
+    /// Its name.
+    pub(super) id: String,
+    /// `up` or `down`.
+    pub(super) link: LinkState,
 }
 
 /// How big a disk shall be.

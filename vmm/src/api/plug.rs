@@ -5,12 +5,15 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-use super::body::{self, FaultDevice, RemoveDevice, ResizeDisk, ReviveDevice, UpgradeDevice};
+use super::body::{self, FaultDevice, RemoveDevice, ResizeDisk, ReviveDevice, SetLink, UpgradeDevice};
 use super::machine::{done, refuse};
 use super::reply::{Reply, Status};
 use super::routes::{Asked, Good, Route, Served, of, put};
 use super::server::Api;
-use crate::config::{Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, VsockConfig};
+use crate::config::{
+    Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, NvmeConfig, PassthroughConfig,
+    UserDeviceConfig, VsockConfig,
+};
 use crate::lifecycle::{Plugged, Upgraded, VmError};
 use crate::machine::NewSize;
 use crate::vhost::{SWITCH_STEP, UpgradeOrder};
@@ -57,6 +60,17 @@ pub(super) fn routes() -> Vec<Route> {
         .takes::<ResizeDisk>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
         put(
+            "/api/v1/vm.set-link",
+            "Plugs the cable of a network card in or out; the guest is told.",
+            Nothing,
+            |api, _, asked| {
+                let SetLink { id, link } = body::decode(asked.body)?;
+                done(api.control.set_link(&id, link))
+            },
+        )
+        .takes::<SetLink>()
+        .refuses(&[Status::BadRequest, Status::NotFound]),
+        put(
             "/api/v1/vm.revive-device",
             "Gives a device whose backend was given up another chance.",
             Nothing,
@@ -94,12 +108,27 @@ pub(super) fn routes() -> Vec<Route> {
         )
         .takes::<FaultDevice>()
         .refuses(&[Status::BadRequest, Status::NotFound]),
-        put("/api/v1/vm.add-device", "Not supported.", Never, |_, _, _| {
-            refuse("passthrough of host devices is not supported")
-        }),
-        put("/api/v1/vm.add-user-device", "Not supported.", Never, |_, _, _| {
-            refuse("vfio-user devices are not supported; vm.add-generic-vhost-user takes vhost-user ones")
-        }),
+        put(
+            "/api/v1/vm.add-device",
+            "Plugs a PCI function of the host in; its group's descriptor may come beside the request.",
+            place,
+            add_function,
+        )
+        .takes::<PassthroughConfig>()
+        .refuses(MISTAKES),
+        put(
+            "/api/v1/vm.add-user-device",
+            "Plugs a PCI device of another process in (vfio-user).",
+            place,
+            |api, _, asked| add::<UserDeviceConfig>(api, asked, DeviceConfig::User),
+        )
+        .takes::<UserDeviceConfig>()
+        .refuses(MISTAKES),
+        put("/api/v1/vm.add-nvme", "Plugs an NVMe disk in.", place, |api, _, asked| {
+            add::<NvmeConfig>(api, asked, DeviceConfig::Nvme)
+        })
+        .takes::<NvmeConfig>()
+        .refuses(MISTAKES),
         put("/api/v1/vm.add-vdpa", "Not supported.", Never, |_, _, _| {
             refuse("vDPA devices are not supported; vm.add-generic-vhost-user takes vhost-user ones")
         }),
@@ -127,6 +156,23 @@ fn add_net(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
         net.descriptors = Descriptors(std::mem::take(&mut asked.descriptors).into_iter().map(Arc::new).collect());
     }
     plug(api, DeviceConfig::Net(net))
+}
+
+fn add_function(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
+    let mut function: PassthroughConfig = body::decode(asked.body)?;
+    let descriptors = std::mem::take(&mut asked.descriptors);
+    let refused = |why: &str| Err(Reply::refused(Status::BadRequest, &[why.to_owned()]));
+    match (function.fd, descriptors.len()) {
+        (_, 2..) => return refused("fd: a function has one group, and more descriptors came beside the request"),
+        (Some(_), 0) => {
+            return refused("fd: no descriptor came beside the request; send it with its first bytes (SCM_RIGHTS)");
+        }
+        // The client's number means nothing here, but it expects to read it back.
+        (None, 1) => function.fd = Some(-1),
+        _ => {}
+    }
+    function.group = Descriptors(descriptors.into_iter().map(Arc::new).collect());
+    plug(api, DeviceConfig::Passthrough(function))
 }
 
 fn plug(api: &Api, device: DeviceConfig) -> Served {

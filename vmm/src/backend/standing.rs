@@ -76,6 +76,7 @@ impl Standing {
             restarts: known.lost,
             failed_starts: known.failed_starts,
             upgrade: None,
+            link: None,
             recovery: RecoveryClass::IdleOnly,
             counted: None,
             pid: known.pid,

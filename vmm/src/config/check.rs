@@ -6,7 +6,7 @@ use std::path::Path;
 
 use thiserror::Error;
 
-use super::{ConsoleMode, DeviceConfig, DiskConfig, ImageType, NetConfig, OnFailure, Track, VmConfig};
+use super::{ConsoleMode, DeviceConfig, DiskConfig, ImageType, Isolation, NetConfig, OnFailure, Track, VmConfig};
 use crate::unix_socket::PATH_BYTES_MAX;
 
 /// Most request queues of a disk, and pairs of a network card times two.
@@ -155,20 +155,13 @@ impl DeviceConfig {
             Self::Disk(disk) => disk.vhost_user,
             Self::Net(net) => net.vhost_user,
             Self::Vsock(vsock) => vsock.vhost_user,
-            Self::Fs(_) | Self::Generic(_) => true,
-            Self::Rng(_) | Self::Console(_) => false,
+            Self::Fs(_) | Self::Generic(_) | Self::User(_) => true,
+            Self::Rng(_) | Self::Console(_) | Self::Passthrough(_) | Self::Nvme(_) => false,
         };
         if !foreign && self.track() == Track::Shadow {
             return Err(
                 "track=shadow is for backends behind a socket: a device process of Atoll's keeps that record by \
                         itself"
-                    .into(),
-            );
-        }
-        if self.iommu() && foreign {
-            return Err(
-                "iommu=on is for device processes of Atoll's, which are known to let go of what the guest takes back: leave \
-                 it out"
                     .into(),
             );
         }
@@ -185,6 +178,18 @@ impl DeviceConfig {
             return Err(
                 "standby=on needs the card's TAP as descriptors (fd=), which two processes can have at a time".into()
             );
+        }
+        let chosen = match self {
+            Self::Disk(disk) => disk.queue_size,
+            Self::Net(net) => net.queue_size,
+            Self::Fs(fs) => fs.queue_size,
+            Self::Generic(device) => device.queue_sizes.iter().copied().max(),
+            _ => None,
+        };
+        if self.iommu() && chosen.is_some_and(|size| size > QUEUE_SIZE_BEHIND_MAX) {
+            return Err(format!(
+                "with iommu=on a queue has at most {QUEUE_SIZE_BEHIND_MAX} entries: larger rings need not lie in one piece of memory"
+            ));
         }
         match self {
             Self::Disk(disk) => disk.check_kind(),
@@ -211,6 +216,12 @@ impl DeviceConfig {
                 check_socket(&vsock.socket)
             }
             Self::Generic(device) => {
+                if device.isolation == Isolation::Copy && SPEAKS_OF_MEMORY.contains(&device.device_type) {
+                    return Err(format!(
+                        "isolation=copy cannot serve a device of type {}: its requests name guest memory by address",
+                        device.device_type
+                    ));
+                }
                 if device.queue_sizes.is_empty() {
                     return Err("it has no queues: give queue_sizes=[256] with one size a queue".into());
                 }
@@ -222,10 +233,50 @@ impl DeviceConfig {
                 }
                 check_socket(&device.socket)
             }
+            Self::Nvme(nvme) => {
+                check_unplug(nvme.on_failure)?;
+                if nvme.image_type == Some(ImageType::Qcow2) {
+                    return Err("an NVMe disk has a raw image: use --disk for qcow2".into());
+                }
+                if !(1..=QUEUES_MAX).contains(&nvme.queues()) {
+                    return Err(format!("num_queues is a number from 1 to {QUEUES_MAX}"));
+                }
+                let fits = |serial: &String| {
+                    (1..=SERIAL_BYTES_MAX).contains(&serial.len()) && serial.chars().all(|c| c.is_ascii_graphic())
+                };
+                if nvme.serial.as_ref().is_some_and(|serial| !fits(serial)) {
+                    return Err(format!("serial has 1 to {SERIAL_BYTES_MAX} bytes, printable and without spaces"));
+                }
+                Ok(())
+            }
+            Self::User(device) => {
+                check_unplug(device.on_failure)?;
+                check_socket(&device.socket)
+            }
+            Self::Passthrough(function) => match function.bdf() {
+                Some(_) => Ok(()),
+                None if [IOMMUFD, VFIO_FILES].iter().any(|at| function.path.starts_with(at)) => Err(format!(
+                    "path={} is a file of iommufd, which is not supported: give the function's folder, \
+                     /sys/bus/pci/devices/0000:01:00.0, which is reached through its group, and fd= for a group that is open",
+                    function.path.display()
+                )),
+                None => Err(format!(
+                    "path={} is no PCI function's folder: give /sys/bus/pci/devices/0000:01:00.0; `atoll vfio check` lists them",
+                    function.path.display()
+                )),
+            },
             Self::Rng(_) | Self::Console(_) => Ok(()),
         }
     }
 }
+
+/// Files of iommufd, and of VFIO's devices by themselves.
+const IOMMUFD: &str = "/dev/iommu";
+const VFIO_FILES: &str = "/dev/vfio";
+
+/// Device types whose requests or answers hold addresses of guest memory beside those of their descriptors: balloons, GPUs,
+/// IOMMUs, memory and persistent memory.
+const SPEAKS_OF_MEMORY: [u32; 6] = [5, 13, 16, 23, 24, 27];
 
 /// A name goes into paths, logs and URLs.
 fn check_id(id: &str) -> Wrong {
@@ -236,12 +287,23 @@ fn check_id(id: &str) -> Wrong {
     Ok(())
 }
 
+/// Largest queue behind the IOMMU: descriptors and used ring of this one fill a page each, and what is larger the guest may put
+/// together from pages that lie anywhere.
+pub const QUEUE_SIZE_BEHIND_MAX: u16 = 256;
+
 fn check_queues(count: Option<u16>, size: Option<u16>) -> Wrong {
     if count.is_some_and(|count| !(1..=QUEUES_MAX).contains(&count)) {
         return Err(format!("num_queues is a number from 1 to {QUEUES_MAX}"));
     }
     if size.is_some_and(|size| !size.is_power_of_two() || !(2..=32768).contains(&size)) {
         return Err("a queue's size is a power of two from 2 to 32768".into());
+    }
+    Ok(())
+}
+
+fn check_unplug(on_failure: OnFailure) -> Wrong {
+    if on_failure == OnFailure::Unplug {
+        return Err("on_failure=unplug is not supported for PCI devices over vfio-user: error or wait".into());
     }
     Ok(())
 }

@@ -6,31 +6,10 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::limits::RateLimiterConfig;
+use super::user_device::{NvmeConfig, UserDeviceConfig};
 use crate::backend::START_ATTEMPTS;
-
-/// A token bucket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct TokenBucketConfig {
-    /// Tokens (bytes or operations) that it holds.
-    pub size: u64,
-    /// Tokens beyond that, spent once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub one_time_burst: Option<u64>,
-    /// Milliseconds in which an empty bucket fills up.
-    pub refill_time: u64,
-}
-
-/// Limits of a device's data path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
-pub struct RateLimiterConfig {
-    /// Bytes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<TokenBucketConfig>,
-    /// Operations or packets.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ops: Option<TokenBucketConfig>,
-}
+use crate::passthrough::Bdf;
 
 /// What becomes of a device when its backend cannot be had again: it is quarantined, until the guest resets it, the
 /// machine is reset or an operator revives it.
@@ -48,7 +27,7 @@ pub enum OnFailure {
 }
 
 impl OnFailure {
-    fn is_default(&self) -> bool {
+    pub(super) fn is_default(&self) -> bool {
         *self == Self::default()
     }
 }
@@ -71,10 +50,27 @@ impl Track {
     }
 }
 
+/// What a device's backend has of the guest's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// All of it, mapped: nothing is copied.
+    #[default]
+    Shared,
+    /// None of it: the VMM copies each request into a memory that the two of them share, and back.
+    Copy,
+}
+
+impl Isolation {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A queue that stands for this long with work in it does not come back by itself.
 const STALL_TIMEOUT_SECONDS: u32 = 30;
 
-fn is_false(value: &bool) -> bool {
+pub(super) fn is_false(value: &bool) -> bool {
     !value
 }
 
@@ -90,7 +86,7 @@ pub enum ImageType {
 }
 
 /// Reads an image's type; clients of Cloud Hypervisor say `Unknown` where nobody has said it.
-fn image_type<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ImageType>, D::Error> {
+pub(super) fn image_type<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ImageType>, D::Error> {
     #[derive(Deserialize)]
     enum Said {
         #[serde(alias = "raw")]
@@ -165,6 +161,9 @@ pub struct DiskConfig {
     /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
     #[serde(skip_serializing_if = "is_false")]
     pub iommu: bool,
+    /// What its backend has of the guest's memory.
+    #[serde(skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
 }
 
 /// A network card. Exactly one of `tap` (or descriptors), `user`, `switch` and `vhost_user` says what it is plugged into;
@@ -236,6 +235,12 @@ pub struct NetConfig {
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(skip_serializing_if = "Track::is_default")]
     pub track: Track,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub iommu: bool,
+    /// What its backend has of the guest's memory.
+    #[serde(skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
     /// Open TAP descriptors, as the client numbers them; those that came beside the request are meant, in this order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fds: Option<Vec<i32>>,
@@ -282,6 +287,12 @@ pub struct FsConfig {
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub iommu: bool,
+    /// What its backend has of the guest's memory.
+    #[serde(default, skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
 }
 
 /// Sockets between guest and host.
@@ -313,6 +324,12 @@ pub struct VsockConfig {
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub iommu: bool,
+    /// What its backend has of the guest's memory.
+    #[serde(default, skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
 }
 
 /// Any vhost-user device, by its virtio device type.
@@ -338,6 +355,38 @@ pub struct GenericVhostUserConfig {
     /// Who keeps account of requests in flight, where somebody else's backend does not.
     #[serde(default, skip_serializing_if = "Track::is_default")]
     pub track: Track,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub iommu: bool,
+    /// What its backend has of the guest's memory.
+    #[serde(default, skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
+}
+
+/// A PCI function of the host that the guest drives itself (VFIO).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PassthroughConfig {
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Its folder in sysfs, `/sys/bus/pci/devices/0000:01:00.0`; it is bound to `vfio-pci`.
+    pub path: PathBuf,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest has mapped for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub iommu: bool,
+    /// Its group (`/dev/vfio/GROUP`), open, as the client numbers it; the one that came beside the request is meant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
+    /// The descriptor itself, as it came beside the request.
+    #[serde(skip)]
+    pub group: Descriptors,
+}
+
+impl PassthroughConfig {
+    /// Where the function is, by the name of its folder; none of a path that is not one.
+    pub fn bdf(&self) -> Option<Bdf> {
+        self.path.file_name()?.to_str()?.parse().ok()
+    }
 }
 
 /// Entropy, served by a process of ours.
@@ -358,6 +407,12 @@ pub struct RngConfig {
     /// with the pauses between them is not quite half a minute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_attempts: Option<u32>,
+    /// It is behind the machine's virtual IOMMU: it reaches what the guest's driver has mapped for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub iommu: bool,
+    /// What its backend has of the guest's memory.
+    #[serde(default, skip_serializing_if = "Isolation::is_default")]
+    pub isolation: Isolation,
 }
 
 /// Where a port leads.
@@ -422,8 +477,14 @@ pub enum DeviceConfig {
     Rng(RngConfig),
     /// Console.
     Console(ConsoleConfig),
+    /// NVMe disk.
+    Nvme(NvmeConfig),
+    /// PCI device of another process.
+    User(UserDeviceConfig),
     /// Any other.
     Generic(GenericVhostUserConfig),
+    /// A PCI function of the host.
+    Passthrough(PassthroughConfig),
 }
 
 /// Kind of a device: what it is called where a name must be made up, and in lists.
@@ -444,8 +505,14 @@ pub enum DeviceKind {
     Console,
     /// A serial port that is a process; nobody plugs it.
     Uart,
+    /// NVMe disk.
+    Nvme,
+    /// PCI device of another process.
+    User,
     /// Any other.
     Generic,
+    /// A PCI function of the host.
+    Vfio,
 }
 
 impl DeviceKind {
@@ -459,7 +526,10 @@ impl DeviceKind {
             Self::Rng => "rng",
             Self::Console => "console",
             Self::Uart => "uart",
+            Self::Nvme => "nvme",
+            Self::User => "user",
             Self::Generic => "generic",
+            Self::Vfio => "vfio",
         }
     }
 }
@@ -474,7 +544,10 @@ impl DeviceConfig {
             Self::Vsock(_) => DeviceKind::Vsock,
             Self::Rng(_) => DeviceKind::Rng,
             Self::Console(_) => DeviceKind::Console,
+            Self::Nvme(_) => DeviceKind::Nvme,
+            Self::User(_) => DeviceKind::User,
             Self::Generic(_) => DeviceKind::Generic,
+            Self::Passthrough(_) => DeviceKind::Vfio,
         }
     }
 
@@ -488,6 +561,9 @@ impl DeviceConfig {
             Self::Rng(rng) => rng.id.as_deref(),
             Self::Console(_) => Some("_console"),
             Self::Generic(device) => device.id.as_deref(),
+            Self::Nvme(nvme) => nvme.id.as_deref(),
+            Self::User(device) => device.id.as_deref(),
+            Self::Passthrough(function) => function.id.as_deref(),
         }
     }
 
@@ -497,13 +573,37 @@ impl DeviceConfig {
             Self::Disk(disk) => disk.standby,
             Self::Net(net) => net.standby,
             Self::Vsock(vsock) => vsock.standby,
-            Self::Rng(_) | Self::Fs(_) | Self::Console(_) | Self::Generic(_) => false,
+            Self::Rng(_) | Self::Fs(_) | Self::Console(_) | Self::Generic(_) | Self::Passthrough(_) => false,
+            // What a process knows of its commands cannot be handed over while it serves.
+            Self::Nvme(_) | Self::User(_) => false,
         }
     }
 
     /// Whether it is behind the machine's virtual IOMMU.
     pub fn iommu(&self) -> bool {
-        matches!(self, Self::Disk(disk) if disk.iommu)
+        match self {
+            Self::Disk(disk) => disk.iommu,
+            Self::Net(net) => net.iommu,
+            Self::Fs(fs) => fs.iommu,
+            Self::Vsock(vsock) => vsock.iommu,
+            Self::Rng(rng) => rng.iommu,
+            Self::Generic(device) => device.iommu,
+            Self::Passthrough(function) => function.iommu,
+            Self::Console(_) | Self::Nvme(_) | Self::User(_) => false,
+        }
+    }
+
+    /// What its backend has of the guest's memory.
+    pub fn isolation(&self) -> Isolation {
+        match self {
+            Self::Disk(disk) => disk.isolation,
+            Self::Net(net) => net.isolation,
+            Self::Fs(fs) => fs.isolation,
+            Self::Vsock(vsock) => vsock.isolation,
+            Self::Rng(rng) => rng.isolation,
+            Self::Generic(device) => device.isolation,
+            Self::Passthrough(_) | Self::Console(_) | Self::Nvme(_) | Self::User(_) => Isolation::default(),
+        }
     }
 
     /// What becomes of it when its backend cannot be had again.
@@ -515,6 +615,9 @@ impl DeviceConfig {
             Self::Vsock(vsock) => vsock.on_failure,
             Self::Rng(rng) => rng.on_failure,
             Self::Generic(device) => device.on_failure,
+            Self::Nvme(nvme) => nvme.on_failure,
+            Self::User(device) => device.on_failure,
+            Self::Passthrough(_) => OnFailure::default(),
             Self::Console(console) => console.on_failure,
         }
     }
@@ -525,10 +628,15 @@ impl DeviceConfig {
             Self::Disk(disk) => disk.stall_timeout,
             Self::Net(net) => net.stall_timeout,
             Self::Generic(device) => device.stall_timeout,
+            Self::Nvme(nvme) => nvme.stall_timeout,
+            // Nobody sees what it has to do.
+            Self::User(_) => Some(0),
             Self::Fs(fs) => fs.stall_timeout,
             Self::Vsock(vsock) => vsock.stall_timeout,
             Self::Rng(rng) => rng.stall_timeout,
             Self::Console(console) => console.stall_timeout,
+            // It has no process.
+            Self::Passthrough(_) => Some(0),
         };
         let seconds = seconds.unwrap_or(STALL_TIMEOUT_SECONDS);
         (seconds != 0).then_some(Duration::from_secs(seconds.into()))
@@ -542,8 +650,9 @@ impl DeviceConfig {
             Self::Vsock(vsock) => vsock.start_attempts,
             Self::Rng(rng) => rng.start_attempts,
             Self::Console(console) => console.start_attempts,
+            Self::Nvme(nvme) => nvme.start_attempts,
             // Nobody here starts those.
-            Self::Fs(_) | Self::Generic(_) => Some(0),
+            Self::Fs(_) | Self::Generic(_) | Self::Passthrough(_) | Self::User(_) => Some(0),
         };
         let attempts = attempts.unwrap_or(START_ATTEMPTS);
         (attempts != 0).then_some(attempts)
@@ -557,7 +666,7 @@ impl DeviceConfig {
             Self::Fs(fs) => fs.track,
             Self::Vsock(vsock) => vsock.track,
             Self::Generic(device) => device.track,
-            Self::Rng(_) | Self::Console(_) => Track::default(),
+            Self::Rng(_) | Self::Console(_) | Self::Passthrough(_) | Self::Nvme(_) | Self::User(_) => Track::default(),
         }
     }
 
@@ -570,6 +679,9 @@ impl DeviceConfig {
             Self::Vsock(vsock) => &mut vsock.id,
             Self::Rng(rng) => &mut rng.id,
             Self::Generic(device) => &mut device.id,
+            Self::Nvme(nvme) => &mut nvme.id,
+            Self::User(device) => &mut device.id,
+            Self::Passthrough(function) => &mut function.id,
             Self::Console(_) => return,
         };
         id.get_or_insert_with(name);

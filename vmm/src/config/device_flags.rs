@@ -4,28 +4,34 @@
 use super::flags::named;
 use super::keyvalue::{Bytes, FlagError, KeyError, OptionValue, Options, Tolerated};
 use super::{
-    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType, NetConfig, OnFailure, RateLimiterConfig,
-    RngConfig, TokenBucketConfig, Track, VsockConfig,
+    DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType, Isolation, NetConfig, NvmeConfig, OnFailure,
+    PassthroughConfig, RateLimiterConfig, RngConfig, TokenBucketConfig, Track, UserDeviceConfig, VsockConfig,
 };
 
-const IOMMU: Tolerated = Tolerated {
-    key: "iommu",
-    values: &["off", "false"],
-    remedy: "only disks can be behind the virtual IOMMU; leave it out",
-};
 const SEGMENT: Tolerated =
     Tolerated { key: "pci_segment", values: &["0"], remedy: "there is one PCI segment; leave it out" };
-/// Both: keys of every PCI device.
-const PLACE: [Tolerated; 2] = [IOMMU, SEGMENT];
 
+/// Keys of what another process serves over vfio-user.
+const USER_TOLERATED: [Tolerated; 3] = [
+    Tolerated {
+        key: "iommu",
+        values: &["off", "false"],
+        remedy: "a vfio-user device reaches all of the guest's memory; leave it out",
+    },
+    Tolerated {
+        key: "isolation",
+        values: &["shared"],
+        remedy: "a vfio-user device reaches all of the guest's memory; --disk has isolation=copy",
+    },
+    SEGMENT,
+];
 const DISK_TOLERATED: [Tolerated; 4] = [
     SEGMENT,
     Tolerated { key: "queue_affinity", values: &["[]"], remedy: "pin the threads of atoll-blk with taskset" },
     Tolerated { key: "_disable_io_uring", values: &["off", "false"], remedy: "leave it out" },
     Tolerated { key: "_disable_aio", values: &[], remedy: "" },
 ];
-const NET_TOLERATED: [Tolerated; 6] = [
-    IOMMU,
+const NET_TOLERATED: [Tolerated; 5] = [
     SEGMENT,
     Tolerated { key: "vhost_mode", values: &["client"], remedy: "the backend listens; leave it out" },
     Tolerated { key: "offload_tso", values: &["on", "true"], remedy: "the guest may switch it off by ethtool" },
@@ -95,6 +101,21 @@ impl OptionValue for Track {
     }
 }
 
+impl OptionValue for Isolation {
+    const EXPECTED: &'static str = "shared or copy";
+    fn read(text: &str) -> Option<Self> {
+        match text {
+            "shared" => Some(Self::Shared),
+            "copy" => Some(Self::Copy),
+            _ => None,
+        }
+    }
+}
+
+fn isolation(options: &Options) -> Result<Isolation, KeyError> {
+    options.get("isolation").map(Option::unwrap_or_default)
+}
+
 fn on_failure(options: &Options) -> Result<OnFailure, KeyError> {
     options.get("on_failure").map(Option::unwrap_or_default)
 }
@@ -140,6 +161,7 @@ impl DiskConfig {
             "on_failure",
             "track",
             "iommu",
+            "isolation",
             "id",
         ];
         let read = || {
@@ -163,6 +185,7 @@ impl DiskConfig {
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
                 iommu: options.on("iommu")?,
+                isolation: isolation(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Disk)
@@ -196,6 +219,8 @@ impl NetConfig {
             "standby",
             "on_failure",
             "track",
+            "iommu",
+            "isolation",
             "id",
         ];
         let read = || {
@@ -223,6 +248,8 @@ impl NetConfig {
                 standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
+                iommu: options.on("iommu")?,
+                isolation: isolation(&options)?,
                 fds: options.get("fd")?,
                 descriptors: super::Descriptors::default(),
             })
@@ -238,8 +265,19 @@ impl FsConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys = ["tag", "socket", "num_queues", "queue_size", "stall_timeout", "on_failure", "track", "id"];
-            let options = Options::parse(text, &keys, &PLACE)?;
+            let keys = [
+                "tag",
+                "socket",
+                "num_queues",
+                "queue_size",
+                "stall_timeout",
+                "on_failure",
+                "track",
+                "iommu",
+                "isolation",
+                "id",
+            ];
+            let options = Options::parse(text, &keys, &[SEGMENT])?;
             Ok(Self {
                 id: options.get("id")?,
                 tag: options.need("tag")?,
@@ -249,6 +287,8 @@ impl FsConfig {
                 stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
+                iommu: options.on("iommu")?,
+                isolation: isolation(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Fs)
@@ -271,9 +311,11 @@ impl VsockConfig {
                 "standby",
                 "on_failure",
                 "track",
+                "iommu",
+                "isolation",
                 "id",
             ];
-            let options = Options::parse(text, &keys, &PLACE)?;
+            let options = Options::parse(text, &keys, &[SEGMENT])?;
             Ok(Self {
                 id: options.get("id")?,
                 cid: options.need("cid")?,
@@ -284,6 +326,8 @@ impl VsockConfig {
                 standby: options.on("standby")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
+                iommu: options.on("iommu")?,
+                isolation: isolation(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Vsock)
@@ -324,9 +368,19 @@ impl GenericVhostUserConfig {
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
-            let keys =
-                ["device_type", "virtio_id", "socket", "queue_sizes", "stall_timeout", "on_failure", "track", "id"];
-            let options = Options::parse(text, &keys, &PLACE)?;
+            let keys = [
+                "device_type",
+                "virtio_id",
+                "socket",
+                "queue_sizes",
+                "stall_timeout",
+                "on_failure",
+                "track",
+                "iommu",
+                "isolation",
+                "id",
+            ];
+            let options = Options::parse(text, &keys, &[SEGMENT])?;
             Ok(Self {
                 id: options.get("id")?,
                 device_type: device_type(&options)?,
@@ -335,9 +389,80 @@ impl GenericVhostUserConfig {
                 stall_timeout: options.get("stall_timeout")?,
                 on_failure: on_failure(&options)?,
                 track: track(&options)?,
+                iommu: options.on("iommu")?,
+                isolation: isolation(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Generic)
+    }
+}
+
+impl NvmeConfig {
+    /// Reads `path=FILE[,readonly=on][,num_queues=N][,serial=TEXT][,id=NAME]`.
+    ///
+    /// # Errors
+    /// [`FlagError`], for the whole option.
+    pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
+        let read = || {
+            let keys = [
+                "path",
+                "image_type",
+                "readonly",
+                "num_queues",
+                "serial",
+                "stall_timeout",
+                "start_attempts",
+                "on_failure",
+                "id",
+            ];
+            let options = Options::parse(text, &keys, &USER_TOLERATED)?;
+            Ok(Self {
+                id: options.get("id")?,
+                path: options.need("path")?,
+                image_type: options.get("image_type")?,
+                readonly: options.on("readonly")?,
+                num_queues: options.get("num_queues")?,
+                serial: options.get("serial")?,
+                on_failure: on_failure(&options)?,
+                stall_timeout: options.get("stall_timeout")?,
+                start_attempts: options.get("start_attempts")?,
+            })
+        };
+        device(option, text, read, DeviceConfig::Nvme)
+    }
+}
+
+impl UserDeviceConfig {
+    /// Reads `socket=PATH[,on_failure=wait][,id=NAME]`.
+    ///
+    /// # Errors
+    /// [`FlagError`], for the whole option.
+    pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
+        let read = || {
+            let options = Options::parse(text, &["socket", "on_failure", "id"], &USER_TOLERATED)?;
+            Ok(Self { id: options.get("id")?, socket: options.need("socket")?, on_failure: on_failure(&options)? })
+        };
+        device(option, text, read, DeviceConfig::User)
+    }
+}
+
+impl PassthroughConfig {
+    /// Reads `path=/sys/bus/pci/devices/0000:01:00.0[,iommu=on][,fd=N][,id=NAME]`.
+    ///
+    /// # Errors
+    /// What is wrong with it, naming `option`.
+    pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
+        let read = || {
+            let options = Options::parse(text, &["path", "iommu", "fd", "id"], &[SEGMENT])?;
+            Ok(Self {
+                id: options.get("id")?,
+                path: options.need("path")?,
+                iommu: options.on("iommu")?,
+                fd: options.get("fd")?,
+                group: super::Descriptors::default(),
+            })
+        };
+        device(option, text, read, DeviceConfig::Passthrough)
     }
 }
 
@@ -351,14 +476,19 @@ impl RngConfig {
             return Ok(None);
         }
         let read = || {
-            let options =
-                Options::parse(text, &["src", "stall_timeout", "start_attempts", "on_failure", "id"], &PLACE)?;
+            let options = Options::parse(
+                text,
+                &["src", "stall_timeout", "start_attempts", "on_failure", "iommu", "isolation", "id"],
+                &[SEGMENT],
+            )?;
             Ok(Self {
                 src: options.need("src")?,
                 id: options.get("id")?,
                 stall_timeout: options.get("stall_timeout")?,
                 start_attempts: options.get("start_attempts")?,
                 on_failure: on_failure(&options)?,
+                iommu: options.on("iommu")?,
+                isolation: isolation(&options)?,
             })
         };
         device(option, text, read, DeviceConfig::Rng).map(Some)
@@ -394,6 +524,7 @@ mod tests {
                 FsConfig::from_flag("--fs", &text).map(DeviceConfig::Fs),
                 VsockConfig::from_flag("--vsock", &text).map(DeviceConfig::Vsock),
                 GenericVhostUserConfig::from_flag("--generic-vhost-user", &text).map(DeviceConfig::Generic),
+                PassthroughConfig::from_flag("--device", &text).map(DeviceConfig::Passthrough),
             ];
             for device in devices {
                 match device {
@@ -441,18 +572,25 @@ mod tests {
             ("path=a,num_queues=65", "from 1 to 64"),
             ("path=a,queue_size=100", "power of two"),
             ("path=a,serial=123456789012345678901", "20 bytes"),
-            ("vhost_user=on,socket=s,iommu=on", "device processes of Atoll's"),
             ("path=a,bw_size=1M", "bw_refill_time= is needed"),
             ("path=a,id=a/b", "letters"),
             ("path=a,on_failure=panic", "error, wait or unplug"),
             ("path=a,stall_timeout=soon", "stall_timeout"),
             ("path=a,start_attempts=few", "start_attempts"),
+            ("path=a,isolation=none", "shared or copy"),
             ("path=a,track=shadow", "keeps that record by itself"),
             ("vhost_user=on,socket=s,standby=on", "start a second one"),
         ];
         for (text, expected) in cases {
             let error = DiskConfig::from_flag("--disk", text).unwrap_err().to_string();
             assert!(error.contains(expected) && error.starts_with(&format!("--disk {text}: ")), "{text}: {error}");
+        }
+        for refused in ["iommu=on", "isolation=copy"] {
+            let nvme = NvmeConfig::from_flag("--nvme", &format!("path=a,{refused}")).unwrap_err();
+            let user = UserDeviceConfig::from_flag("--user-device", &format!("socket=a,{refused}")).unwrap_err();
+            for error in [nvme.to_string(), user.to_string()] {
+                assert!(error.contains(&format!("{refused} is not supported: ")), "{error}");
+            }
         }
         let cases = [
             ("tap=t,user=on", "exclude each other"),

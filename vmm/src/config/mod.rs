@@ -10,16 +10,20 @@ mod device_flags;
 mod file;
 mod flags;
 mod keyvalue;
+mod limits;
 mod payload;
+mod user_device;
 
-pub use check::ConfigError;
+pub use check::{ConfigError, QUEUE_SIZE_BEHIND_MAX};
 pub use device::{
     ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DeviceKind, DiskConfig, FsConfig, GenericVhostUserConfig,
-    ImageType, NetConfig, OnFailure, RateLimiterConfig, RngConfig, TokenBucketConfig, Track, VsockConfig,
+    ImageType, Isolation, NetConfig, OnFailure, PassthroughConfig, RngConfig, Track, VsockConfig,
 };
 pub use file::{FileError, MachineFile, RunWords};
 pub use keyvalue::{FlagError, KeyError, PathOrFd, bytes_of};
+pub use limits::{RateLimiterConfig, TokenBucketConfig};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
+pub use user_device::{NvmeConfig, UserDeviceConfig};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -37,6 +41,12 @@ pub struct VmConfig {
     /// Disks, in the order of their PCI slots.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
+    /// NVMe disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nvme: Option<Vec<NvmeConfig>>,
+    /// PCI devices of other processes (vfio-user).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user_devices: Option<Vec<UserDeviceConfig>>,
     /// Network cards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
@@ -52,6 +62,9 @@ pub struct VmConfig {
     /// Any other vhost-user device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
+    /// PCI functions of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<PassthroughConfig>>,
     /// COM1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<ConsoleConfig>,
@@ -67,7 +80,7 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// All devices that are processes, in the order in which they take PCI slots.
+    /// All devices of the PCI bus, in the order in which they take PCI slots.
     pub fn devices(&self) -> Vec<DeviceConfig> {
         let mut devices = Vec::new();
         devices.extend(self.rng.iter().cloned().map(DeviceConfig::Rng));
@@ -78,6 +91,9 @@ impl VmConfig {
         devices.extend(self.fs.iter().flatten().cloned().map(DeviceConfig::Fs));
         devices.extend(self.vsock.iter().cloned().map(DeviceConfig::Vsock));
         devices.extend(self.generic_vhost_user.iter().flatten().cloned().map(DeviceConfig::Generic));
+        devices.extend(self.nvme.iter().flatten().cloned().map(DeviceConfig::Nvme));
+        devices.extend(self.user_devices.iter().flatten().cloned().map(DeviceConfig::User));
+        devices.extend(self.devices.iter().flatten().cloned().map(DeviceConfig::Passthrough));
         devices
     }
 }

@@ -19,6 +19,7 @@ use atoll_devices::GuestClock;
 use thiserror::Error;
 
 use crate::irq::InterruptFabric;
+use crate::memory::DevicePages;
 
 pub use address_space::{ANSWER_BUDGET, AddressSpace, SharedDevice, Stall, StallSink, VcpuBus};
 pub use atoll_protocol::Space;
@@ -56,8 +57,8 @@ pub enum Exit {
     Stopped,
     /// Triple fault, with the address of the instruction that the first fault belongs to where it is known.
     TripleFault {
-        /// RIP when the CPU shut down.
-        rip: u64,
+        /// RIP when the CPU shut down; KVM forgets it on AMD's processors.
+        rip: Option<u64>,
     },
     /// The CPU cannot go on from this instruction.
     Stuck {
@@ -151,8 +152,21 @@ pub trait Processor: Send + Sync {
     fn interrupts(&self) -> Arc<dyn InterruptFabric>;
     /// Guest time.
     fn clock(&self) -> Arc<dyn GuestClock>;
+    /// What shows a guest memory of the host that is not RAM; none where each access outside RAM comes out.
+    fn windows(&self) -> Option<Arc<dyn MemoryWindows>> {
+        None
+    }
     /// Doorbells that the processor can watch by itself, without a vCPU leaving the guest.
     fn doorbells(&self) -> Option<Arc<dyn DoorbellWatch>>;
+}
+
+/// A processor whose guest reaches registers of a device without leaving guest code.
+pub trait MemoryWindows: Send + Sync {
+    /// Shows `pages` at guest-physical `gpa`, a multiple of the page size, until what is returned is dropped.
+    ///
+    /// # Errors
+    /// When something else is there, or there are as many windows as there can be.
+    fn show(&self, gpa: u64, pages: Arc<DevicePages>) -> Result<Box<dyn Send>, CpuError>;
 }
 
 /// A processor that turns a guest's write at an address into a signal of an eventfd (ioeventfd).

@@ -82,7 +82,7 @@ impl Queues {
     }
 
     fn activate(&mut self, features: u64, queues: &[QueueConfig]) {
-        self.unit.with(|iommu| iommu.activate(features));
+        self.unit.activate(features);
         let open = |queue: &QueueConfig| match GuestRing::new(&self.memory, queue, features, 0) {
             Ok(ring) => Some(Desk { ring, vector: queue.vector, held: VecDeque::new() }),
             Err(fault) => {

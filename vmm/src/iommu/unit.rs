@@ -125,13 +125,18 @@ impl Unit {
         &self.faulted
     }
 
+    /// The driver has accepted these features.
+    pub(crate) fn activate(&self, features: u64) {
+        self.with(|iommu| iommu.activate(features));
+    }
+
     /// Has the device itself for a moment, for what needs no endpoint.
     pub(super) fn with<T>(&self, act: impl FnOnce(&mut Iommu) -> T) -> T {
         act(&mut self.state().iommu)
     }
 
     /// Carries a request out, and returns when all endpoints have confirmed what it changes: the bytes of the answer.
-    pub(super) fn request(&self, readable: &[u8], writable: usize) -> Vec<u8> {
+    pub(crate) fn request(&self, readable: &[u8], writable: usize) -> Vec<u8> {
         let mut outcome: Outcome = self.with(|iommu| iommu.request(readable, writable));
         let changes = std::mem::take(&mut outcome.changes);
         if !self.settle(changes) {

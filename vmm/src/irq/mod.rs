@@ -44,6 +44,15 @@ pub enum IrqError {
 pub trait InterruptFabric: WireSink + MsiSink {
     /// Connects an eventfd. Until a message is set the route is masked; dropping the route disconnects it.
     fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError>;
+    /// Connects the eventfd `raise` to input `line`: each signal raises it, and it is lowered, with a signal of `ended`, when
+    /// the guest says that it has served it. Until what is returned is dropped. `None` where that cannot be had: whoever
+    /// asks sets the line by hand.
+    ///
+    /// # Errors
+    /// When the hypervisor can and refuses.
+    fn connect_level(&self, _line: u32, _raise: &EventFd, _ended: &EventFd) -> Result<Option<Box<dyn Send>>, IrqError> {
+        Ok(None)
+    }
     /// Waits until every eventfd that was signalled before this call has interrupted the guest, or stays counted because
     /// its route is masked. Whether that was so by `deadline`.
     fn flush(&self, _deadline: Instant) -> bool {

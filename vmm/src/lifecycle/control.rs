@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
 use crate::config::{DeviceConfig, VmConfig};
-use crate::machine::NewSize;
+use crate::machine::{LinkState, NewSize};
 use crate::vhost::{Fault, UpgradeOrder};
 
 /// Name of a device: the user's, or one that Atoll made up.
@@ -52,6 +52,8 @@ pub trait VmControl: Send + Sync {
     fn remove_device(&self, id: &str) -> Result<(), VmError>;
     /// Changes the size of a disk; the guest is told.
     fn resize_disk(&self, id: &str, size: NewSize) -> Result<(), VmError>;
+    /// Plugs the cable of a network card in or out; the guest is told.
+    fn set_link(&self, id: &str, link: LinkState) -> Result<(), VmError>;
     /// Gives a device that was quarantined, or that waits for its backend, another chance at once. Nothing happens to one that
     /// is well.
     fn revive_device(&self, id: &str) -> Result<(), VmError>;

@@ -19,7 +19,7 @@ use super::report::{DeviceReport, VmInfo};
 use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
-use crate::machine::{EventSender, MachineEnd, MachineEvent, MachineFigures, NewSize, StopCause};
+use crate::machine::{EventSender, LinkState, MachineEnd, MachineEvent, MachineFigures, NewSize, StopCause};
 use crate::vhost::{Fault, UPGRADE_MAX, UpgradeOrder, await_outcome};
 
 /// Requests that touch no device.
@@ -166,6 +166,10 @@ impl VmControl for Controller {
     fn resize_disk(&self, id: &str, size: NewSize) -> Result<(), VmError> {
         let id = id.to_owned();
         self.mailbox.ask("vm.resize-disk", Waits::ForBoot, DEVICES, move |keeper| keeper.resize_disk(&id, size))
+    }
+    fn set_link(&self, id: &str, link: LinkState) -> Result<(), VmError> {
+        let id = id.to_owned();
+        self.mailbox.ask("vm.set-link", Waits::ForBoot, DEVICES, move |keeper| keeper.set_link(&id, link))
     }
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let id = id.to_owned();

@@ -44,14 +44,19 @@ fn pause(figures: &PauseFigures) -> Value {
 /// What the devices have done, queue by queue and in all.
 fn figures(machine: &Machine) -> Value {
     let of = |device: &DeviceSnapshot| {
-        if device.counted == CountedBy::Rings {
-            return (device.id.clone(), json!({ "counted": device.counted, "completed": device.completed }));
+        let mut about = match device.counted {
+            CountedBy::Nobody => json!({ "counted": device.counted }),
+            CountedBy::Rings => json!({ "counted": device.counted, "completed": device.completed }),
+            CountedBy::Process => {
+                let queues: Vec<QueueSnapshot> = device.queues.iter().map(QueueSnapshot::from).collect();
+                json!({ "counted": device.counted, "all": QueueSnapshot::from(&device.total()), "queues": queues })
+            }
+        };
+        if let (false, Value::Object(fields)) = (device.translation.is_empty(), &mut about) {
+            let events: BTreeMap<_, _> = device.translation.iter().copied().collect();
+            fields.insert("iommu".into(), json!(events));
         }
-        let queues: Vec<QueueSnapshot> = device.queues.iter().map(QueueSnapshot::from).collect();
-        (
-            device.id.clone(),
-            json!({ "counted": device.counted, "all": QueueSnapshot::from(&device.total()), "queues": queues }),
-        )
+        (device.id.clone(), about)
     };
     machine.figures().snapshot().devices.iter().map(of).collect::<serde_json::Map<String, Value>>().into()
 }

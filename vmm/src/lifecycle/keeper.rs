@@ -33,10 +33,10 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, DeviceKind, VmConfig};
 use crate::machine::{
-    EventSender, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError, PauseFigures, PauseLimits,
-    Rebuilt, failure,
+    EventSender, LinkState, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError, PauseFigures,
+    PauseLimits, Rebuilt, failure,
 };
-use crate::vhost::{Fault, ResizeError, UpgradeOrder, UpgradeOutcome};
+use crate::vhost::{Fault, LinkError, ResizeError, UpgradeOrder, UpgradeOutcome};
 
 /// What is known without asking the thread.
 #[derive(Default)]
@@ -465,6 +465,19 @@ impl Keeper {
         }
     }
 
+    pub(super) fn set_link(&mut self, id: &str, link: LinkState) -> Result<(), VmError> {
+        match &mut self.state {
+            State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
+                Some(life) => life.set_link(link).map_err(|error| {
+                    let late = error.source.downcast_ref::<LinkError>().is_some_and(|error| !error.is_mistake());
+                    VmError::new(if late { ErrorKind::Failed } else { ErrorKind::Bad }, error)
+                }),
+                None => Err(no_device(id)),
+            },
+            other => Err(other.not_running()),
+        }
+    }
+
     pub(super) fn revive_device(&mut self, id: &str) -> Result<(), VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
@@ -523,6 +536,7 @@ impl Keeper {
             restarts: 0,
             failed_starts: 0,
             upgrade: None,
+            link: None,
             recovery: RecoveryClass::None,
             counted: None,
             pid: None,

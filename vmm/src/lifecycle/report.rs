@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DeviceKind, VmConfig};
+use crate::machine::LinkState;
 use crate::metrics::CountedBy;
 
 /// State of a machine, in Cloud Hypervisor's words.
@@ -123,6 +124,9 @@ pub struct DeviceReport {
     /// What became of the last upgrade, while that is news: on probation, or rolled back and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<String>,
+    /// Whether the cable of a network card is plugged in (`vm.set-link`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<LinkState>,
     /// What happens when it loses this one.
     pub recovery: RecoveryClass,
     /// Who counts what it does: `process` (requests, bytes, errors, latencies) or `rings` (completed requests, and nothing

@@ -38,6 +38,9 @@ pub(super) fn name_devices(config: &mut VmConfig) {
     config.vsock.iter_mut().for_each(|vsock| name(DeviceKind::Vsock, &mut vsock.id));
     let generic = config.generic_vhost_user.iter_mut().flatten();
     generic.for_each(|device| name(DeviceKind::Generic, &mut device.id));
+    config.nvme.iter_mut().flatten().for_each(|nvme| name(DeviceKind::Nvme, &mut nvme.id));
+    config.user_devices.iter_mut().flatten().for_each(|device| name(DeviceKind::User, &mut device.id));
+    config.devices.iter_mut().flatten().for_each(|function| name(DeviceKind::Vfio, &mut function.id));
 }
 
 /// Adds a device, named if it has no name. Gives it back as it is in the configuration.
@@ -62,6 +65,9 @@ pub(super) fn add(config: &mut VmConfig, mut device: DeviceConfig) -> Result<Dev
         DeviceConfig::Net(net) => config.net.get_or_insert_default().push(net),
         DeviceConfig::Fs(fs) => config.fs.get_or_insert_default().push(fs),
         DeviceConfig::Generic(device) => config.generic_vhost_user.get_or_insert_default().push(device),
+        DeviceConfig::Nvme(nvme) => config.nvme.get_or_insert_default().push(nvme),
+        DeviceConfig::User(device) => config.user_devices.get_or_insert_default().push(device),
+        DeviceConfig::Passthrough(function) => config.devices.get_or_insert_default().push(function),
         DeviceConfig::Vsock(vsock) => {
             only_one(config.vsock.is_some())?;
             config.vsock = Some(vsock);
@@ -96,6 +102,9 @@ pub(super) fn remove(config: &mut VmConfig, id: &str) -> bool {
         || without(&mut config.net, |net| is(&net.id))
         || without(&mut config.fs, |fs| is(&fs.id))
         || without(&mut config.generic_vhost_user, |device| is(&device.id))
+        || without(&mut config.nvme, |nvme| is(&nvme.id))
+        || without(&mut config.user_devices, |device| is(&device.id))
+        || without(&mut config.devices, |function| is(&function.id))
         || config.vsock.take_if(|vsock| is(&vsock.id)).is_some()
         || config.rng.take_if(|rng| is(&rng.id)).is_some()
         || (id == "_console" && config.console.take().is_some())
@@ -121,6 +130,8 @@ mod tests {
                 stall_timeout: None,
                 start_attempts: None,
                 on_failure: OnFailure::Error,
+                iommu: false,
+                isolation: Default::default(),
             }),
             ..VmConfig::default()
         };
@@ -136,6 +147,8 @@ mod tests {
             stall_timeout: None,
             start_attempts: None,
             on_failure: OnFailure::Error,
+            iommu: false,
+            isolation: Default::default(),
         };
         assert_eq!(add(&mut config, DeviceConfig::Rng(rng)).unwrap_err().kind, ErrorKind::Duplicate);
         assert!(remove(&mut config, "_disk1") && !remove(&mut config, "_disk1"));

@@ -14,7 +14,7 @@ use super::layout::{GSI_COUNT, SCI_GSI, Span};
 use super::slots::{Ejector, FunctionBars, PciSlots};
 use crate::cpu::{AddressSpace, Processor, SharedDevice, Space};
 use crate::doorbell::{DoorbellTable, Relay};
-use crate::iommu::Unit;
+use crate::iommu::{Unit, endpoint_id};
 use crate::irq::{InterruptFabric, IrqError, VectorTable};
 use crate::memory::GuestMemory;
 
@@ -113,6 +113,10 @@ impl Board {
     pub fn space(&self) -> &Arc<AddressSpace> {
         &self.space
     }
+    /// Where all interrupts end, for who connects them later.
+    pub(crate) fn fabric(&self) -> &Arc<dyn InterruptFabric> {
+        &self.fabric
+    }
     /// The doorbells by address.
     pub fn doorbells(&self) -> &Arc<DoorbellTable> {
         &self.doorbells
@@ -145,13 +149,15 @@ impl Board {
     pub fn set_iommu(&mut self, unit: Arc<Unit>, place: DevFn) {
         self.iommu = Some((unit, place));
     }
-    /// Whether what is built now comes to a guest that runs.
-    pub(crate) fn is_running(&self) -> bool {
-        self.pci.is_veiled()
-    }
-    /// What ACPI tells of it: where it is, and what is behind it.
+    /// What ACPI tells of it: where it is, what is behind it, and what may come to be: each slot that is free. (The guest
+    /// reads the table once; of a device there that is not behind it the IOMMU says that it does not know it.)
     pub(super) fn iommu_topology(&self) -> Option<(DevFn, Vec<u32>)> {
-        self.iommu.as_ref().map(|(unit, place)| (*place, unit.endpoints()))
+        let (unit, place) = self.iommu.as_ref()?;
+        let free = self.pci.free_places().map(endpoint_id);
+        let mut behind: Vec<u32> = unit.endpoints().into_iter().chain(free).collect();
+        behind.sort_unstable();
+        behind.dedup();
+        Some((*place, behind))
     }
     /// Presses the power button; the guest decides what that means. Whether the board has one.
     pub fn press_power_button(&self) -> bool {

@@ -1,9 +1,11 @@
 //! The seam between the assembler and each device.
 
 use std::error::Error as StdError;
+use std::str::FromStr;
 use std::time::Instant;
 
 use atoll_devices::pci::DevFn;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Board;
@@ -35,7 +37,7 @@ impl BuildError {
 pub struct LifeError {
     /// The device.
     pub device: String,
-    /// `start`, `pause`, `resume`, `resize` or `stop`.
+    /// What it was to do, as in "did not resume".
     pub step: &'static str,
     /// What went wrong.
     #[source]
@@ -49,6 +51,28 @@ pub struct NewSize {
     pub bytes: u64,
     /// It may be less than now: what lies behind is gone then.
     pub allow_shrink: bool,
+}
+
+/// Whether the cable of a network card is plugged in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkState {
+    /// It is.
+    #[default]
+    Up,
+    /// It is not: the guest sees no carrier, and nothing passes.
+    Down,
+}
+
+impl FromStr for LinkState {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "up" => Ok(Self::Up),
+            "down" => Ok(Self::Down),
+            _ => Err("a link is up or down"),
+        }
+    }
 }
 
 /// Knows how to make one device out of its validated configuration.
@@ -109,6 +133,14 @@ pub trait DeviceLife: Send {
     fn resize(&mut self, _size: NewSize) -> Result<(), LifeError> {
         let source = "the device has no size that could be changed".into();
         Err(LifeError { device: "device".into(), step: "resize", source })
+    }
+    /// Plugs the cable of a network card in or out, and tells the guest.
+    ///
+    /// # Errors
+    /// When it is none.
+    fn set_link(&mut self, _link: LinkState) -> Result<(), LifeError> {
+        let source = "the device is no network card".into();
+        Err(LifeError { device: "device".into(), step: "change its link", source })
     }
     /// Does to a device what the world may do, for a test.
     ///

@@ -84,8 +84,9 @@ pub fn failure(end: &VcpuEnd, cpu: &str) -> Option<String> {
     match &end.exit {
         Ok(Exit::Stopped) => None,
         Ok(Exit::TripleFault { rip }) => Some(format!(
-            "vcpu{vcpu} shut down by a triple fault at rip {rip:#x}: the guest faulted where it had no handler; \
-             look at what it printed last"
+            "vcpu{vcpu} shut down by a triple fault{}: the guest faulted where it had no handler; \
+             look at what it printed last",
+            rip.map_or(String::new(), |rip| format!(" at rip {rip:#x}"))
         )),
         Ok(Exit::Stuck { rip, reason }) => Some(format!("vcpu{vcpu} cannot go on at rip {rip:#x}: {reason}; {remedy}")),
         Err(error) => Some(format!("vcpu{vcpu} failed: {error}")),

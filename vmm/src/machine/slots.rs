@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use atoll_devices::acpi_hotplug::EjectSink;
 use atoll_devices::pci::root::PciRoot;
-use atoll_devices::pci::{BarMapping, BarSpace, DevFn, PciFunction, SharedFunction};
+use atoll_devices::pci::{BarKind, BarMapping, BarSpace, DevFn, PciFunction, SharedFunction};
 use atoll_devices::{Answer, RegisterDevice};
 use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 
@@ -27,7 +27,7 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What is in a slot.
 struct Occupant {
     function: SharedFunction,
-    bars: Vec<(BarSpace, RangeInclusive)>,
+    bars: Vec<(BarKind, RangeInclusive)>,
 }
 
 /// Bus 0: each device gets the lowest free slot, in the order in which devices are built, so that a configuration always
@@ -61,9 +61,6 @@ impl PciSlots {
     pub(super) fn veil(&mut self, veiled: bool) {
         self.veiled = veiled;
     }
-    pub(super) fn is_veiled(&self) -> bool {
-        self.veiled
-    }
     fn is_free(&self, slot: u8) -> bool {
         self.slots.get(usize::from(slot)).is_some_and(Option::is_none)
     }
@@ -76,7 +73,11 @@ impl PciSlots {
     }
     /// How many functions find a slot yet.
     pub(super) fn free(&self) -> usize {
-        (0..layout::PCI_SLOTS).filter(|slot| self.is_free(*slot)).count()
+        self.free_places().count()
+    }
+    /// Where functions can come yet.
+    pub(super) fn free_places(&self) -> impl Iterator<Item = DevFn> {
+        (0..layout::PCI_SLOTS).filter(|slot| self.is_free(*slot)).filter_map(|slot| DevFn::new(slot, 0))
     }
     /// Where pin A of the next slot leads: pins turn by one from slot to slot, as the ACPI tables say.
     pub(super) fn next_pin_gsi(&self) -> u8 {
@@ -105,12 +106,12 @@ impl PciSlots {
     fn assign(
         &mut self,
         function: &SharedFunction,
-        taken: &mut Vec<(BarSpace, RangeInclusive)>,
+        taken: &mut Vec<(BarKind, RangeInclusive)>,
     ) -> Result<(), BoardError> {
         let mut device = lock(function);
-        for (bar, space, len) in device.bars() {
-            let range = self.windows.take(space, len).ok_or(BoardError::NoRoom { bar, len })?;
-            taken.push((space, range));
+        for (bar, kind, len) in device.bars() {
+            let range = self.windows.take(kind, len).ok_or(BoardError::NoRoom { bar, len })?;
+            taken.push((kind, range));
             device.assign_bar(bar, range.start())?;
         }
         Ok(())
@@ -155,33 +156,35 @@ impl EjectSink for Ejector {
     }
 }
 
-/// Where BARs go: memory BARs into the 64-bit window, I/O BARs into theirs, each naturally aligned, the lowest room first.
+/// Where BARs go: those of 64, of 32 bits and of ports into a window each, naturally aligned, the lowest room first.
 struct BarWindows {
     memory: Option<AddressAllocator>,
+    memory32: Option<AddressAllocator>,
     io: Option<AddressAllocator>,
 }
 
 impl Default for BarWindows {
     fn default() -> Self {
-        // Neither window is empty or wraps, so both are there.
+        // No window is empty or wraps, so all are there.
         let window = |span: layout::Span| AddressAllocator::new(span.start, span.len).ok();
-        Self { memory: window(layout::MMIO64), io: window(layout::PCI_IO) }
+        Self { memory: window(layout::MMIO64), memory32: window(layout::MMIO32), io: window(layout::PCI_IO) }
     }
 }
 
 impl BarWindows {
-    fn window(&mut self, space: BarSpace) -> Option<&mut AddressAllocator> {
-        match space {
-            BarSpace::Memory => self.memory.as_mut(),
-            BarSpace::Io => self.io.as_mut(),
+    fn window(&mut self, kind: BarKind) -> Option<&mut AddressAllocator> {
+        match kind {
+            BarKind::Memory64 { .. } => self.memory.as_mut(),
+            BarKind::Memory32 => self.memory32.as_mut(),
+            BarKind::Io => self.io.as_mut(),
         }
     }
-    fn take(&mut self, space: BarSpace, len: u64) -> Option<RangeInclusive> {
-        self.window(space)?.allocate(len, len, AllocPolicy::FirstMatch).ok()
+    fn take(&mut self, kind: BarKind, len: u64) -> Option<RangeInclusive> {
+        self.window(kind)?.allocate(len, len, AllocPolicy::FirstMatch).ok()
     }
-    fn free_all(&mut self, bars: Vec<(BarSpace, RangeInclusive)>) {
-        for (space, range) in bars {
-            if let Some(Err(error)) = self.window(space).map(|window| window.free(&range)) {
+    fn free_all(&mut self, bars: Vec<(BarKind, RangeInclusive)>) {
+        for (kind, range) in bars {
+            if let Some(Err(error)) = self.window(kind).map(|window| window.free(&range)) {
                 tracing::error!(?range, %error, "a BAR's addresses were not taken");
             }
         }
@@ -206,6 +209,13 @@ fn space_of(space: BarSpace) -> Space {
 impl FunctionBars {
     pub(super) fn new(space: &Arc<AddressSpace>) -> Self {
         Self { space: Arc::downgrade(space), function: OnceLock::new(), mapped: Mutex::default() }
+    }
+}
+
+impl FunctionBars {
+    /// Whether a BAR answers at `base`, which it does not where something else was before it.
+    pub(crate) fn answers(&self, space: BarSpace, base: u64) -> bool {
+        lock(&self.mapped).contains(&(space_of(space), base))
     }
 }
 
@@ -255,19 +265,16 @@ mod tests {
     #[test]
     fn bars_are_where_they_were() {
         let mut windows = BarWindows::default();
-        let bars = [
-            (BarSpace::Memory, 0x1_0000),
-            (BarSpace::Memory, 0x4000),
-            (BarSpace::Memory, 0x1_0000),
-            (BarSpace::Io, 32),
-        ];
-        let taken: Vec<_> =
-            bars.into_iter().filter_map(|(space, len)| Some((space, windows.take(space, len)?))).collect();
+        const WIDE: BarKind = BarKind::Memory64 { prefetchable: false };
+        let bars =
+            [(WIDE, 0x1_0000), (WIDE, 0x4000), (WIDE, 0x1_0000), (BarKind::Io, 32), (BarKind::Memory32, 0x2_0000)];
+        let taken: Vec<_> = bars.into_iter().filter_map(|(kind, len)| Some((kind, windows.take(kind, len)?))).collect();
         let bases: Vec<_> = taken.iter().map(|(_, range)| range.start()).collect();
-        assert_eq!(bases, [0x80_0000_0000, 0x80_0001_0000, 0x80_0002_0000, 0x1000]);
-        assert_eq!(windows.take(BarSpace::Memory, 512 << 30), None);
-        assert_eq!(windows.take(BarSpace::Io, 0x1_0000), None);
+        assert_eq!(bases, [0x80_0000_0000, 0x80_0001_0000, 0x80_0002_0000, 0x1000, 0xc000_0000]);
+        assert_eq!(windows.take(WIDE, 512 << 30), None);
+        assert_eq!(windows.take(BarKind::Io, 0x1_0000), None);
+        assert_eq!(windows.take(BarKind::Memory32, 1 << 30), None);
         windows.free_all(taken);
-        assert_eq!(windows.take(BarSpace::Memory, 512 << 30).map(|range| range.start()), Some(0x80_0000_0000));
+        assert_eq!(windows.take(WIDE, 512 << 30).map(|range| range.start()), Some(0x80_0000_0000));
     }
 }

@@ -5,6 +5,8 @@
 //! (the software CPU), as memory slots (KVM) and as a memory table (vhost-user backends). Where it lies is the board's
 //! to say ([`layout`](crate::machine::layout)).
 
+mod device_pages;
 mod guest_memory;
 
+pub use device_pages::DevicePages;
 pub use guest_memory::{BACKEND_ADDRESS_OFFSET, GuestMemory, MemoryError, MemorySlot, RamRange, backend_address};

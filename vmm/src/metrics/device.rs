@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use atoll_devices::virtio::QueueConfig;
 use atoll_protocol::sidecar::DeviceClass;
@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::page::{QueueFigures, StatsPage};
 use super::rings::{CountedBy, Rings};
+use super::translation::TranslationCounters;
 use crate::config::DeviceKind;
 use crate::vhost::Spare;
 
@@ -60,6 +61,8 @@ enum Count {
     Page(StatsPage),
     /// In its rings, where the backend is not ours.
     Rings(Rings),
+    /// Not at all: the guest drives it by itself.
+    Nobody,
 }
 
 /// Characters of a label that says how a process ended.
@@ -79,14 +82,42 @@ pub struct DeviceMeter {
     failed_starts: AtomicU64,
     /// How the last backend ended, and the spare beside the present one.
     told: Mutex<(Option<String>, Spare)>,
+    /// What happens to its addresses, where it is behind an IOMMU.
+    translation: OnceLock<TranslationCounters>,
 }
 
 impl DeviceMeter {
     pub(super) fn new(id: &str, kind: DeviceKind, class: DeviceClass, page: Option<StatsPage>) -> Self {
-        let (phase, generation, lost) = (AtomicU8::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let count = page.map_or_else(|| Count::Rings(Rings::default()), Count::Page);
+        Self::counting(id, kind, class, count)
+    }
+
+    /// Of a device whose requests nobody counts.
+    pub(super) fn uncounted(id: &str, kind: DeviceKind) -> Self {
+        Self::counting(id, kind, DeviceClass::Other(0), Count::Nobody)
+    }
+
+    fn counting(id: &str, kind: DeviceKind, class: DeviceClass, count: Count) -> Self {
+        let (phase, generation, lost) = (AtomicU8::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let (full, failed_starts, told) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::new((None, Spare::Off)));
-        Self { id: id.to_owned(), kind, class, count, phase, generation, lost, full, failed_starts, told }
+        Self {
+            id: id.to_owned(),
+            kind,
+            class,
+            count,
+            phase,
+            generation,
+            lost,
+            full,
+            failed_starts,
+            told,
+            translation: OnceLock::new(),
+        }
+    }
+
+    /// What happens to its addresses; whoever asks says that it is behind an IOMMU.
+    pub fn translation(&self) -> &TranslationCounters {
+        self.translation.get_or_init(TranslationCounters::default)
     }
 
     /// Its name.
@@ -101,14 +132,14 @@ impl DeviceMeter {
     pub fn pass(&self) -> io::Result<Option<OwnedFd>> {
         match &self.count {
             Count::Page(page) => page.pass().map(Some),
-            Count::Rings(_) => Ok(None),
+            Count::Rings(_) | Count::Nobody => Ok(None),
         }
     }
 
     /// Its rings, where they are what is counted.
     pub(super) fn rings(&self) -> Option<&Rings> {
         match &self.count {
-            Count::Page(_) => None,
+            Count::Page(_) | Count::Nobody => None,
             Count::Rings(rings) => Some(rings),
         }
     }
@@ -118,6 +149,7 @@ impl DeviceMeter {
         match &self.count {
             Count::Page(_) => CountedBy::Process,
             Count::Rings(_) => CountedBy::Rings,
+            Count::Nobody => CountedBy::Nobody,
         }
     }
 
@@ -162,6 +194,7 @@ impl DeviceMeter {
         let (queues, completed) = match &self.count {
             Count::Page(page) => ((0..page.queues()).map(|n| page.queue(n)).collect(), BTreeMap::new()),
             Count::Rings(rings) => (Vec::new(), rings.completed()),
+            Count::Nobody => (Vec::new(), BTreeMap::new()),
         };
         let (last_exit, spare) = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();
         DeviceSnapshot {
@@ -178,6 +211,7 @@ impl DeviceMeter {
             last_exit,
             spare,
             queues,
+            translation: self.translation.get().map(TranslationCounters::snapshot).unwrap_or_default(),
         }
     }
 }
@@ -211,6 +245,8 @@ pub struct DeviceSnapshot {
     pub queues: Vec<QueueFigures>,
     /// Requests that each queue has completed, where its rings are what is counted.
     pub completed: BTreeMap<u16, u64>,
+    /// What has happened to its addresses, by name; nothing where it is behind no IOMMU.
+    pub translation: Vec<(&'static str, u64)>,
 }
 
 /// What `top` shows of a device: sums over its queues, latencies in microseconds.
@@ -269,8 +305,14 @@ impl DeviceSnapshot {
         };
         put("generation", self.generation);
         put("restarts", self.lost);
+        for (event, times) in &self.translation {
+            put(&format!("iommu_{event}"), *times);
+        }
+        // What is not counted is left out.
+        if self.counted == CountedBy::Nobody {
+            return counters;
+        }
         if self.counted == CountedBy::Rings {
-            // What is not counted is left out.
             put("requests", self.completed.values().fold(0, |sum, count| sum.wrapping_add(*count)));
             return counters;
         }

@@ -13,6 +13,7 @@ mod page;
 mod prometheus;
 mod registry;
 mod rings;
+mod translation;
 mod vcpu;
 
 pub use device::{DeviceMeter, DeviceSnapshot, Phase, QueueSnapshot};
@@ -20,4 +21,5 @@ pub use histogram::Histogram;
 pub use page::{QueueFigures, StatsPage};
 pub use registry::{MetricsError, Registry, Snapshot};
 pub use rings::CountedBy;
+pub use translation::{TranslationCounters, TranslationEvent};
 pub use vcpu::{AnswerKind, VcpuCounters, VcpuSnapshot};

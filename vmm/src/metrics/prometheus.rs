@@ -156,6 +156,13 @@ fn devices(text: &mut Text, devices: &[DeviceSnapshot]) {
             );
         }
     }
+    let name = "atoll_iommu_events_total";
+    text.family(name, "counter", "What has happened to the addresses of a device behind the IOMMU.");
+    for device in devices {
+        for (event, times) in &device.translation {
+            text.sample(name, format_args!("device=\"{}\",event=\"{event}\"", Value(&device.id)), *times);
+        }
+    }
     let name = "atoll_device_generation";
     text.family(name, "gauge", "Incarnation of the backend that serves the device, from 1.");
     for device in devices {

@@ -89,17 +89,32 @@ impl Registry {
         let page = queues.map(StatsPage::new).transpose();
         let page = page.map_err(|source| MetricsError::Page { device: id.to_owned(), source })?;
         let meter = Arc::new(DeviceMeter::new(id, kind, class, page));
-        let mut known = self.lock();
-        known.devices.retain(|_, device| device.strong_count() > 0);
-        if known.devices.len() >= DEVICES_MAX && !known.devices.contains_key(id) {
-            return Err(MetricsError::Full { device: id.to_owned() });
-        }
-        known.devices.insert(id.to_owned(), Arc::downgrade(&meter));
+        let mut known = self.know(&meter)?;
         if meter.rings().is_some() && !known.rings_watched {
             rings::watch(&self.0).map_err(|source| MetricsError::Thread { device: id.to_owned(), source })?;
             known.rings_watched = true;
         }
         Ok(meter)
+    }
+
+    /// Begins to count for a device that the guest drives by itself: what becomes of its addresses, and no requests.
+    ///
+    /// # Errors
+    /// [`MetricsError::Full`].
+    pub fn uncounted(&self, id: &str, kind: DeviceKind) -> Result<Arc<DeviceMeter>, MetricsError> {
+        let meter = Arc::new(DeviceMeter::uncounted(id, kind));
+        drop(self.know(&meter)?);
+        Ok(meter)
+    }
+
+    fn know(&self, meter: &Arc<DeviceMeter>) -> Result<MutexGuard<'_, Known>, MetricsError> {
+        let (mut known, id) = (self.lock(), meter.id());
+        known.devices.retain(|_, device| device.strong_count() > 0);
+        if known.devices.len() >= DEVICES_MAX && !known.devices.contains_key(id) {
+            return Err(MetricsError::Full { device: id.to_owned() });
+        }
+        known.devices.insert(id.to_owned(), Arc::downgrade(meter));
+        Ok(known)
     }
 
     /// The counters of a vCPU; they go on over resets of the machine.
@@ -136,6 +151,7 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use crate::metrics::TranslationEvent;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
@@ -181,6 +197,7 @@ mod tests {
         disk.tell(Phase::Running, 2, 1);
         disk.tell_recovery(true);
         disk.tell_end(7, Some("exit status 3; its last words: \"no\""), Spare::Coming);
+        disk.translation().add(TranslationEvent::Fault, 2);
         write(&disk, 0, "requests", 3);
         write(&disk, 0, "read_bytes", 4096);
         write(&disk, 0, "latency_sum_ns", 1_500_000);
@@ -197,6 +214,8 @@ mod tests {
             r#"atoll_backend_last_exit{device="disk \"a\"\\",reason="exit status 3; its last words: \"no\""} 1"#,
             r#"atoll_backend_spare{device="disk \"a\"\\",state="coming"} 1"#,
             r#"atoll_backend_spare{device="disk \"a\"\\",state="off"} 0"#,
+            r#"atoll_iommu_events_total{device="disk \"a\"\\",event="fault"} 2"#,
+            r#"atoll_iommu_events_total{device="disk \"a\"\\",event="map"} 0"#,
             r#"atoll_device_generation{device="disk \"a\"\\"} 2"#,
             r#"atoll_device_full_recovery{device="disk \"a\"\\"} 1"#,
             r#"atoll_device_state{device="disk \"a\"\\",state="running"} 1"#,

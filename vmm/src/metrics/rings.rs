@@ -34,6 +34,8 @@ pub enum CountedBy {
     /// The VMM, which sees in the rings how many requests each queue has completed. Bytes, errors and latencies are not
     /// counted.
     Rings,
+    /// Nobody: the guest drives it by itself.
+    Nobody,
 }
 
 /// A ring in use.

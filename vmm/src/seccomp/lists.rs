@@ -7,6 +7,7 @@ use seccompiler::{
 };
 
 use super::ThreadClass;
+use crate::vfio::{EVENT_CALLS, VCPU_CALLS};
 
 /// What every thread does: wait, wake, use the heap and descriptors that are open, log, end.
 const EVERYBODY: &[i64] = &[
@@ -72,6 +73,9 @@ const LISTENER: &[i64] =
 /// What a vCPU does to ask another process for a register.
 const QUESTIONS: &[i64] = &[libc::SYS_futex_waitv, libc::SYS_sendmsg, libc::SYS_shutdown];
 
+/// Registers of functions of the host.
+const FUNCTIONS: &[i64] = &[libc::SYS_pread64, libc::SYS_pwrite64];
+
 const EVENTS: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_ctl, libc::SYS_eventfd2];
 
 /// What a new incarnation of a device needs: its image by name, sockets, an in-flight region; and the end of the last one.
@@ -124,6 +128,10 @@ const LINE_IOCTLS: &[libc::c_ulong] =
 /// (KVM_IRQ_LINE), a message (KVM_SIGNAL_MSI).
 const KVM_INTERRUPTS: [libc::c_ulong; 2] = [0x4008_ae61, 0x4020_aea5];
 
+/// How a function of the host is taken away from a guest on KVM that does not let it go: its registers' memory slots
+/// (KVM_SET_USER_MEMORY_REGION), its interrupts (KVM_IRQFD, KVM_SET_GSI_ROUTING).
+const KVM_TAKING: [libc::c_ulong; 3] = [0x4020_ae46, 0x4020_ae76, 0x4008_ae6a];
+
 pub(super) type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 fn when(argument: u8, compare: Compare, value: u64) -> Result<SeccompRule, BackendError> {
@@ -166,15 +174,24 @@ pub(super) fn rules(class: ThreadClass) -> Result<Rules, BackendError> {
             freely(&mut rules, QUESTIONS);
             // How much memory its caches take, in huge pages or small ones.
             freely(&mut rules, &[libc::SYS_mincore]);
+            freely(&mut rules, FUNCTIONS);
+            rules.insert(libc::SYS_ioctl, requests(&VCPU_CALLS)?);
         }
         ThreadClass::KvmVcpu => {
             // The requests of KVM (type 0xae), on descriptors of KVM: interrupt routes change as a guest's driver sets its
             // vectors, on the vCPU's thread.
-            rules.insert(libc::SYS_ioctl, vec![when(1, Compare::MaskedEq(0xff00), 0xae00)?]);
+            let mut calls = vec![when(1, Compare::MaskedEq(0xff00), 0xae00)?];
+            calls.extend(requests(&VCPU_CALLS)?);
+            rules.insert(libc::SYS_ioctl, calls);
+            freely(&mut rules, FUNCTIONS);
             freely(&mut rules, &[libc::SYS_eventfd2, libc::SYS_epoll_ctl]);
             freely(&mut rules, QUESTIONS);
         }
-        ThreadClass::Events => freely(&mut rules, EVENTS),
+        ThreadClass::Events => {
+            freely(&mut rules, EVENTS);
+            // Functions of the host: their lines, and what of memory they reach behind an IOMMU.
+            rules.insert(libc::SYS_ioctl, requests(&[&EVENT_CALLS[..], &KVM_INTERRUPTS, &KVM_TAKING].concat())?);
+        }
         ThreadClass::Talk => {
             freely(&mut rules, SOCKETS);
             rules.insert(libc::SYS_ioctl, requests(&KVM_INTERRUPTS)?);

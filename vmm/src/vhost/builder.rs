@@ -16,14 +16,14 @@ use super::kinds::{Host, Kind};
 use super::parts::{Care, DeviceParts, Limits};
 use super::patience::Ending;
 use super::upgrade::{UpgradeOrder, UpgradeOutcome};
-use crate::config::{DeviceKind, OnFailure, Track};
+use crate::config::{DeviceKind, Isolation, OnFailure, Track};
 use crate::cpu::Space;
 use crate::doorbell::{Doorbell, DoorbellTable};
 use crate::iommu::endpoint_id;
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Standby, Story};
 use crate::machine::{
-    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, Ground, LifeError, MachineEvent, NewSize,
-    Withdrawal,
+    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, Ground, LifeError, LinkState, MachineEvent,
+    NewSize, Withdrawal,
 };
 use crate::metrics::Registry;
 
@@ -43,6 +43,7 @@ pub(super) struct Described {
     pub(super) track: Track,
     pub(super) care: Care,
     pub(super) iommu: bool,
+    pub(super) isolation: Isolation,
 }
 
 impl Described {
@@ -67,6 +68,7 @@ impl Described {
             track: self.track,
             care: self.care,
             iommu: self.iommu,
+            isolation: self.isolation,
             clock: DeviceParts::real_time(),
         };
         VhostDevice::connect_while(parts, ending).map_err(|error| failed(error.into()))
@@ -168,11 +170,8 @@ fn place(mut connected: Connected, kind: DeviceKind, board: &mut Board) -> Resul
 fn behind(board: &Board) -> Result<Behind, Cause> {
     let unit = board.iommu().ok_or(
         "iommu=on needs the machine's IOMMU, which is there from the start or not at all: start the machine with a device \
-         that has iommu=on",
+         that has iommu=on, and others can be plugged in beside it",
     )?;
-    if board.is_running() {
-        return Err("a device with iommu=on cannot be plugged into a running machine: give it at the start".into());
-    }
     let place = board.next_slot().and_then(|slot| DevFn::new(slot, 0)).ok_or("all PCI slots are taken")?;
     Ok(Behind { unit: Arc::clone(unit), endpoint: endpoint_id(place) })
 }
@@ -273,6 +272,9 @@ impl DeviceLife for VhostLife {
     fn resize(&mut self, size: NewSize) -> Result<(), LifeError> {
         self.device.resize(size).map_err(|error| self.failed("resize", error))
     }
+    fn set_link(&mut self, link: LinkState) -> Result<(), LifeError> {
+        self.device.set_link(link).map_err(|error| self.failed("change its link", error))
+    }
     fn inject(&mut self, fault: Fault, seed: u64) -> Result<(), LifeError> {
         self.device.inject(fault, seed).map_err(|error| self.failed("suffer the fault", error))
     }
@@ -311,6 +313,7 @@ impl DeviceLife for VhostLife {
             restarts: status.lost,
             failed_starts: status.failed_starts,
             upgrade: status.upgrade,
+            link: status.link,
             recovery: match status.recovery {
                 Recovery::Full => RecoveryClass::Full,
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,

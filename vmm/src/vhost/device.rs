@@ -7,14 +7,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use atoll_devices::iommu::Change;
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
-use atoll_devices::{Answer, Completion, access};
+use atoll_devices::{Answer, access};
 use atoll_protocol::jail::JailedLayer;
 use rustix::event::EventfdFlags;
 
@@ -23,95 +22,29 @@ use super::call::Transport;
 use super::conversation::Conversation;
 pub use super::device_error::{ConnectError, PauseError, SwitchError};
 use super::fault::{self, Fault, FaultError};
-use super::gate::{Closed, Gate};
+use super::gate::Gate;
 use super::iotlb::Behind;
 use super::parts::{DeviceParts, Makers, Parts};
 use super::patience::{Ending, Patience};
 use super::recovery::Rules;
+use super::request::Request;
 use super::rings::RingPosition;
 use super::session;
 use super::source::{Incarnation, Start};
 pub(super) use super::status::{DeviceState, DeviceStatus, Recovery, Spare};
-use super::upgrade::{self, UpgradeError, UpgradeOrder, UpgradeOutcome};
-use super::worker::{Past, ResizeError, Session, SessionParts, Worker};
+use super::worker::{LinkError, Past, ResizeError, Session, SessionParts, Worker};
 use crate::actor::{ActorReport, Post};
-use crate::config::Track;
 use crate::doorbell::{Doorbell, Interposer, Relay};
 use crate::iommu::Endpoint;
 use crate::irq::VectorTable;
 use crate::lifecycle::{QueueReport, Story};
-use crate::machine::NewSize;
+use crate::machine::{LinkState, NewSize};
 use crate::memory::GuestMemory;
 use crate::metrics::{CountedBy, DeviceMeter, Phase};
 use crate::seccomp::{self, ThreadClass};
 
 /// A net below the deadlines that the device's thread has for each of its own steps.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
-
-/// What the device's thread is asked.
-pub(super) enum Request {
-    Intent(Intent, Completion),
-    SwitchCall {
-        index: u16,
-        interposer: Option<Arc<dyn Interposer>>,
-        answer: SyncSender<Result<(), SwitchError>>,
-    },
-    CountCalls {
-        index: u16,
-        answer: SyncSender<Option<u64>>,
-    },
-    Resize {
-        size: NewSize,
-        answer: SyncSender<Result<(), ResizeError>>,
-    },
-    /// The gate has been closed: bring the rings back.
-    Pause,
-    /// The gate is open again.
-    Resume {
-        answer: SyncSender<Result<(), PauseError>>,
-    },
-    /// The IOMMU has changed what the device may reach.
-    Translate {
-        change: Change,
-        answer: SyncSender<()>,
-    },
-    /// The operator wants a device back that was given up.
-    Revive,
-    /// The operator has a new program for it.
-    Upgrade {
-        order: UpgradeOrder,
-        answer: SyncSender<Result<u64, UpgradeError>>,
-    },
-    /// A fault was asked for: the connection breaks, or the backend says what follows from a seed.
-    Break {
-        nonsense: Option<u64>,
-    },
-    /// Give everything but the board's part to whoever comes next.
-    Leave {
-        deadline: Instant,
-        answer: SyncSender<(Parts, Past)>,
-    },
-    Stop {
-        deadline: Instant,
-    },
-}
-
-impl Request {
-    /// Whether it must be heard whatever the guest does.
-    fn is_urgent(&self) -> bool {
-        matches!(
-            self,
-            Self::Resize { .. }
-                | Self::Pause
-                | Self::Resume { .. }
-                | Self::Translate { .. }
-                | Self::Revive
-                | Self::Upgrade { .. }
-                | Self::Leave { .. }
-                | Self::Stop { .. }
-        )
-    }
-}
 
 #[derive(Default)]
 struct Inbox {
@@ -124,9 +57,6 @@ struct Inbox {
 
 /// How often it is looked at the latest whether somebody listens at a socket of somebody else's.
 const FOREIGN_LOOK: Duration = Duration::from_millis(250);
-
-/// How long whoever resumes a device waits for it to have its rings.
-const RESUME_TIME: Duration = Duration::from_secs(1);
 
 /// Requests that may wait; a guest that produces more is not heard.
 const INBOX_MAX: usize = 64;
@@ -240,7 +170,7 @@ pub struct Connected {
 }
 
 /// Tells the machine's story how the jail of an incarnation came out.
-pub(super) fn tell_jail(story: &Story, name: &str, generation: u64, jail: &[JailedLayer]) {
+pub(crate) fn tell_jail(story: &Story, name: &str, generation: u64, jail: &[JailedLayer]) {
     if jail.is_empty() {
         return;
     }
@@ -270,9 +200,9 @@ pub(super) fn greet(
     if let Some(process) = &process {
         conversation.end_with(process.ended())?;
     }
-    let (wish, iommu) = (parts.class.config(), parts.iommu);
+    let (wish, addresses) = (parts.class.config(), parts.addresses());
     let greeted = conversation
-        .perform(move |wire| session::handshake(wire, wish, &backends_end, iommu))
+        .perform(move |wire| session::handshake(wire, wish, &backends_end, addresses))
         .and_then(|capabilities| Ok((parts.class.offer(&capabilities)?, capabilities)))
         .and_then(|(offer, capabilities)| {
             if let Some((offset, bytes)) = parts.class.imprint(&capabilities) {
@@ -283,7 +213,7 @@ pub(super) fn greet(
     match greeted {
         Ok((offer, capabilities)) => {
             let (served, in_order) = (parts.class.served(&capabilities), parts.class.in_order());
-            let shadowed = parts.track == Track::Shadow;
+            let shadowed = parts.is_shadowed();
             let parts = SessionParts { conversation, process, capabilities, requests, served, in_order, shadowed };
             Ok((Box::new(Session::new(parts)), offer))
         }
@@ -370,7 +300,7 @@ impl Connected {
 
 /// A running device.
 pub struct VhostDevice {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -400,6 +330,7 @@ impl VhostDevice {
             track,
             care,
             iommu,
+            isolation,
             clock,
         } = parts;
         let (fence, foreign, build) = (source.fence(), source.is_foreign(), source.build());
@@ -410,6 +341,7 @@ impl VhostDevice {
             limits,
             track,
             iommu,
+            isolation,
             build,
             roll: story.roll().clone(),
         };
@@ -426,6 +358,7 @@ impl VhostDevice {
             lost: 0,
             failed_starts: 0,
             upgrade: None,
+            link: None,
             spare,
             exe,
             recovery,
@@ -509,6 +442,23 @@ impl VhostDevice {
             })
         })
     }
+    /// Plugs the cable of a network card in or out, and tells the guest; a backend that is not there now finds it so. While
+    /// the device is paused the guest is told when it goes on.
+    ///
+    /// # Errors
+    /// All of [`LinkError`]; the link then is as it was.
+    pub fn set_link(&self, link: LinkState) -> Result<(), LinkError> {
+        let (answer, result) = sync_channel(1);
+        if !self.shared.send(Request::SetLink { link, answer }) {
+            return Err(LinkError::Stopped);
+        }
+        result.recv_timeout(ANSWER_MAX).unwrap_or_else(|error| {
+            Err(match error {
+                RecvTimeoutError::Timeout => LinkError::Late(ANSWER_MAX),
+                RecvTimeoutError::Disconnected => LinkError::Stopped,
+            })
+        })
+    }
     /// Its queues, as the driver set them up; how much is in flight is read from the rings.
     pub fn queues(&self) -> Vec<QueueReport> {
         let memory = self.shared.memory.mapped();
@@ -526,99 +476,6 @@ impl VhostDevice {
             }
         };
         lock(&self.shared.queues).iter().map(report).collect()
-    }
-    /// Begins what [`Self::pause`] waits for. [`Self::resume`] undoes it.
-    pub fn begin_pause(&self) {
-        if self.shared.gate.close() {
-            // A thread that is not there any more is noticed by who waits.
-            self.shared.send(Request::Pause);
-        }
-    }
-    /// Takes the rings from the backend by `deadline`, when it has completed what it had begun; kicks pile up meanwhile.
-    /// Never waits for a backend that is gone, only a while for the proof that its last writes are done.
-    ///
-    /// # Errors
-    /// When a live backend keeps the rings for too long; then the device goes on.
-    pub fn pause(&self, deadline: Instant) -> Result<(), PauseError> {
-        let began = Instant::now();
-        if self.shared.gate.close() && !self.shared.send(Request::Pause) {
-            return Err(PauseError::Stopped);
-        }
-        let fence = began + deadline.saturating_duration_since(began) / 2;
-        match self.shared.gate.await_closed(deadline, fence) {
-            Closed::Proven => Ok(()),
-            Closed::Unproven => {
-                tracing::warn!(
-                    device = self.shared.name,
-                    "no successor shows that the dead backend's last writes are done; the pause goes on without that proof"
-                );
-                Ok(())
-            }
-            Closed::Late => {
-                // The thread may still wait for the rings, and get a successor's instead: it must hear that nobody wants them
-                // to stay here. There is nobody to wait for its answer.
-                if self.shared.gate.open() {
-                    let (answer, _) = sync_channel(1);
-                    self.shared.send(Request::Resume { answer });
-                }
-                let in_flight = self.queues().iter().map(|queue| u32::from(queue.in_flight)).sum();
-                Err(PauseError::Late { waited: began.elapsed(), in_flight })
-            }
-        }
-    }
-    /// Gives the rings back to the backend, or to the next one as soon as there is one. Nothing happens to a device that
-    /// is not paused.
-    ///
-    /// # Errors
-    /// When the backend says no.
-    pub fn resume(&self) -> Result<(), PauseError> {
-        if !self.shared.gate.open() {
-            return Ok(());
-        }
-        let (answer, result) = sync_channel(1);
-        if !self.shared.send(Request::Resume { answer }) {
-            return Err(PauseError::Stopped);
-        }
-        match result.recv_timeout(RESUME_TIME) {
-            Ok(result) => result,
-            // The thread waits for a backend, and goes on by itself when there is one.
-            Err(RecvTimeoutError::Timeout) => Ok(()),
-            Err(RecvTimeoutError::Disconnected) => Err(PauseError::Stopped),
-        }
-    }
-    /// Gives a device that was given up, or that waits, another chance at once.
-    pub fn revive(&self) {
-        self.shared.send(Request::Revive);
-    }
-    /// Begins to put a process of another program in the place of the present one, without the driver noticing: it is made
-    /// ready beside it first. What comes is its generation once it has served for a while, or why the old one carries on.
-    ///
-    /// # Errors
-    /// When the program cannot even be tried.
-    pub fn begin_upgrade(&self, order: UpgradeOrder) -> Result<UpgradeOutcome, UpgradeError> {
-        let unfit = |reason: String| UpgradeError::Program { exe: order.exe.clone(), reason };
-        if !order.exe.is_absolute() {
-            return Err(unfit("give the program's absolute path".into()));
-        }
-        let there = order.exe.metadata().map_err(|error| unfit(format!("it cannot be run ({error})")))?;
-        if !there.is_file() {
-            return Err(unfit(format!(
-                "it is {}, and no program",
-                if there.is_dir() { "a folder" } else { "no file" }
-            )));
-        }
-        let (answer, outcome) = sync_channel(1);
-        if !self.shared.send(Request::Upgrade { order, answer }) {
-            return Err(UpgradeError::Stopped);
-        }
-        Ok(outcome)
-    }
-    /// [`VhostDevice::begin_upgrade`], and waits for what comes of it.
-    ///
-    /// # Errors
-    /// All of [`UpgradeError`]; the old program carries on then.
-    pub fn upgrade(&self, order: UpgradeOrder) -> Result<u64, UpgradeError> {
-        upgrade::await_outcome(&self.begin_upgrade(order)?, upgrade::UPGRADE_MAX)
     }
     /// Does to it what the world may do (`fault`).
     ///

@@ -16,9 +16,12 @@ use super::patience::Ending;
 use crate::backend::{Household, PolicyConfig};
 use crate::config::{ConfigError, DeviceConfig, DeviceKind};
 use crate::doorbell::Relay;
+use crate::irq::InterruptFabric;
 use crate::lifecycle::Story;
 use crate::machine::{DeviceBuilder, Ground};
 use crate::memory::GuestMemory;
+use crate::vfio::{SharedSpace, Surroundings, VfioBuilder};
+use crate::vfio_user::{Bare, Described as UserDescribed, Served, UserBuilder};
 
 /// Numbers below are those of devices that the board always has.
 const FIRST_NUMBER: u32 = 0x1_0000;
@@ -44,6 +47,8 @@ pub struct DeviceFactory {
     named: Mutex<BTreeMap<DeviceKind, u32>>,
     console: ConsoleLine,
     debugged: Vec<String>,
+    /// What functions of the host reach.
+    dma: SharedSpace,
 }
 
 /// A device that cannot be made from its configuration alone.
@@ -64,6 +69,12 @@ pub enum FactoryError {
     /// The console.
     #[error("console: {0}")]
     Console(#[from] ConsoleError),
+    /// It is asked for queues, which a function of the host has none of here.
+    #[error("{id} is a function of the host, not a process: its queues are its own")]
+    NoProcess {
+        /// Which device.
+        id: String,
+    },
     /// A number that no PCI function can have.
     #[error("generic {id}: device_type={device_type} is no virtio device type: give 1 to 63")]
     DeviceType {
@@ -80,7 +91,7 @@ impl FactoryError {
         match self {
             Self::Config(ConfigError::Unsupported(_)) => true,
             Self::Console(error) => matches!(error, ConsoleError::Unsupported(_)),
-            Self::Net { .. } | Self::Config(_) | Self::DeviceType { .. } => false,
+            Self::Net { .. } | Self::Config(_) | Self::NoProcess { .. } | Self::DeviceType { .. } => false,
         }
     }
 }
@@ -89,7 +100,8 @@ impl DeviceFactory {
     /// A factory for one virtual machine.
     pub fn new(parts: FactoryParts) -> Self {
         let (named, console, debugged) = (Mutex::default(), ConsoleLine::default(), Vec::new());
-        Self { parts, numbers: AtomicU32::new(FIRST_NUMBER), named, console, debugged }
+        let dma = SharedSpace::default();
+        Self { parts, numbers: AtomicU32::new(FIRST_NUMBER), named, console, debugged, dma }
     }
 
     /// Somebody debugs the processes of the devices of these names.
@@ -115,7 +127,54 @@ impl DeviceFactory {
     /// # Errors
     /// When the configuration is wrong in itself, or asks for what is not there.
     pub fn builder(&self, config: &DeviceConfig) -> Result<Box<dyn DeviceBuilder>, FactoryError> {
-        Ok(Box::new(VhostBuilder::new(self.described(config)?)))
+        if let DeviceConfig::Passthrough(function) = config {
+            config.check()?;
+            let name = self.name(config);
+            let bdf = function.bdf().ok_or_else(|| FactoryError::NoProcess { id: name.clone() })?;
+            let surroundings = Surroundings {
+                shared: self.dma.clone(),
+                story: self.parts.story.clone(),
+                registry: self.parts.household.metrics().clone(),
+            };
+            return Ok(Box::new(VfioBuilder::new(name, bdf, function, surroundings)));
+        }
+        match self.user(config)? {
+            Some(described) => Ok(Box::new(UserBuilder::new(described))),
+            None => Ok(Box::new(VhostBuilder::new(self.described(config)?))),
+        }
+    }
+
+    /// A device that is served over vfio-user, if this is one.
+    fn user(&self, config: &DeviceConfig) -> Result<Option<UserDescribed>, FactoryError> {
+        let served = match config {
+            DeviceConfig::Nvme(nvme) => Served::Nvme(nvme.clone()),
+            DeviceConfig::User(device) => Served::Foreign(device.clone()),
+            _ => return Ok(None),
+        };
+        config.check()?;
+        let name = self.name(config);
+        Ok(Some(UserDescribed {
+            number: self.number(),
+            served,
+            care: self.care(config, &name),
+            on_failure: config.on_failure(),
+            spawner: self.parts.household.spawner().clone(),
+            backend_dir: self.parts.backend_dir.clone(),
+            story: self.parts.story.clone(),
+            registry: self.parts.household.metrics().clone(),
+            name,
+        }))
+    }
+
+    fn number(&self) -> DeviceId {
+        DeviceId(self.numbers.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// What the user says of a device's deaths and stalls.
+    fn care(&self, config: &DeviceConfig, name: &str) -> Care {
+        let policy = PolicyConfig { start_attempts: config.start_attempts(), ..PolicyConfig::default() };
+        let debugged = self.debugged.iter().any(|debugged| debugged == name);
+        Care { stall: config.stall_timeout(), debugged, policy, standby: config.standby() }
     }
 
     /// A device with its first backend and without a board: for who drives its queues without a guest, as campaigns of
@@ -130,6 +189,20 @@ impl DeviceFactory {
         relay: Arc<Relay>,
     ) -> Result<Connected, Box<dyn std::error::Error + Send + Sync>> {
         Ok(self.described(config)?.connect(&Ground { memory, relay }, Ending::default())?)
+    }
+
+    /// The same for a device that is served over vfio-user, its vectors connected to `fabric`.
+    ///
+    /// # Errors
+    /// As [`Self::connect`]; also for a device that is not served over vfio-user.
+    pub fn connect_function(
+        &self,
+        config: &DeviceConfig,
+        ground: &Ground,
+        fabric: &dyn InterruptFabric,
+    ) -> Result<Bare, Box<dyn std::error::Error + Send + Sync>> {
+        let described = self.user(config)?.ok_or("it is not served over vfio-user")?;
+        described.bare(ground, fabric)
     }
 
     fn described(&self, config: &DeviceConfig) -> Result<Described, FactoryError> {
@@ -149,6 +222,9 @@ impl DeviceFactory {
                 Console::check(config)?;
                 Box::new(Console { config: config.clone(), line: self.console.clone() })
             }
+            DeviceConfig::Passthrough(_) | DeviceConfig::Nvme(_) | DeviceConfig::User(_) => {
+                return Err(FactoryError::NoProcess { id });
+            }
             DeviceConfig::Generic(device) => {
                 let device_type = u16::try_from(device.device_type).ok().filter(|number| (1..=63).contains(number));
                 let device_type = device_type
@@ -159,18 +235,16 @@ impl DeviceFactory {
         let host = Host {
             spawner: self.parts.household.spawner().clone(),
             backend_dir: self.parts.backend_dir.clone(),
-            number: DeviceId(self.numbers.fetch_add(1, Ordering::Relaxed)),
+            number: self.number(),
             name: id,
             meter: None,
             lone: device.lone(),
         };
         let (story, registry) = (self.parts.story.clone(), self.parts.household.metrics().clone());
         let (on_failure, track) = (config.on_failure(), config.track());
-        let debugged = self.debugged.contains(&host.name);
-        let policy = PolicyConfig { start_attempts: config.start_attempts(), ..PolicyConfig::default() };
-        let care = Care { stall: config.stall_timeout(), debugged, policy, standby: config.standby() };
-        let iommu = config.iommu();
-        Ok(Described { kind, device, host, story, registry, on_failure, track, care, iommu })
+        let care = self.care(config, &host.name);
+        let (iommu, isolation) = (config.iommu(), config.isolation());
+        Ok(Described { kind, device, host, story, registry, on_failure, track, care, iommu, isolation })
     }
 
     /// A guest begins to print on the console.

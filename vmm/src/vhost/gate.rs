@@ -18,7 +18,7 @@ struct State {
 
 /// How a wait for the rings ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Closed {
+pub(crate) enum Closed {
     /// No backend touches them.
     Proven,
     /// No live backend touches them; whether the writes of a dead one are done could not be seen.
@@ -29,7 +29,7 @@ pub(super) enum Closed {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Gate {
+pub(crate) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -41,47 +41,47 @@ impl Gate {
         result
     }
     /// Takes the rings out, to give them to a backend; says no while the gate is closed.
-    pub(super) fn take_out(&self) -> bool {
+    pub(crate) fn take_out(&self) -> bool {
         self.with(|state| {
             state.out = !state.closed;
             state.out
         })
     }
     /// The backend has given them back. Says whether somebody wants them to stay here.
-    pub(super) fn bring_back(&self) -> bool {
+    pub(crate) fn bring_back(&self) -> bool {
         self.with(|state| {
             state.out = false;
             state.closed
         })
     }
     /// The backend is gone with them.
-    pub(super) fn lost(&self) {
+    pub(crate) fn lost(&self) {
         self.with(|state| {
             state.dying |= state.out;
             state.out = false;
         });
     }
     /// The writes of all dead backends are done.
-    pub(super) fn settled(&self) {
+    pub(crate) fn settled(&self) {
         self.with(|state| state.dying = false);
     }
     /// Whether no backend may have the rings.
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.with(|state| state.closed)
     }
     /// Nobody may take the rings out any more. Says whether a live backend still has them.
-    pub(super) fn close(&self) -> bool {
+    pub(crate) fn close(&self) -> bool {
         self.with(|state| {
             state.closed = true;
             state.out
         })
     }
     /// They may be taken out again. Says whether they might not before.
-    pub(super) fn open(&self) -> bool {
+    pub(crate) fn open(&self) -> bool {
         self.with(|state| std::mem::take(&mut state.closed))
     }
     /// Waits until no dead backend can write any more; whether that is so by `deadline`.
-    pub(super) fn await_settled(&self, deadline: Instant) -> bool {
+    pub(crate) fn await_settled(&self, deadline: Instant) -> bool {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         while state.dying {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -94,7 +94,7 @@ impl Gate {
     }
     /// Waits until the rings are back: until `deadline` for a live backend, until `fence` for the proof that a dead one's
     /// writes are done.
-    pub(super) fn await_closed(&self, deadline: Instant, fence: Instant) -> Closed {
+    pub(crate) fn await_closed(&self, deadline: Instant, fence: Instant) -> Closed {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let until = match (state.out, state.dying) {

@@ -153,7 +153,29 @@ impl GuestRing {
 
     /// What the chain at `head` consists of.
     pub(crate) fn chain(&self, head: u16) -> Option<Chain> {
-        Chain::read(self.memory.as_ref(), self.queue.desc_table(), self.size, head)
+        self.chain_by(self.memory.as_ref(), head)
+    }
+    /// The same where its descriptors hold addresses of another kind.
+    pub(crate) fn chain_by(&self, buffers: &impl Reach, head: u16) -> Option<Chain> {
+        Chain::read(self.memory.as_ref(), buffers, (self.queue.desc_table(), self.size), head)
+    }
+}
+
+/// Whoever reaches a driver's buffers at the addresses that its descriptors hold.
+pub(crate) trait Reach {
+    /// Reads what is at `address`; whether all of it is there.
+    fn fetch(&self, address: u64, bytes: &mut [u8]) -> bool;
+    /// Writes `bytes` to `address`; whether there is room for all of them.
+    fn put(&self, address: u64, bytes: &[u8]) -> bool;
+}
+
+/// Descriptors that hold guest-physical addresses.
+impl Reach for GuestMemoryMmap {
+    fn fetch(&self, address: u64, bytes: &mut [u8]) -> bool {
+        self.read_slice(bytes, GuestAddress(address)).is_ok()
+    }
+    fn put(&self, address: u64, bytes: &[u8]) -> bool {
+        self.write_slice(bytes, GuestAddress(address)).is_ok()
     }
 }
 
@@ -167,9 +189,14 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// Reads a chain; `None` for one that makes no sense: a loop, a table outside RAM, an indirect table where none may be,
-    /// readable behind writable.
-    pub(crate) fn read(memory: &GuestMemoryMmap, table: u64, size: u16, head: u16) -> Option<Self> {
+    /// Reads a chain from a table in `memory` with so many entries; indirect tables are among the `buffers`. `None` for one
+    /// that makes no sense: a loop, a table outside RAM, an indirect table where none may be, readable behind writable.
+    pub(crate) fn read(
+        memory: &GuestMemoryMmap,
+        buffers: &impl Reach,
+        (table, size): (u64, u16),
+        head: u16,
+    ) -> Option<Self> {
         let mut chain = Self::default();
         let (mut table, mut entries, mut next) = (table, u32::from(size), u32::from(head));
         let (mut indirect, mut left) = (false, entries);
@@ -180,7 +207,10 @@ impl Chain {
             left = left.checked_sub(1)?;
             let address = table.checked_add(DESCRIPTOR * u64::from(next))?;
             let mut bytes = [0; DESCRIPTOR as usize];
-            memory.read_slice(&mut bytes, GuestAddress(address)).ok()?;
+            let there = if indirect { buffers.fetch(address, &mut bytes) } else { memory.fetch(address, &mut bytes) };
+            if !there {
+                return None;
+            }
             let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
             let start = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
             let len = u32::from_le_bytes([l0, l1, l2, l3]);
@@ -207,32 +237,34 @@ impl Chain {
     }
 
     /// Writes `byte` where the device's last one goes; whether there is such a place.
-    pub(crate) fn write_last(&self, memory: &GuestMemoryMmap, byte: u8) -> bool {
+    pub(crate) fn write_last(&self, memory: &impl Reach, byte: u8) -> bool {
         let last = self.writable.iter().rev().find(|(_, len)| *len > 0);
         let address = last.and_then(|(start, len)| start.checked_add(u64::from(*len) - 1));
-        address.is_some_and(|address| memory.write_slice(&[byte], GuestAddress(address)).is_ok())
+        address.is_some_and(|address| memory.put(address, &[byte]))
     }
 
     /// The first `N` bytes for the device.
-    pub(crate) fn first<const N: usize>(&self, memory: &GuestMemoryMmap) -> Option<[u8; N]> {
+    pub(crate) fn first<const N: usize>(&self, memory: &impl Reach) -> Option<[u8; N]> {
         let mut bytes = [0; N];
         let mut at = 0;
         for (start, len) in &self.readable {
             let rest = bytes.get_mut(at..)?;
             let here = rest.len().min(usize::try_from(*len).ok()?);
-            memory.read_slice(rest.get_mut(..here)?, GuestAddress(*start)).ok()?;
+            if !memory.fetch(*start, rest.get_mut(..here)?) {
+                return None;
+            }
             at += here;
         }
         (at == N).then_some(bytes)
     }
 
     /// The first bytes for the device: all that there are, up to `most`. Fewer where they are not in RAM.
-    pub(crate) fn gather(&self, memory: &GuestMemoryMmap, most: usize) -> Vec<u8> {
+    pub(crate) fn gather(&self, memory: &impl Reach, most: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (start, len) in &self.readable {
             let here = (most - bytes.len()).min(usize::try_from(*len).unwrap_or(usize::MAX));
             let mut part = vec![0; here];
-            if here == 0 || memory.read_slice(&mut part, GuestAddress(*start)).is_err() {
+            if here == 0 || !memory.fetch(*start, &mut part) {
                 break;
             }
             bytes.extend(part);
@@ -247,10 +279,10 @@ impl Chain {
     }
 
     /// Writes `bytes` where the device's first ones go; whether there is room for all.
-    pub(crate) fn write_first(&self, memory: &GuestMemoryMmap, mut bytes: &[u8]) -> bool {
+    pub(crate) fn write_first(&self, memory: &impl Reach, mut bytes: &[u8]) -> bool {
         for (start, len) in &self.writable {
             let (here, later) = bytes.split_at(bytes.len().min(usize::try_from(*len).unwrap_or(usize::MAX)));
-            if memory.write_slice(here, GuestAddress(*start)).is_err() {
+            if !memory.put(*start, here) {
                 return false;
             }
             bytes = later;

@@ -13,11 +13,13 @@ use std::time::Instant;
 
 use atoll_devices::iommu::{Access, Change, IovaRange, Mapping};
 use atoll_devices::virtio::QueueConfig;
+use thiserror::Error;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::conversation::Wire;
-use super::device::{Request, Shared};
+use super::device::Shared;
 use super::error::{ConversationError, Step};
+use super::request::Request;
 use crate::iommu::{Endpoint, Unconfirmed, Unit};
 use crate::memory::backend_address;
 
@@ -42,32 +44,70 @@ pub(super) struct Behind {
     pub(super) endpoint: u32,
 }
 
+/// Why the queues of a driver cannot be served behind an IOMMU.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub(super) enum BehindError {
+    /// Its addresses are guest-physical ones.
+    #[error(
+        "it is behind an IOMMU, and its driver does not know of that (VIRTIO_F_ACCESS_PLATFORM); leave iommu=on out"
+    )]
+    Driver,
+    /// A part of a ring is not mapped for the device.
+    #[error("queue {queue}: address {address:#x} in its {area} is not mapped for the device")]
+    Unmapped {
+        /// The queue.
+        queue: u16,
+        /// Which part of it.
+        area: &'static str,
+        /// Where.
+        address: u64,
+    },
+    /// A part of a ring lies in pieces of guest memory that are not side by side.
+    #[error(
+        "queue {queue}: its {area} does not lie in one piece of memory (at {address:#x}); a smaller queue_size helps, or \
+         huge pages in the guest"
+    )]
+    Scattered {
+        /// The queue.
+        queue: u16,
+        /// Which part of it.
+        area: &'static str,
+        /// Where the next piece begins.
+        address: u64,
+    },
+}
+
 impl Behind {
-    /// A queue at guest-physical addresses; `None` where the device may not reach all of it, or it does not lie there in
-    /// one piece.
-    pub(super) fn translate(&self, queue: &QueueConfig) -> Option<QueueConfig> {
-        let size = u64::from(queue.size);
-        let area = |first: u64, len: u64, access: Access| {
+    /// A queue at guest-physical addresses.
+    ///
+    /// # Errors
+    /// Where the device may not reach all of it, or it does not lie there in one piece.
+    pub(super) fn translate(&self, queue: &QueueConfig) -> Result<QueueConfig, BehindError> {
+        let (index, size) = (queue.index, u64::from(queue.size));
+        let place = |area: &'static str, first: u64, len: u64, access: Access| {
+            let unmapped = |address: u64| BehindError::Unmapped { queue: index, area, address };
             let (mut left, mut next, mut begin) = (len, first, None::<(u64, u64)>);
             while left > 0 {
-                let mapping = self.unit.find(self.endpoint, next, access).ok()?;
-                let gpa = mapping.translate(next)?;
+                let mapping = self.unit.find(self.endpoint, next, access).map_err(|_| unmapped(next))?;
+                let gpa = mapping.translate(next).ok_or(unmapped(next))?;
                 match begin {
                     None => begin = Some((gpa, gpa)),
-                    Some((_, expected)) if gpa != expected => return None,
+                    Some((_, expected)) if gpa != expected => {
+                        return Err(BehindError::Scattered { queue: index, area, address: next });
+                    }
                     Some(_) => {}
                 }
                 let here = (mapping.iova().last() - next).saturating_add(1).min(left);
                 left -= here;
                 begin = begin.and_then(|(begin, _)| Some((begin, gpa.checked_add(here)?)));
-                next = if left > 0 { next.checked_add(here)? } else { next };
+                next = if left > 0 { next.checked_add(here).ok_or(unmapped(next))? } else { next };
             }
-            begin.map(|(begin, _)| begin)
+            begin.map(|(begin, _)| begin).ok_or(unmapped(first))
         };
-        Some(QueueConfig {
-            descriptor_table: area(queue.descriptor_table, 16 * size, Access::Read)?,
-            available_ring: area(queue.available_ring, 6 + 2 * size, Access::Read)?,
-            used_ring: area(queue.used_ring, 6 + 8 * size, Access::Write)?,
+        Ok(QueueConfig {
+            descriptor_table: place("descriptor table", queue.descriptor_table, 16 * size, Access::Read)?,
+            available_ring: place("available ring", queue.available_ring, 6 + 2 * size, Access::Read)?,
+            used_ring: place("used ring", queue.used_ring, 6 + 8 * size, Access::Write)?,
             ..*queue
         })
     }

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use super::class::DeviceClass;
 use super::iotlb::Behind;
+use super::session::Addresses;
 use super::source::{BackendSource, Build, Fence};
 use super::upgrade::{Lone, UPGRADE_TRIAL};
 use crate::actor::{Clock, RealClock, Roll};
 use crate::backend::PolicyConfig;
-use crate::config::{OnFailure, Track};
+use crate::config::{Isolation, OnFailure, Track};
 use crate::doorbell::Relay;
 use crate::lifecycle::Story;
 use crate::memory::GuestMemory;
@@ -71,6 +72,8 @@ pub struct DeviceParts {
     pub care: Care,
     /// It is behind the machine's IOMMU.
     pub iommu: bool,
+    /// What backends have of the guest's memory.
+    pub isolation: Isolation,
     /// Time of restarts and deadlines.
     pub clock: Arc<dyn Clock>,
 }
@@ -112,8 +115,9 @@ pub(super) struct Makers {
     pub(super) source: Arc<Mutex<Box<dyn BackendSource>>>,
     pub(super) limits: Limits,
     pub(super) track: Track,
-    /// Its backends use addresses of the machine's IOMMU.
+    /// It is behind the machine's IOMMU.
     pub(super) iommu: bool,
+    pub(super) isolation: Isolation,
     /// What its processes are made of, where that can be changed.
     pub(super) build: Result<Arc<Build>, Lone>,
     /// Where its conversations and its own thread are on the roll.
@@ -123,7 +127,19 @@ pub(super) struct Makers {
 impl Makers {
     /// Whether its backends see rings of the VMM's instead of the driver's.
     pub(super) fn is_shadowed(&self) -> bool {
-        self.track == Track::Shadow
+        self.track == Track::Shadow || self.copies()
+    }
+    /// Whether its backends see copies of requests and nothing of the guest's memory.
+    pub(super) fn copies(&self) -> bool {
+        self.isolation == Isolation::Copy
+    }
+    /// Who finds out where the driver's addresses lead.
+    pub(super) fn addresses(&self) -> Addresses {
+        match (self.iommu, self.copies()) {
+            (false, _) => Addresses::Physical,
+            (true, false) => Addresses::ByBackend,
+            (true, true) => Addresses::ByFrontEnd,
+        }
     }
 }
 

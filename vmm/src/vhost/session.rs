@@ -31,17 +31,33 @@ pub struct Capabilities {
     pub config: Vec<u8>,
 }
 
+/// Who finds out where the addresses of a driver lead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Addresses {
+    /// Nobody: they are guest-physical ones.
+    Physical,
+    /// The backend, by what it is told of the IOMMU.
+    ByBackend,
+    /// The front end, which copies: the backend hears of no IOMMU.
+    ByFrontEnd,
+}
+
 /// Greets a backend and learns what it is. `requests` is the backend's end of a channel for requests of its own.
 pub(super) fn handshake(
     wire: &mut Wire,
     wish: ConfigWish,
     requests: &UnixStream,
-    iommu: bool,
+    addresses: Addresses,
 ) -> Result<Capabilities, ConversationError> {
     wire.tell(Step::SetOwner, |frontend| frontend.set_owner())?;
     let offered = wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
+    let iommu = addresses == Addresses::ByBackend;
     let platform = if iommu { ACCESS_PLATFORM } else { 0 };
     let missing = (PROTOCOL_FEATURES | VERSION_1 | platform) & !offered;
+    if missing == ACCESS_PLATFORM {
+        let what = format!("{} (or give isolation=copy, which needs none of it)", features::feature_names(missing, 0));
+        return Err(ConversationError::Lacks { what });
+    }
     if missing != 0 {
         return Err(ConversationError::Lacks { what: features::feature_names(missing, 0) });
     }
@@ -50,9 +66,11 @@ pub(super) fn handshake(
     if matches!(wish, ConfigWish::Needed(_)) && !protocol.contains(Protocol::CONFIG) {
         return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::CONFIG.bits()) });
     }
-    if iommu && !protocol.contains(Protocol::REPLY_ACK) {
-        // Without it nobody knows when it has let go of what the guest takes back.
-        return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::REPLY_ACK.bits()) });
+    // Without the first nobody knows when it has let go of what the guest takes back, without the second nobody hears of what
+    // it may not do.
+    let lacking = (Protocol::REPLY_ACK | Protocol::BACKEND_REQ) - protocol;
+    if iommu && !lacking.is_empty() {
+        return Err(ConversationError::Lacks { what: features::protocol_feature_names(lacking.bits()) });
     }
     if !protocol.contains(Protocol::CONFIG) && !iommu {
         // The only request that is served is that the configuration has changed.
@@ -75,6 +93,7 @@ pub(super) fn handshake(
         wire.tell(Step::SetBackendReqFd, |frontend| frontend.set_backend_request_fd(requests))?;
     }
     let config = read_config(wire, wish)?;
+    let platform = if addresses == Addresses::Physical { 0 } else { ACCESS_PLATFORM };
     let features = features::offerable(offered) | platform;
     Ok(Capabilities { features, protocol, queues, config })
 }
@@ -114,9 +133,11 @@ pub(super) struct RingPlan {
     pub(super) descriptor_table: u64,
     pub(super) available_ring: u64,
     pub(super) used_ring: u64,
-    /// Next index of the available ring to look at.
     /// Where a backend is told that they are.
     pub(super) told: ToldAt,
+    /// A disabled ring of a network card is thrown away by the backend.
+    pub(super) enabled: bool,
+    /// Next index of the available ring to look at.
     pub(super) base: u16,
     pub(super) call: EventFd,
     pub(super) error: EventFd,
@@ -137,7 +158,8 @@ pub(super) enum InflightPlan {
 pub(super) struct StartPlan {
     /// What the driver accepted.
     pub(super) features: u64,
-    pub(super) memory: GuestMemory,
+    /// What it sees of the guest: nothing, where requests are copied.
+    pub(super) memory: Option<GuestMemory>,
     pub(super) inflight: InflightPlan,
     /// Where its rings are, when they are not the driver's.
     pub(super) shadow: Option<Arc<RingMemory>>,
@@ -190,7 +212,7 @@ pub(super) fn start(wire: &mut Wire, plan: StartPlan) -> Result<Option<Arc<Infli
         wire.tell(Step::SetFeatures, |frontend| frontend.set_features(wanted))?;
     }
     if !plan.known.memory {
-        let mut table = plan.memory.memory_table();
+        let mut table = plan.memory.as_ref().map(GuestMemory::memory_table).unwrap_or_default();
         table.extend(plan.shadow.iter().map(|memory| memory.table_entry()));
         wire.tell(Step::SetMemTable, |frontend| frontend.set_mem_table(&table))?;
     }
@@ -248,7 +270,12 @@ fn start_ring(wire: &mut Wire, ring: &RingPlan) -> Result<(), ConversationError>
     wire.tell(Step::SetVringCall(index), |frontend| frontend.set_vring_call(number, &ring.call))?;
     wire.tell(Step::SetVringErr(index), |frontend| frontend.set_vring_err(number, &ring.error))?;
     wire.tell(Step::SetVringKick(index), |frontend| frontend.set_vring_kick(number, &ring.kick))?;
-    wire.tell(Step::SetVringEnable(index), |frontend| frontend.set_vring_enable(number, true))
+    set_enabled(wire, index, ring.enabled)
+}
+
+/// Enables a ring, or has a network card's backend throw away what is in it and give nothing to it.
+pub(super) fn set_enabled(wire: &mut Wire, index: u16, enabled: bool) -> Result<(), ConversationError> {
+    wire.tell(Step::SetVringEnable(index), |frontend| frontend.set_vring_enable(usize::from(index), enabled))
 }
 
 /// Takes the rings back. When this returns well, the backend touches them no more. Gives the next index of each

@@ -261,7 +261,7 @@ impl BackendSource for ExternalSocket {
 }
 
 /// Whether something has happened that one waits for: a socket hung up, a process ended.
-pub(super) fn is_readable(descriptor: impl AsFd) -> bool {
+pub(crate) fn is_readable(descriptor: impl AsFd) -> bool {
     let mut fds = [rustix::event::PollFd::from_borrowed_fd(descriptor.as_fd(), rustix::event::PollFlags::IN)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
     matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(1))

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use atoll_protocol::jail::JailedLayer;
 
+use crate::machine::LinkState;
+
 /// How completely the device survives its backend's death.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
@@ -42,7 +44,7 @@ pub enum DeviceState {
 
 impl DeviceState {
     /// In one word.
-    pub(super) fn word(&self) -> &'static str {
+    pub(crate) fn word(&self) -> &'static str {
         match self {
             Self::Idle => "idle",
             Self::Running => "running",
@@ -85,6 +87,8 @@ pub struct DeviceStatus {
     pub exe: Option<PathBuf>,
     /// What became of the last upgrade, while that is news: on probation, or rolled back and why.
     pub upgrade: Option<String>,
+    /// Whether its cable is plugged in, where it is a network card.
+    pub link: Option<LinkState>,
     /// What happens when it loses this one.
     pub recovery: Recovery,
     /// Process id of the backend, where it is ours and there is one.

@@ -27,7 +27,7 @@ pub(crate) const CODE: u64 = 0x8000;
 /// Where page tables are.
 const PAGE_TABLES: u64 = 0x10_0000;
 /// Nothing takes that long, unless it hangs.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const RAM: u64 = 16 << 20;
 
 /// Which CPU.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use atoll_vmm::backend::JailPolicy;
+use atoll_vmm::machine::LinkState;
 use atoll_vmm::seccomp;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -90,11 +91,19 @@ pub(crate) enum Command {
     /// Plugs a shared folder in: the keys of run's --fs.
     #[command(after_help = "Example:\n  atoll add-fs web tag=src,socket=/run/user/1000/virtiofsd.sock")]
     AddFs(Plug),
+    /// Plugs an NVMe disk in: the keys of run's --nvme.
+    #[command(after_help = "Example:\n  atoll add-nvme web path=data.img,id=data")]
+    AddNvme(Plug),
+    /// Plugs a PCI device of another process in (vfio-user): the keys of run's --user-device.
+    #[command(after_help = "Example:\n  atoll add-user-device web socket=/run/nvme.sock")]
+    AddUserDevice(Plug),
     /// Plugs sockets between guest and host in: the keys of run's --vsock.
     #[command(after_help = "Example:\n  atoll add-vsock web cid=3,socket=/run/user/1000/web.vsock")]
     AddVsock(Plug),
-    /// Plugs any vhost-user device in: the keys of run's --generic-vhost-user.
-    #[command(after_help = "Example:\n  atoll add-device web device_type=rng,socket=/run/rng.sock,queue_sizes=[64]")]
+    /// Plugs a PCI function of the host in (the keys of run's --device), or any vhost-user device (those of
+    /// --generic-vhost-user).
+    #[command(after_help = "Examples:\n  atoll add-device web path=/sys/bus/pci/devices/0000:01:00.0,id=nvme\n  \
+                      atoll add-device web device_type=rng,socket=/run/rng.sock,queue_sizes=[64]")]
     AddDevice(Plug),
     /// Pulls a device out: asks the guest, and waits until it has let it go.
     #[command(after_help = "Example:\n  atoll remove web data")]
@@ -122,6 +131,18 @@ pub(crate) enum Command {
         /// It may be less than now: what lies behind is gone then. Shrink the guest's file system first.
         #[arg(long)]
         shrink: bool,
+    },
+    /// Plugs the cable of a network card in or out; the guest sees its carrier come and go.
+    #[command(after_help = "Example:\n  atoll link web _net1 down")]
+    Link {
+        #[command(flatten)]
+        vm: Target,
+        /// The card, as `atoll info` names it.
+        #[arg(value_name = "ID")]
+        id: String,
+        /// Plugged in, or not.
+        #[arg(value_name = "up|down")]
+        link: LinkState,
     },
     /// Gives a device whose backend was given up, or is waited for, another chance at once.
     #[command(after_help = "Example:\n  atoll revive web _disk0")]
@@ -389,7 +410,9 @@ pub(crate) struct RunArgs {
     /// bw_size=BYTES,bw_refill_time=MS, ops_size=N,ops_refill_time=MS, and bw_one_time_burst, ops_one_time_burst. With
     /// on_failure=error|wait|unplug for a backend that cannot be had again, start_attempts=N for how often in a row it may fail
     /// to start before that (20 when left out, half a minute; 0 for any number); standby=on keeps a spare process beside the one
-    /// that serves. Several may follow one flag, and it may be repeated.
+    /// that serves. iommu=on puts it behind a virtual IOMMU; isolation=copy leaves its process nothing of the guest's memory but
+    /// copies of requests. Both are keys of --net, --fs, --vsock, --rng and --generic-vhost-user too. Several may follow one flag,
+    /// and it may be repeated.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) disk: Vec<String>,
     /// A network card: user=on[,forward=2222:22+udp:5353:53] (no rights needed), tap=NAME[,ip=A,mask=M], fd=[3,4],
@@ -397,6 +420,13 @@ pub(crate) struct RunArgs {
     /// id=, on_failure=, and the limits of --disk.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) net: Vec<String>,
+    /// An NVMe disk: path=FILE[,readonly=on][,num_queues=N][,serial=TEXT][,id=NAME], with on_failure=, stall_timeout= and
+    /// start_attempts= as for --disk. The image is raw.
+    #[arg(long, value_name = "KEYS", num_args = 1..)]
+    pub(crate) nvme: Vec<String>,
+    /// A PCI device that another process serves (vfio-user): socket=PATH[,on_failure=wait][,id=NAME].
+    #[arg(long, value_name = "KEYS", num_args = 1..)]
+    pub(crate) user_device: Vec<String>,
     /// A shared folder: tag=NAME,socket=PATH of virtiofsd[,num_queues=N][,queue_size=N][,id=NAME].
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) fs: Vec<String>,
@@ -407,6 +437,10 @@ pub(crate) struct RunArgs {
     /// Any vhost-user device: device_type=N,socket=PATH,queue_sizes=[256,256][,id=NAME].
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) generic_vhost_user: Vec<String>,
+    /// A PCI function of the host, bound to vfio-pci: path=/sys/bus/pci/devices/0000:01:00.0[,iommu=on][,id=NAME]; `atoll
+    /// vfio check` says what it needs.
+    #[arg(long, value_name = "KEYS", num_args = 1..)]
+    pub(crate) device: Vec<String>,
     /// Entropy for the guest: src=/dev/urandom, or off.
     #[arg(long, value_name = "KEYS")]
     pub(crate) rng: Option<String>,

@@ -8,7 +8,8 @@ use atoll_vmm::api::{EventMonitorAt, ListenAt};
 use atoll_vmm::backend::JailPolicy;
 use atoll_vmm::config::{
     ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError,
-    FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, RngConfig, VmConfig, VsockConfig,
+    FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, NvmeConfig, PassthroughConfig, RngConfig,
+    UserDeviceConfig, VmConfig, VsockConfig,
 };
 use atoll_vmm::cpu::kvm::Irqchip;
 use atoll_vmm::rundir::CONSOLE_SOCKET;
@@ -144,6 +145,12 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
     put(&mut vm.fs, &args.fs, |text| FsConfig::from_flag("--fs", text), |fs| fs.id.as_deref())?;
     let generic = |text: &str| GenericVhostUserConfig::from_flag("--generic-vhost-user", text);
     put(&mut vm.generic_vhost_user, &args.generic_vhost_user, generic, |device| device.id.as_deref())?;
+    let nvme = |text: &str| NvmeConfig::from_flag("--nvme", text);
+    put(&mut vm.nvme, &args.nvme, nvme, |nvme| nvme.id.as_deref())?;
+    let user = |text: &str| UserDeviceConfig::from_flag("--user-device", text);
+    put(&mut vm.user_devices, &args.user_device, user, |device| device.id.as_deref())?;
+    let passed = |text: &str| PassthroughConfig::from_flag("--device", text);
+    put(&mut vm.devices, &args.device, passed, |function| function.id.as_deref())?;
     if let Some(text) = &args.vsock {
         vm.vsock = Some(VsockConfig::from_flag("--vsock", text)?);
     }
@@ -188,8 +195,13 @@ pub(crate) fn device(command: &'static str, text: &str) -> Result<DeviceConfig, 
     Ok(match command {
         "add-disk" => DeviceConfig::Disk(DiskConfig::from_flag(command, text)?),
         "add-net" => DeviceConfig::Net(NetConfig::from_flag(command, text)?),
+        "add-nvme" => DeviceConfig::Nvme(NvmeConfig::from_flag(command, text)?),
+        "add-user-device" => DeviceConfig::User(UserDeviceConfig::from_flag(command, text)?),
         "add-fs" => DeviceConfig::Fs(FsConfig::from_flag(command, text)?),
         "add-vsock" => DeviceConfig::Vsock(VsockConfig::from_flag(command, text)?),
+        _ if text.split(',').any(|key| key.starts_with("path=")) => {
+            DeviceConfig::Passthrough(PassthroughConfig::from_flag(command, text)?)
+        }
         _ => DeviceConfig::Generic(GenericVhostUserConfig::from_flag(command, text)?),
     })
 }

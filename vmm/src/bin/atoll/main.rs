@@ -43,8 +43,6 @@ const ALIAS: &str = "cloud-hypervisor";
 
 /// Flags of Cloud Hypervisor's for what is not there, and what there is instead.
 const NOT_SERVED: &[(&str, &str)] = &[
-    ("--device", "passthrough of host devices is not supported"),
-    ("--user-device", "vfio-user devices are not supported; --generic-vhost-user takes vhost-user ones"),
     ("--vdpa", "vDPA devices are not supported; --generic-vhost-user takes vhost-user ones"),
     ("--firmware", "firmware is not supported; boot a kernel directly with --kernel"),
     ("--pmem", "persistent memory is not supported; use --disk"),
@@ -189,12 +187,15 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::AddDisk(device) => plug("add-disk", device),
         Command::AddNet(device) => plug("add-net", device),
         Command::AddFs(device) => plug("add-fs", device),
+        Command::AddNvme(device) => plug("add-nvme", device),
+        Command::AddUserDevice(device) => plug("add-user-device", device),
         Command::AddVsock(device) => plug("add-vsock", device),
         Command::AddDevice(device) => plug("add-device", device),
         Command::Remove { vm, id, wait } => done(operate::remove(&vm.name, id, *wait)),
         Command::Revive { vm, id } => done(operate::revive(&vm.name, id)),
         Command::Upgrade { vm, id, exe, step_ms } => done(operate::upgrade(&vm.name, id, exe, *step_ms)),
         Command::Fault { vm, id, fault, seed } => done(operate::fault(&vm.name, id, *fault, *seed)),
+        Command::Link { vm, id, link } => done(operate::link(&vm.name, id, *link)),
         Command::ResizeDisk { vm, id, size, shrink } => operate::resize_disk(&vm.name, id, size, *shrink).map(|()| 0),
         Command::Events(vm) => done(operate::events(&vm.name)),
         Command::Inspect { vm, path } => done(operate::inspect(&vm.name, path)),

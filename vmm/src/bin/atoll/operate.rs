@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::described;
 use crate::target::{self, Machine, ROOT};
 use crate::{run::RunError, table};
+use atoll_vmm::machine::LinkState;
 
 /// How long `ps` waits for each machine.
 const PS_PATIENCE: Duration = Duration::from_secs(1);
@@ -114,8 +115,9 @@ fn device_rows(devices: &[DeviceReport]) -> Vec<Vec<String>> {
     let mut rows = vec![row(["DEVICE", "KIND", "PLACE", "STATE", "RECOVERY", "PID", "GENERATION", "RESTARTS", ""])];
     let optional = |text: Option<String>| text.unwrap_or_else(|| "-".into());
     rows.extend(devices.iter().map(|device| {
+        let unplugged = || (device.link == Some(LinkState::Down)).then(|| "link down".into());
         let last = || device.last_exit.as_ref().map(|exit| format!("last: {exit}"));
-        let why = device.reason.clone().or_else(|| device.upgrade.clone()).or_else(last);
+        let why = device.reason.clone().or_else(|| device.upgrade.clone()).or_else(unplugged).or_else(last);
         vec![
             device.id.clone(),
             device.kind.name().into(),
@@ -219,6 +221,9 @@ fn make_absolute(device: &mut DeviceConfig) -> anyhow::Result<()> {
         DeviceConfig::Fs(fs) => vec![&mut fs.socket],
         DeviceConfig::Vsock(vsock) => vec![&mut vsock.socket],
         DeviceConfig::Generic(generic) => vec![&mut generic.socket],
+        DeviceConfig::Passthrough(function) => vec![&mut function.path],
+        DeviceConfig::Nvme(nvme) => vec![&mut nvme.path],
+        DeviceConfig::User(device) => vec![&mut device.socket],
         DeviceConfig::Rng(_) | DeviceConfig::Console(_) => Vec::new(),
     };
     for path in paths {
@@ -243,6 +248,14 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
         DeviceConfig::Fs(fs) => ("vm.add-fs", json!(fs)),
         DeviceConfig::Vsock(vsock) => ("vm.add-vsock", json!(vsock)),
         DeviceConfig::Generic(generic) => ("vm.add-generic-vhost-user", json!(generic)),
+        DeviceConfig::Nvme(nvme) => ("vm.add-nvme", json!(nvme)),
+        DeviceConfig::User(device) => ("vm.add-user-device", json!(device)),
+        DeviceConfig::Passthrough(function) => {
+            if let Some(fd) = function.fd {
+                descriptors.push(own_inherited(fd).with_context(|| format!("{command} {keys}: fd {fd} is not open"))?);
+            }
+            ("vm.add-device", json!(function))
+        }
         DeviceConfig::Rng(_) | DeviceConfig::Console(_) => {
             return Err(anyhow::anyhow!("it cannot be plugged in").into());
         }
@@ -299,6 +312,12 @@ pub(crate) fn resize_disk(name: &str, id: &str, size: &str, shrink: bool) -> Res
     };
     let body = json!({ "id": id, "desired_size": bytes, "allow_shrink": shrink });
     Machine::find(name)?.put("vm.resize-disk", Some(&body))?;
+    Ok(())
+}
+
+/// `link`.
+pub(crate) fn link(name: &str, id: &str, link: LinkState) -> anyhow::Result<()> {
+    Machine::find(name)?.put("vm.set-link", Some(&json!({ "id": id, "link": link })))?;
     Ok(())
 }
 
@@ -379,6 +398,7 @@ mod tests {
             restarts: 1,
             failed_starts: 0,
             upgrade: None,
+            link: None,
             recovery: RecoveryClass::IdleOnly,
             counted: None,
             pid: Some(7),

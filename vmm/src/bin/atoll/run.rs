@@ -50,7 +50,7 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> RunError {
     RunError::Failed(error.into())
 }
 
-/// Takes the descriptors that `--net fd=` names.
+/// Takes the descriptors that `--net fd=` and `--device fd=` name.
 fn take_descriptors(vm: &mut VmConfig) -> Result<(), UsageError> {
     for net in vm.net.iter_mut().flatten() {
         for fd in net.fds.iter().flatten() {
@@ -60,6 +60,16 @@ fn take_descriptors(vm: &mut VmConfig) -> Result<(), UsageError> {
                 ))
             })?;
             net.descriptors.0.push(Arc::new(own));
+        }
+    }
+    for function in vm.devices.iter_mut().flatten() {
+        if let Some(fd) = function.fd {
+            let own = own_inherited(fd).ok_or_else(|| {
+                UsageError::Where(format!(
+                    "--device fd={fd}: no such descriptor is open; pass the function's group to atoll, as in {fd}<>/dev/vfio/7"
+                ))
+            })?;
+            function.group.0.push(Arc::new(own));
         }
     }
     Ok(())

@@ -299,6 +299,7 @@ mod tests {
             restarts: 1,
             failed_starts: 0,
             upgrade: None,
+            link: None,
             recovery: RecoveryClass::Full,
             counted: None,
             pid: Some(77),

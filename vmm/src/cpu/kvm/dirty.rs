@@ -1,4 +1,4 @@
-//! Which pages the guest has written, by KVM's log.
+//! Which pages the guest may have written, by KVM's log.
 
 use std::sync::Arc;
 
@@ -38,7 +38,9 @@ impl DirtyLog {
     fn set(&self, flags: u32) -> Result<(), CpuError> {
         self.slots.iter().enumerate().try_for_each(|(index, slot)| set_slot(&self.vm, index as u32, slot, flags))
     }
-    /// Guest-physical addresses of the pages that were written since the last call, in order; they are clean again.
+    /// Guest-physical addresses of the pages that were written since the last call, in order; they are clean again. Pages that
+    /// were only read may be among them: where the processor walks tables of its own, KVM lets the guest write to a page
+    /// at its first access of any kind, and names it then.
     ///
     /// # Errors
     /// When logging has not been started.

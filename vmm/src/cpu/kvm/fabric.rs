@@ -160,7 +160,32 @@ impl MsiSink for KvmFabric {
     }
 }
 
+/// An input that an eventfd raises.
+struct KvmLevel {
+    shared: Arc<Shared>,
+    line: u32,
+    raise: EventFd,
+}
+
+impl Drop for KvmLevel {
+    fn drop(&mut self) {
+        if let Err(error) = self.shared.vm.unregister_irqfd(&self.raise, self.line) {
+            tracing::warn!(line = self.line, %error, "an eventfd still raises an interrupt line");
+        }
+    }
+}
+
 impl InterruptFabric for KvmFabric {
+    fn connect_level(&self, line: u32, raise: &EventFd, ended: &EventFd) -> Result<Option<Box<dyn Send>>, IrqError> {
+        // KVM hears of the end of an interrupt only where the controller is its own.
+        if self.lines.is_some() {
+            return Ok(None);
+        }
+        let raise = raise.try_clone().map_err(IrqError::Event)?;
+        let registered = self.shared.vm.register_irqfd_with_resample(&raise, ended, line);
+        registered.map_err(|error| IrqError::Route(error.into()))?;
+        Ok(Some(Box::new(KvmLevel { shared: Arc::clone(&self.shared), line, raise })))
+    }
     fn connect(&self, event: &EventFd) -> Result<Box<dyn EventRoute>, IrqError> {
         let event = event.try_clone().map_err(IrqError::Event)?;
         let mut routes = self.shared.routes();

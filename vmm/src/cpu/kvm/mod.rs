@@ -10,6 +10,7 @@ mod fabric;
 mod split;
 mod state;
 mod vcpu;
+mod windows;
 
 use std::io;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{CpuError, DoorbellWatch, Processor, Space, Vcpu};
+use super::{CpuError, DoorbellWatch, MemoryWindows, Processor, Space, Vcpu};
 use crate::irq::InterruptFabric;
 use crate::machine::layout::{GSI_COUNT, KVM_PRIVATE};
 use crate::memory::{GuestMemory, MemorySlot};
@@ -33,6 +34,7 @@ pub use dirty::DirtyLog;
 use fabric::{KvmFabric, Shared};
 use split::{Chips, Lines};
 use vcpu::KvmVcpu;
+use windows::{ShownBy, Windows};
 
 /// The API version that every KVM of the last fifteen years has.
 const API_VERSION: i32 = 12;
@@ -86,6 +88,7 @@ pub struct KvmProcessor {
     fabric: Arc<KvmFabric>,
     clock: Arc<PowerOnClock>,
     dirty: DirtyLog,
+    windows: Arc<Windows>,
     /// Those that are not in the kernel.
     chips: Option<Arc<Chips>>,
 }
@@ -140,8 +143,9 @@ impl KvmProcessor {
         };
         let lines = chips.as_ref().map(|chips| Arc::clone(&chips.lines));
         let fabric = Arc::new(KvmFabric::new(routes, lines));
+        let windows = Arc::new(Windows::new(Arc::clone(&vm), slots.len() as u32, kvm.get_nr_memslots()));
         let dirty = DirtyLog::new(Arc::clone(&vm), slots);
-        Ok(Self { kvm, vm, config, fabric, clock, dirty, chips })
+        Ok(Self { kvm, vm, config, fabric, clock, dirty, windows, chips })
     }
 
     /// Which pages the guest writes.
@@ -173,13 +177,16 @@ impl Processor for KvmProcessor {
         // Before any register: KVM checks EFER and CR4 against it.
         let table = cpuid::table(&self.kvm, &self.config.model, topology, !self.config.trial)?;
         fd.set_cpuid2(&table).map_err(failed("setting CPUID"))?;
-        Ok(Box::new(KvmVcpu::new(fd, index, self.chips.clone())?))
+        Ok(Box::new(KvmVcpu::new(fd, index, self.chips.clone(), Arc::clone(&self.windows))?))
     }
     fn interrupts(&self) -> Arc<dyn InterruptFabric> {
         Arc::clone(&self.fabric) as _
     }
     fn clock(&self) -> Arc<dyn GuestClock> {
         Arc::clone(&self.clock) as _
+    }
+    fn windows(&self) -> Option<Arc<dyn MemoryWindows>> {
+        Some(Arc::new(ShownBy(Arc::clone(&self.windows))))
     }
     fn doorbells(&self) -> Option<Arc<dyn DoorbellWatch>> {
         Some(Arc::new(IoEvents(Arc::clone(&self.vm))))

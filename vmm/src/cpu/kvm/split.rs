@@ -177,17 +177,23 @@ impl Lines {
         let mut controllers = self.controllers();
         let run = fd.get_kvm_run();
         if controllers.pic.output() && run.ready_for_interrupt_injection != 0 {
-            let interrupt = kvm_interrupt { irq: u32::from(controllers.pic.acknowledge()) };
+            let mut acknowledged = controllers.pic.clone();
+            let interrupt = kvm_interrupt { irq: u32::from(acknowledged.acknowledge()) };
             run.ready_for_interrupt_injection = 0;
-            let waits = controllers.pic.output();
-            run.request_interrupt_window = u8::from(waits);
             // SAFETY: the descriptor is a vCPU's, and the kernel reads a structure that lives until the call returns.
             let done = unsafe { libc::ioctl(fd.as_raw_fd(), KVM_INTERRUPT(), &raw const interrupt) };
-            if done < 0 {
-                return Err(CpuError::Kvm { what: "interrupting a vCPU", source: io::Error::last_os_error() });
+            if done == 0 {
+                controllers.pic = acknowledged;
+            } else {
+                let error = io::Error::last_os_error();
+                // The guest has not been entered since the last one, because something else got the thread out before: it has
+                // that one first.
+                if error.raw_os_error() != Some(libc::EEXIST) {
+                    return Err(CpuError::Kvm { what: "interrupting a vCPU", source: error });
+                }
             }
-            return Ok(());
         }
+        let run = fd.get_kvm_run();
         run.request_interrupt_window = u8::from(controllers.pic.output());
         Ok(())
     }

@@ -10,6 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::split::Chips;
+use super::windows::Windows;
 use super::{failed, state};
 use crate::cpu::{CpuError, CpuState, Exit, GuestBus, Kick, Space, Vcpu, VcpuFigures};
 
@@ -66,13 +67,20 @@ pub(super) struct KvmVcpu {
     returns: u64,
     /// The interrupt chips that are not in the kernel.
     chips: Option<Arc<Chips>>,
+    /// Registers of devices that the guest reaches by itself.
+    windows: Arc<Windows>,
     /// Whether it is the one that the 8259 pair of those interrupts.
     is_boot_cpu: bool,
 }
 
 impl KvmVcpu {
     /// Takes the vCPU over, on the thread that will run it.
-    pub(super) fn new(mut fd: VcpuFd, index: u32, chips: Option<Arc<Chips>>) -> Result<Self, CpuError> {
+    pub(super) fn new(
+        mut fd: VcpuFd,
+        index: u32,
+        chips: Option<Arc<Chips>>,
+        windows: Arc<Windows>,
+    ) -> Result<Self, CpuError> {
         install_handler()?;
         let run: *mut kvm_run = fd.get_kvm_run();
         // SAFETY: the pointer is to a live mapping; the byte is aligned as every byte is.
@@ -82,7 +90,7 @@ impl KvmVcpu {
         if let Some(chips) = chips.as_ref().filter(|_| is_boot_cpu) {
             chips.lines.set_boot_cpu(Arc::clone(&kick) as _);
         }
-        Ok(Self { fd, kick, is_owed: false, returns: 0, chips, is_boot_cpu })
+        Ok(Self { fd, kick, is_owed: false, returns: 0, chips, windows, is_boot_cpu })
     }
 
     /// Whether somebody wants the vCPU out and it may go; asks once. While the kernel owes the guest an answer it may not:
@@ -104,6 +112,15 @@ impl KvmVcpu {
 
     fn rip(&self) -> u64 {
         self.fd.get_regs().map_or(0, |regs| regs.rip)
+    }
+
+    /// Where the guest was when it shut down. On AMD's processors nothing is known of a guest after that, and KVM has put
+    /// it into the state after INIT.
+    fn rip_at_shutdown(&self) -> Option<u64> {
+        const INIT_CS_BASE: u64 = 0xffff_0000;
+        const INIT_RIP: u64 = 0xfff0;
+        let (regs, sregs) = (self.fd.get_regs().ok()?, self.fd.get_sregs().ok()?);
+        ((regs.rip, sregs.cs.base) != (INIT_RIP, INIT_CS_BASE)).then_some(regs.rip)
     }
 
     /// Why KVM gave up.
@@ -164,6 +181,7 @@ impl KvmVcpu {
             }
             self.is_owed = false;
             self.returns += 1;
+            let withdrawn = self.windows.withdrawn();
             let left = match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     Left::Port { port, len: data.len(), data: NonNull::from(data).cast(), write: false }
@@ -186,10 +204,18 @@ impl KvmVcpu {
                     Left::Interrupted
                 }
                 Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Left::Interrupted,
-                Ok(VcpuExit::Shutdown) => Left::End(Exit::TripleFault { rip: 0 }),
+                // A device's registers that are not there any more: the access comes out the next time.
+                Ok(VcpuExit::MemoryFault { gpa, .. }) if self.windows.vanished(Some(gpa), withdrawn) => {
+                    Left::Interrupted
+                }
+                Ok(VcpuExit::Shutdown) => Left::End(Exit::TripleFault { rip: None }),
                 Ok(VcpuExit::InternalError) => Left::InternalError,
                 Ok(other) => Left::End(Exit::Stuck { rip: 0, reason: format!("KVM left the guest with {other:?}") }),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
+                // The same of a KVM that does not say where.
+                Err(error) if error.errno() == libc::EFAULT && self.windows.vanished(None, withdrawn) => {
+                    Left::Interrupted
+                }
                 Err(error) => return Err(failed("running the guest")(error)),
             };
             match left {
@@ -200,7 +226,7 @@ impl KvmVcpu {
                 Left::Answered => self.is_owed = true,
                 Left::Interrupted => {}
                 Left::InternalError => return Ok(self.internal_error()),
-                Left::End(Exit::TripleFault { .. }) => return Ok(Exit::TripleFault { rip: self.rip() }),
+                Left::End(Exit::TripleFault { .. }) => return Ok(Exit::TripleFault { rip: self.rip_at_shutdown() }),
                 Left::End(Exit::Stuck { reason, .. }) => return Ok(Exit::Stuck { rip: self.rip(), reason }),
                 Left::End(Exit::Stopped) => return Ok(Exit::Stopped),
             }

@@ -125,7 +125,8 @@ fn obstacle(end: VcpuEnd) -> Obstacle {
             Obstacle::Stuck(format!("at offset {} of it: {reason}", rip.wrapping_sub(CODE_AT)))
         }
         Ok(Exit::TripleFault { rip }) => {
-            Obstacle::Stuck(format!("triple fault at offset {} of it", rip.wrapping_sub(CODE_AT)))
+            let place = rip.map_or(String::new(), |rip| format!(" at offset {}", rip.wrapping_sub(CODE_AT)));
+            Obstacle::Stuck(format!("triple fault{place} of it"))
         }
         Ok(Exit::Stopped) => Obstacle::Stuck("it was stopped".into()),
         Err(error) => Obstacle::Stuck(error.to_string()),

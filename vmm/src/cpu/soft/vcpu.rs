@@ -192,7 +192,7 @@ impl Vcpu for SoftVcpu {
                 Stop::Requested => {
                     self.notice.attention.take(Attention::STOP);
                 }
-                Stop::TripleFault => return Ok(Exit::TripleFault { rip: self.cpu.regs.rip }),
+                Stop::TripleFault => return Ok(Exit::TripleFault { rip: Some(self.cpu.regs.rip) }),
             }
         }
     }

@@ -28,7 +28,7 @@ use crate::vhost::error::ConversationError;
 use crate::vhost::session::Capabilities;
 use crate::vhost::source::BackendSource;
 
-const QUEUE_SIZE: u16 = 64;
+const QUEUE_SIZE: u16 = 128;
 /// cols, rows, max_nr_ports, emerg_wr.
 const CONFIG_LEN: u32 = 12;
 const MAX_PORTS_AT: usize = 4;

@@ -91,7 +91,11 @@ pub enum DiskError {
 }
 
 /// Takes hold of an image and checks what can be checked without locking or parsing it.
-fn open_image(path: &Path, access: ImageAccess, image_type: Option<ImageType>) -> Result<ImageHandle, DiskError> {
+pub(crate) fn open_image(
+    path: &Path,
+    access: ImageAccess,
+    image_type: Option<ImageType>,
+) -> Result<ImageHandle, DiskError> {
     let image = ImageHandle::open(path, access)?;
     let size = |source: rustix::io::Errno| DiskError::Size { path: path.to_owned(), source: source.into() };
     let file = image.reopen()?;

@@ -18,6 +18,8 @@ const HIPRIO: u16 = 1;
 /// VIRTIO_FS_F_NOTIFICATION: one more queue, which nobody here has.
 const NOTIFICATION: u64 = 1 << 0;
 const QUEUE_SIZE: u16 = 1024;
+/// The same behind the IOMMU, where only pages are known to be in one piece.
+const QUEUE_SIZE_BEHIND: u16 = crate::config::QUEUE_SIZE_BEHIND_MAX;
 
 /// A shared folder as it is configured.
 pub(in crate::vhost) struct Fs(pub(in crate::vhost) FsConfig);
@@ -30,7 +32,7 @@ impl Kind for Fs {
         Box::new(FsClass {
             tag: self.0.tag.clone(),
             queues: self.0.num_queues.unwrap_or(1),
-            size: queue_size(self.0.queue_size, QUEUE_SIZE),
+            size: queue_size(self.0.queue_size, if self.0.iommu { QUEUE_SIZE_BEHIND } else { QUEUE_SIZE }),
         })
     }
     fn sidecar(&self) -> SidecarClass {

@@ -23,6 +23,7 @@ use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
 pub use chain::ChainError;
 pub use disk::DiskError;
+pub(crate) use disk::open_image;
 
 pub use console::ConsoleError;
 pub(super) use console::{Console, ConsoleLine};

@@ -6,7 +6,7 @@ use crate::vhost::device::Recovery;
 /// Something happened. Generations tell whose news it is; news of an incarnation that is not there any more changes
 /// nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum Event {
+pub(crate) enum Event {
     /// An incarnation that was to be started is there, was greeted, and offers what the guest was shown. One that was not
     /// started beside another says so only when nothing of its predecessor is under way any more.
     Greeted { generation: u64, recovery: Recovery },
@@ -66,7 +66,7 @@ pub(in crate::vhost) enum Event {
 
 /// Why an incarnation does not serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum Failure {
+pub(crate) enum Failure {
     /// It is gone or silent; another one may do better.
     Passing(String),
     /// Another one would end the same way: it refuses, or lacks what the guest was shown.
@@ -75,18 +75,18 @@ pub(in crate::vhost) enum Failure {
 
 /// How an incarnation ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::vhost) struct End {
+pub(crate) struct End {
     /// As a restart sees it.
-    pub(in crate::vhost) ending: Ending,
+    pub(crate) ending: Ending,
     /// It completed something since it got the rings.
-    pub(in crate::vhost) progressed: bool,
+    pub(crate) progressed: bool,
     /// It left requests without an answer.
-    pub(in crate::vhost) unfinished: bool,
+    pub(crate) unfinished: bool,
 }
 
 /// Which program an incarnation is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum Build {
+pub(crate) enum Build {
     /// That of the backend that serves.
     Present,
     /// That which is to replace it.
@@ -95,7 +95,7 @@ pub(in crate::vhost) enum Build {
 
 /// Why rings are taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum TakeBack {
+pub(crate) enum TakeBack {
     /// The driver has reset the device.
     Reset,
     /// The device is paused.
@@ -108,7 +108,7 @@ pub(in crate::vhost) enum TakeBack {
 
 /// What an operator hears of.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum Tale {
+pub(crate) enum Tale {
     /// It is lost.
     Crashed { generation: u64 },
     /// Its successor serves, or could.
@@ -140,7 +140,7 @@ pub(in crate::vhost) enum Tale {
 
 /// Something is to be done, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum Action {
+pub(crate) enum Action {
     /// Start or reach this incarnation and greet it; tell `Greeted` or `NotStarted`.
     Spawn { generation: u64 },
     /// The same beside the one that serves: of the new build, or of the present one.
@@ -190,7 +190,7 @@ pub(in crate::vhost) enum Action {
 
 /// What a spare is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum SpareState {
+pub(crate) enum SpareState {
     /// None is wanted.
     Off,
     /// It is wanted, and not there yet.
@@ -201,7 +201,7 @@ pub(in crate::vhost) enum SpareState {
 
 /// What the device is at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::vhost) enum State {
+pub(crate) enum State {
     /// A backend is there; it has no rings.
     Idle,
     /// A backend has the rings.

@@ -14,23 +14,23 @@ use crate::vhost::device::Recovery;
 
 /// What is fixed for a device.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::vhost) struct Rules {
+pub(crate) struct Rules {
     /// When to try again, and when no more.
-    pub(in crate::vhost) policy: PolicyConfig,
+    pub(crate) policy: PolicyConfig,
     /// See there.
-    pub(in crate::vhost) on_failure: OnFailure,
+    pub(crate) on_failure: OnFailure,
     /// How long the proof is waited for that nothing of a dead backend is under way.
-    pub(in crate::vhost) fence: Duration,
+    pub(crate) fence: Duration,
     /// How long a queue may stand with work in it; `None`: for ever.
-    pub(in crate::vhost) stall: Option<Duration>,
+    pub(crate) stall: Option<Duration>,
     /// Somebody debugs the backend: one that stands is told of and left alone.
-    pub(in crate::vhost) debugged: bool,
+    pub(crate) debugged: bool,
     /// A spare waits beside the backend.
-    pub(in crate::vhost) standby: bool,
+    pub(crate) standby: bool,
     /// How long a new build must serve before the operator is told that it does.
-    pub(in crate::vhost) probation: Duration,
+    pub(crate) probation: Duration,
     /// How long after that its death brings the old one back.
-    pub(in crate::vhost) trial: Duration,
+    pub(crate) trial: Duration,
 }
 
 /// A backend that is there.
@@ -85,7 +85,7 @@ pub(super) enum Trouble {
 
 /// The state of one device's recovery.
 #[derive(Clone, Debug)]
-pub(in crate::vhost) struct Machine {
+pub(crate) struct Machine {
     pub(super) rules: Rules,
     pub(super) policy: RestartPolicy,
     pub(super) present: Option<Present>,
@@ -113,7 +113,7 @@ pub(in crate::vhost) struct Machine {
 
 impl Machine {
     /// A device whose first backend, generation 1, is there and greeted.
-    pub(in crate::vhost) fn new(rules: Rules, recovery: Recovery) -> Self {
+    pub(crate) fn new(rules: Rules, recovery: Recovery) -> Self {
         let mut policy = RestartPolicy::new(rules.policy, Generation::FIRST);
         policy.ready(Generation::FIRST);
         Self {
@@ -143,36 +143,36 @@ impl Machine {
     }
 
     /// Which incarnation serves it, served it last, or is on its way.
-    pub(in crate::vhost) fn generation(&self) -> u64 {
+    pub(crate) fn generation(&self) -> u64 {
         let present = self.present.as_ref().map(|present| present.generation);
         present.or(self.coming).unwrap_or(self.policy.generation().0)
     }
     /// The backend that is there and lives.
-    pub(in crate::vhost) fn alive(&self) -> Option<u64> {
+    pub(crate) fn alive(&self) -> Option<u64> {
         self.present.as_ref().filter(|present| present.dying.is_none()).map(|present| present.generation)
     }
     /// Backends that were lost.
-    pub(in crate::vhost) fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         self.lost
     }
     /// Successors that did not get as far as to be greeted.
-    pub(in crate::vhost) fn failed_starts(&self) -> u64 {
+    pub(crate) fn failed_starts(&self) -> u64 {
         self.failed_starts
     }
     /// What happens when the present one is lost.
-    pub(in crate::vhost) fn recovery(&self) -> Option<Recovery> {
+    pub(crate) fn recovery(&self) -> Option<Recovery> {
         self.present.as_ref().map(|present| present.recovery)
     }
     /// Whether the board can go: nobody has the rings, and nothing can land in its memory.
-    pub(in crate::vhost) fn may_leave(&self) -> bool {
+    pub(crate) fn may_leave(&self) -> bool {
         (self.rings == Rings::Home || self.dying().is_some()) && self.fence == Fence::Clear
     }
     /// When the rings are to be looked at next.
-    pub(in crate::vhost) fn look_at(&self) -> Option<Moment> {
+    pub(crate) fn look_at(&self) -> Option<Moment> {
         self.stalls.look_at()
     }
     /// When [`Event::Time`] has something to say.
-    pub(in crate::vhost) fn due_at(&self) -> Option<Moment> {
+    pub(crate) fn due_at(&self) -> Option<Moment> {
         let fence = match self.fence {
             Fence::Clear => None,
             Fence::Pending(until) => Some(until),
@@ -181,7 +181,7 @@ impl Machine {
         again.into_iter().chain(fence).chain(self.beside_due_at()).min()
     }
     /// What it is at.
-    pub(in crate::vhost) fn state(&self) -> State {
+    pub(crate) fn state(&self) -> State {
         match (&self.trouble, self.alive()) {
             (Trouble::Quarantined(why), _) => State::Quarantined { why: why.clone() },
             (_, Some(_)) if matches!(self.rings, Rings::Out(_)) => State::Running,
@@ -193,7 +193,7 @@ impl Machine {
     }
 
     /// Takes an event; gives what is to be done, in order.
-    pub(in crate::vhost) fn on(&mut self, event: Event, now: Moment) -> Vec<Action> {
+    pub(crate) fn on(&mut self, event: Event, now: Moment) -> Vec<Action> {
         match event {
             Event::Greeted { generation, recovery } => {
                 if !self.greeted_beside(generation, recovery, now) {

@@ -45,6 +45,6 @@ mod stall;
 #[cfg(test)]
 mod tests;
 
-pub(super) use event::{Action, Build, End, Event, Failure, SpareState, State, TakeBack, Tale};
-pub(super) use machine::{Machine, Rules};
-pub(super) use stall::Sample;
+pub(crate) use event::{Action, Build, End, Event, Failure, SpareState, State, TakeBack, Tale};
+pub(crate) use machine::{Machine, Rules};
+pub(crate) use stall::Sample;

@@ -7,13 +7,13 @@ use crate::actor::Moment;
 
 /// How far one queue is, of those that a backend answers without waiting for anybody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::vhost) struct Sample {
+pub(crate) struct Sample {
     /// Which queue.
-    pub(in crate::vhost) queue: u16,
+    pub(crate) queue: u16,
     /// Its used index.
-    pub(in crate::vhost) used: u16,
+    pub(crate) used: u16,
     /// Requests wait for an answer.
-    pub(in crate::vhost) waiting: bool,
+    pub(crate) waiting: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,7 @@ struct Watched {
 
 /// Finds a queue in which nothing was completed for too long although work waited all the time.
 #[derive(Clone, Debug)]
-pub(in crate::vhost) struct StallWatch {
+pub(crate) struct StallWatch {
     limit: Option<Duration>,
     queues: Vec<Watched>,
     looked_at: Moment,
@@ -36,7 +36,7 @@ const LOOKS: u32 = 15;
 
 impl StallWatch {
     /// A watch that finds a queue that stands for `limit`; none for one that finds nothing.
-    pub(in crate::vhost) fn new(limit: Option<Duration>) -> Self {
+    pub(crate) fn new(limit: Option<Duration>) -> Self {
         Self { limit, queues: Vec::new(), looked_at: Moment::default(), look_at: None }
     }
     /// Somebody has the rings from now on.

@@ -1,6 +1,7 @@
 //! Rings that the VMM drives: available and used rings in a memory of their own, beside the guest's in the backend's table.
 //!
-//! Only the two rings are there. Descriptors and buffers stay in the guest's RAM, so a head means the same on both sides.
+//! Where only rings are shadowed, descriptors and buffers stay in the guest's RAM, so a head means the same on both sides.
+//! Where requests are copied, descriptor tables and the room for copies are here too, and there is nothing beside it.
 //! Each incarnation of a backend gets a fresh memory: what a dead one still writes goes nowhere.
 
 use std::convert::Infallible;
@@ -16,6 +17,8 @@ use thiserror::Error;
 use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use super::copies::DESCRIPTOR;
+use super::pool;
 use crate::memory::{RamRange, backend_address};
 
 /// Where it lies for the backend: far above any RAM of a guest, which ends below 2^40.
@@ -25,7 +28,7 @@ const HEADER: u64 = 4;
 const INDEX: u64 = 2;
 /// So that no two rings share a line of the cache.
 const ALIGN: u64 = 64;
-const PAGE: u64 = 4096;
+const PAGE: u64 = pool::PAGE;
 const NO_NOTIFY: u16 = virtio_bindings::virtio_ring::VRING_USED_F_NO_NOTIFY as u16;
 
 /// What a backend has done to a ring.
@@ -58,6 +61,19 @@ pub(in crate::vhost) struct Place {
     pub(in crate::vhost) available_ring: u64,
     /// That of the used ring.
     pub(in crate::vhost) used_ring: u64,
+    /// Where the queue's requests are copied to.
+    pub(in crate::vhost) copies: Option<CopyPlace>,
+}
+
+/// Where the requests of one queue are copied to.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::vhost) struct CopyPlace {
+    /// Address of the descriptor table.
+    pub(in crate::vhost) table: u64,
+    /// Address of the room for requests, a page's.
+    pub(in crate::vhost) pool: u64,
+    /// How long that is: whole pages.
+    pub(in crate::vhost) pool_bytes: u64,
 }
 
 /// The memory of all rings of a device.
@@ -69,19 +85,25 @@ pub(in crate::vhost) struct RingMemory {
 }
 
 impl RingMemory {
-    /// Makes empty rings of these sizes beside RAM at `ram`.
-    pub(super) fn new(sizes: &[u16], ram: &[RamRange]) -> io::Result<(Arc<Self>, Vec<Place>)> {
+    /// Makes empty rings of these sizes beside RAM at `ram`, each with so many bytes for copies of requests, if any.
+    pub(super) fn new(sizes: &[u16], ram: &[RamRange], room: Option<u64>) -> io::Result<(Arc<Self>, Vec<Place>)> {
         let mut end = PLACE;
-        let mut take = |bytes: u64| {
-            let start = end;
-            end = (end + bytes).next_multiple_of(ALIGN);
+        let mut take = |bytes: u64, align: u64| {
+            let start = end.next_multiple_of(align);
+            end = start + bytes;
             start
         };
         let places = sizes.iter().map(|size| {
             let size = u64::from(*size);
-            Place { available_ring: take(HEADER + 2 * size + 2), used_ring: take(HEADER + 8 * size + 2) }
+            let (available_ring, used_ring) = (take(HEADER + 2 * size + 2, ALIGN), take(HEADER + 8 * size + 2, ALIGN));
+            let table = room.map(|_| take(DESCRIPTOR * size, ALIGN));
+            Place { available_ring, used_ring, copies: table.map(|table| CopyPlace { table, pool: 0, pool_bytes: 0 }) }
         });
-        let places: Vec<Place> = places.collect();
+        let mut places: Vec<Place> = places.collect();
+        for (copies, bytes) in places.iter_mut().filter_map(|place| place.copies.as_mut()).zip(room.into_iter().cycle())
+        {
+            (copies.pool, copies.pool_bytes) = (take(bytes, PAGE), bytes);
+        }
         let len = (end - PLACE).next_multiple_of(PAGE);
         if ram.iter().any(|range| range.gpa.saturating_add(range.len) > PLACE) {
             return Err(io::Error::other("the guest's RAM lies where its shadow rings go"));
@@ -112,6 +134,11 @@ impl RingMemory {
             mmap_offset: 0,
             mmap_handle: self.file.as_raw_fd(),
         }
+    }
+
+    /// It, at the addresses of [`Place`].
+    pub(super) fn mapped(&self) -> &GuestMemoryMmap {
+        &self.mapped
     }
 
     fn load(&self, address: u64, order: Ordering) -> u16 {

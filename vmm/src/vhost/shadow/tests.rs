@@ -9,15 +9,15 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::*;
 use crate::machine::layout::ram;
 
-const SIZE: u16 = 16;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
+pub(super) const SIZE: u16 = 16;
+pub(super) const AVAILABLE: u64 = 0x2000;
+pub(super) const USED: u64 = 0x3000;
 
 /// A small generator: a seed tells all.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -25,27 +25,27 @@ impl Dice {
     }
 }
 
-struct Rig {
-    memory: GuestMemory,
+pub(super) struct Rig {
+    pub(super) memory: GuestMemory,
     features: u64,
     kick: EventFd,
     call: EventFd,
     alarm: OwnedFd,
     available: u16,
-    used: u16,
-    free: Vec<u16>,
+    pub(super) used: u16,
+    pub(super) free: Vec<u16>,
     /// What the driver waits for, in the order of asking.
-    waiting: Vec<u16>,
+    pub(super) waiting: Vec<u16>,
 }
 
 /// The backend's end of one incarnation.
-struct Backend {
-    memory: GuestMemoryMmap,
-    place: Place,
-    call: EventFd,
+pub(super) struct Backend {
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) place: Place,
+    pub(super) call: EventFd,
     seen: u16,
     used: u16,
-    taken: Vec<u16>,
+    pub(super) taken: Vec<u16>,
 }
 
 impl Backend {
@@ -58,7 +58,7 @@ impl Backend {
         let call = handed.call.try_clone().unwrap();
         Self { memory, place: handed.place, call, seen: 0, used: 0, taken: Vec::new() }
     }
-    fn take(&mut self) {
+    pub(super) fn take(&mut self) {
         let available: u16 = self.memory.load(GuestAddress(self.place.available_ring + 2), Ordering::Acquire).unwrap();
         while self.seen != available {
             let at = self.place.available_ring + 4 + 2 * u64::from(self.seen % SIZE);
@@ -67,8 +67,11 @@ impl Backend {
         }
     }
     fn put(&mut self, head: u32) {
+        self.put_with(head, 7);
+    }
+    pub(super) fn put_with(&mut self, head: u32, written: u32) {
         let at = self.place.used_ring + 4 + 8 * u64::from(self.used % SIZE);
-        self.memory.write_obj(u64::from(head) | 7 << 32, GuestAddress(at)).unwrap();
+        self.memory.write_obj(u64::from(head) | u64::from(written) << 32, GuestAddress(at)).unwrap();
         self.used = self.used.wrapping_add(1);
         self.memory.store(self.used, GuestAddress(self.place.used_ring + 2), Ordering::Release).unwrap();
     }
@@ -80,7 +83,7 @@ impl Backend {
 }
 
 impl Rig {
-    fn new(features: u64, start: u16) -> Self {
+    pub(super) fn new(features: u64, start: u16) -> Self {
         let memory = GuestMemory::new(&ram(16 << 20).unwrap()).unwrap();
         for ring in [AVAILABLE, USED] {
             memory.mapped().write_obj(start, GuestAddress(ring + 2)).unwrap();
@@ -91,6 +94,9 @@ impl Rig {
         Self { memory, features, kick, call, alarm, available: start, used: start, free, waiting: Vec::new() }
     }
     fn shadow(&self, stock: Stock) -> (Shadow, Backend) {
+        self.shadow_with(stock, None)
+    }
+    pub(super) fn shadow_with(&self, stock: Stock, copied: Option<Terms>) -> (Shadow, Backend) {
         let queue = QueueConfig {
             index: 0,
             size: SIZE,
@@ -100,13 +106,13 @@ impl Rig {
             vector: Some(0),
         };
         let (kick, call) = (self.kick.try_clone().unwrap(), self.call.try_clone().unwrap());
-        let rings = vec![ShadowRing { queue, kick, call, stock }];
+        let rings = vec![ShadowRing { queue, kick, call, stock, copied }];
         let alarm = self.alarm.try_clone().unwrap();
         let (shadow, handed) = Shadow::start("disk0", &self.memory, self.features, rings, alarm).unwrap();
         let backend = Backend::new(&shadow, &handed[0]);
         (shadow, backend)
     }
-    fn ask(&mut self) {
+    pub(super) fn ask(&mut self) {
         let Some(head) = self.free.pop() else { return };
         let at = AVAILABLE + 4 + 2 * u64::from(self.available % SIZE);
         self.memory.mapped().write_obj(head, GuestAddress(at)).unwrap();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use atoll_devices::iommu::wire::{MAP_READ, MAP_WRITE};
 use atoll_devices::virtio::QueueConfig;
 use atoll_devices::virtio::device_class::{BLOCK, CONSOLE, ENTROPY, FS, NET, VSOCK};
 use proptest::prelude::*;
@@ -10,6 +11,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::*;
+use crate::vhost::iotlb::Behind;
+use crate::vhost::shadow::copy_tests::Mapped;
 
 const SIZE: u16 = 16;
 const TABLE: u64 = 0x1000;
@@ -83,8 +86,23 @@ impl Driver {
         };
         let (kick, call) = (self.kick.try_clone().unwrap(), self.call.try_clone().unwrap());
         let rings = vec![StandInRing { queue, kick, call, stock }];
-        StandInParts { name: "disk0".into(), memory: Arc::clone(&self.memory), features, trade, rings }
+        self.parts_behind(None, trade, features, rings)
     }
+    fn parts_behind(
+        &self,
+        behind: Option<Behind>,
+        trade: Trade,
+        features: u64,
+        rings: Vec<StandInRing>,
+    ) -> StandInParts {
+        let (memory, window) = (Arc::clone(&self.memory), Arc::new(Window::new(&self.memory, behind)));
+        StandInParts { name: "disk0".into(), memory, window, features, trade, rings }
+    }
+}
+
+/// Somebody who waits for an alarm.
+fn alarm() -> OwnedFd {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap()
 }
 
 fn disk() -> Trade {
@@ -104,7 +122,7 @@ fn a_disk_without_a_backend_fails_its_requests() {
         }
         // The backend had taken two and completed none, the second one before the first in its queue.
         let stock = Stock { next_avail: 0, unfinished: vec![3, 0] };
-        let stand_in = StandIn::start(driver.parts(disk(), features, stock)).unwrap();
+        let stand_in = StandIn::start(driver.parts(disk(), features, stock), alarm()).unwrap();
         driver.await_used(1);
         let first: Vec<_> = [0xfffe, 0xffff, 0].map(|at| driver.completed(at)).into();
         assert_eq!(first, [(3, 1), (0, 1), (6, 1)]);
@@ -120,6 +138,53 @@ fn a_disk_without_a_backend_fails_its_requests() {
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(driver.used(), 2, "nobody is there any more");
     }
+}
+
+/// A disk behind the IOMMU had nobody to answer for it when it was given up. The stand-in writes by the map, the failure where
+/// it may and nothing where it may not, of which the guest is told; and what it does after a change goes by the new map.
+#[test]
+fn behind_an_iommu_it_writes_by_the_map() {
+    const SHIFT: u64 = 0x7000_0000;
+    let map = Mapped::new();
+    map.map(SHIFT + 0x8000, 0x8000, MAP_READ | MAP_WRITE);
+    let mut driver = Driver::after(0);
+    let ask = |driver: &mut Driver, head: u16, page: u64| {
+        let place = SHIFT + page + 0x100 * u64::from(head);
+        driver.describe(head, place, 16, NEXT, head + 1);
+        driver.describe(head + 1, place + 0x30, 1, WRITE, 0);
+        driver.offer(head);
+    };
+    let start = |driver: &Driver, next_avail: u16| {
+        let rings = driver.parts(disk(), 0, Stock { next_avail, unfinished: Vec::new() }).rings;
+        let heard = alarm();
+        let parts = driver.parts_behind(Some(map.behind()), disk(), 0, rings);
+        (StandIn::start(parts, heard.try_clone().unwrap()).unwrap(), heard)
+    };
+    ask(&mut driver, 0, 0x8000);
+    ask(&mut driver, 2, 0x9000);
+    let (stand_in, heard) = start(&driver, 0);
+    driver.await_used(2);
+    assert_eq!((driver.completed(0), driver.completed(1)), ((0, 1), (2, 0)));
+    assert_eq!((driver.status(0), driver.memory.read_obj::<u8>(GuestAddress(0x9230)).unwrap()), (1, 0));
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while rustix::io::read(&heard, &mut [0; 8]).is_err() {
+        assert!(Instant::now() < deadline, "nobody is told");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let refused = stand_in.refused();
+    assert_eq!(refused.iter().map(|fault| fault.address).collect::<Vec<_>>(), [SHIFT + 0x9230]);
+
+    assert_eq!(stand_in.stop(), [(0, 2)]);
+    map.unmap(SHIFT + 0x8000);
+    map.map(SHIFT + 0x8000, 0xa000, MAP_READ | MAP_WRITE);
+    driver.memory.write_obj(0_u8, GuestAddress(0x8430)).unwrap();
+    let (stand_in, _heard) = start(&driver, 2);
+    ask(&mut driver, 4, 0x8000);
+    signal(&driver.kick, 1);
+    driver.await_used(3);
+    assert_eq!(driver.completed(2), (4, 1));
+    assert_eq!((driver.status(4), driver.memory.read_obj::<u8>(GuestAddress(0xa430)).unwrap()), (0, 1));
+    drop(stand_in);
 }
 
 /// The next backend goes on behind what was given up, and does what it had not seen.
@@ -174,7 +239,7 @@ fn a_folder_answers_with_an_error() {
     driver.describe(3, 0x8000, 40, 0, 0);
     driver.offer(0);
     driver.offer(3);
-    let stand_in = StandIn::start(driver.parts(Trade::of(FS, 0, &[]), 0, Stock::default())).unwrap();
+    let stand_in = StandIn::start(driver.parts(Trade::of(FS, 0, &[]), 0, Stock::default()), alarm()).unwrap();
     driver.await_used(2);
     assert_eq!((driver.completed(0), driver.completed(1)), ((0, 16), (3, 0)));
     assert_eq!(driver.memory.read_obj::<u64>(GuestAddress(0x9000)).unwrap(), 16 | u64::from((-5_i32) as u32) << 32);
@@ -205,7 +270,7 @@ proptest! {
         driver.memory.write_obj(used, GuestAddress(USED + 2)).unwrap();
         let stock = Stock { next_avail, unfinished };
         let parts = driver.parts(Trade::of(device_type, !0, &[]), EVENT_IDX, stock);
-        let stand_in = StandIn::start(parts).unwrap();
+        let stand_in = StandIn::start(parts, alarm()).unwrap();
         let bases = stand_in.stop();
         prop_assert!(bases.len() <= 1);
     }

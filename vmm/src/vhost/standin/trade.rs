@@ -5,10 +5,8 @@
 //! made up nor refused: Linux takes an answer without a byte for the end of the device and never asks again, not even of
 //! the backend that comes back; a reader that waits can be interrupted, and is woken when the device is removed.
 
+use crate::vhost::guest_ring::{Chain, Reach};
 use atoll_devices::virtio::device_class::{BLOCK, CONSOLE, FS, NET, VSOCK};
-use vm_memory::GuestMemoryMmap;
-
-use crate::vhost::guest_ring::Chain;
 
 /// VIRTIO_NET_F_CTRL_VQ and VIRTIO_NET_F_MQ.
 const NET_CONTROL_QUEUE: u64 = 1 << 17;
@@ -38,7 +36,7 @@ pub(in crate::vhost) enum Answer {
 
 impl Answer {
     /// Writes what there is to say; how many bytes that is. A chain that makes no sense comes back as it is.
-    pub(super) fn write(self, memory: &GuestMemoryMmap, chain: Option<&Chain>) -> u32 {
+    pub(in crate::vhost) fn write(self, memory: &impl Reach, chain: Option<&Chain>) -> u32 {
         let Some(chain) = chain else { return 0 };
         match self {
             Self::Leave | Self::Drop => 0,

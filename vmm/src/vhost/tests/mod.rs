@@ -1,6 +1,7 @@
 //! The front end against backends that do everything right, and everything wrong.
 
 mod by_hand;
+mod carrier;
 mod fake;
 mod faults;
 mod hostile;
@@ -128,6 +129,7 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
         track: Track::default(),
         care: Care::default(),
         iommu: false,
+        isolation: Default::default(),
         clock: DeviceParts::real_time(),
     };
     (parts, lives)
@@ -542,11 +544,13 @@ fn switching_calls_loses_none() {
         let (life, ended) = (Arc::clone(&life), Arc::clone(&ended));
         std::thread::spawn(move || {
             let mut calls = 0_u64;
-            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+            loop {
                 life.call(0);
                 calls += 1;
+                if ended.load(std::sync::atomic::Ordering::Relaxed) {
+                    return calls;
+                }
             }
-            calls
         })
     };
     for _ in 0..20 {

@@ -167,6 +167,8 @@ fn impossible_devices_are_refused() {
         stall_timeout: None,
         start_attempts: None,
         on_failure: OnFailure::Error,
+        iommu: false,
+        isolation: Default::default(),
     });
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng0");
     assert_eq!(factory.builder(&rng).unwrap().name(), "_rng1");

@@ -70,6 +70,7 @@ impl Card {
             track: crate::config::Track::default(),
             care: Care::default(),
             iommu: false,
+            isolation: Default::default(),
             clock: DeviceParts::real_time(),
         };
         let (device, frontend, told) = attach(VhostDevice::connect(parts).unwrap());

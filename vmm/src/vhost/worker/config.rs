@@ -80,7 +80,9 @@ impl Worker {
             && is_readable(requests.socket())
         {
             self.listen_at = now + PAUSE;
-            let mut questions = Questions::new(self.parts.behind.as_ref());
+            // A backend of copies has nothing to ask.
+            let behind = self.parts.behind.as_ref().filter(|_| !self.parts.makers.copies());
+            let mut questions = Questions::new(behind);
             match requests.hear_with(&mut |miss| questions.judge(miss)) {
                 Ok(heard) => {
                     self.config_is_stale |= heard.config_changed;
@@ -122,6 +124,7 @@ impl Worker {
     /// Shows the driver what has changed of what may change.
     pub(super) fn adopt_config(&mut self, new: &[u8]) {
         let may_change = changeable(self.past.shown.device_type);
+        let new = &self.with_link(new)[..];
         let mut changed = false;
         let current = self.past.shown.config.iter_mut().zip(&mut self.config);
         for (offset, ((shown, now), new)) in (0..).zip(current.zip(new)) {

@@ -13,6 +13,7 @@ use crate::vhost::error::ConversationError;
 use crate::vhost::recovery::{Action, End, SpareState, State, TakeBack, Tale};
 use crate::vhost::source::Start;
 use crate::vhost::upgrade::UpgradeError;
+use atoll_devices::virtio::device_class;
 
 /// How long a killed process may take to be reaped before it is waited for beside everything else.
 const REAP: Duration = Duration::from_secs(1);
@@ -65,7 +66,7 @@ impl Worker {
     }
 
     /// Shows what the device is at.
-    fn publish(&self) {
+    pub(super) fn publish(&self) {
         let machine = &self.past.machine;
         let state = match machine.state() {
             State::Idle => DeviceState::Idle,
@@ -79,6 +80,7 @@ impl Worker {
         let on_trial =
             machine.is_on_trial().then(|| "on probation: if it dies, the program before it comes back".into());
         let upgrade = on_trial.or_else(|| self.past.rolled_back.clone());
+        let link = (self.past.shown.device_type == device_class::NET).then_some(self.past.link);
         let session = self.past.session.as_ref();
         let spare = match machine.spare() {
             SpareState::Off => Spare::Off,
@@ -90,7 +92,7 @@ impl Worker {
         self.shared.update(|status| {
             (status.state, status.generation, status.lost, status.pid) = (state, generation, lost, pid);
             (status.spare, status.exe, status.failed_starts) = (spare, exe, failed_starts);
-            status.upgrade = upgrade;
+            (status.upgrade, status.link) = (upgrade, link);
             status.jail = jail.unwrap_or_default();
             status.recovery = recovery.unwrap_or(status.recovery);
         });
@@ -447,7 +449,7 @@ impl Worker {
 }
 
 /// Whether a debugger has the process.
-fn is_traced(pid: u32) -> bool {
+pub(crate) fn is_traced(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
     tracer.is_some_and(|tracer| tracer.trim() != "0")

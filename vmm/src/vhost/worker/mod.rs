@@ -13,6 +13,7 @@
 //! and called once, because the last kick or call before the death may be lost.
 
 mod beside;
+mod carrier;
 mod compare;
 mod config;
 mod hands;
@@ -35,19 +36,22 @@ use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
+pub use carrier::LinkError;
 pub(super) use compare::Shown;
+pub(crate) use hands::is_traced;
 pub(super) use link::{Session, SessionParts};
 pub use resize::ResizeError;
 
 use super::back_channel::BackChannel;
 use super::call::{CallPath, Transport};
-use super::device::{DeviceState, Request, Shared, SwitchError};
+use super::device::{DeviceState, Shared, SwitchError};
 use super::error::{ConversationError, Step};
 use super::fault;
 use super::inflight::InflightRegion;
 use super::ledger::Ledger;
 use super::parts::Parts;
 use super::recovery::{Event, Failure, Machine, Rules};
+use super::request::Request;
 use super::rings::in_ram;
 use super::session;
 use super::shadow::{Shadow, ShadowFault};
@@ -55,6 +59,7 @@ use super::standin::StandIn;
 use crate::actor::Moment;
 use crate::doorbell::{Interposer, RelayedEvent};
 use crate::irq::VectorTable;
+use crate::machine::LinkState;
 use beside::{Greeted, Upgrade};
 use hands::FenceWatch;
 use next::Preparation;
@@ -96,6 +101,8 @@ pub(super) struct Past {
     inflight: Option<Arc<InflightRegion>>,
     /// Sectors that the operator gave it last, if he did: what a successor shows then is no surprise.
     capacity: Option<u64>,
+    /// Whether the operator has plugged the cable of a network card in.
+    link: LinkState,
 }
 
 impl Past {
@@ -114,6 +121,7 @@ impl Past {
             machine,
             inflight: None,
             capacity: None,
+            link: LinkState::Up,
         }
     }
 
@@ -222,6 +230,9 @@ impl Worker {
                     Request::Resize { size, answer } => {
                         let _ = answer.send(self.resize(size));
                     }
+                    Request::SetLink { link, answer } => {
+                        let _ = answer.send(self.set_link(link));
+                    }
                     Request::Pause => self.pause(),
                     Request::Resume { answer } => {
                         self.feed(Event::Resume);
@@ -312,6 +323,9 @@ impl Worker {
             }
             None => {}
         }
+        let mut refused = self.shadow.as_ref().map(Shadow::refused).unwrap_or_default();
+        refused.extend(self.stand_in.as_ref().map(StandIn::refused).unwrap_or_default());
+        self.tell_faults(refused);
         match self.past.session.as_ref().map(|session| session.over()) {
             Some(Some(why)) => self.lose(&ConversationError::Gone { step: Step::Idle, reason: why.into() }),
             Some(None) => self.hear_backend(),
@@ -348,7 +362,7 @@ impl Worker {
         let (queues, behind) = match self.locate(features, queues) {
             Ok(located) => located,
             Err(why) => {
-                tracing::warn!(device = self.shared.name, why, "the driver's queues cannot be served");
+                tracing::warn!(device = self.shared.name, %why, "the driver's queues cannot be served");
                 self.transport.needs_reset();
                 return;
             }

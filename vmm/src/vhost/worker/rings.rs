@@ -3,26 +3,29 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use atoll_devices::virtio::QueueConfig;
+use atoll_devices::virtio::device_class::BLOCK;
+use atoll_devices::virtio::{DeviceOffer, QueueConfig};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::standin::stock;
 use super::{Session, Worker};
-use crate::config::Track;
 use crate::doorbell::{Interposer, Verdict};
 use crate::vhost::call::CallPath;
 use crate::vhost::class::{answers, holds_requests};
 use crate::vhost::device::{Recovery, Shared};
 use crate::vhost::error::{ConversationError, Step};
-use crate::vhost::iotlb::Behind;
+use crate::vhost::iotlb::{ACCESS_PLATFORM, Behind};
 use crate::vhost::ledger::Ledger;
 use crate::vhost::parts::{Limits, Parts};
 use crate::vhost::recovery::Sample;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::session::{self, InflightPlan, RingPlan, StartPlan, ToldAt};
-use crate::vhost::shadow::{Shadow, ShadowRing};
-use crate::vhost::standin::Stock;
+use crate::vhost::shadow::{Shadow, ShadowRing, Terms};
+use crate::vhost::standin::{Answer, Stock, Trade};
+use crate::vhost::window::Window;
+
+const INDIRECT: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 /// What the driver has set up.
 pub(super) struct Driver {
@@ -91,6 +94,7 @@ impl Worker {
 
     /// Hands the rings to the backend, each from its beginning or from where it is.
     pub(super) fn start_rings(&mut self, continued: bool) -> Result<(), ConversationError> {
+        let unplugged = self.unplugged();
         let (Some(session), Some(driver)) = (&mut self.past.session, &mut self.driver) else { return Ok(()) };
         let local = |step| move |source| ConversationError::Local { step, source };
         if self.ring_errors.is_none() {
@@ -122,6 +126,7 @@ impl Worker {
                 available_ring: queue.available_ring,
                 used_ring: queue.used_ring,
                 told: driver.told_at(index),
+                enabled: !unplugged.contains(&index),
                 base: match driver.bases.iter().find(|(ring, _)| *ring == index) {
                     Some((_, base)) => *base,
                     None if continued => position.used,
@@ -132,9 +137,15 @@ impl Worker {
                 kick: kick.backend_event().try_clone().map_err(local(Step::SetVringKick(index)))?,
             });
         }
-        let shadowed = self.parts.makers.track == Track::Shadow;
+        // What the front end adds to an offer, no backend has to know; of an IOMMU nothing, where requests are copied.
+        let mut features = driver.features & session.capabilities.features;
+        if self.parts.makers.copies() {
+            features &= !ACCESS_PLATFORM;
+        }
+        let shadowed = self.parts.makers.is_shadowed();
         if shadowed {
-            let shadow = shadow_rings(&self.shared, &self.parts, driver, &mut rings);
+            let copying = copying(&self.parts, &self.past.shown, features);
+            let shadow = shadow_rings(&self.shared, &self.parts, driver, &mut rings, copying.as_ref());
             self.shadow = Some(shadow.map_err(local(Step::SetMemTable))?);
         } else if session.recovery() == Recovery::IdleOnly {
             let ledger = start_ledger(&self.shared, &self.parts, driver, &rings);
@@ -148,12 +159,11 @@ impl Worker {
                 queue_size: self.past.shown.queue_sizes.iter().copied().max().unwrap_or(1),
             },
         };
-        // What the front end adds to an offer, no backend has to know.
-        let features = driver.features & session.capabilities.features;
         let shadow = self.shadow.as_ref().map(|shadow| Arc::clone(shadow.memory()));
         let known = session.told.take(features, &self.parts.memory, self.past.inflight.as_ref());
-        let translations = self.parts.behind.as_ref().map(Behind::everything).unwrap_or_default();
-        let memory = self.parts.memory.clone();
+        let copies = self.parts.makers.copies();
+        let translations = self.parts.behind.as_ref().filter(|_| !copies).map(Behind::everything).unwrap_or_default();
+        let memory = (!copies).then(|| self.parts.memory.clone());
         let plan = StartPlan { features, memory, inflight, shadow, translations, rings, known };
         driver.ran = true;
         driver.bases.clear();
@@ -208,21 +218,45 @@ impl Worker {
     }
 }
 
+/// What the copies of each queue's requests are made by, where they are made.
+fn copying(parts: &Parts, shown: &DeviceOffer, features: u64) -> Option<impl Fn(u16) -> Terms> {
+    let window = Arc::new(Window::new(parts.memory.mapped(), parts.behind.clone()));
+    let trade = Trade::of(shown.device_type, features, &shown.config);
+    let (status_last, indirect) = (shown.device_type == BLOCK, features & INDIRECT != 0);
+    let terms = move |queue| Terms {
+        window: Arc::clone(&window),
+        answer: trade.verdict(queue).unwrap_or(Answer::Drop),
+        status_last,
+        indirect,
+    };
+    parts.makers.copies().then_some(terms)
+}
+
 /// Puts a shadow between the driver's rings and those of `plans`, which are given others.
-fn shadow_rings(shared: &Shared, parts: &Parts, driver: &Driver, plans: &mut [RingPlan]) -> std::io::Result<Shadow> {
+fn shadow_rings(
+    shared: &Shared,
+    parts: &Parts,
+    driver: &Driver,
+    plans: &mut [RingPlan],
+    copying: Option<&impl Fn(u16) -> Terms>,
+) -> std::io::Result<Shadow> {
     let mut rings = Vec::new();
     for plan in &*plans {
         let queue = driver.queues.iter().find(|queue| queue.index == plan.index).copied();
         let queue = queue.ok_or_else(|| std::io::Error::other("the driver has no such queue"))?;
         let stock = stock(parts.memory.mapped(), driver, None, parts.makers.class.in_order(), &queue);
         let stock = stock.map_err(std::io::Error::other)?;
-        rings.push(ShadowRing { queue, kick: plan.kick.try_clone()?, call: plan.call.try_clone()?, stock });
+        let copied = copying.map(|terms| terms(queue.index));
+        rings.push(ShadowRing { queue, kick: plan.kick.try_clone()?, call: plan.call.try_clone()?, stock, copied });
     }
     let alarm = shared.wake.try_clone()?;
     let (shadow, handed) = Shadow::start(&shared.name, &parts.memory, driver.features, rings, alarm)?;
     for (plan, handed) in plans.iter_mut().zip(handed) {
         (plan.available_ring, plan.used_ring) = (handed.place.available_ring, handed.place.used_ring);
         (plan.base, plan.kick, plan.call) = (0, handed.kick, handed.call);
+        if let Some(copies) = handed.place.copies {
+            (plan.descriptor_table, plan.told) = (copies.table, ToldAt::Memory);
+        }
     }
     Ok(shadow)
 }

@@ -1,14 +1,16 @@
 //! What becomes of the driver's rings while no backend serves them: who knows what the last one had taken, and who answers
 //! instead of it.
 
+use std::sync::Arc;
+
 use vm_memory::GuestMemoryMmap;
 
 use super::Worker;
 use super::rings::Driver;
-use crate::config::Track;
 use crate::vhost::inflight::InflightRegion;
 use crate::vhost::rings::RingPosition;
 use crate::vhost::standin::{StandIn, StandInParts, StandInRing, Stock, Trade, settle};
+use crate::vhost::window::Window;
 use atoll_devices::virtio::QueueConfig;
 
 /// What the last backend had taken of a ring. An error says why nobody knows.
@@ -46,10 +48,6 @@ impl Worker {
     /// What a stand-in needs for the driver's rings. Rings of which nobody knows what was taken are told apart.
     fn stand_in_parts(&self) -> Option<(StandInParts, Vec<(u16, String)>)> {
         let driver = self.driver.as_ref()?;
-        if driver.behind.is_some() {
-            // Where its requests point to is the IOMMU's, and they wait for the next backend, or a reset.
-            return None;
-        }
         let memory = self.parts.memory.mapped();
         let (mut rings, mut unknown) = (Vec::new(), Vec::new());
         for (queue, call) in driver.queues.iter().zip(&driver.calls) {
@@ -70,7 +68,8 @@ impl Worker {
         let shown = &self.past.shown;
         let parts = StandInParts {
             name: self.shared.name.clone(),
-            memory: std::sync::Arc::clone(memory),
+            memory: Arc::clone(memory),
+            window: Arc::new(Window::new(memory, self.parts.behind.clone())),
             features: driver.features,
             trade: Trade::of(shown.device_type, driver.features, &shown.config),
             rings,
@@ -89,8 +88,25 @@ impl Worker {
             let device = &self.shared.name;
             tracing::error!(device, queue, why, "a queue gets no answers; only a reset by its driver leads on");
         }
-        self.stand_in = Some(StandIn::start(parts).map_err(|error| error.to_string())?);
+        let alarm = self.shared.wake.try_clone().map_err(|error| error.to_string())?;
+        self.stand_in = Some(StandIn::start(parts, alarm).map_err(|error| error.to_string())?);
         Ok(())
+    }
+
+    /// The IOMMU has taken something back: what the stand-in does by the old map is over when this is, and it goes on by the
+    /// new one, if the rings are still where they were.
+    pub(super) fn change_stand_in(&mut self) {
+        let refused = self.stand_in.as_ref().map(StandIn::refused).unwrap_or_default();
+        if !self.dismiss_stand_in() {
+            return;
+        }
+        self.tell_faults(refused);
+        if let Some(why) = self.moved() {
+            tracing::warn!(device = self.shared.name, why, "the driver took its rings back while they were in use");
+            self.transport.needs_reset();
+        } else if let Err(why) = self.employ_stand_in() {
+            tracing::warn!(device = self.shared.name, why, "no stand-in");
+        }
     }
 
     /// Takes the rings back from the stand-in, if there is one: where it has served them, nothing is in flight. Whether
@@ -149,7 +165,7 @@ impl Worker {
             (None, None) => return,
         };
         let Some(driver) = &mut self.driver else { return };
-        if self.parts.makers.track == Track::Shadow {
+        if self.parts.makers.is_shadowed() {
             // What it says about its own rings means nothing for the driver's.
             driver.bases.clear();
         }

@@ -12,11 +12,12 @@ use crate::table::bytes;
 /// Open files that a machine with some devices needs.
 const NOFILE_MIN: u64 = 1024;
 /// Device processes of ours.
-const BACKENDS: [(&str, &str); 6] = [
+const BACKENDS: [(&str, &str); 7] = [
     ("atoll-blk", "disks"),
     ("atoll-net", "networks"),
     ("atoll-uart", "the second serial port"),
     ("atoll-rng", "entropy"),
+    ("atoll-nvme", "NVMe disks"),
     ("atoll-console", "virtio consoles"),
     ("atoll-vsock", "sockets to the guest"),
 ];
