@@ -4,6 +4,7 @@
 
 pub mod blk_bench;
 pub mod bus_bench;
+pub mod canary;
 pub mod chaos;
 pub mod cpu_bench;
 pub mod cpu_clock;

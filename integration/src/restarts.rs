@@ -82,7 +82,7 @@ pub fn run(programs: &Path, count: u64, idle: Duration, mut done: impl FnMut(u64
 fn restart(rig: &Rig) -> Result<Duration> {
     let lost = rig.lost();
     let began = Instant::now();
-    rig.device().inject(Fault::Kill, 0)?;
+    rig.device()?.inject(Fault::Kill, 0)?;
     loop {
         let status = rig.status();
         if status.lost > lost && status.state == DeviceState::Running && status.pid.is_some() {

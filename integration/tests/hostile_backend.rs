@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use atoll_integration::hostile::calls::CONTROL;
 
 /// The kinds of processes that have a jail of their own.
-const PROFILES: [&str; 9] = ["blk", "probe", "net", "net-tap", "rng", "console", "vsock", "uart", "generic"];
+const PROFILES: [&str; 10] = ["blk", "probe", "net", "net-tap", "rng", "console", "vsock", "gpu", "uart", "generic"];
 
 /// What a kind of process needs for its work, and may do therefore: the other layers hold what would come of it.
 const NEEDED: [(&str, &str); 3] = [

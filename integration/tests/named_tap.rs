@@ -40,6 +40,42 @@ fn identity(interface: &Path) -> Result<(String, String)> {
     Ok((read("address")?, read("ifindex")?))
 }
 
+/// The operator plugs the cable out: the guest has no carrier, also when the process was killed meanwhile, and what the host
+/// sends then does not come later.
+fn cable(vm: &mut Operated) -> Result<()> {
+    let carrier = |vm: &mut Operated, wanted: &str| {
+        let look = format!("until [ $(cat /sys/class/net/eth0/carrier) = {wanted} ]; do sleep 0.05; done");
+        vm.console.run(&look, STEP)
+    };
+    let received = |vm: &mut Operated| -> Result<u64> {
+        let said = vm.console.run("cat /sys/class/net/eth0/statistics/rx_packets", STEP)?;
+        said.split_whitespace().last().context("a number")?.parse().with_context(|| format!("{said:?}"))
+    };
+    vm.put("vm.set-link", Some(&json!({ "id": "t", "link": "down" })))?;
+    carrier(vm, "0")?;
+    let before = received(vm)?;
+    let flood = || -> Result<()> {
+        let socket = std::net::UdpSocket::bind("198.18.79.1:0")?;
+        for _ in 0..50 {
+            let _ = socket.send_to(b"nobody hears this", "198.18.79.2:9")?;
+        }
+        Ok(())
+    };
+    flood()?;
+    let card = card(vm)?;
+    let generation = card["generation"].as_u64().context("it has a generation")?;
+    processes::signal(u32::try_from(card["pid"].as_u64().context("it has a process")?)?, Signal::KILL)?;
+    await_generation(vm, generation + 1)?;
+    flood()?;
+    carrier(vm, "0")?;
+    vm.put("vm.set-link", Some(&json!({ "id": "t", "link": "up" })))?;
+    carrier(vm, "1")?;
+    vm.console.run("ping -c 1 -w 30 198.18.79.1", STEP)?;
+    let came = received(vm)? - before;
+    ensure!(came < 20, "{came} frames, of which a hundred were sent while the cable was out");
+    Ok(())
+}
+
 /// The interface went with the process that served the card, and came back with another Ethernet address: the guest went on
 /// sending to the old one. Now it stays, with its address and its place in routes and bridges, over deaths and an upgrade;
 /// only one that somebody deletes comes back as another.
@@ -75,6 +111,7 @@ fn the_interface_outlives_the_process() -> Result<()> {
     ping(&mut vm)?;
     ensure!(identity(&interface)? == first, "another interface: {first:?}");
 
+    cable(&mut vm)?;
     let deleted = std::process::Command::new("ip").args(["link", "delete", &name]).output()?;
     ensure!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
     let before = card(&vm)?;

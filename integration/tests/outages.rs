@@ -21,12 +21,16 @@ const EIO_MAX: Duration = Duration::from_secs(1);
 
 /// A stock guest with a root disk of its own and the disks that `more` asks for.
 fn boot(folder: &Path, with_verifier: bool, more: &[&str]) -> Result<Operated> {
-    let guest = images::guest("6.1")?;
+    boot_series("6.1", folder, with_verifier, more)
+}
+
+fn boot_series(series: &str, folder: &Path, with_verifier: bool, more: &[&str]) -> Result<Operated> {
+    let guest = images::guest(series)?;
     let root = images::copy_of_disk(&guest, folder)?;
     if with_verifier {
         install(&root)?;
     }
-    let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
+    let demo = Demo { series: series.to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
     let mut command = demo.command(&guest)?;
     command.arg("--disk").arg(format!("path={}", root.display())).args(more);
     let mut vm = Operated::spawn(&mut command, folder)?;
@@ -78,6 +82,33 @@ fn write_in_vain(vm: &mut Operated) -> Result<()> {
 
 const IMAGE: u64 = 16 << 20;
 
+/// Has the disk `data` die while it has requests, with an image that has shrunk meanwhile. What was in flight fails, and what
+/// is asked then; gives how long the former took.
+fn quarantine(vm: &mut Operated, image: &File) -> Result<Duration> {
+    let pid = device(vm, "data")?.and_then(|device| device["pid"].as_u64()).context("it has a process")?;
+    let pid = u32::try_from(pid)?;
+    // It stands with requests in its ring, and then it dies.
+    processes::signal(pid, Signal::STOP)?;
+    write_in_vain(vm)?;
+    image.set_len(IMAGE / 2)?;
+    processes::signal(pid, Signal::KILL)?;
+    let since = await_device(vm, "data", state("quarantined"))?;
+    vm.console.expect("written=1.", STEP).context("the writer hears of it")?;
+    let heard = since.elapsed();
+    vm.console.expect(images::PROMPT, STEP)?;
+    read_in_vain(vm)?;
+    Ok(heard)
+}
+
+/// The guest reads the second disk, and hears at once that it cannot.
+fn read_in_vain(vm: &mut Operated) -> Result<()> {
+    let asked = Instant::now();
+    let read = vm.console.run("dd if=/dev/vdb of=/dev/null bs=4k count=1 skip=3000 2>&1; [ $? = 1 ]", STEP)?;
+    ensure!(read.contains("Input/output error") || read.contains("I/O error"), "{read}");
+    ensure!(asked.elapsed() < EIO_MAX, "a new request took {:?}", asked.elapsed());
+    Ok(())
+}
+
 /// A disk whose image shrank has no backend that the guest could go on with, and its driver waited for ever: `dd` hung, the
 /// disk could not be removed, a reboot hung in the guest. Now what is in flight and what comes later fails at once, a reboot
 /// finds the disk as soon as it is well, and without one it can be pulled out.
@@ -88,25 +119,7 @@ fn a_quarantined_disk_fails_reboots_and_goes() -> Result<()> {
     let image = File::create(&path)?;
     image.set_len(IMAGE)?;
     let mut vm = boot(folder.path(), false, &["--disk", &format!("path={},id=data", path.display())])?;
-    let quarantine = |vm: &mut Operated| -> Result<Duration> {
-        let pid = device(vm, "data")?.and_then(|device| device["pid"].as_u64()).context("it has a process")?;
-        let pid = u32::try_from(pid)?;
-        // It stands with requests in its ring, and then it dies.
-        processes::signal(pid, Signal::STOP)?;
-        write_in_vain(vm)?;
-        image.set_len(IMAGE / 2)?;
-        processes::signal(pid, Signal::KILL)?;
-        let since = await_device(vm, "data", state("quarantined"))?;
-        vm.console.expect("written=1.", STEP).context("the writer hears of it")?;
-        let heard = since.elapsed();
-        vm.console.expect(images::PROMPT, STEP)?;
-        let asked = Instant::now();
-        let read = vm.console.run("dd if=/dev/vdb of=/dev/null bs=4k count=1 skip=3000 2>&1; [ $? = 1 ]", STEP)?;
-        ensure!(read.contains("Input/output error") || read.contains("I/O error"), "{read}");
-        ensure!(asked.elapsed() < EIO_MAX, "a new request took {:?}", asked.elapsed());
-        Ok(heard)
-    };
-    let heard = quarantine(&mut vm)?;
+    let heard = quarantine(&mut vm, &image)?;
     ensure!(heard < EIO_MAX, "the requests in flight took {heard:?}");
 
     image.set_len(IMAGE)?;
@@ -115,11 +128,37 @@ fn a_quarantined_disk_fails_reboots_and_goes() -> Result<()> {
     await_device(&vm, "data", state("running"))?;
     vm.console.run("dd if=/dev/zero of=/dev/vdb bs=64k count=16 conv=fsync 2>&1", STEP)?;
 
-    let heard = quarantine(&mut vm)?;
+    let heard = quarantine(&mut vm, &image)?;
     ensure!(heard < EIO_MAX, "the requests in flight took {heard:?}");
     vm.put("vm.remove-device", Some(&json!({ "id": "data" })))?;
     await_device(&vm, "data", |device| device.is_none())?;
     vm.console.run("[ ! -e /dev/vdb ]", STEP)?;
+    power_off(vm)
+}
+
+/// The same behind the IOMMU, where who stands in reaches requests by the map and lets go of it as the guest takes it back.
+#[test]
+fn a_quarantined_disk_behind_the_iommu_fails_its_requests() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("data");
+    let image = File::create(&path)?;
+    image.set_len(IMAGE)?;
+    let disk = format!("path={},id=data,iommu=on", path.display());
+    let cmdline = "console=ttyS0 atoll.load=iommu iommu.strict=1";
+    let mut vm = boot_series("6.12", folder.path(), false, &["--disk", &disk, "--cmdline", cmdline])?;
+    vm.console.run("while ! [ -b /dev/vdb ]; do usleep 99999; done", STEP)?;
+    let pid = device(&vm, "data")?.and_then(|device| device["pid"].as_u64()).context("it has a process")?;
+    image.set_len(IMAGE / 2)?;
+    processes::signal(u32::try_from(pid)?, Signal::KILL)?;
+    await_device(&vm, "data", state("quarantined"))?;
+    // Each of them is mapped, fails and is unmapped.
+    (0..5).try_for_each(|_| read_in_vain(&mut vm))?;
+    image.set_len(IMAGE)?;
+    vm.put("vm.reboot", None)?;
+    vm.console.prompt(BOOT_LIMIT)?;
+    await_device(&vm, "data", state("running"))?;
+    vm.console.run("while ! [ -b /dev/vdb ]; do usleep 99999; done", STEP)?;
+    vm.console.run("dd if=/dev/zero of=/dev/vdb bs=64k count=16 conv=fsync 2>&1", STEP)?;
     power_off(vm)
 }
 

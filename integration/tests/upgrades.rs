@@ -4,10 +4,20 @@ use anyhow::{Context, Result, ensure};
 use atoll_integration::chaos::scene::{Class, Image, Plan};
 use atoll_integration::chaos::upgrades::Builds;
 use atoll_kit::bad_build::Bad;
+use atoll_vmm::config::Isolation;
 use xtask::place;
 
 fn plan(image: Image, seed: u64) -> Plan {
-    Plan { class: Class::Blk, kills: 0, seed, image, direct: false, folder: None, sabotage: None }
+    Plan {
+        class: Class::Blk,
+        kills: 0,
+        seed,
+        image,
+        direct: false,
+        isolation: Isolation::Shared,
+        folder: None,
+        sabotage: None,
+    }
 }
 
 /// Two builds of a disk take turns, with a kill in between that brings back the build before the newest, which is on probation; nothing

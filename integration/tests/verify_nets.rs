@@ -28,7 +28,7 @@ fn a_switch_loses_only_what_its_deaths_cost() -> Result<()> {
 /// Two guests with stock drivers, two cards, one switch.
 #[test]
 fn two_guests_hear_all_that_the_other_says() -> Result<()> {
-    let verdicts = xtask::verify::on_two_guests(32, 3)?;
+    let verdicts = xtask::verify::on_two_guests(&xtask::verify::Guests::default(), 32, 3)?;
     let json = serde_json::to_string(&verdicts)?;
     ensure!(verdicts.iter().all(|verdict| verdict.ok && verdict.heard.frames > 100), "{json}");
     Ok(())

@@ -7,14 +7,17 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use xtask::archive::Archive;
 use xtask::images::{self, Guest};
+use xtask::lab::{GUEST_VERIFIER, PEERS, TINY_GUESTS};
 use xtask::{packages, place};
+
+use crate::{drivers, ending};
 
 /// Changes when what is carried changes in kind.
 const EDITION: u32 = 1;
@@ -32,13 +35,39 @@ const FIRMWARE: [(&str, &[&str]); 2] = [
     ),
     ("/usr/share/seabios", &["bios.bin", "bios-256k.bin", "bios-microvm.bin"]),
 ];
-/// Atoll's programs.
-const PROGRAMS: [&str; 7] =
-    ["atoll", "atoll-blk", "atoll-net", "atoll-rng", "atoll-console", "atoll-uart", "lab-agent"];
+/// Atoll's programs, as they lie beside each other.
+const PROGRAMS: [&str; 10] = [
+    "atoll",
+    "atoll-blk",
+    "atoll-nvme",
+    "atoll-net",
+    "atoll-rng",
+    "atoll-console",
+    "atoll-uart",
+    "lab-agent",
+    TINY_GUESTS,
+    GUEST_VERIFIER,
+];
 
 /// Modules of the lab's kernel, in order.
-const MODULES: &[&str] =
-    &["drivers/block/virtio_blk", "virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-amd", "drivers/net/tun"];
+const MODULES: &[&str] = &[
+    "drivers/block/virtio_blk",
+    "virt/lib/irqbypass",
+    "arch/x86/kvm/kvm",
+    "arch/x86/kvm/kvm-amd",
+    "drivers/net/tun",
+    "net/llc/llc",
+    "net/802/stp",
+    "net/bridge/bridge",
+];
+
+/// Modules of the lab's kernel where devices are passed through.
+const VFIO_MODULES: &[&str] = &[
+    "drivers/vfio/vfio",
+    "drivers/vfio/vfio_iommu_type1",
+    "drivers/vfio/pci/vfio-pci-core",
+    "drivers/vfio/pci/vfio-pci",
+];
 
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -47,12 +76,13 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 for module in /modules/*.ko; do insmod "$module"; done
+if grep -q lab.vfio /proc/cmdline; then for module in /modules/vfio/*.ko; do insmod "$module"; done; fi
 mount -t tmpfs -o mode=755 new /new
 cd /new
 mkdir -p bin dev proc sys tmp run etc root usr atoll tools
 cp /bin/busybox bin/
 chroot /new /bin/busybox --install -s /bin
-for try in 1 2 3 4 5 6 7 8 9 10; do [ -b /dev/vdb ] && break; sleep 0.1; done
+for try in $(seq 2000); do [ -b /dev/vda ] && [ -b /dev/vdb ] && break; sleep 0.1; done
 mount -t ext4 -o ro /dev/vda tools
 mount -t ext4 -o ro /dev/vdb atoll
 ln -s tools/lib lib
@@ -130,7 +160,9 @@ fn image_of(tree: &Path, path: &Path) -> Result<()> {
             .arg(tree)
             .arg(path)
             .arg(format!("{}M", mebibytes + mebibytes / 10 + 16))
-            .stdin(Stdio::null()),
+            .stdin(Stdio::null())
+            // It tells of a file that it makes; reports are all that goes there.
+            .stdout(Stdio::null()),
     )
 }
 
@@ -199,12 +231,16 @@ fn tools(folder: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn programs(folder: &Path) -> Result<PathBuf> {
+fn programs(folder: &Path, with_drivers: bool) -> Result<PathBuf> {
     let tree = tempfile::tempdir_in(folder)?;
-    let release = tree.path().join("release");
-    std::fs::create_dir(&release)?;
     for name in PROGRAMS {
-        copy_into(&release, &place::program(name)?)?;
+        let inside = tree.path().join("release").join(name);
+        std::fs::create_dir_all(inside.parent().context("it lies in a folder")?)?;
+        let program = place::program(name)?;
+        std::fs::copy(&program, inside).with_context(|| format!("cannot copy {}", program.display()))?;
+    }
+    if with_drivers {
+        drivers::put_into(tree.path())?;
     }
     let path = folder.join("programs.ext4");
     image_of(tree.path(), &path)?;
@@ -212,47 +248,53 @@ fn programs(folder: &Path) -> Result<PathBuf> {
 }
 
 fn initramfs(path: &Path) -> Result<()> {
-    const DIRECTORY: u32 = 0o040_755;
-    const PROGRAM: u32 = 0o100_755;
     let busybox = packages::unpacked(&packages::BUSYBOX)?.join("bin/busybox");
-    let mut archive = File::create(path)?;
-    let mut inode = 0;
-    let mut add = |name: &str, mode: u32, contents: &[u8]| -> Result<()> {
-        inode += 1;
-        let entry = cpio::newc::Builder::new(name).ino(inode).mode(mode).nlink(1);
-        let mut writer = entry.write(&mut archive, u32::try_from(contents.len())?);
-        writer.write_all(contents)?;
-        writer.finish()?;
-        Ok(())
-    };
-    for folder in ["bin", "modules"] {
-        add(folder, DIRECTORY, b"")?;
+    let mut archive = Archive::new(File::create(path)?);
+    for folder in ["bin", "modules", "modules/vfio"] {
+        archive.folder(folder)?;
     }
-    add("init", PROGRAM, INIT.as_bytes())?;
-    add("bin/busybox", PROGRAM, &std::fs::read(busybox)?)?;
-    for (position, name) in MODULES.iter().enumerate() {
-        if let Some(bytes) = images::module_of(OUTER_SERIES, name)? {
-            let short = name.rsplit('/').next().unwrap_or(name);
-            add(&format!("modules/{position:02}-{short}.ko"), PROGRAM, &bytes)?;
+    archive.program("init", INIT.as_bytes())?;
+    archive.program("bin/busybox", &std::fs::read(busybox)?)?;
+    for (folder, modules) in [("modules", MODULES), ("modules/vfio", VFIO_MODULES)] {
+        for (position, name) in modules.iter().enumerate() {
+            if let Some(bytes) = images::module_of(OUTER_SERIES, name)? {
+                let short = name.rsplit('/').next().unwrap_or(name);
+                archive.program(&format!("{folder}/{position:02}-{short}.ko"), &bytes)?;
+            }
         }
     }
-    cpio::newc::trailer(&mut archive)?;
+    archive.end().map(drop)
+}
+
+/// Fetches what comes from elsewhere, if it is not there yet: QEMU, kernels, busybox; with drivers for devices that are passed
+/// through, if some need them.
+///
+/// # Errors
+/// When something cannot be had.
+pub fn obtain(drivers: bool) -> Result<()> {
+    packages::ensure_peers(&PEERS)?;
+    packages::unpacked(&packages::BUSYBOX)?;
+    GUESTS.iter().try_for_each(|series| images::guest(series).map(drop))?;
+    if drivers {
+        drivers::obtain()?;
+    }
     Ok(())
 }
 
 /// Makes all of it in `folder`; the disk of tools is kept in the cache.
-pub fn load(folder: &Path) -> Result<Freight> {
-    packages::ensure_peers(&["qemu-system-x86_64", "mkfs.ext4", "e2fsck"])?;
+///
+/// # Errors
+/// When something of it cannot be had or made, or a signal ends the lab.
+pub fn load(folder: &Path, drivers: bool) -> Result<Freight> {
     let kept = place::cache()?.join("lab");
     std::fs::create_dir_all(&kept)?;
     let path = folder.join("initramfs");
     initramfs(&path)?;
-    let executable = std::fs::Permissions::from_mode(0o644);
-    std::fs::set_permissions(&path, executable)?;
-    Ok(Freight {
-        kernel: images::guest(OUTER_SERIES)?.vmlinux,
-        initramfs: path,
-        tools: tools(&kept)?,
-        programs: programs(folder)?,
-    })
+    let readable = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(&path, readable)?;
+    ending::check()?;
+    let tools = tools(&kept)?;
+    ending::check()?;
+    let programs = programs(folder, drivers)?;
+    Ok(Freight { kernel: images::guest(OUTER_SERIES)?.vmlinux, initramfs: path, tools, programs })
 }

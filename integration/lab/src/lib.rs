@@ -6,7 +6,11 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the lab talks to a person at a terminal")]
 
+pub mod drivers;
+pub mod ending;
 pub mod freight;
+pub mod hardware;
 pub mod inside;
 pub mod outer;
 pub mod report;
+pub mod schedule;

@@ -6,10 +6,11 @@
 //! The emulator (QEMU 7.2) sometimes forgets that its local APIC has an interrupt for a processor that runs a guest: the
 //! interrupt stands in the APIC's request register, the guest runs on, and if it waits with interrupts off for another vCPU,
 //! it does so for ever. Any other interrupt reminds the emulator; so a key is pressed twenty times a second.
-#![allow(unsafe_code, reason = "reading the processor's time stamp counter")]
+#![allow(unsafe_code, reason = "reading the processor's time stamp counter; a child that ends with its parent")]
 
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::freight::Freight;
 use crate::report::Report;
+use crate::{ending, hardware};
 
 /// A word on the console when all scenarios have been run.
 const DONE: &str = "lab: the agent ended with 0";
@@ -55,6 +57,11 @@ fn counter_khz() -> u64 {
     u64::try_from(u128::from(last.wrapping_sub(first)) * 1_000_000 / elapsed.as_nanos().max(1)).unwrap_or(u64::MAX)
 }
 
+/// Has the kernel end this process with the thread that has started it, in case that one is killed.
+fn end_with_parent() -> std::io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+}
+
 struct Machine(Child);
 
 /// Reminds the emulator of pending interrupts.
@@ -89,9 +96,15 @@ fn monitor_beside(console: &Path) -> PathBuf {
 fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path, errors: &Path) -> Result<Machine> {
     let monitor = monitor_beside(console);
     let khz = counter_khz();
+    let passes = hardware::wanted(scenarios);
+    let passed = if passes { hardware::CMDLINE } else { "" };
+    let devices = match (passes, console.parent()) {
+        (true, Some(folder)) => hardware::arguments(folder)?,
+        _ => Vec::new(),
+    };
     let cmdline = format!(
         "console=ttyS0 no_timer_check nokaslr mitigations=off tsc=reliable tsc_early_khz={khz} panic=-1 quiet reboot=t \
-         lab.run={}",
+         {passed} lab.run={}",
         scenarios.join(",")
     );
     let disk = |path: &Path, id: &str| {
@@ -103,7 +116,8 @@ fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path
             format!("virtio-blk-pci,drive={id}"),
         ]
     };
-    let child = Command::new("qemu-system-x86_64")
+    let mut command = Command::new("qemu-system-x86_64");
+    command
         .args([
             "-M",
             "q35",
@@ -121,6 +135,7 @@ fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path
         .args(["-monitor", &format!("unix:{},server,nowait", monitor.display())])
         .args(disk(&freight.tools, "tools"))
         .args(disk(&freight.programs, "programs"))
+        .args(devices)
         .arg("-kernel")
         .arg(&freight.kernel)
         .arg("-initrd")
@@ -128,16 +143,16 @@ fn start(freight: &Freight, scenarios: &[String], console: &Path, reports: &Path
         .args(["-append", &cmdline])
         .stdin(Stdio::null())
         // It warns of each feature of the processor that it does not emulate.
-        .stderr(std::fs::File::create(errors)?)
-        .spawn()
-        .context("cannot start qemu-system-x86_64")?;
-    Ok(Machine(child))
+        .stderr(std::fs::File::create(errors)?);
+    // SAFETY: it makes one system call and allocates nothing.
+    unsafe { command.pre_exec(end_with_parent) };
+    Ok(Machine(command.spawn().context("cannot start qemu-system-x86_64")?))
 }
 
 /// Runs the scenarios in one machine, of which each has `within`, and its boot too; `heard` is told of each report as it comes.
 ///
 /// # Errors
-/// When the machine cannot be started.
+/// When the machine cannot be started, or a signal ends the lab.
 pub fn run(
     freight: &Freight,
     scenarios: &[String],
@@ -157,6 +172,7 @@ pub fn run(
     let mut reminder = Reminder(None);
     let mut fault = None;
     loop {
+        ending::check()?;
         let ended = machine.0.try_wait()?;
         // What was written before the end is read after it was seen.
         while reader.read_line(&mut line)? > 0 {

@@ -4,15 +4,16 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use atoll_integration::chaos::campaign::Campaign;
 use atoll_integration::chaos::page::Page;
-use atoll_integration::chaos::sabotage::{Caught, commit};
+use atoll_integration::chaos::sabotage::{Caught, commit, is_committed_by};
 use atoll_integration::chaos::scene::{Class, Image, Plan};
 use atoll_integration::chaos::upgrades::Builds;
 use atoll_integration::chaos::{power, strata, tap};
 use atoll_kit::bad_build::Bad;
 use atoll_kit::step::Sabotage;
+use atoll_vmm::config::Isolation;
 use clap::Parser;
 use xtask::place;
 
@@ -34,6 +35,9 @@ struct Cli {
     /// A disk past the page cache (in a --folder that knows direct I/O).
     #[arg(long)]
     direct: bool,
+    /// The backend sees copies of requests and nothing of the memory (isolation=copy); consoles have no such form.
+    #[arg(long, conflicts_with_all = ["sabotage", "power_loss", "stall"])]
+    copies: bool,
     /// Where images are; in memory by default.
     #[arg(long)]
     folder: Option<PathBuf>,
@@ -62,18 +66,22 @@ struct Cli {
 
 /// Each fault in turn; whether all were found.
 #[allow(clippy::print_stdout, reason = "a table for people and a line for programs")]
-fn sabotage(name: &str, image: Image, kills: u64, seed: u64) -> Result<bool> {
-    let wanted: Vec<Sabotage> =
-        Sabotage::ALL.into_iter().filter(|sabotage| name == "all" || name == sabotage.name()).collect();
+fn sabotage(name: &str, device: Class, image: Image, kills: u64, seed: u64) -> Result<bool> {
+    let wanted: Vec<Sabotage> = Sabotage::ALL
+        .into_iter()
+        .filter(|sabotage| name == "all" || name == sabotage.name())
+        .filter(|sabotage| is_committed_by(*sabotage, device))
+        .collect();
     if wanted.is_empty() {
-        let names: Vec<_> = Sabotage::ALL.iter().map(|sabotage| sabotage.name()).collect();
+        let able = Sabotage::ALL.iter().filter(|sabotage| is_committed_by(**sabotage, device));
+        let names: Vec<_> = able.map(|sabotage| sabotage.name()).collect();
         bail!("--sabotage {name}: name one of {}, or all", names.join(", "));
     }
     let mut all = Vec::new();
     println!("| sabotage | device | caught | kills | strikes | found |\n|---|---|---|---|---|---|");
     for fault in wanted {
         let Caught { sabotage, device, caught, kills, strikes, found } =
-            &commit(fault, &place::steps(), image, kills, seed).with_context(|| fault.name())?;
+            &commit(fault, &place::steps(), device, image, kills, seed).with_context(|| fault.name())?;
         let found = found.first().map(String::as_str).unwrap_or_default();
         println!("| {sabotage} | {device} | {caught} | {kills} | {strikes} | {found} |");
         all.push(serde_json::json!({"sabotage": sabotage, "caught": caught, "kills": kills, "strikes": strikes}));
@@ -94,6 +102,7 @@ fn main() -> Result<ExitCode> {
         seed,
         image,
         direct,
+        copies,
         folder,
         shipped,
         sabotage: fault,
@@ -103,8 +112,13 @@ fn main() -> Result<ExitCode> {
         upgrades,
         bad_builds,
     } = Cli::parse();
+    if device == Class::Nvme && (power_loss || stall || upgrades.is_some() || image != Image::Raw || direct) {
+        bail!(
+            "--device nvme has raw images and kills: no --power-loss, --stall, --upgrades, --image qcow2 or --direct"
+        );
+    }
     if let Some(name) = fault {
-        return Ok(if sabotage(&name, image, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        return Ok(if sabotage(&name, device, image, kills, seed)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     if power_loss {
         let losses = power::campaign(&power::page(&place::steps(), image)?, image, kills, seed)?;
@@ -121,7 +135,9 @@ fn main() -> Result<ExitCode> {
     if device == Class::Net {
         tap::leave_network()?;
     }
-    let plan = Plan { class: device, kills, seed, image, direct, folder, sabotage: None };
+    ensure!(!copies || device != Class::Console, "--copies: a console has no such form; leave it out");
+    let isolation = if copies { Isolation::Copy } else { Isolation::Shared };
+    let plan = Plan { class: device, kills, seed, image, direct, isolation, folder, sabotage: None };
     if let Some(count) = upgrades {
         let mut builds = Builds::open(&plan, &place::steps())?;
         builds.run(count)?;

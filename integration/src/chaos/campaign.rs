@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use atoll_kit::step::{Sabotage, Step};
 use atoll_verify::dice::{Dice, mix};
+use atoll_vmm::config::Isolation;
 use atoll_vmm::vhost::DeviceState;
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -234,8 +235,13 @@ impl<'a> Campaign<'a> {
         let held = self.dice.below(4) > 0;
         for left in (0..ATTEMPTS).rev() {
             self.scene.load.turn()?;
+            // A process that stands still while they are handed over is not through with the first before the last is there.
+            let held = held && stop(process);
             self.scene.load.poll()?;
             self.scene.load.push()?;
+            if held {
+                let _ = pidfd_send_signal(process, Signal::CONT);
+            }
             // The last attempts take what they get.
             let moment = Instant::now() + window * left / ATTEMPTS;
             while Instant::now() < moment {
@@ -275,7 +281,15 @@ impl<'a> Campaign<'a> {
         let copy = copy_of_descriptor(&process, self.scene.rig.status().pid.unwrap_or_default(), &image);
         self.be_busy(&process)?;
         let Some(copy) = copy else { return self.strike(&process, "random") };
+        let lost = self.scene.rig.status().lost;
         self.strike(&process, "linger")?;
+        // What the dead process had completed in rings that are not the driver's comes to the driver with its burial.
+        let buried = Instant::now() + REAP_MAX;
+        while self.plan.isolation == Isolation::Copy && self.scene.rig.status().lost == lost && Instant::now() < buried
+        {
+            self.scene.load.push()?;
+            std::thread::sleep(Duration::from_micros(100));
+        }
         let used = self.scene.load.used()?;
         let mut lingers = Duration::from_micros(2000 + self.dice.below(12_000));
         if self.plan.sabotage.is_some() {
@@ -340,9 +354,25 @@ impl<'a> Campaign<'a> {
                 page.arm(step, depth);
                 return self.die_of_message(page, step);
             }
+            _ if self.dice.below(4) > 0 => self.arm_before_a_heap(page, &process, step, depth)?,
             _ => page.arm(step, depth),
         }
         self.await_death(page, step, lost)
+    }
+
+    /// Arms the step in front of a stopped process and a heap of requests: what it has not taken when it dies it could see,
+    /// however quick it is beside the driver.
+    fn arm_before_a_heap(&mut self, page: &Page, process: &OwnedFd, step: Step, depth: u64) -> Result<()> {
+        self.scene.load.poll()?;
+        let stopped = stop(process);
+        self.scene.load.lengthen(true);
+        self.scene.load.push()?;
+        self.look(page);
+        page.arm(step, depth);
+        if stopped {
+            let _ = pidfd_send_signal(process, Signal::CONT);
+        }
+        Ok(())
     }
 
     /// A successor serves, and has completed what its predecessor left.
@@ -416,7 +446,7 @@ impl<'a> Campaign<'a> {
         let in_hand = match step {
             Step::Fetch | Step::Mark | Step::Submit | Step::Done | Step::Status | Step::UsedElement => 1,
             Step::Replay | Step::Flush => 1,
-            Step::UsedIndex | Step::Unmarked | Step::Call => 0,
+            Step::UsedIndex | Step::Counted | Step::Unmarked | Step::Call => 0,
             Step::Handshake | Step::Reset | Step::ConfigWrite => 0,
         };
         Ok(pending.saturating_sub(since).max(pending.min(in_hand)))
@@ -432,7 +462,7 @@ impl<'a> Campaign<'a> {
         self.scene.load.poll()?;
         self.scene.load.push()?;
         let answer = match step {
-            Step::Reset => Some(self.scene.rig.begin_reset()),
+            Step::Reset => Some(self.scene.rig.begin_reset()?),
             _ => self.scene.load.write_config(&mut self.scene.rig),
         };
         let killed = Instant::now();

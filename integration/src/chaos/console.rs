@@ -3,6 +3,7 @@
 //! Around a death of the process lines may be lost or repeated; none may be damaged, and each death may set the numbers
 //! back once.
 
+use std::fmt::Write;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -21,13 +22,14 @@ pub struct Printing {
     breaks: u64,
 }
 
-/// A line that says whether it is whole.
+/// A line that says whether it is whole. Quickly made: the process that prints it is quick, and shall be found with a heap of
+/// them.
 fn line(number: u64) -> String {
-    let filling = "abcdefghijklmnopqrstuvwxyz".repeat(8);
-    let filling = filling.get(..(number % 150) as usize).unwrap_or_default();
-    let body = format!("{number:x} {filling}");
-    let check = crc(body.as_bytes());
-    format!("{body} {check:08x}\n")
+    let filling = "abcdefghijklmnopqrstuvwxyz".get(..(number % 27) as usize).unwrap_or_default();
+    let mut line = format!("{number:x} {filling}");
+    let check = crc(line.as_bytes());
+    let _ = writeln!(line, " {check:08x}");
+    line
 }
 
 /// FNV-1a is enough: nobody forges lines here.
@@ -52,7 +54,7 @@ impl Trade for Printing {
     /// Receive and transmit queue of the port, and of control messages.
     const QUEUES: u16 = 4;
     const QUEUE: usize = 1;
-    const SIZE: u16 = 64;
+    const SIZE: u16 = 128;
     const BYTES: u64 = 256;
 
     fn ask(&mut self, queue: &mut Queue, guest: &Guest, at: u64, number: u64) -> Option<u16> {

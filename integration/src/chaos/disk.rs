@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use atoll_devices::Answer;
-use atoll_kit::driver::Driver;
 use atoll_verify::blk::workload::Mix;
 use atoll_verify::blk::{Verdict, Violation, Workload};
 use atoll_vmm::config::DiskConfig;
@@ -13,6 +12,7 @@ use atoll_vmm::config::DiskConfig;
 use super::load::{Findings, Load};
 use super::rig::Rig;
 use super::stall::StallWatch;
+use crate::verify::disk_queues::DiskQueues;
 use crate::verify::player::{Player, Style};
 
 /// Where the configuration space has the cache mode (virtio 1.2, 5.2.4).
@@ -29,7 +29,7 @@ pub const REQUEST_MAX: Duration = Duration::from_secs(20);
 
 /// A disk and its guest.
 pub struct DiskLoad {
-    player: Player,
+    player: Player<Box<dyn DiskQueues>>,
     style: Style,
     load: Workload,
     accused: Vec<String>,
@@ -74,8 +74,8 @@ impl DiskLoad {
     }
 }
 
-fn rings(rig: &mut Rig, style: Style, load: &Workload) -> Result<Driver> {
-    rig.start(style.options(load))
+fn rings(rig: &mut Rig, style: Style, load: &Workload) -> Result<Box<dyn DiskQueues>> {
+    rig.start_disk(style.options(load))
 }
 
 impl Load for DiskLoad {
@@ -118,7 +118,7 @@ impl Load for DiskLoad {
     }
     fn write_config(&mut self, rig: &mut Rig) -> Option<Answer> {
         self.write_through = !self.write_through;
-        Some(rig.begin_write_config(WRITEBACK_AT, &[u8::from(!self.write_through)]))
+        rig.begin_write_config(WRITEBACK_AT, &[u8::from(!self.write_through)])
     }
     fn is_broken(&mut self) -> Result<bool> {
         self.player.settle()?;

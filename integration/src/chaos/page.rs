@@ -21,7 +21,7 @@ impl Page {
     /// Copies the programs in `programs`, and lays out a page and, with `durable` bytes, a durable image.
     pub fn new(programs: &Path, durable: Option<u64>) -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        for name in ["atoll-blk", "atoll-net", "atoll-rng", "atoll-console"] {
+        for name in ["atoll-blk", "atoll-nvme", "atoll-net", "atoll-rng", "atoll-console"] {
             let (from, to) = (programs.join(name), folder.path().join(name));
             std::fs::copy(&from, &to).with_context(|| format!("no test build at {}", from.display()))?;
             std::fs::set_permissions(&to, std::fs::Permissions::from_mode(0o755))?;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use atoll_kit::step::{Sabotage, word};
+use atoll_vmm::config::Isolation;
 use serde::Serialize;
 
 use super::campaign::Campaign;
@@ -41,11 +42,36 @@ fn stage(sabotage: Sabotage, image: Image) -> (Class, u64) {
     }
 }
 
+/// The faults that an NVMe controller can commit, and how often.
+fn stage_of_nvme(sabotage: Sabotage) -> Option<u64> {
+    match sabotage {
+        Sabotage::CompleteTwice | Sabotage::AcknowledgeFirst | Sabotage::SwapSectors => Some(500),
+        Sabotage::ReplayElsewhere | Sabotage::SkipFence | Sabotage::ForgetCall => Some(1),
+        Sabotage::LoseFlush | Sabotage::ReplayOutOfOrder | Sabotage::WriteLate => None,
+    }
+}
+
+/// Whether a device of this class can commit a fault; the others are committed where they can be seen.
+pub fn is_committed_by(sabotage: Sabotage, class: Class) -> bool {
+    class != Class::Nvme || stage_of_nvme(sabotage).is_some()
+}
+
 /// Lets one fault loose, for at most `kills` kills.
-pub fn commit(sabotage: Sabotage, programs: &Path, image: Image, kills: u64, seed: u64) -> Result<Caught> {
-    let (class, period) = stage(sabotage, image);
+pub fn commit(
+    sabotage: Sabotage,
+    programs: &Path,
+    device: Class,
+    image: Image,
+    kills: u64,
+    seed: u64,
+) -> Result<Caught> {
+    let (class, period) = match stage_of_nvme(sabotage).filter(|_| device == Class::Nvme) {
+        Some(period) => (device, period),
+        None => stage(sabotage, image),
+    };
     let fault = Some((sabotage, period));
-    let plan = Plan { class, kills, seed, image, direct: false, folder: None, sabotage: fault };
+    let plan =
+        Plan { class, kills, seed, image, direct: false, isolation: Isolation::Shared, folder: None, sabotage: fault };
     let device = plan.name();
     let (page, kills, words, broken);
     if sabotage == Sabotage::LoseFlush {

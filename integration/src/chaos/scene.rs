@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use atoll_kit::step::{Sabotage, Step};
 use atoll_vmm::config::{
-    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, ImageType, NetConfig, OnFailure, RngConfig,
+    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, ImageType, Isolation, NetConfig, NvmeConfig,
+    OnFailure, RngConfig,
 };
 use rustix::fd::OwnedFd;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -30,6 +31,8 @@ const SERVES_MAX: Duration = Duration::from_secs(30);
 pub enum Class {
     /// `atoll-blk`.
     Blk,
+    /// `atoll-nvme`.
+    Nvme,
     /// `atoll-net`.
     Net,
     /// `atoll-rng`.
@@ -71,6 +74,8 @@ pub struct Plan {
     pub image: Image,
     /// Past the page cache.
     pub direct: bool,
+    /// What the backend has of the memory of the one who drives it.
+    pub isolation: Isolation,
     /// Where images are; memory by default.
     pub folder: Option<PathBuf>,
     /// A fault to commit, at every which opportunity. The campaign then ends with the first thing that it finds.
@@ -80,20 +85,23 @@ pub struct Plan {
 impl Plan {
     /// The class and, for a disk, its image.
     pub fn name(&self) -> String {
-        match (self.class, self.image, self.direct) {
-            (Class::Blk, Image::Raw, false) => "blk raw".into(),
-            (Class::Blk, Image::Raw, true) => "blk raw direct".into(),
-            (Class::Blk, Image::Qcow2, false) => "blk qcow2".into(),
-            (Class::Blk, Image::Qcow2, true) => "blk qcow2 direct".into(),
-            (Class::Net, ..) => "net".into(),
-            (Class::Rng, ..) => "rng".into(),
-            (Class::Console, ..) => "console".into(),
-        }
+        let device = match (self.class, self.image, self.direct) {
+            (Class::Blk, Image::Raw, false) => "blk raw",
+            (Class::Blk, Image::Raw, true) => "blk raw direct",
+            (Class::Blk, Image::Qcow2, false) => "blk qcow2",
+            (Class::Blk, Image::Qcow2, true) => "blk qcow2 direct",
+            (Class::Nvme, ..) => "nvme",
+            (Class::Net, ..) => "net",
+            (Class::Rng, ..) => "rng",
+            (Class::Console, ..) => "console",
+        };
+        format!("{device}{}", if self.isolation == Isolation::Copy { " by copies" } else { "" })
     }
 
     pub(super) fn program(&self) -> &'static str {
         match self.class {
             Class::Blk => "atoll-blk",
+            Class::Nvme => "atoll-nvme",
             Class::Net => "atoll-net",
             Class::Rng => "atoll-rng",
             Class::Console => "atoll-console",
@@ -103,9 +111,13 @@ impl Plan {
     /// Steps that this class has.
     pub fn steps(&self) -> Vec<Step> {
         let has = |step: &Step| match step {
-            Step::Status | Step::Flush | Step::ConfigWrite => self.class == Class::Blk,
-            // Its requests are done in order: the used index says all.
-            Step::Replay => self.class != Class::Net,
+            Step::Status | Step::Flush => matches!(self.class, Class::Blk | Class::Nvme),
+            // Its registers are written, and its settings asked for, in other steps.
+            Step::ConfigWrite => self.class == Class::Blk,
+            Step::Counted => self.class == Class::Nvme,
+            // A card's requests are done in order, and the used index says all; where rings are copied the VMM knows what is to be
+            // done again, and hands it to a successor as new.
+            Step::Replay => self.class != Class::Net && self.isolation == Isolation::Shared,
             _ => true,
         };
         Step::ALL.into_iter().filter(has).collect()
@@ -142,9 +154,18 @@ impl Scene {
                     num_queues: Some(2),
                     queue_size: Some(DiskLoad::QUEUE_SIZE),
                     direct: plan.direct,
+                    isolation: plan.isolation,
                     ..disk(plan.image, path)
                 };
                 let mut rig = house.device(&DeviceConfig::Disk(config), DiskLoad::MEMORY)?;
+                let load = DiskLoad::start(&mut rig, plan.seed, 2)?;
+                (rig, Box::new(load))
+            }
+            Class::Nvme => {
+                let path = image.insert(folder.path().join("image"));
+                make_image(Image::Raw, path)?;
+                let config = NvmeConfig { path: path.clone(), num_queues: Some(2), ..NvmeConfig::default() };
+                let mut rig = house.device(&DeviceConfig::Nvme(config), DiskLoad::MEMORY)?;
                 let load = DiskLoad::start(&mut rig, plan.seed, 2)?;
                 (rig, Box::new(load))
             }
@@ -155,6 +176,8 @@ impl Scene {
                     stall_timeout: None,
                     start_attempts: None,
                     on_failure: OnFailure::default(),
+                    iommu: false,
+                    isolation: plan.isolation,
                 };
                 let mut rig = house.device(&DeviceConfig::Rng(config), one_queue::MEMORY)?;
                 let load = OneQueue::start(&mut rig, Filling::default())?;
@@ -171,7 +194,8 @@ impl Scene {
             Class::Net => {
                 let tap = tap.insert(Tap::new()?);
                 let descriptors = Descriptors(vec![tap.descriptor()]);
-                let config = NetConfig { fds: Some(vec![0]), descriptors, ..NetConfig::default() };
+                let isolation = plan.isolation;
+                let config = NetConfig { fds: Some(vec![0]), descriptors, isolation, ..NetConfig::default() };
                 let mut rig = house.device(&DeviceConfig::Net(config), NetLoad::MEMORY)?;
                 let load = NetLoad::start(&mut rig, plan.seed, tap)?;
                 (rig, Box::new(load))

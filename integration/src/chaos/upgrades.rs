@@ -132,7 +132,7 @@ impl Builds {
     /// Plays on while an upgrade goes on, and until something more was completed.
     fn attempt(&mut self, exe: PathBuf) -> Result<Attempt> {
         let order = UpgradeOrder { exe, step: SWITCH_STEP };
-        let coming = self.scene.rig.device().begin_upgrade(order)?;
+        let coming = self.scene.rig.device()?.begin_upgrade(order)?;
         let began = Instant::now();
         let (mut outcome, mut left) = (None, 2);
         let (mut done, mut last, mut silence) = (self.scene.load.used()?, Instant::now(), Duration::ZERO);
@@ -218,7 +218,7 @@ impl Builds {
     /// of a build on probation.
     pub fn kill(&mut self) -> Result<()> {
         let lost = self.scene.rig.lost();
-        self.scene.rig.device().inject(Fault::Kill, 0)?;
+        self.scene.rig.device()?.inject(Fault::Kill, 0)?;
         let deadline = Instant::now() + UPGRADE_MAX;
         while self.scene.rig.lost() == lost || self.scene.rig.status().state != DeviceState::Running {
             ensure!(Instant::now() < deadline, "{:?}", self.scene.rig.status());

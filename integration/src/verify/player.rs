@@ -12,13 +12,14 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use atoll_kit::driver::disk::{self, Kind as Request};
-use atoll_kit::driver::queue::{QUEUE_BYTES, Woken};
+use atoll_kit::driver::disk::Kind as Request;
+use atoll_kit::driver::queue::Woken;
 use atoll_kit::driver::{Driver, Guest, Options};
 use atoll_verify::blk::sector::{SECTOR, is_poison, poison};
 use atoll_verify::blk::{Event, Judge, Kind, Operation, Outcome, Record, Verdict, Workload, history};
 use atoll_verify::dice::{Dice, mix};
 
+use super::disk_queues::{DiskQueues, QUEUE_BYTES, Range};
 use crate::chaos::stall::StallWatch;
 
 /// Bytes beside the data of a buffer that nobody may touch.
@@ -95,11 +96,11 @@ struct InFlight {
     since: Instant,
 }
 
-/// A load being played.
-pub struct Player {
+/// A load being played, on rings of virtio or on other queues.
+pub struct Player<Q = Driver> {
     load: Workload,
     style: Style,
-    driver: Driver,
+    driver: Q,
     connected: bool,
     judge: Judge,
     log: Option<Box<dyn Write>>,
@@ -133,8 +134,42 @@ impl Player {
         Ok(Self::over(load, style, driver, None))
     }
 
+    /// The guest and its rings, for devices that are not reached by a socket.
+    pub fn driver(&mut self) -> &mut Driver {
+        &mut self.driver
+    }
+
+    /// Starts on a device, or goes on with its successor.
+    pub fn connect(&mut self, stream: UnixStream) -> Result<()> {
+        self.driver.connect(stream)?;
+        self.connected = true;
+        Ok(())
+    }
+
+    /// The device has died: its process is gone, or it hung up. What it had completed counts.
+    pub fn died(&mut self) -> Result<()> {
+        self.collect()?;
+        self.driver.disconnect();
+        self.connected = false;
+        self.incarnation += 1;
+        self.record(Event::Death)
+    }
+
+    /// Guest and device are gone, and what was not flushed; the same load goes on in a new guest.
+    pub fn power_lost(&mut self) -> Result<()> {
+        self.record(Event::PowerLoss)?;
+        self.in_flight.clear();
+        self.driver = self.style.driver(&self.load)?;
+        self.connected = false;
+        self.incarnation += 1;
+        self.lay_out();
+        Ok(())
+    }
+}
+
+impl<Q: DiskQueues> Player<Q> {
     /// A player on rings that a front end of its own serves, which replaces backends by itself. The disk must hold zeroes.
-    pub fn over(load: Workload, style: Style, driver: Driver, obituary: Option<Obituary>) -> Self {
+    pub fn over(load: Workload, style: Style, driver: Q, obituary: Option<Obituary>) -> Self {
         let mut player = Self {
             load,
             style,
@@ -165,7 +200,7 @@ impl Player {
 
     /// The guest resets the device, which has given its rings back, and begins anew on `driver`: what was in flight has
     /// been done by now, or never will be.
-    pub fn begin_anew(&mut self, driver: Driver) -> Result<()> {
+    pub fn begin_anew(&mut self, driver: Q) -> Result<()> {
         self.notice_deaths()?;
         self.in_flight.clear();
         self.stall = StallWatch::default();
@@ -179,7 +214,7 @@ impl Player {
     }
 
     /// The power fails under guest and device; the same load goes on in a new guest on `driver`.
-    pub fn lose_power(&mut self, driver: Driver) -> Result<()> {
+    pub fn lose_power(&mut self, driver: Q) -> Result<()> {
         self.notice_deaths()?;
         self.record(Event::PowerLoss)?;
         self.in_flight.clear();
@@ -234,9 +269,8 @@ impl Player {
     pub fn pending(&mut self) -> Result<u32> {
         let mut pending = 0;
         for index in 0..usize::from(self.style.queues) {
-            let (queue, guest) = self.driver.queue(index)?;
-            let available = u16::from_le(guest.load(queue.avail + 2));
-            pending += u32::from(available.wrapping_sub(queue.used_index(guest)));
+            let (available, used) = self.driver.counts(index)?;
+            pending += u32::from(available.wrapping_sub(used));
         }
         Ok(pending)
     }
@@ -245,8 +279,7 @@ impl Player {
     pub fn used(&mut self) -> Result<u64> {
         let mut used = 0;
         for index in 0..usize::from(self.style.queues) {
-            let (queue, guest) = self.driver.queue(index)?;
-            used = used << 16 | u64::from(queue.used_index(guest));
+            used = used << 16 | u64::from(self.driver.counts(index)?.1);
         }
         Ok(used)
     }
@@ -306,18 +339,6 @@ impl Player {
         }
     }
 
-    /// The guest and its rings, for devices that are not reached by a socket.
-    pub fn driver(&mut self) -> &mut Driver {
-        &mut self.driver
-    }
-
-    /// Starts on a device, or goes on with its successor.
-    pub fn connect(&mut self, stream: UnixStream) -> Result<()> {
-        self.driver.connect(stream)?;
-        self.connected = true;
-        Ok(())
-    }
-
     /// Operations so far.
     pub fn operations(&self) -> u64 {
         self.next
@@ -348,26 +369,6 @@ impl Player {
         }
         self.sequence += 1;
         self.judge.feed(record);
-        Ok(())
-    }
-
-    /// The device has died: its process is gone, or it hung up. What it had completed counts.
-    pub fn died(&mut self) -> Result<()> {
-        self.collect()?;
-        self.driver.disconnect();
-        self.connected = false;
-        self.incarnation += 1;
-        self.record(Event::Death)
-    }
-
-    /// Guest and device are gone, and what was not flushed; the same load goes on in a new guest.
-    pub fn power_lost(&mut self) -> Result<()> {
-        self.record(Event::PowerLoss)?;
-        self.in_flight.clear();
-        self.driver = self.style.driver(&self.load)?;
-        self.connected = false;
-        self.incarnation += 1;
-        self.lay_out();
         Ok(())
     }
 
@@ -440,28 +441,15 @@ impl Player {
     }
 
     fn rings(&mut self) -> Result<Event> {
-        let (mut avail_sum, mut used_sum, mut in_flight) = (0_u32, 0_u32, self.in_flight.len() as u32);
+        let (mut avail_sum, mut used_sum) = (0_u32, 0_u32);
         for index in 0..usize::from(self.style.queues) {
-            let (queue, guest) = self.driver.queue(index)?;
-            let (avail, used) = (u16::from_le(guest.load(queue.avail + 2)), queue.used_index(guest));
+            let (avail, used) = self.driver.counts(index)?;
             avail_sum += u32::from(avail);
             used_sum += u32::from(used);
-            // A device that does not answer any longer is not asked: its verdict is known.
-            if self.connected && !self.stuck {
-                let base = self.driver.stop(index)?;
-                in_flight += base.abs_diff(u32::from(used));
-            }
         }
-        if let Some((region, file)) = self.driver.inflight() {
-            let (queues, size) = (u64::from(region.num_queues), u64::from(region.queue_size));
-            for entry in (0..queues).flat_map(|queue| (0..size).map(move |entry| (queue, entry))) {
-                let at = region.mmap_offset + entry.0 * (region.mmap_size / queues) + 16 + 16 * entry.1;
-                let mut flag = [0];
-                rustix::io::pread(file, &mut flag, at)?;
-                in_flight += u32::from(flag[0]);
-            }
-        }
-        Ok(Event::End { in_flight, avail: avail_sum, used: used_sum })
+        // A device that does not answer any longer is not asked: its verdict is known.
+        let left = self.driver.left(self.connected && !self.stuck)?;
+        Ok(Event::End { in_flight: self.in_flight.len() as u32 + left, avail: avail_sum, used: used_sum })
     }
 
     fn check(&mut self, buffer: Buffer) -> Result<()> {
@@ -481,14 +469,14 @@ impl Player {
         poison(&mut self.scratch, operation.id);
         let data = GUARD as usize..GUARD as usize + len as usize;
         let mut dice = Dice::new(mix(operation.id, self.load.seed));
-        let (request, sector, parts) = match operation.kind {
-            Kind::Read => (Request::In, operation.lba, split(at, len, &mut dice)),
+        let (request, parts) = match operation.kind {
+            Kind::Read => (Request::In, split(at, len, &mut dice)),
             Kind::Write => {
                 let bytes = self.scratch.get_mut(data).context("a buffer holds the longest operation")?;
                 self.load.fill(&operation, self.incarnation, bytes);
-                (Request::Out, operation.lba, split(at, len, &mut dice))
+                (Request::Out, split(at, len, &mut dice))
             }
-            Kind::Flush => (Request::Flush, 0, Vec::new()),
+            Kind::Flush => (Request::Flush, Vec::new()),
             Kind::Discard | Kind::Zeroes => {
                 let range = self.scratch.get_mut(GUARD as usize..GUARD as usize + 16).context("16 bytes")?;
                 range[..8].copy_from_slice(&operation.lba.to_le_bytes());
@@ -497,12 +485,12 @@ impl Player {
                 let unmap = u32::from(operation.kind == Kind::Zeroes && dice.below(2) == 0);
                 range[12..].copy_from_slice(&unmap.to_le_bytes());
                 let request = if operation.kind == Kind::Discard { Request::Discard } else { Request::WriteZeroes };
-                (request, 0, vec![(at, 16)])
+                (request, vec![(at, 16)])
             }
         };
         self.driver.guest().write(buffer.at, &self.scratch);
-        let (queue, guest) = self.driver.queue(index)?;
-        let Some(head) = disk::add(queue, guest, request, sector, &parts) else {
+        let range = Range { sector: operation.lba, sectors: operation.sectors };
+        let Some(head) = self.driver.add(index, request, range, &parts)? else {
             poison(&mut self.scratch, buffer.owner);
             self.driver.guest().write(buffer.at, &self.scratch);
             self.free.push_front(buffer);
@@ -518,8 +506,7 @@ impl Player {
 
     fn publish(&mut self) -> Result<()> {
         for index in 0..usize::from(self.style.queues) {
-            let (queue, guest) = self.driver.queue(index)?;
-            queue.publish(guest)?;
+            self.driver.publish(index)?;
         }
         Ok(())
     }
@@ -529,22 +516,18 @@ impl Player {
         let mut count = 0;
         for index in 0..usize::from(self.style.queues) {
             loop {
-                let (queue, guest) = self.driver.queue(index)?;
-                let Some((head, _)) = queue.take(guest) else { break };
+                let Some((head, status)) = self.driver.take(index)? else { break };
                 self.notice_deaths()?;
                 self.stall.completed((index, head));
-                let (queue, guest) = self.driver.queue(index)?;
-                let in_range = head < self.style.queue_size;
-                let status = if in_range { disk::status(queue, guest, head) } else { 0xff };
                 count += 1;
-                match self.in_flight.remove(&(index, head)) {
-                    Some(done) if status != 0xff => self.complete(&done, status)?,
-                    Some(still) => {
+                match (self.in_flight.remove(&(index, head)), status) {
+                    (Some(done), Some(status)) => self.complete(&done, status)?,
+                    (Some(still), None) => {
                         self.record(Event::Stray(head.into()))?;
                         // Its descriptors are gone all the same: it counts as ended.
-                        self.complete(&still, status)?;
+                        self.complete(&still, 0xff)?;
                     }
-                    None => self.record(Event::Stray(head.into()))?,
+                    (None, _) => self.record(Event::Stray(head.into()))?,
                 }
             }
         }
@@ -586,8 +569,7 @@ impl Player {
         };
         // A short wait where several queues may complete first.
         let tick = if self.style.queues == 1 { TICK } else { TICK / 20 };
-        let (queue, guest) = self.driver.queue(oldest)?;
-        if queue.wait_for_call(guest, tick)? == Woken::Uncalled {
+        if self.driver.wait(oldest, tick)? == Woken::Uncalled {
             self.uncalled += 1;
         }
         let late: Vec<u64> = self

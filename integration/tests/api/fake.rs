@@ -11,7 +11,7 @@ use atoll_vmm::config::{DeviceConfig, VmConfig};
 use atoll_vmm::lifecycle::{
     DeviceReport, DeviceState, ErrorKind, Plugged, RecoveryClass, Story, VmControl, VmError, VmInfo, VmState,
 };
-use atoll_vmm::machine::NewSize;
+use atoll_vmm::machine::{LinkState, NewSize};
 use atoll_vmm::vhost::{Fault, UpgradeOrder};
 
 /// What the machine was asked and what it has.
@@ -152,6 +152,9 @@ impl VmControl for Fake {
     fn upgrade_device(&self, id: &str, _order: UpgradeOrder) -> Result<u64, VmError> {
         self.revive_device(id).map(|()| 2)
     }
+    fn set_link(&self, id: &str, _link: LinkState) -> Result<(), VmError> {
+        self.revive_device(id)
+    }
     fn revive_device(&self, id: &str) -> Result<(), VmError> {
         let book = self.created("revive_device")?;
         match book.devices.iter().any(|(other, _)| other == id) {
@@ -176,6 +179,7 @@ impl VmControl for Fake {
             generation: 1,
             failed_starts: 0,
             upgrade: None,
+            link: None,
             restarts: 0,
             recovery: RecoveryClass::Full,
             counted: None,

@@ -63,13 +63,16 @@ const ACTIONS: [&str; 8] =
     ["vm.boot", "vm.pause", "vm.resume", "vm.reboot", "vm.power-button", "vm.nmi", "vmm.nmi", "vm.shutdown"];
 const READS: [&str; 5] = ["vm.info", "vm.counters", "devices", "inspect", "inspect/devices/gr%C3%BCn%2F1"];
 
-fn additions() -> [(&'static str, Value); 5] {
+fn additions() -> [(&'static str, Value); 8] {
     [
         ("vm.add-disk", json!({ "path": "/a.img", "id": "d" })),
         ("vm.add-net", json!({ "tap": "tap0", "id": "n", "mac": "52:54:00:00:00:01" })),
         ("vm.add-fs", json!({ "tag": "t", "socket": "/fs.sock", "id": "f", "num_queues": 1, "queue_size": 1024 })),
         ("vm.add-vsock", json!({ "cid": 3, "socket": "/v.sock", "id": "v" })),
         ("vm.add-generic-vhost-user", json!({ "device_type": 4, "socket": "/g", "queue_sizes": [64], "id": "g" })),
+        ("vm.add-device", json!({ "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "p" })),
+        ("vm.add-user-device", json!({ "socket": "/u", "id": "u" })),
+        ("vm.add-nvme", json!({ "path": "/n", "id": "m" })),
     ]
 }
 
@@ -120,6 +123,7 @@ fn nothing_is_there(tour: &mut Tour) {
     }
     tour.put("vm.remove-device", &json!({ "id": "d" }), 404).why();
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 }), 404).why();
+    tour.put("vm.set-link", &json!({ "id": "d", "link": "down" }), 404).why();
     tour.put("vm.revive-device", &json!({ "id": "d" }), 404).why();
     tour.put("vm.upgrade-device", &json!({ "id": "d", "exe": "/bin/true" }), 404).why();
     tour.put("vm.fault-device", &json!({ "id": "d", "fault": "kill" }), 404).why();
@@ -157,6 +161,7 @@ fn a_life(tour: &mut Tour) {
     }
     tour.put("vm.resize", &json!({ "desired_vcpus": 2 }), 204);
     tour.put("vm.resize-disk", &json!({ "id": "d", "desired_size": 1 << 20 }), 204);
+    tour.put("vm.set-link", &json!({ "id": "d", "link": "up" }), 204);
     tour.put("vm.revive-device", &json!({ "id": "d" }), 204);
     tour.put("vm.upgrade-device", &json!({ "id": "d", "exe": "/bin/true", "step_ms": 5 }), 200);
     tour.put("vm.fault-device", &json!({ "id": "d", "fault": "drop-kick", "seed": 7 }), 204);
@@ -184,7 +189,12 @@ fn mistakes(tour: &mut Tour) {
             "queue_sizes",
             json!({ "device_type": 4, "socket": "/g", "queue_sizes": [70000] }),
         ),
+        ("vm.add-device", "path", json!({ "id": "d" })),
+        ("vm.add-user-device", "socket", json!({ "id": "d" })),
+        ("vm.add-nvme", "path", json!({ "path": 7 })),
+        ("vm.add-device", "0000:01:00.0", json!({ "path": "/dev/null" })),
         ("vm.remove-device", "id", json!({ "id": 7 })),
+        ("vm.set-link", "link", json!({ "id": "d", "link": "sideways" })),
         ("vm.revive-device", "id", json!({})),
         ("vm.upgrade-device", "exe", json!({ "id": "d" })),
         ("vm.fault-device", "fault", json!({ "id": "d", "fault": "melt" })),
@@ -204,8 +214,6 @@ fn mistakes(tour: &mut Tour) {
         "vm.snapshot",
         "vm.restore",
         "vm.coredump",
-        "vm.add-device",
-        "vm.add-user-device",
         "vm.add-vdpa",
         "vm.add-pmem",
         "vm.resize-zone",
@@ -232,6 +240,7 @@ fn faults(tour: &mut Tour) {
             "vm.create" => Some(config()),
             "vm.remove-device" | "vm.revive-device" => Some(json!({ "id": "d" })),
             "vm.upgrade-device" => Some(json!({ "id": "d", "exe": "/bin/true" })),
+            "vm.set-link" => Some(json!({ "id": "d", "link": "down" })),
             "vm.fault-device" => Some(json!({ "id": "d", "fault": "kill" })),
             "vm.resize-disk" => Some(json!({ "id": "d", "desired_size": 1 })),
             "vm.resize" => Some(json!({})),

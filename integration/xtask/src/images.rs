@@ -5,12 +5,12 @@
 //! disks cost time at each boot, so they are loaded only where the kernel's command line asks for their group:
 //! `atoll.load=net,fs`, see [`GROUPS`].
 
+use crate::archive::Archive;
 use crate::packages::{self, Package};
 use crate::{payload, place};
 use anyhow::{Context, Result, bail};
 use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 pub const PROMPT: &str = "atoll# ";
 
 /// Changes when the contents of the images change, so that cached ones are made anew.
-const EDITION: u32 = 5;
+const EDITION: u32 = 6;
 
 /// One kernel with its initramfs, in every form that a boot test wants.
 #[derive(Clone, Debug)]
@@ -168,9 +168,9 @@ for module in /modules/*.ko; do insmod "$module"; done
 for group in $(sed -n 's/.*atoll\.load=\([^ ]*\).*/\1/p' /proc/cmdline | tr , ' '); do
     for module in /modules/"$group"/*.ko; do insmod "$module"; done
 done
-for try in 1 2 3 4 5 6 7 8 9 10; do
+for try in $(seq 200); do
     grep -q vda /proc/partitions && break
-    grep -qs 0x0002 /sys/bus/virtio/devices/*/device || break
+    grep -qsE '0x1042|0x1001' /sys/bus/pci/devices/*/device || break
     sleep 0.1
 done
 if [ -b /dev/vda ]; then
@@ -248,8 +248,26 @@ pub fn all() -> Result<Vec<Guest>> {
 /// A private copy of the root disk, for one VM.
 pub fn copy_of_disk(guest: &Guest, folder: &Path) -> Result<PathBuf> {
     let copy = folder.join("root.ext4");
-    place::run(Command::new("cp").arg("--sparse=always").arg(&guest.disk).arg(&copy))?;
+    copy_sparsely(&guest.disk, &copy).with_context(|| format!("cannot copy {}", guest.disk.display()))?;
     Ok(copy)
+}
+
+/// Copies a file, with holes where there are zeroes. Not every `cp` can do that.
+pub fn copy_sparsely(from: &Path, to: &Path) -> std::io::Result<()> {
+    let (from, to) = (File::open(from)?, File::create(to)?);
+    let length = from.metadata()?.len();
+    to.set_len(length)?;
+    let mut chunk = vec![0; 64 << 10];
+    let mut at = 0;
+    while at < length {
+        let read = from.read_at(&mut chunk, at)?;
+        let bytes = chunk.get(..read).filter(|bytes| !bytes.is_empty()).ok_or(std::io::ErrorKind::UnexpectedEof)?;
+        if bytes.iter().any(|byte| *byte != 0) {
+            to.write_all_at(bytes, at)?;
+        }
+        at += read as u64;
+    }
+    Ok(())
 }
 
 /// Makes `path` by way of a temporary name, unless it is there.
@@ -299,43 +317,29 @@ fn module(folder: &Path, name: &str) -> Result<Option<Vec<u8>>> {
     Ok(None)
 }
 
-const DIRECTORY: u32 = 0o040_755;
-const PROGRAM: u32 = 0o100_755;
-const LINK: u32 = 0o120_777;
-
 fn write_initramfs(path: &Path, busybox: &Path, modules: &Path, names: &[&str]) -> Result<()> {
-    let mut archive = File::create(path)?;
-    let mut inode = 0;
-    let mut add = |name: &str, mode: u32, contents: &[u8]| -> Result<()> {
-        inode += 1;
-        let entry = cpio::newc::Builder::new(name).ino(inode).mode(mode).nlink(1);
-        let mut writer = entry.write(&mut archive, u32::try_from(contents.len())?);
-        writer.write_all(contents)?;
-        writer.finish()?;
-        Ok(())
-    };
+    let mut archive = Archive::new(File::create(path)?);
     let folders = ["bin", "dev", "etc", "mnt", "proc", "root", "sys", "tmp", "etc/udhcpc"];
     for folder in folders {
-        add(folder, DIRECTORY, b"")?;
+        archive.folder(folder)?;
     }
-    add(LEASE_SCRIPT_AT, PROGRAM, LEASE_SCRIPT.as_bytes())?;
-    add("init", PROGRAM, INITRAMFS_INIT.as_bytes())?;
-    add("bin/busybox", PROGRAM, &std::fs::read(busybox)?)?;
+    archive.program(LEASE_SCRIPT_AT, LEASE_SCRIPT.as_bytes())?;
+    archive.program("init", INITRAMFS_INIT.as_bytes())?;
+    archive.program("bin/busybox", &std::fs::read(busybox)?)?;
     for applet in APPLETS {
-        add(&format!("bin/{applet}"), LINK, b"busybox")?;
+        archive.link(&format!("bin/{applet}"), "busybox")?;
     }
     let folders = GROUPS.iter().map(|(group, names)| (format!("modules/{group}"), *names));
     for (folder, names) in std::iter::once(("modules".to_owned(), names)).chain(folders) {
-        add(&folder, DIRECTORY, b"")?;
+        archive.folder(&folder)?;
         for (position, name) in names.iter().enumerate() {
             if let Some(bytes) = module(modules, name)? {
                 let short = name.rsplit('/').next().unwrap_or(name);
-                add(&format!("{folder}/{position:02}-{short}.ko"), PROGRAM, &bytes)?;
+                archive.program(&format!("{folder}/{position:02}-{short}.ko"), &bytes)?;
             }
         }
     }
-    cpio::newc::trailer(&mut archive)?;
-    Ok(())
+    archive.end().map(drop)
 }
 
 /// Puts the script for leases where busybox looks for it.

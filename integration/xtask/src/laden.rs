@@ -4,7 +4,7 @@
 
 use crate::console::Console;
 use crate::demo::{BOOT_LIMIT, Demo, KernelForm};
-use crate::images;
+use crate::images::{self, Guest};
 use crate::operated::Operated;
 use crate::place;
 use crate::verify::{self, Load, PROGRAM};
@@ -102,6 +102,40 @@ fn forgive(history: &mut History, own_ends: &BTreeSet<u64>) {
     history.records = keep;
 }
 
+/// What the guest runs on.
+#[derive(Clone, Debug)]
+pub struct Ground {
+    /// Its images.
+    pub guest: Guest,
+    /// `--cpu` of `atoll run`.
+    pub cpu: String,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// The verifier's program for guests.
+    pub verifier: PathBuf,
+    /// What the guest's kernel is told besides what the load needs.
+    pub cmdline: String,
+    /// The TAP interfaces of the two cards, between which somebody else has to carry frames; a switch by default.
+    pub taps: Option<[String; 2]>,
+    /// More arguments of `atoll run`.
+    pub more: Vec<String>,
+}
+
+impl Ground {
+    /// The software CPU of this host.
+    pub fn here() -> Result<Self> {
+        Ok(Self {
+            guest: images::guest("6.1")?,
+            cpu: "soft".to_owned(),
+            vcpus: 1,
+            verifier: verify::program()?,
+            cmdline: String::new(),
+            taps: None,
+            more: Vec::new(),
+        })
+    }
+}
+
 /// The guest.
 pub struct Laden {
     /// Its console and its operator's socket.
@@ -116,7 +150,7 @@ pub struct Laden {
     own_ends: BTreeSet<u64>,
     /// Complaints of logs of lives that are over.
     complaints: Vec<String>,
-    _switch: Ending,
+    _switch: Option<Ending>,
     _folder: tempfile::TempDir,
 }
 
@@ -124,25 +158,35 @@ impl Laden {
     /// Boots the guest; no load yet. A pause stops one card before the other, and a switch has nowhere to put frames for a card
     /// that is stopped: of each of so many `interruptions` a window of frames may be lost, as of a card whose process dies.
     pub fn boot(seed: u64, interruptions: u32) -> Result<Self> {
-        let guest = images::guest("6.1")?;
+        Self::boot_on(&Ground::here()?, seed, interruptions)
+    }
+
+    /// The same on another CPU, or in another place.
+    pub fn boot_on(ground: &Ground, seed: u64, interruptions: u32) -> Result<Self> {
+        let guest = &ground.guest;
         let folder = fast_folder()?;
-        let root = images::copy_of_disk(&guest, folder.path())?;
-        verify::install(&root)?;
+        let root = images::copy_of_disk(guest, folder.path())?;
+        verify::put(&ground.verifier, &root)?;
         let disk = folder.path().join("load.img");
         std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
         let socket = folder.path().join("switch.sock");
-        let switch = switch(&socket)?;
+        let switch = if ground.taps.is_none() { Some(switch(&socket)?) } else { None };
         let history = folder.path().join("history");
-        let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
-        let mut command = demo.command(&guest)?;
+        let demo = Demo { series: guest.series.to_owned(), form: KernelForm::Pvh, cpu: ground.cpu.clone() };
+        let mut command = demo.command(guest)?;
         for disk in [root, disk] {
             command.arg("--disk").arg(format!("path={}", disk.display()));
         }
-        for card in 1..=2 {
-            command.arg("--net").arg(format!("switch={},mac=52:54:00:00:00:0{card}", socket.display()));
+        for card in 0..2 {
+            let wire = match ground.taps.as_ref().and_then(|taps| taps.get(card)) {
+                Some(tap) => format!("tap={tap}"),
+                None => format!("switch={}", socket.display()),
+            };
+            command.arg("--net").arg(format!("{wire},mac=52:54:00:00:00:0{}", card + 1));
         }
         command.arg("--console").arg(format!("file={}", history.display()));
-        command.args(["--cmdline", "console=ttyS0 atoll.load=net,console"]);
+        command.args(["--cmdline", &format!("console=ttyS0 atoll.load=net,console {}", ground.cmdline)]);
+        command.args(["--cpus", &format!("boot={}", ground.vcpus)]).args(&ground.more);
         let vm = Operated::spawn(&mut command, folder.path())?;
         let mut load = Load::new(seed, SECONDS);
         load.out = "/dev/hvc0".to_owned();
@@ -231,7 +275,12 @@ impl Laden {
     }
 
     /// Ends the load and the machine, and judges all that was told.
-    pub fn finish(mut self) -> Result<Judged> {
+    pub fn finish(self) -> Result<Judged> {
+        self.finish_after(0)
+    }
+
+    /// The same after so many `deaths` of the disk's process.
+    pub fn finish_after(mut self, deaths: u64) -> Result<Judged> {
         self.run("touch stop; for end in blk net0 net1; do while [ ! -e $end.over ]; do usleep 20000; done; done")?;
         let mut net = Vec::new();
         for end in 0..2 {
@@ -249,7 +298,7 @@ impl Laden {
         ensure!(status.success(), "atoll ended with {status}: {errors}");
         let mut history = History::parse(&String::from_utf8_lossy(&std::fs::read(&history)?));
         forgive(&mut history, &own_ends);
-        let mut blk = load.judge_history(&history, "", 0);
+        let mut blk = load.judge_history(&history, "", deaths);
         for complaint in complaints {
             blk.find(Violation::GuestLog, format!("the guest's log: {complaint}"));
         }

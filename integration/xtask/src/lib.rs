@@ -6,13 +6,16 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "xtask talks to a person at a terminal")]
 
+pub mod archive;
 pub mod bench;
 pub mod chaos;
 pub mod console;
 pub mod demo;
+pub mod full_kernel;
 pub mod fuzz;
 pub mod guest_clock;
 pub mod images;
+pub mod interop;
 pub mod lab;
 pub mod laden;
 pub mod lives;
@@ -23,6 +26,7 @@ pub mod payload;
 pub mod place;
 pub mod processes;
 pub mod progress;
+pub mod qemu;
 pub mod soak;
 pub mod suite;
 pub mod tidy;

@@ -8,7 +8,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
-use xtask::{bench, chaos, fuzz, lab, soak, suite, tidy, tour, verify};
+use xtask::{bench, chaos, fuzz, interop, lab, soak, suite, tidy, tour, verify};
 
 /// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
 #[derive(Parser)]
@@ -73,12 +73,18 @@ enum Task {
     },
     /// Stock guests on real KVM, in an emulated machine that has it; one line of JSON for each scenario.
     Lab {
-        /// Which scenarios: kvm or all.
+        /// Which scenarios: kvm, vfio, all, or test: those of `cargo xtask test`.
         #[arg(default_value = "all")]
         what: String,
-        /// Passed on: `--only NAME,…`, `--list`, `--console`.
+        /// Passed on: `--all`, `--only NAME,…`, `--list`, `--console`, `--machines N`.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
+    },
+    /// Our device processes behind the newest QEMU, which is fetched for it; one line of JSON.
+    Interop {
+        /// The device.
+        #[arg(value_enum, default_value = "nvme")]
+        what: Interop,
     },
     /// Run fuzz targets; prints a table and one line of JSON.
     Fuzz {
@@ -88,6 +94,14 @@ enum Task {
         #[arg(long, default_value_t = 60)]
         seconds: u32,
     },
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Interop {
+    /// `atoll-nvme` behind QEMU's `vfio-user-pci`.
+    Nvme,
+    /// `atoll-gpu` behind QEMU's `vhost-user-gpu-pci`, beside QEMU's own device.
+    Gpu,
 }
 
 #[derive(Subcommand)]
@@ -150,6 +164,12 @@ enum Bench {
     },
     /// What it costs for each batch of requests when the VMM keeps account of them (`track=shadow`).
     Track {
+        /// Passed on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// What it costs for each batch of requests when the VMM copies them (`isolation=copy`).
+    Isolation {
         /// Passed on.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -272,6 +292,9 @@ enum Verify {
         /// In a guest, whose history comes over its serial port; else rings are driven on the host.
         #[arg(long)]
         guest: bool,
+        /// With --guest: the disk under load is an NVMe one.
+        #[arg(long, requires = "guest")]
+        nvme: bool,
         /// Passed on, without --guest.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -344,6 +367,7 @@ fn main() -> Result<ExitCode> {
                 strata?;
             }
             Bench::Track { arguments } => bench::track(&arguments)?,
+            Bench::Isolation { arguments } => bench::isolation(&arguments)?,
         },
         Task::Soak { what } => match what {
             Soak::Boots { count, seed } => soak::boots(count.get(), seed)?,
@@ -358,6 +382,8 @@ fn main() -> Result<ExitCode> {
         Task::Verify { what } => return verify(what),
         Task::Chaos { arguments } => chaos::run(&arguments)?,
         Task::Lab { what, arguments } => lab::run(&what, &arguments)?,
+        Task::Interop { what: Interop::Nvme } => interop::nvme::run()?,
+        Task::Interop { what: Interop::Gpu } => interop::gpu::run()?,
         Task::Fuzz { target, seconds } => {
             if !fuzz::run(target.as_deref(), seconds)? {
                 return Ok(ExitCode::FAILURE);
@@ -374,7 +400,7 @@ fn verify(what: Verify) -> Result<ExitCode> {
             .flat_map(|(name, value)| [name.to_owned(), value.to_string()])
     };
     let (ok, json) = match what {
-        Verify::Blk { seconds, seed, kill_every_ms, guest: false, arguments } => {
+        Verify::Blk { seconds, seed, kill_every_ms, guest: false, nvme: _, arguments } => {
             let all = std::iter::once("blk".to_owned()).chain(numbers(seconds, seed, kill_every_ms)).chain(arguments);
             verify::on_host(&all.collect::<Vec<_>>())?;
             return Ok(ExitCode::SUCCESS);
@@ -384,12 +410,13 @@ fn verify(what: Verify) -> Result<ExitCode> {
             verify::on_host(&all.collect::<Vec<_>>())?;
             return Ok(ExitCode::SUCCESS);
         }
-        Verify::Blk { seconds, seed, kill_every_ms, .. } => {
-            let verdict = verify::in_guest(seed, seconds, kill_every_ms)?;
+        Verify::Blk { seconds, seed, kill_every_ms, nvme, .. } => {
+            let guests = if nvme { verify::Guests::on_nvme() } else { verify::Guests::default() };
+            let verdict = verify::in_guest(&guests, seed, seconds, kill_every_ms)?;
             (verdict.ok, verdict.json())
         }
         Verify::Net { seconds, seed, .. } => {
-            let verdicts = verify::between_guests(seed, seconds)?;
+            let verdicts = verify::between_guests(&verify::Guests::default(), seed, seconds)?;
             (verdicts.iter().all(|verdict| verdict.ok), serde_json::to_string(&verdicts)?)
         }
     };

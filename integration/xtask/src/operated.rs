@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// How long a request may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// How long the socket may take to be there.
-const SOCKET_LIMIT: Duration = Duration::from_secs(20);
+const SOCKET_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a process has open and running.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

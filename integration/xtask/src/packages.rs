@@ -4,7 +4,7 @@
 //! index offers, and says so: an old pin must not stop a newcomer.
 
 use crate::place;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -45,6 +45,14 @@ pub const BUSYBOX: Package = Package {
     version: "1:1.35.0-4+deb12u1+b1",
     sha256: "3d3fdbe91d4660c873e14b092c213fe81c1da6362daa236eb25d0171eb108744",
     successor: "busybox-static",
+};
+
+/// Debian 12's own kernel with all drivers.
+pub const FULL_KERNEL: Package = Package {
+    name: "linux-image-6.1.0-56-amd64",
+    version: "6.1.192-2",
+    sha256: "a86e2049672f52354c4536a089203b6c82639420424d31c91cf31a181fd4d8f1",
+    successor: "linux-image-amd64",
 };
 
 impl Package {
@@ -301,7 +309,14 @@ pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
         .filter(|(program, _)| wanted.contains(program) && place::on_path(program).is_none())
         .map(|(_, package)| *package)
         .collect();
-    if missing.is_empty() { Ok(()) } else { install(&missing) }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    install(&missing)?;
+    for program in wanted {
+        ensure!(place::on_path(program).is_some(), "{program} is installed, but in no folder of PATH");
+    }
+    Ok(())
 }
 
 /// Installs the packages that a program needs, if it is missing and this user may.
@@ -321,6 +336,7 @@ fn install(missing: &[&str]) -> Result<()> {
             .env("DEBIAN_FRONTEND", "noninteractive")
             .stdout(Stdio::null())
             .status()
+            .with_context(|| format!("apt-get is missing, which would install {}", missing.join(" ")))
     };
     if !install("-qq")?.success() {
         place::run(Command::new("apt-get").args(["-qq", "update"]))?;

@@ -37,7 +37,7 @@ pub fn steps() -> PathBuf {
 }
 
 /// Programs of which there is a test build.
-const STEPPERS: [&str; 4] = ["atoll-blk", "atoll-net", "atoll-rng", "atoll-console"];
+const STEPPERS: [&str; 5] = ["atoll-blk", "atoll-nvme", "atoll-net", "atoll-rng", "atoll-console"];
 
 /// Makes the test build of the device processes, and leaves the shipped ones where they are.
 pub fn build_steps() -> Result<()> {
@@ -70,6 +70,29 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// Builds all programs of the workspace in release mode.
 pub fn build_programs() -> Result<()> {
     run(Command::new(cargo()).args(["build", "--release", "--workspace", "--bins"]).current_dir(repository()))
+}
+
+/// Builds a test program of the workspace and puts it beside the programs, under its name; runs none of its tests.
+pub fn build_test(name: &str) -> Result<PathBuf> {
+    let output = Command::new(cargo())
+        .args(["test", "--release", "--workspace", "--no-run", "--quiet", "--message-format=json", "--test", name])
+        .current_dir(repository())
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("cannot start cargo")?;
+    if !output.status.success() {
+        bail!("building the test {name} ended with {}", output.status);
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let messages = text.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let built = messages
+        .filter(|message| message["target"]["name"] == name)
+        .filter_map(|message| Some(PathBuf::from(message["executable"].as_str()?)))
+        .next_back()
+        .with_context(|| format!("cargo built no test {name}"))?;
+    let kept = release().join(name.replace('_', "-"));
+    std::fs::copy(&built, &kept).with_context(|| format!("cannot copy {}", built.display()))?;
+    Ok(kept)
 }
 
 /// The cargo that runs us.

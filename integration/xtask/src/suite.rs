@@ -1,6 +1,6 @@
 //! `cargo xtask test`: set everything up, then every test.
 
-use crate::{images, packages, place, tidy};
+use crate::{images, lab, packages, place, tidy};
 use anyhow::Result;
 use std::process::Command;
 use std::time::Instant;
@@ -17,7 +17,7 @@ pub fn set_up() -> Result<()> {
     Ok(())
 }
 
-/// The whole test run; extra arguments go to `cargo test`.
+/// The whole test run. Extra arguments go to `cargo test`; with any there is no lab, whose scenarios they do not choose.
 pub fn run(arguments: &[String]) -> Result<()> {
     let started = Instant::now();
     let step = |name: &str| eprintln!("[{:>4} s] {name}", started.elapsed().as_secs());
@@ -37,6 +37,10 @@ pub fn run(arguments: &[String]) -> Result<()> {
             .args(arguments)
             .current_dir(place::repository()),
     )?;
+    if arguments.is_empty() {
+        step("stock guests on real KVM, in an emulated machine that has it");
+        lab::run(lab::TESTED, &[])?;
+    }
     step("all passed");
     Ok(())
 }

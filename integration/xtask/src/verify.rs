@@ -23,8 +23,10 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Where the program is in a guest.
 pub const PROGRAM: &str = "/bin/atoll-verify";
 /// What the kernel of a guest must not say: I/O that failed, rings that disagree, anything that hangs or breaks.
-const COMPLAINTS: [&str; 12] = [
+const COMPLAINTS: [&str; 13] = [
     "I/O error",
+    // A command of an NVMe queue that was given up.
+    " QID ",
     "is not a head",
     "id out of range",
     "blocked for more than",
@@ -63,13 +65,22 @@ pub fn program() -> Result<PathBuf> {
     Ok(folder.join(TARGET).join("release/atoll-verify"))
 }
 
-/// Puts the program onto a root disk, as [`PROGRAM`].
+/// Builds the program and puts it onto a root disk, as [`PROGRAM`].
 pub fn install(disk: &Path) -> Result<()> {
-    let program = program()?;
+    put(&program()?, disk)
+}
+
+/// Puts a program that has been built onto a root disk, as [`PROGRAM`].
+pub fn put(program: &Path, disk: &Path) -> Result<()> {
+    put_file(disk, program, PROGRAM)
+}
+
+/// Puts a file of the host onto a root disk, at this path there, for everybody to run.
+pub fn put_file(disk: &Path, file: &Path, at: &str) -> Result<()> {
     // debugfs says nothing of a file that it cannot read.
-    ensure!(program.is_file(), "{} was not built", program.display());
+    ensure!(file.is_file(), "{} is not there", file.display());
     let debugfs = place::on_path("debugfs").context("debugfs is missing: install e2fsprogs")?;
-    for request in [format!("write {} {PROGRAM}", program.display()), format!("sif {PROGRAM} mode 0100755")] {
+    for request in [format!("write {} {at}", file.display()), format!("sif {at} mode 0100755")] {
         let status = Command::new(&debugfs)
             .args(["-w", "-R", &request])
             .arg(disk)
@@ -146,32 +157,114 @@ pub fn quoted_complaints(log: &str) -> Vec<String> {
     found.map(|(at, _)| around(at).join(" | ")).collect()
 }
 
+/// Which guests a load runs in, and how their devices are given.
+#[derive(Clone, Debug)]
+pub struct Guests {
+    /// Their kernel's series.
+    pub series: String,
+    /// Keys of each disk or card under load, as on the command line: `iommu=on`.
+    pub keys: String,
+    /// What their disks are.
+    pub disks: Disks,
+}
+
+impl Default for Guests {
+    fn default() -> Self {
+        Self { series: "6.1".to_owned(), keys: String::new(), disks: Disks::Blk }
+    }
+}
+
+impl Guests {
+    /// Kernel 6.12 with its driver for the IOMMU, and devices with these keys.
+    pub fn with(keys: &str) -> Self {
+        Self { series: "6.12".to_owned(), keys: format!(",{keys}"), ..Self::default() }
+    }
+
+    /// The disk under load is an NVMe one.
+    pub fn on_nvme() -> Self {
+        Self { disks: Disks::Nvme, ..Self::default() }
+    }
+
+    /// A machine with such a kernel that loads these drivers.
+    fn machine(&self, guest: &images::Guest, drivers: &str) -> Result<Command> {
+        let demo = Demo { series: self.series.clone(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
+        let mut command = demo.command(guest)?;
+        // Left to itself, Linux gathers what it unmaps for 10 ms; if it powers off meanwhile, it waits for ever for an answer
+        // of the IOMMU that it has just put out of use.
+        let strict = if self.keys.contains("iommu=on") { " iommu.strict=1" } else { "" };
+        command.arg("--cmdline").arg(format!("console=ttyS0 atoll.load={drivers}{strict}"));
+        Ok(command)
+    }
+}
+
 /// `cargo xtask verify blk --guest`: a guest with a disk of its own under load, its device processes killed meanwhile.
-pub fn in_guest(seed: u64, seconds: u64, kill_every_ms: u64) -> Result<Verdict> {
+pub fn in_guest(guests: &Guests, seed: u64, seconds: u64, kill_every_ms: u64) -> Result<Verdict> {
     packages::ensure_peers(&["mkfs.ext4", "e2fsck"])?;
     place::build_programs()?;
-    on_a_guest(seed, seconds, kill_every_ms)
+    on_a_guest(guests, seed, seconds, kill_every_ms)
+}
+
+/// What a guest's disks are, and who serves them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disks {
+    /// virtio, `atoll-blk`.
+    Blk,
+    /// NVMe, `atoll-nvme`; the root is on virtio.
+    Nvme,
+}
+
+impl Disks {
+    fn option(self) -> &'static str {
+        match self {
+            Self::Blk => "--disk",
+            Self::Nvme => "--nvme",
+        }
+    }
+    fn program(self) -> &'static str {
+        match self {
+            Self::Blk => "atoll-blk",
+            Self::Nvme => "atoll-nvme",
+        }
+    }
+    /// The one under load, as the guest calls it.
+    fn second(self) -> &'static str {
+        match self {
+            Self::Blk => "/dev/vdb",
+            Self::Nvme => "/dev/nvme0n1",
+        }
+    }
+}
+
+/// A guest whose kernel mounts its root from its first NVMe disk by itself: the driver is in Debian's cloud kernels.
+pub fn from_nvme(guest: &images::Guest) -> Result<Command> {
+    let mut command = Command::new(place::program("atoll")?);
+    command
+        .args(["run", "--cpu", "soft", "--memory", "size=512M", "--serial", "tty", "--cmdline"])
+        .arg("console=ttyS0 root=/dev/nvme0n1 rw rootwait init=/sbin/init")
+        .arg("--kernel")
+        .arg(&guest.vmlinux);
+    Ok(command)
 }
 
 /// The same with programs that have been built.
-pub fn on_a_guest(seed: u64, seconds: u64, kill_every_ms: u64) -> Result<Verdict> {
-    let guest = images::guest("6.1")?;
+pub fn on_a_guest(guests: &Guests, seed: u64, seconds: u64, kill_every_ms: u64) -> Result<Verdict> {
+    let guest = images::guest(&guests.series)?;
     let folder = tempfile::tempdir()?;
     let disk = images::copy_of_disk(&guest, folder.path())?;
     install(&disk)?;
     let scratch = folder.path().join("scratch");
     std::fs::File::create(&scratch)?.set_len(4 << 20)?;
-    let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
-    let mut command = demo.command(&guest)?;
-    for disk in [&disk, &scratch] {
-        command.arg("--disk").arg(format!("path={}", disk.display()));
+    let mut command = guests.machine(&guest, "iommu")?;
+    // Linux numbers NVMe disks in the order in which their drivers get ready: there is one, so that its name is known.
+    for (option, disk) in [("--disk", &disk), (guests.disks.option(), &scratch)] {
+        command.arg(option).arg(format!("path={}{}", disk.display(), guests.keys));
     }
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
-    let load = Load::new(seed, seconds);
+    let load = Load { device: guests.disks.second().to_owned(), ..Load::new(seed, seconds) };
     let (vmm, stop) = (console.pid(), AtomicBool::new(false));
     let (said, deaths) = std::thread::scope(|scope| {
-        let killer = scope.spawn(|| kill_now_and_then(vmm, seed, kill_every_ms, &stop));
+        let killer = scope.spawn(|| kill_now_and_then(guests.disks.program(), vmm, seed, kill_every_ms, &stop));
         let said = console.run(&load.command(0), Duration::from_secs(seconds) + 2 * STEP);
         stop.store(true, Ordering::Release);
         (said, killer.join().unwrap_or_default())
@@ -188,12 +281,12 @@ pub fn on_a_guest(seed: u64, seconds: u64, kill_every_ms: u64) -> Result<Verdict
 }
 
 /// Kills one of the VMM's disk processes after another until `stop`; gives how many. 0 ms: none.
-fn kill_now_and_then(vmm: u32, seed: u64, every_ms: u64, stop: &AtomicBool) -> u64 {
+fn kill_now_and_then(program: &str, vmm: u32, seed: u64, every_ms: u64, stop: &AtomicBool) -> u64 {
     let mut dice = Dice::new(mix(seed, 0x6b69_6c6c));
     let mut killed = 0;
     while every_ms > 0 && !stop.load(Ordering::Acquire) {
         std::thread::sleep(Duration::from_millis(dice.below(2 * every_ms)));
-        let disks = processes::children_named(vmm, "atoll-blk");
+        let disks = processes::children_named(vmm, program);
         let victim = disks.get(dice.below(disks.len() as u64) as usize);
         if let Some(victim) = victim
             && !stop.load(Ordering::Acquire)
@@ -206,10 +299,10 @@ fn kill_now_and_then(vmm: u32, seed: u64, every_ms: u64, stop: &AtomicBool) -> u
 }
 
 /// `cargo xtask verify net --guest`: two guests talk over a switch.
-pub fn between_guests(seed: u64, seconds: u64) -> Result<Vec<TalkVerdict>> {
+pub fn between_guests(guests: &Guests, seed: u64, seconds: u64) -> Result<Vec<TalkVerdict>> {
     packages::ensure_peers(&["mkfs.ext4"])?;
     place::build_programs()?;
-    on_two_guests(seed, seconds)
+    on_two_guests(guests, seed, seconds)
 }
 
 /// A process that ends with us.
@@ -223,8 +316,8 @@ impl Drop for Ending {
 }
 
 /// The same with programs that have been built.
-pub fn on_two_guests(seed: u64, seconds: u64) -> Result<Vec<TalkVerdict>> {
-    let guest = images::guest("6.1")?;
+pub fn on_two_guests(guests: &Guests, seed: u64, seconds: u64) -> Result<Vec<TalkVerdict>> {
+    let guest = images::guest(&guests.series)?;
     let folder = tempfile::tempdir()?;
     let disk = images::copy_of_disk(&guest, folder.path())?;
     install(&disk)?;
@@ -242,11 +335,10 @@ pub fn on_two_guests(seed: u64, seconds: u64) -> Result<Vec<TalkVerdict>> {
     let talk = |me: u8| -> Result<TalkVerdict> {
         let mine = folder.path().join(format!("root{me}.ext4"));
         place::run(Command::new("cp").arg("--sparse=always").arg(&disk).arg(&mine))?;
-        let demo = Demo { series: "6.1".to_owned(), form: KernelForm::Pvh, cpu: "soft".to_owned() };
-        let mut command = demo.command(&guest)?;
-        command.args(["--cmdline", "console=ttyS0 atoll.load=net"]);
+        let mut command = guests.machine(&guest, "iommu,net")?;
         command.arg("--disk").arg(format!("path={}", mine.display()));
-        command.arg("--net").arg(format!("switch={},mac=52:54:00:00:00:0{me}", socket.display()));
+        let card = format!("switch={},mac=52:54:00:00:00:0{me}{}", socket.display(), guests.keys);
+        command.arg("--net").arg(card);
         let mut console = Console::spawn(&mut command)?;
         console.prompt(BOOT_LIMIT)?;
         console.run("ip link set eth0 up", STEP)?;

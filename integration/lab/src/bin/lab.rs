@@ -1,60 +1,95 @@
-//! `cargo xtask lab`: builds the lab's machine, runs scenarios in it, prints their reports, one JSON object a line.
+//! `cargo xtask lab`: builds the lab's machines, runs scenarios in them, prints their reports, one JSON object a line.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for a person at a terminal")]
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
-use atoll_lab::{freight, inside, outer};
+use anyhow::{Context, Result};
+use atoll_lab::freight::Freight;
+use atoll_lab::outer::Outcome;
+use atoll_lab::{drivers, ending, freight, inside, outer, schedule};
 use clap::Parser;
 
-/// Runs scenarios in a machine with real hardware virtualisation, which is emulated.
+/// Runs scenarios in machines with real hardware virtualisation, which are emulated.
 #[derive(Parser)]
 #[command(name = "lab")]
 struct Arguments {
-    /// Which scenarios: kvm or all.
+    /// Which scenarios: kvm, vfio, all, or test: those of `cargo xtask test`.
     #[arg(default_value = "all")]
     what: String,
     /// Only these, by name.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
+    /// Also those that are not part of the short set.
+    #[arg(long)]
+    all: bool,
     /// Names the scenarios and runs none.
     #[arg(long)]
     list: bool,
-    /// Shows the end of the lab's console in any case.
+    /// Shows the end of each machine's console in any case.
     #[arg(long)]
     console: bool,
+    /// Machines at the same time; one for each processor of the host, and not more than two, by default.
+    #[arg(long, value_name = "N")]
+    machines: Option<usize>,
 }
 
 /// How long the boot, or a scenario, may take; a machine may be slow, and busy with other things.
-const SCENARIO_LIMIT: Duration = Duration::from_secs(600);
+const SCENARIO_LIMIT: Duration = Duration::from_secs(900);
+
+/// Machines that run at the same time, each with its folder in `folder`; prints reports as they come.
+fn run(freight: &Freight, machines: &[Vec<String>], folder: &Path) -> Result<Vec<Outcome>> {
+    let one = |number: usize, names: &[String]| {
+        let own = folder.join(format!("machine{number}"));
+        std::fs::create_dir_all(&own).with_context(|| format!("no folder {}", own.display()))?;
+        outer::run(freight, names, &own, SCENARIO_LIMIT, |report| {
+            println!("{}", serde_json::to_string(report).unwrap_or_default());
+        })
+    };
+    std::thread::scope(|scope| {
+        let one = &one;
+        let threads: Vec<_> =
+            machines.iter().enumerate().map(|(number, names)| scope.spawn(move || one(number, names))).collect();
+        let ended = threads.into_iter().map(|thread| thread.join());
+        ended.map(|outcome| outcome.map_err(|_| anyhow::anyhow!("a machine's thread panicked"))?).collect()
+    })
+}
 
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
-    let all = inside::names(&arguments.what)?;
+    let known = inside::scenarios(&arguments.what)?;
+    let chosen = schedule::chosen(&known, &arguments.only, arguments.all || arguments.list)?;
     if arguments.list {
-        all.iter().for_each(|name| println!("{name}"));
+        chosen.iter().for_each(|scenario| println!("{} ({:?})", scenario.name, scenario.when));
         return Ok(ExitCode::SUCCESS);
     }
-    if let Some(unknown) = arguments.only.iter().find(|name| !all.contains(&name.as_str())) {
-        bail!("there is no scenario {unknown}: `lab {} --list` names them", arguments.what);
-    }
-    let chosen: Vec<String> =
-        if arguments.only.is_empty() { all.iter().map(|name| (*name).to_owned()).collect() } else { arguments.only };
+    ending::watch();
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let plan = schedule::schedule(&chosen, arguments.machines.unwrap_or(processors.min(2)))?;
     let started = Instant::now();
     let folder = tempfile::Builder::new().prefix("atoll-lab").tempdir()?;
-    let freight = freight::load(folder.path())?;
-    eprintln!("lab: {} scenarios, loaded after {:.1} s", chosen.len(), started.elapsed().as_secs_f64());
-    let outcome = outer::run(&freight, &chosen, folder.path(), SCENARIO_LIMIT, |report| {
-        println!("{}", serde_json::to_string(report).unwrap_or_default());
-    })?;
-    let ok = outcome.fault.is_none() && outcome.reports.iter().all(|report| report.ok);
-    if !ok || arguments.console {
-        eprintln!("{}", outcome.console);
+    let drivers = chosen.iter().any(|scenario| drivers::wanted(scenario.name));
+    if !xtask::lab::goes_on(&arguments.what, freight::obtain(drivers))? {
+        return Ok(ExitCode::SUCCESS);
     }
-    if let Some(fault) = &outcome.fault {
-        eprintln!("lab: {fault}");
+    let freight = freight::load(folder.path(), drivers)?;
+    eprintln!("lab: {} scenarios, loaded after {:.1} s", chosen.len(), started.elapsed().as_secs_f64());
+    let mut outcomes = run(&freight, &plan.together, folder.path())?;
+    if !plan.alone.is_empty() {
+        outcomes.extend(run(&freight, &[plan.alone], folder.path())?);
+    }
+    let mut ok = true;
+    for outcome in &outcomes {
+        let well = outcome.fault.is_none() && outcome.reports.iter().all(|report| report.ok);
+        if !well || arguments.console {
+            eprintln!("{}", outcome.console);
+        }
+        if let Some(fault) = &outcome.fault {
+            eprintln!("lab: {fault}");
+        }
+        ok &= well;
     }
     eprintln!("lab: {} in {:.0} s", if ok { "ok" } else { "NOT OK" }, started.elapsed().as_secs_f64());
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })

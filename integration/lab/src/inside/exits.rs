@@ -1,6 +1,6 @@
 //! What an I/O costs the VMM on KVM: nothing. While a disk and a card are at work, no vCPU comes back to it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
@@ -10,6 +10,8 @@ use super::boot::{self, BOOT_LIMIT, STEP_LIMIT, figures};
 
 /// How long nobody but the devices has anything to do.
 const WATCHED: Duration = Duration::from_secs(4);
+/// Without an exit for so long, the serial port has nothing more to say.
+const SILENT: Duration = Duration::from_secs(2);
 /// Requests and interrupts that must have been seen in that time; a fraction of what the slowest machine does.
 const WORK_MIN: u64 = 50;
 
@@ -27,6 +29,21 @@ fn number(counters: &Map<String, Value>, name: &str) -> Result<u64> {
 fn told(machine: &mut Operated, command: &str) -> Result<u64> {
     let text = machine.console.run(command, STEP_LIMIT)?;
     text.trim().parse().with_context(|| format!("`{command}` prints {text:?}, not a number"))
+}
+
+/// The counters, once the prompt's last letters are out and the serial port is silent: no exit for a while.
+fn quiet(machine: &Operated) -> Result<Map<String, Value>> {
+    let deadline = Instant::now() + STEP_LIMIT;
+    let mut last = counters(machine)?;
+    loop {
+        std::thread::sleep(SILENT);
+        let now = counters(machine)?;
+        if number(&now, "exits")? == number(&last, "exits")? {
+            return Ok(now);
+        }
+        ensure!(Instant::now() < deadline, "the guest leaves for registers all the time: {now:?}");
+        last = now;
+    }
 }
 
 /// Interrupts of virtio queues so far.
@@ -48,9 +65,7 @@ pub(super) fn none_for_each_request() -> Result<Map<String, Value>> {
         STEP_LIMIT,
     )?;
     let before = [INTERRUPTS, READS, PACKETS].map(|command| told(&mut machine, command));
-    // The prompt's last letters are out, and its port is silent.
-    std::thread::sleep(Duration::from_secs(2));
-    let first = counters(&machine)?;
+    let first = quiet(&machine)?;
     std::thread::sleep(WATCHED);
     let second = counters(&machine)?;
     let after = [INTERRUPTS, READS, PACKETS].map(|command| told(&mut machine, command));

@@ -1,7 +1,9 @@
 //! The verifier's program in the guest: plays a load and tells its history, for a judge outside.
 //!
 //! `atoll-verify blk device=/dev/vdb seed=1 seconds=10 out=/dev/ttyS0` tells the history of a load on a disk;
-//! `atoll-verify net interface=eth0 seed=1 seconds=10` talks with another end and prints what it heard. Numbers are decimal.
+//! `atoll-verify net interface=eth0 seed=1 seconds=10` talks with another end and prints what it heard;
+//! `atoll-verify dma device=0000:00:04.0` drives a disk behind the IOMMU from user space,
+//! `atoll-verify edu device=0000:00:04.0` QEMU's teaching device. Numbers are decimal.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for a shell")]
 
@@ -13,12 +15,13 @@ use std::time::Duration;
 
 use atoll_verify::blk::guest::{Plan, run};
 use atoll_verify::blk::workload::{Mix, Workload};
+use atoll_verify::dma;
 use atoll_verify::net::{Promise, packet};
 
 const USAGE: &str = "usage: atoll-verify blk device=PATH [seed=N] [seconds=N] [first=LBA] [sectors=N] [max=SECTORS] \
                      [writers=N] [mix=plain|full] [epoch=N] [deadline=SECONDS] [stop=FILE] [out=PATH]\n   \
                      or: atoll-verify net interface=NAME [seed=N] [seconds=N] [me=0|1] [window=N] [deaths=N] \
-                     [grace=SECONDS] [stop=FILE]";
+                     [grace=SECONDS] [stop=FILE]\n   or: atoll-verify dma|edu device=PLACE";
 
 struct Words(HashMap<String, String>);
 
@@ -72,6 +75,14 @@ fn blk(words: &mut Words) -> Result<(), String> {
     run(&plan, out).map_err(|e| format!("{}: {e}", plan.device.display()))
 }
 
+fn dma(words: &mut Words, drive: fn(&str) -> std::io::Result<dma::DmaVerdict>) -> Result<(), String> {
+    let place = words.0.remove("device").ok_or(USAGE)?;
+    words.ended()?;
+    let verdict = drive(&place).map_err(|e| format!("{place}: {e}"))?;
+    println!("{}", verdict.json());
+    Ok(())
+}
+
 fn net(words: &mut Words) -> Result<(), String> {
     let window = words.number("window", 32)?;
     let plan = packet::Plan {
@@ -98,6 +109,8 @@ fn main() -> ExitCode {
     let outcome = match what.as_str() {
         "blk" => blk(&mut words),
         "net" => net(&mut words),
+        "dma" => dma(&mut words, dma::run),
+        "edu" => dma(&mut words, dma::edu::run),
         _ => Err(USAGE.to_owned()),
     };
     match outcome {

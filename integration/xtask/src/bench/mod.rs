@@ -44,3 +44,9 @@ pub fn track(arguments: &[String]) -> Result<()> {
     place::build_programs()?;
     place::run(Command::new(place::program("track-bench")?).args(arguments))
 }
+
+/// What `isolation=copy` costs: the same program.
+pub fn isolation(arguments: &[String]) -> Result<()> {
+    let copies = std::iter::once("--copies".to_owned());
+    track(&copies.chain(arguments.iter().cloned()).collect::<Vec<_>>())
+}
