@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::freight::Freight;
-use crate::report::Report;
+use crate::report::{Line, Report};
 use crate::{ending, hardware};
 
 /// A word on the console when all scenarios have been run.
@@ -26,12 +26,29 @@ const DONE: &str = "lab: the agent ended with 0";
 /// Lines of the console that are shown when something is wrong.
 const QUOTED_LINES: usize = 60;
 
+/// How long the machine may say nothing at all: its kernel gives every process its turn each second, whatever Atoll does.
+const STILL_LIMIT: Duration = Duration::from_secs(90);
+
+/// What is wrong with the lab itself.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The machine has stopped altogether, its kernel included.
+    #[error("the lab's machine has stood still for {} s: its emulator has lost an interrupt", .0.as_secs())]
+    Still(Duration),
+    /// A scenario has not come to its end, though the machine runs.
+    #[error("no scenario has ended within {} s", .0.as_secs())]
+    Late(Duration),
+    /// Anything else.
+    #[error("{0}")]
+    Other(String),
+}
+
 /// What came of one outer machine.
 pub struct Outcome {
     /// What its scenarios said.
     pub reports: Vec<Report>,
     /// What is wrong with the lab itself.
-    pub fault: Option<String>,
+    pub fault: Option<Fault>,
     /// The end of its console.
     pub console: String,
 }
@@ -165,6 +182,7 @@ pub fn run(
         std::fs::File::create(path)?;
     }
     let mut deadline = Instant::now() + within;
+    let mut heard_last = Instant::now();
     let mut machine = start(freight, scenarios, &console, &lines, &errors)?;
     let mut reader = BufReader::new(std::fs::File::open(&lines)?);
     let mut line = String::new();
@@ -179,13 +197,15 @@ pub fn run(
             if !line.ends_with('\n') {
                 break;
             }
-            match serde_json::from_str::<Report>(line.trim()) {
-                Ok(report) => {
+            heard_last = Instant::now();
+            match Line::read(&line) {
+                Ok(Line::Pulse) => {}
+                Ok(Line::Report(report)) => {
                     heard(&report);
                     deadline = Instant::now() + within;
                     reports.push(report);
                 }
-                Err(error) => fault = Some(format!("not a report ({error}): {line}")),
+                Err(error) => fault = Some(Fault::Other(format!("{error:#}"))),
             }
             line.clear();
         }
@@ -193,12 +213,16 @@ pub fn run(
             if !status.success() {
                 let said = std::fs::read_to_string(&errors).unwrap_or_default();
                 let last = said.lines().rfind(|line| !line.contains("TCG doesn't support"));
-                fault = Some(format!("QEMU ended with {status}: {}", last.unwrap_or_default()));
+                fault = Some(Fault::Other(format!("QEMU ended with {status}: {}", last.unwrap_or_default())));
             }
             break;
         }
+        if heard_last.elapsed() >= STILL_LIMIT {
+            fault = Some(Fault::Still(STILL_LIMIT));
+            break;
+        }
         if Instant::now() >= deadline {
-            fault = Some(format!("the lab has said nothing for {} s", within.as_secs()));
+            fault = Some(Fault::Late(within));
             break;
         }
         reminder.remind(&monitor_beside(&console));
@@ -207,7 +231,7 @@ pub fn run(
     drop(machine);
     let said = tail(&console)?;
     if fault.is_none() && !said.contains(DONE) {
-        fault = Some("the lab's agent did not come to its end".into());
+        fault = Some(Fault::Other("the lab's agent did not come to its end".into()));
     }
     let missing: Vec<&str> = scenarios
         .iter()
@@ -215,7 +239,7 @@ pub fn run(
         .map(String::as_str)
         .collect();
     if fault.is_none() && !missing.is_empty() {
-        fault = Some(format!("no report of {}", missing.join(", ")));
+        fault = Some(Fault::Other(format!("no report of {}", missing.join(", "))));
     }
     Ok(Outcome { reports, fault, console: said })
 }

@@ -1,9 +1,35 @@
-//! What a scenario says of itself: one JSON object on a line.
+//! What comes out of the lab, a line each: what a scenario says of itself, and once a second that the machine still runs.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::time::Duration;
+
+/// Says that the machine runs.
+pub const PULSE: &str = "{\"pulse\":true}\n";
+
+/// A line from the lab.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Line {
+    /// The machine runs.
+    Pulse,
+    /// A scenario has ended.
+    Report(Report),
+}
+
+impl Line {
+    /// Reads a line.
+    ///
+    /// # Errors
+    /// When it is neither.
+    pub fn read(line: &str) -> Result<Self> {
+        if line.trim() == PULSE.trim() {
+            return Ok(Self::Pulse);
+        }
+        let report = serde_json::from_str(line.trim()).with_context(|| format!("not a report: {line}"))?;
+        Ok(Self::Report(report))
+    }
+}
 
 /// What came of one scenario.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -44,7 +70,9 @@ mod tests {
         let report = Report::of("boot", Duration::from_millis(4321), Ok(figures));
         let line = serde_json::to_string(&report)?;
         assert_eq!(line, r#"{"scenario":"boot","ok":true,"seconds":4.3,"boot_ms":4000}"#);
-        assert_eq!(serde_json::from_str::<Report>(&line)?, report);
+        assert_eq!(Line::read(&line)?, Line::Report(report));
+        assert_eq!(Line::read(PULSE)?, Line::Pulse);
+        assert!(Line::read("{\"pulse\":false}").is_err());
         let failed = Report::of("boot", Duration::ZERO, Err(anyhow::anyhow!("cause").context("what")));
         assert_eq!((failed.ok, failed.error.as_deref()), (false, Some("what: cause")));
         Ok(())

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use atoll_lab::freight::Freight;
-use atoll_lab::outer::Outcome;
+use atoll_lab::outer::{Fault, Outcome};
 use atoll_lab::{drivers, ending, freight, inside, outer, schedule};
 use clap::Parser;
 
@@ -39,15 +39,34 @@ struct Arguments {
 /// How long the boot, or a scenario, may take; a machine may be slow, and busy with other things.
 const SCENARIO_LIMIT: Duration = Duration::from_secs(900);
 
+/// How often one lot of scenarios goes on in a new machine after the emulator has stood still. That is no fault of what is
+/// tested here, whose worst is one process that waits; and it is said each time.
+const MACHINES_MORE: usize = 2;
+
+/// Runs scenarios in a machine with its folder in `folder`, and those that a machine that stands still has left in another.
+fn one(freight: &Freight, names: &[String], folder: &Path) -> Result<Outcome> {
+    let mut reports = Vec::new();
+    let mut rest = names.to_vec();
+    for more in (0..=MACHINES_MORE).rev() {
+        std::fs::create_dir_all(folder).with_context(|| format!("no folder {}", folder.display()))?;
+        let mut outcome = outer::run(freight, &rest, folder, SCENARIO_LIMIT, |report| {
+            println!("{}", serde_json::to_string(report).unwrap_or_default());
+        })?;
+        rest.retain(|name| !outcome.reports.iter().any(|report| report.scenario == *name));
+        reports.append(&mut outcome.reports);
+        match &outcome.fault {
+            Some(fault @ Fault::Still(_)) if more > 0 => {
+                eprintln!("lab: {fault}; what is left runs in a new one: {}", rest.join(", "));
+            }
+            _ => return Ok(Outcome { reports, ..outcome }),
+        }
+    }
+    anyhow::bail!("no machine was started")
+}
+
 /// Machines that run at the same time, each with its folder in `folder`; prints reports as they come.
 fn run(freight: &Freight, machines: &[Vec<String>], folder: &Path) -> Result<Vec<Outcome>> {
-    let one = |number: usize, names: &[String]| {
-        let own = folder.join(format!("machine{number}"));
-        std::fs::create_dir_all(&own).with_context(|| format!("no folder {}", own.display()))?;
-        outer::run(freight, names, &own, SCENARIO_LIMIT, |report| {
-            println!("{}", serde_json::to_string(report).unwrap_or_default());
-        })
-    };
+    let one = |number: usize, names: &[String]| one(freight, names, &folder.join(format!("machine{number}")));
     std::thread::scope(|scope| {
         let one = &one;
         let threads: Vec<_> =

@@ -13,7 +13,7 @@ use xtask::images;
 use crate::freight::guest_inside;
 
 /// How long a boot may take in here. It only says when to give up: the slowest that has been seen took 86 s.
-pub(super) const BOOT_LIMIT: Duration = Duration::from_secs(600);
+pub(super) const BOOT_LIMIT: Duration = Duration::from_secs(400);
 /// How long anything else may take.
 pub(super) const STEP_LIMIT: Duration = Duration::from_secs(300);
 

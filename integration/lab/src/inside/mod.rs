@@ -14,18 +14,21 @@ mod same;
 mod tiny;
 mod yardstick;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write as _;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 
 use self::passed::Setting;
-use crate::report::Report;
+use crate::report::{PULSE, Report};
 
 /// The line for reports: the outer machine's second serial port.
 const REPORTS: &str = "/dev/ttyS1";
+
+/// How often the machine says that it runs.
+const PULSE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// When a scenario runs without being named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,12 +117,22 @@ pub fn scenarios(what: &str) -> Result<Vec<Scenario>> {
     }
 }
 
+/// Says that the machine runs, for as long as this process does. A line is one write, and two writes to a terminal do not mix.
+fn keep_saying(mut line: File) {
+    std::thread::spawn(move || {
+        while line.write_all(PULSE.as_bytes()).is_ok() {
+            std::thread::sleep(PULSE_INTERVAL);
+        }
+    });
+}
+
 /// Runs scenarios by name and writes a report of each.
 ///
 /// # Errors
 /// When reports cannot be written.
 pub fn run(names: &[String]) -> Result<()> {
     let mut line = OpenOptions::new().write(true).open(REPORTS).with_context(|| format!("no {REPORTS}"))?;
+    keep_saying(line.try_clone()?);
     let known = scenarios("all")?;
     for name in names {
         let begin = Instant::now();
@@ -133,7 +146,7 @@ pub fn run(names: &[String]) -> Result<()> {
             eprintln!("lab: {name} has left a device with VFIO: {error:#}");
         }
         let report = Report::of(name, begin.elapsed(), result);
-        writeln!(line, "{}", serde_json::to_string(&report)?)?;
+        line.write_all(format!("{}\n", serde_json::to_string(&report)?).as_bytes())?;
         line.flush()?;
     }
     Ok(())
