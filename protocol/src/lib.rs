@@ -13,6 +13,7 @@ pub mod bus;
 pub mod display;
 pub mod frame;
 pub mod id;
+pub mod input;
 pub mod jail;
 pub mod lane;
 pub mod lifecycle;

@@ -160,7 +160,7 @@ pub trait QueueHandler: Send + 'static {
     /// A ring of `size` entries starts.
     fn started(&mut self, size: u16);
 
-    /// Said right behind [`QueueHandler::started`]: so many requests (modulo 2^16) were taken from the ring before the next
+    /// Said behind [`QueueHandler::started`]: so many requests (modulo 2^16) were taken from the ring before the next
     /// one, by whomever; and whether somebody, this process or another, has served this driver's ring before, where the front
     /// end keeps a record of requests in flight, which it clears when the driver resets its device. For a device that
     /// completes in order and remembers what it has done.

@@ -134,7 +134,9 @@ impl<M: GuestMemory> Inlet<M> {
         }
     }
 
-    pub(crate) fn start(&self, start: RingStart<M>) -> Result<OwnedFd, RingError> {
+    /// Starts the ring: what kicks it, how many buffers were taken before, and whether somebody has served it before.
+    pub(crate) fn start(&self, start: RingStart<M>) -> Result<(OwnedFd, u16, Option<bool>), RingError> {
+        let recorded = start.config.tracker.is_some();
         let mut ring = Ring::start(start.mem, start.config)?;
         ring.call = start.call;
         if ring.continued() {
@@ -142,6 +144,7 @@ impl<M: GuestMemory> Inlet<M> {
         }
         // Kicks say that there are new buffers, which is of interest only to who waits for some.
         ring.disarm()?;
+        let (taken, served) = (ring.next_avail(), recorded.then(|| ring.continued()));
         *self.lock() = Some(Open {
             ring,
             err: start.err,
@@ -153,7 +156,7 @@ impl<M: GuestMemory> Inlet<M> {
             filled: (0, 0),
             malformed: 0,
         });
-        Ok(start.kick)
+        Ok((start.kick, taken, served))
     }
 
     /// Stops the ring and says where its next owner goes on.
@@ -227,6 +230,30 @@ impl<M: GuestMemory> Buffers<'_, M> {
         // Nearly always one is enough.
         let room = open.hand.front().map_or(0, Chain::writable_bytes);
         room >= bytes.max(least) && chains_max > 0 || self.gather_several(bytes, chains_max, least)
+    }
+
+    /// Takes buffers until there are `count` in the hand, each with room for `least` bytes; false when the guest has not made
+    /// enough available. One with less room is given back unused, with those before it.
+    pub fn gather_each(&mut self, count: usize, least: u64) -> bool {
+        let Some(open) = &mut *self.guard else { return false };
+        // No guest keeps us here by offering ever more that is of no use.
+        let mut useless = open.ring.size();
+        loop {
+            while open.hand.len() < count {
+                if !self.inlet.take(open) {
+                    return false;
+                }
+            }
+            let fits = |at: usize| open.hand.get(at).is_some_and(|chain| chain.writable_bytes() >= least);
+            if (0..count).all(fits) {
+                return true;
+            }
+            if useless == 0 {
+                return false;
+            }
+            useless -= 1;
+            self.inlet.finish(open, 1, 0);
+        }
     }
 
     fn gather_several(&mut self, bytes: u64, chains_max: usize, least: u64) -> bool {

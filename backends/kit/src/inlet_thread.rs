@@ -170,7 +170,10 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for InletThread<H, M> {
         // The handler first: others may fill the ring as soon as it is open.
         self.handler.started(size);
         match self.inlet.start(start) {
-            Ok(kick) => self.kick = Some(kick),
+            Ok((kick, taken, served)) => {
+                self.kick = Some(kick);
+                self.handler.goes_on_at(taken, served);
+            }
             Err(e) => {
                 self.handler.stopped();
                 return Ok(Err(e));

@@ -3,6 +3,7 @@
 pub mod common_config;
 pub mod device_class;
 pub mod driver_intent;
+pub mod input_config;
 pub mod notification;
 pub mod pci;
 #[cfg(test)]

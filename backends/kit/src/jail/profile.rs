@@ -187,6 +187,33 @@ impl Profile {
         heap_bytes_max: 256 * MIB,
     };
 
+    /// A keyboard or a pointer: events come over one socket.
+    pub const INPUT: Self =
+        Self { name: "input", calls: vhost_user![], ioctls: &[], opcodes: &[], heap_bytes_max: 64 * MIB };
+
+    /// A screen: viewers come to sockets that were bound for it. No ring and no guest memory. What takes pictures makes
+    /// memfds for them, and files that it is told to record to are open already.
+    pub const DISPLAY: Self = Self {
+        name: "display",
+        calls: &[
+            libc::SYS_accept4,
+            libc::SYS_setsockopt,
+            libc::SYS_epoll_ctl,
+            libc::SYS_epoll_wait,
+            libc::SYS_epoll_pwait,
+            libc::SYS_epoll_pwait2,
+            libc::SYS_memfd_create,
+            libc::SYS_ftruncate,
+            libc::SYS_fstat,
+            libc::SYS_statx,
+            libc::SYS_lseek,
+        ],
+        ioctls: &[],
+        opcodes: &[],
+        // Pictures of the guest, and for each viewer what it has not read yet.
+        heap_bytes_max: 1024 * MIB,
+    };
+
     /// A serial port on the bus: no ring and no guest memory.
     pub const UART: Self = Self {
         name: "uart",
@@ -218,7 +245,7 @@ impl Profile {
     };
 
     /// All of them.
-    pub const ALL: [&'static Self; 11] = [
+    pub const ALL: [&'static Self; 13] = [
         &Self::BLK,
         &Self::NVME,
         &Self::PROBE,
@@ -228,6 +255,8 @@ impl Profile {
         &Self::CONSOLE,
         &Self::VSOCK,
         &Self::GPU,
+        &Self::INPUT,
+        &Self::DISPLAY,
         &Self::UART,
         &Self::GENERIC,
     ];
