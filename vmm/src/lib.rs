@@ -18,6 +18,7 @@ pub mod memory;
 pub mod metrics;
 pub mod passthrough;
 pub mod rundir;
+pub mod screen;
 pub mod seccomp;
 pub mod unix_socket;
 pub mod vfio;

@@ -3,6 +3,7 @@
 //! The transport decodes and checks everything that the guest's driver writes and turns it into [`Intent`]s. Intents that
 //! need another process are answered later: the guest's register write completes when the intent is done.
 
+use super::input_config::Pages;
 use crate::access::Answer;
 
 /// What a device offers to the guest; frozen for the life of the VM (a successor process must offer at least this).
@@ -16,6 +17,9 @@ pub struct DeviceOffer {
     pub queue_sizes: Vec<u16>,
     /// Device-specific configuration space at power-on. Guest reads are answered from the transport's copy of it.
     pub config: Vec<u8>,
+    /// Pages that the driver chooses from (virtio 1.2, 5.8.4); none, where the configuration space is just bytes. The
+    /// transport turns them itself.
+    pub pages: Pages,
 }
 
 /// One queue as the driver set it up, already checked: size a power of two within the offer, addresses aligned.

@@ -51,6 +51,12 @@ impl Pages {
         }
     }
 
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// A page; empty, when there is none.
     #[must_use]
     pub fn page(&self, select: u8, subsel: u8) -> &[u8] {

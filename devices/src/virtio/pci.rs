@@ -20,6 +20,7 @@ use thiserror::Error;
 use super::common_config::{self, CommonConfig, CommonState, QUEUES_MAX, VERSION_1};
 use super::device_class::{pci_class, writable_config, writable_value};
 use super::driver_intent::{DeviceOffer, Intent, NotifyPlacement, VirtioFrontend};
+use super::input_config::Pages;
 use crate::access::{Answer, Deferred};
 use crate::interrupt::{MsiMessage, MsixRoutes, Wire};
 use crate::pci::config_space::{BarKind, CONFIG_LEN, CapabilityError, ConfigSpace, Identity};
@@ -167,6 +168,8 @@ pub struct VirtioPci {
     device_type: u16,
     /// Device configuration as the guest reads it.
     config: Vec<u8>,
+    /// What it may choose from there.
+    pages: Pages,
     isr: u8,
     intx: Wire,
     intx_high: bool,
@@ -228,6 +231,7 @@ impl VirtioPci {
             common,
             device_type: offer.device_type,
             config: offer.config,
+            pages: offer.pages,
             isr: 0,
             intx,
             intx_high: false,
@@ -374,6 +378,9 @@ impl VirtioPci {
         self.common.reset();
         self.isr = 0;
         self.update_intx();
+        if !self.pages.is_empty() {
+            self.turn_to(0, 0);
+        }
     }
 
     fn reset_frontend(&mut self) {
@@ -423,7 +430,19 @@ impl VirtioPci {
             return Answer::Now;
         }
         bytes.copy_from_slice(data);
+        if !self.pages.is_empty() {
+            // What is behind the transport knows the same pages, and nobody else turns them.
+            if let [select, subsel, ..] = *self.config.as_slice() {
+                self.turn_to(select, subsel);
+            }
+            return Answer::Now;
+        }
         self.frontend.intent(Intent::ConfigWrite { offset: offset as u32, data: data.to_vec() })
+    }
+
+    fn turn_to(&mut self, select: u8, subsel: u8) {
+        let page = self.pages.config(select, subsel);
+        self.config.iter_mut().zip(page).for_each(|(to, byte)| *to = byte);
     }
 
     /// What the access capability's window says: offset and length of an access to the BAR (4.1.4.9).

@@ -2,7 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::pci::{BAR_LEN, NOTIFY_OFFSET};
+use super::input_config::{self, Pages};
+use super::pci::{BAR_LEN, DEVICE_OFFSET, NOTIFY_OFFSET};
 use super::*;
 use crate::access::{Answer, Completion, deferred};
 use crate::interrupt::{MsiMessage, MsixRoutes, Wire, WireSink};
@@ -90,6 +91,7 @@ fn offer() -> DeviceOffer {
         features: VERSION_1 | RING_RESET | PROTOCOL_FEATURES | CONFIG_WCE,
         queue_sizes: vec![256, 128],
         config,
+        pages: Pages::default(),
     }
 }
 
@@ -638,4 +640,27 @@ mod hostile {
             }
         }
     }
+}
+
+/// A driver that asks an input device what it is turns pages by itself: nobody behind the transport hears of it, and a reset
+/// closes the book.
+#[test]
+fn pages_are_turned_in_front() {
+    let log = Log::default();
+    let mut pages = Pages::default();
+    pages.set(input_config::select::ID_NAME, 0, b"tablet".to_vec());
+    let config = pages.config(0, 0).to_vec();
+    let offer = DeviceOffer { device_type: device_class::INPUT, features: VERSION_1, config, pages, ..offer() };
+    let mut function = VirtioPci::new(parts(offer, &log)).unwrap();
+    negotiate(&mut function, VERSION_1);
+    put(&mut function, DEVICE_OFFSET, &[input_config::select::ID_NAME]);
+    assert_eq!(get::<3>(&mut function, DEVICE_OFFSET), [1, 0, 6]);
+    assert_eq!(get::<8>(&mut function, DEVICE_OFFSET + 8), *b"tablet\0\0");
+    put(&mut function, DEVICE_OFFSET + 1, &[9]);
+    assert_eq!(get::<3>(&mut function, DEVICE_OFFSET), [1, 9, 0], "there is no such page");
+    put(&mut function, DEVICE_OFFSET + 2, &[200]);
+    assert_eq!(get::<3>(&mut function, DEVICE_OFFSET), [1, 9, 0], "the rest is the device's");
+    assert_eq!(log.take(), [], "nobody was asked");
+    put(&mut function, 0x14, &[0]);
+    assert_eq!(get::<3>(&mut function, DEVICE_OFFSET), [0, 0, 0]);
 }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use atoll_devices::pci::{
     BarMapping, BarSpace, ConfigPorts, DevFn, Ecam, HostBridge, PciFunction, PciRoot, SharedFunction, SharedRoot,
 };
+use atoll_devices::virtio::input_config::Pages;
 use atoll_devices::virtio::{
     DeviceOffer, Intent, NotifyPlacement, VirtioFrontend, VirtioPci, VirtioPciParts, device_class,
 };
@@ -136,6 +137,7 @@ fuzz_target!(|data: &[u8]| {
         features: FEATURES,
         queue_sizes: QUEUES.to_vec(),
         config: vec![0x5a; 60],
+        pages: Pages::default(),
     };
     let disk = VirtioPci::new(VirtioPciParts {
         offer,

@@ -1,40 +1,31 @@
-//! A device of registers that is served elsewhere, by a process that the VMM starts and keeps alive.
-//!
-//! The supervisor decides ([`Recovery`]); a thread of this device's own carries out: starts an incarnation, waits until
-//! it is ready, attaches it to the bus. A stalled incarnation is killed, which makes its successor, so that one access is
-//! late and not every one. In quarantine nobody is asked any more: the registers read as all ones at once.
+//! A device of registers that is served elsewhere, by a process that the VMM starts and keeps alive ([`Kept`]). A stalled
+//! incarnation is killed, so that one access is late and not every one. In quarantine nobody is asked any more: the registers
+//! read as all ones at once.
 
+use std::error::Error as StdError;
 use std::ffi::OsString;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use atoll_devices::interrupt::Wire;
-use atoll_protocol::{DeviceId, Generation, QueueIndex};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use thiserror::Error;
+use atoll_protocol::{DeviceId, Generation};
 
-use super::event::{BackendEvent, BackendExit, EventKind, EventSink, Offer, SpawnError};
-use super::household::{Generations, Household};
-use super::policy::{PolicyConfig, QuarantineReason};
-use super::spawner::{Child, Spawner};
-use super::spec::{BackendSpec, PassedFd, WatchLimits};
-use super::standing::Standing;
-use super::supervisor::{Recovery, SupervisorMail};
-use crate::actor::remote::{AttachError, Remote, RemoteShape};
-use crate::actor::{Address, Inbox, Outbox, TellError, mailbox};
+use super::household::Household;
+use super::kept::{ATTACH_MAX, Attachment, Kept, KeptError, KeptProcess};
+use super::policy::PolicyConfig;
+use super::spec::{PassedFd, WatchLimits};
+use crate::actor::remote::{Remote, RemoteShape};
+use crate::config::DeviceKind;
 use crate::lifecycle::DeviceReport;
-use crate::seccomp::{self, ThreadClass};
 
-/// How long an incarnation may take to attach once it is ready.
-const ATTACH_MAX: Duration = Duration::from_secs(5);
+/// Opens what each incarnation inherits besides the bus.
+type MakeFds = Box<dyn FnMut() -> std::io::Result<Vec<PassedFd>> + Send>;
 
-/// How to start each incarnation.
+/// How to start each incarnation of a device's backend.
 pub struct RegisterProcess {
     /// Name of the device, for errors and logs.
     pub name: String,
@@ -45,7 +36,7 @@ pub struct RegisterProcess {
     /// Its arguments, without those of descriptors.
     pub args: Vec<OsString>,
     /// Descriptors besides the bus, made anew for each incarnation.
-    pub fds: Box<dyn FnMut() -> std::io::Result<Vec<PassedFd>> + Send>,
+    pub fds: MakeFds,
     /// What it must serve.
     pub shape: RemoteShape,
     /// Its interrupt wires.
@@ -64,101 +55,57 @@ impl fmt::Debug for RegisterProcess {
     }
 }
 
-/// Why it does not serve.
-#[derive(Debug, Error)]
-pub enum RegisterError {
-    /// No process.
-    #[error(transparent)]
-    Spawn(#[from] SpawnError),
-    /// It ended before it served.
-    #[error("{0}")]
-    Exit(BackendExit),
-    /// It is not what the board needs.
-    #[error(transparent)]
-    Attach(#[from] AttachError),
-    /// No descriptors or threads left.
-    #[error("{name} cannot be started: {source}")]
-    Host {
-        /// Name of the device.
-        name: String,
-        /// The kernel's error.
-        #[source]
-        source: std::io::Error,
-    },
+/// The bus's end, and what the next incarnation gets of it.
+struct Registers {
+    remote: Arc<Remote>,
+    more: Mutex<MakeFds>,
+    ours: Mutex<Option<UnixStream>>,
 }
 
-enum Order {
-    Start(Generation),
-    Kill(Generation),
-    Stop(Instant),
+impl Attachment for Registers {
+    fn descriptors(&self) -> std::io::Result<Vec<PassedFd>> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut fds = vec![PassedFd { flag: "--bus-fd".into(), fd: OwnedFd::from(theirs) }];
+        fds.extend((self.more.lock().unwrap_or_else(PoisonError::into_inner))()?);
+        *self.ours.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
+        Ok(fds)
+    }
+    fn attach(&self, generation: Generation) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        let ours = self.ours.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ours = ours.ok_or("it was started without a bus")?;
+        Ok(self.remote.attach(ours.into(), generation, ATTACH_MAX)?)
+    }
+    fn detach(&self) {
+        self.remote.detach();
+    }
+    fn give_up(&self) {
+        self.remote.give_up();
+    }
+    fn done(&self) -> u64 {
+        self.remote.counts().answered
+    }
 }
 
 /// A served device. Dropping it ends the process at once.
+#[derive(Debug)]
 pub struct RegisterBackend {
-    name: String,
-    standing: Arc<Standing>,
+    kept: Kept,
     remote: Arc<Remote>,
-    device: DeviceId,
-    supervisor: Address<SupervisorMail>,
-    orders: Outbox<Order>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl fmt::Debug for RegisterBackend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RegisterBackend({})", self.device)
-    }
 }
 
 impl RegisterBackend {
     /// Starts the first incarnation and waits until it serves.
     ///
     /// # Errors
-    /// All of [`RegisterError`]; no process is left then.
-    pub fn start(process: RegisterProcess, household: &Household) -> Result<Self, RegisterError> {
-        let host = |source| RegisterError::Host { name: process.name.clone(), source };
-        let (device, config) = (process.device, process.policy);
-        let surroundings = household.surroundings(process.budget);
-        let remote = Remote::new(device, process.shape.clone(), process.wires.clone(), None, surroundings);
-        let remote = Arc::new(remote.map_err(host)?);
-        let supervisor = household.supervisor().clone();
-        let roll = household.spawner().roll();
-        let (orders, taken) = mailbox(roll, format!("keeper{}", device.0), 1, 16);
-        let standing = Arc::<Standing>::default();
-        let (remote_too, told) = (Arc::clone(&remote), Arc::clone(&standing));
-        let recovery = HandOn { remote: remote_too, standing: told, answered: 0, orders: orders.clone() };
-        let generation = household.generations().first(device);
-        let adopt = SupervisorMail::Adopt { device, generation, config, recovery: Box::new(recovery) };
-        let _ = household.runtime().block_on(supervisor.tell(adopt));
-        let name = process.name.clone();
-        let mut keeper = Keeper {
-            process,
-            standing: Arc::clone(&standing),
-            remote: Arc::clone(&remote),
-            spawner: household.spawner().clone(),
-            supervisor: supervisor.clone(),
-            generations: household.generations().clone(),
-            child: None,
-        };
-        let release = || {
-            let _ = household.runtime().block_on(supervisor.tell(SupervisorMail::Release(device)));
-        };
-        if let Err(error) = keeper.incarnate(generation) {
-            release();
-            keeper.end(Instant::now());
-            return Err(error);
-        }
-        let thread = std::thread::Builder::new().name(format!("keeper{}", device.0)).spawn(move || {
-            seccomp::enter(ThreadClass::Device);
-            keeper.run(&taken);
-        });
-        match thread {
-            Ok(thread) => Ok(Self { name, standing, remote, device, supervisor, orders, thread: Some(thread) }),
-            Err(source) => {
-                release();
-                Err(RegisterError::Host { name, source })
-            }
-        }
+    /// All of [`KeptError`]; no process is left then.
+    pub fn start(process: RegisterProcess, household: &Household) -> Result<Self, KeptError> {
+        let RegisterProcess { name, device, exe, args, fds, shape, wires, budget, limits, policy } = process;
+        let class = shape.class;
+        let remote = Remote::new(device, shape, wires, None, household.surroundings(budget));
+        let remote = Arc::new(remote.map_err(|source| KeptError::Host { name: name.clone(), source })?);
+        let registers = Registers { remote: Arc::clone(&remote), more: Mutex::new(fds), ours: Mutex::default() };
+        let process = KeptProcess { name, device, kind: DeviceKind::Uart, class, exe, args, limits, policy };
+        Ok(Self { kept: Kept::start(process, Arc::new(registers), household)?, remote })
     }
 
     /// The bus's end, whose regions the board maps.
@@ -170,179 +117,11 @@ impl RegisterBackend {
     /// What an operator is told of it.
     #[must_use]
     pub fn report(&self) -> DeviceReport {
-        self.standing.report(&self.name)
+        self.kept.report()
     }
 
     /// Asks the process to end, kills it at `deadline`, and waits for its end.
     pub fn stop(&mut self, deadline: Instant) {
-        // First, so that the end is not taken for a crash. A full mailbox belongs to an actor that has nothing to start.
-        let _ = self.supervisor.try_tell(SupervisorMail::Release(self.device));
-        let _ = self.orders.send(Order::Stop(deadline));
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for RegisterBackend {
-    fn drop(&mut self) {
-        if self.thread.is_some() {
-            self.stop(Instant::now());
-        }
-    }
-}
-
-/// The supervisor's hand: notes and returns.
-struct HandOn {
-    remote: Arc<Remote>,
-    /// Accesses that all incarnations up to the last one have answered.
-    standing: Arc<Standing>,
-    answered: u64,
-    orders: Outbox<Order>,
-}
-
-impl Recovery for HandOn {
-    fn start(&mut self, generation: Generation) {
-        // There is at most one start at a time, and a kill or two before it: room is there.
-        let _ = self.orders.try_send(Order::Start(generation));
-    }
-    fn lost(&mut self, _generation: Generation, _exit: &BackendExit) -> bool {
-        self.remote.detach();
-        let answered = self.remote.counts().answered;
-        std::mem::replace(&mut self.answered, answered) < answered
-    }
-    fn quarantine(&mut self, reason: &QuarantineReason) {
-        self.standing.given_up(reason.to_string());
-        self.remote.give_up();
-    }
-    fn stalled(&mut self, generation: Generation, _queue: Option<QueueIndex>) {
-        // Every access may stall at once; one kill is enough.
-        let _ = self.orders.try_send(Order::Kill(generation));
-    }
-}
-
-/// Tells the device's thread how a start went, and the supervisor everything.
-struct Ears {
-    standing: Arc<Standing>,
-    supervisor: Address<SupervisorMail>,
-    start: Mutex<Option<SyncSender<Result<(), BackendExit>>>>,
-}
-
-impl EventSink for Ears {
-    fn offer(&self, event: BackendEvent) -> Offer {
-        let kind = event.kind.clone();
-        let outcome = match &kind {
-            EventKind::Ready { .. } => Some(Ok(())),
-            EventKind::Exited(exit) => Some(Err(exit.clone())),
-            _ => None,
-        };
-        if let Err(TellError::Full { message: SupervisorMail::Backend(event), .. }) =
-            self.supervisor.try_tell(SupervisorMail::Backend(event))
-        {
-            return Offer::Full(event);
-        }
-        // Once only: an event that finds no room is offered again.
-        match &kind {
-            EventKind::Ready { jail, .. } => self.standing.ready(jail),
-            EventKind::Exited(exit) => self.standing.exited(exit),
-            _ => {}
-        }
-        if let Some(outcome) = outcome
-            && let Some(start) = self.start.lock().unwrap_or_else(PoisonError::into_inner).take()
-        {
-            let _ = start.try_send(outcome);
-        }
-        Offer::Taken
-    }
-}
-
-/// The device's thread.
-struct Keeper {
-    process: RegisterProcess,
-    standing: Arc<Standing>,
-    remote: Arc<Remote>,
-    spawner: Spawner,
-    supervisor: Address<SupervisorMail>,
-    generations: Generations,
-    child: Option<Child>,
-}
-
-impl Keeper {
-    fn run(mut self, orders: &Inbox<Order>) {
-        loop {
-            match orders.recv() {
-                Ok(Order::Start(generation)) => {
-                    if let Err(error) = self.incarnate(generation) {
-                        let name = &self.process.name;
-                        tracing::warn!(name, %generation, %error, "a successor did not start");
-                        // An exit has been reported as one; nothing else makes the supervisor try again.
-                        if !matches!(error, RegisterError::Exit(_)) && self.child.is_none() {
-                            let device = self.process.device;
-                            let _ = self.supervisor.try_tell(SupervisorMail::NotStarted { device, generation });
-                        }
-                    }
-                }
-                Ok(Order::Kill(generation)) => {
-                    if let Some(child) = self.child.as_ref().filter(|child| child.generation() == generation) {
-                        child.kill();
-                    }
-                }
-                Ok(Order::Stop(deadline)) => return self.end(deadline),
-                Err(_) => return self.end(Instant::now()),
-            }
-        }
-    }
-
-    fn incarnate(&mut self, generation: Generation) -> Result<(), RegisterError> {
-        self.child = None;
-        self.generations.used(self.process.device, generation);
-        let name = self.process.name.clone();
-        let host = |source| RegisterError::Host { name: name.clone(), source };
-        let (ours, theirs) = UnixStream::pair().map_err(host)?;
-        let mut fds = vec![PassedFd { flag: "--bus-fd".into(), fd: OwnedFd::from(theirs) }];
-        fds.extend((self.process.fds)().map_err(host)?);
-        let spec = BackendSpec {
-            name: name.clone(),
-            device: self.process.device,
-            generation,
-            class: self.process.shape.class,
-            exe: self.process.exe.clone(),
-            args: self.process.args.clone(),
-            env: Vec::new(),
-            fds,
-            beside: false,
-            limits: self.process.limits,
-        };
-        let (start, started) = sync_channel(1);
-        let (standing, supervisor) = (Arc::clone(&self.standing), self.supervisor.clone());
-        let child = self.spawner.spawn(spec, Ears { standing, supervisor, start: Mutex::new(Some(start)) })?;
-        self.standing.started(generation, child.pid());
-        self.child = Some(child.clone());
-        // The spawner's own deadlines end this wait; ours is for a spawner that does not keep up.
-        let wait = self.process.limits.ready.saturating_mul(2).saturating_add(ATTACH_MAX);
-        match started.recv_timeout(wait) {
-            Ok(Ok(())) => {}
-            Ok(Err(exit)) => return Err(RegisterError::Exit(exit)),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                child.kill();
-                return Err(host(std::io::ErrorKind::TimedOut.into()));
-            }
-        }
-        if let Err(error) = self.remote.attach(ours.into(), generation, ATTACH_MAX) {
-            // Its exit is reported, and judged, as that of any other.
-            child.kill();
-            return Err(error.into());
-        }
-        Ok(())
-    }
-
-    fn end(&mut self, deadline: Instant) {
-        let Some(child) = self.child.take() else { return };
-        let left = deadline.saturating_duration_since(Instant::now());
-        child.stop(left);
-        // A kill takes a moment too.
-        let wait = Timespec::try_from(left + Duration::from_secs(2)).unwrap_or(Timespec { tv_sec: 10, tv_nsec: 0 });
-        let _ = poll(&mut [PollFd::from_borrowed_fd(child.pidfd().as_fd(), PollFlags::IN)], Some(&wait));
-        self.remote.detach();
+        self.kept.stop(deadline);
     }
 }

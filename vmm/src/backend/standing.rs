@@ -1,4 +1,4 @@
-//! What an operator is told of a device that is registers in a process.
+//! What an operator is told of a process that is kept alive.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -59,7 +59,7 @@ impl Standing {
     }
 
     /// For people. A successor begins with its registers as at power-on, so only an idle port comes back as it was.
-    pub(super) fn report(&self, id: &str) -> DeviceReport {
+    pub(super) fn report(&self, id: &str, kind: DeviceKind) -> DeviceReport {
         let known = self.lock();
         let (state, reason) = match (&known.given_up, known.serves) {
             (Some(why), _) => (DeviceState::Quarantined, Some(why.clone())),
@@ -68,7 +68,7 @@ impl Standing {
         };
         DeviceReport {
             id: id.to_owned(),
-            kind: DeviceKind::Uart,
+            kind,
             bdf: None,
             state,
             reason,
@@ -100,19 +100,19 @@ mod tests {
         let standing = Standing::default();
         standing.started(Generation(1), 77);
         standing.ready(&[]);
-        let report = standing.report("serial1");
+        let report = standing.report("serial1", DeviceKind::Uart);
         assert_eq!((report.state, report.pid, report.restarts), (DeviceState::Running, Some(77), 0));
         let last_stderr = vec!["ouch".to_owned()];
         let (status, cause) = (ExitStatus::Signal(9), ExitCause::Unknown);
         let exit = BackendExit { name: "serial1".into(), status, cause, was_ready: true, last_stderr };
         standing.exited(&exit);
-        let report = standing.report("serial1");
+        let report = standing.report("serial1", DeviceKind::Uart);
         assert_eq!((report.state, report.pid, report.restarts), (DeviceState::Recovering, None, 1));
         assert_eq!(report.last_lines, ["ouch"]);
         standing.started(Generation(2), 78);
         standing.exited(&exit);
         standing.given_up("it crashes and crashes".into());
-        let report = standing.report("serial1");
+        let report = standing.report("serial1", DeviceKind::Uart);
         // One that was never ready was not lost.
         assert_eq!((report.state, report.generation, report.restarts), (DeviceState::Quarantined, 2, 1));
     }

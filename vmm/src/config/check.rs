@@ -46,7 +46,7 @@ pub enum ConfigError {
 }
 
 /// What is wrong with one device, for its name to be put before.
-type Wrong = Result<(), String>;
+pub(super) type Wrong = Result<(), String>;
 
 impl VmConfig {
     /// Finds what is wrong without opening anything.
@@ -86,6 +86,7 @@ impl VmConfig {
             ));
         }
         self.check_ports()?;
+        self.check_screen()?;
         let mut seen = BTreeSet::new();
         for device in self.devices() {
             device.check()?;
@@ -93,6 +94,27 @@ impl VmConfig {
                 && !seen.insert(id.to_owned())
             {
                 return Err(ConfigError::DuplicateId(id.to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// One display shows one GPU and has one of each kind of input device at its hands.
+    fn check_screen(&self) -> Result<(), ConfigError> {
+        let wrong = |device: &str, what: String| Err(ConfigError::Device { device: device.into(), what });
+        if let Some(display) = &self.display {
+            display.check().or_else(|what| wrong("display", what))?;
+            if self.gpu.is_none() {
+                return wrong("display", "it shows a GPU's pictures, and there is none: add --gpu on".into());
+            }
+        }
+        let mut kinds = BTreeSet::new();
+        for input in self.input.iter().flatten() {
+            if !kinds.insert(input.kind) {
+                return wrong("input", format!("there are two of kind {}: a machine has one", input.kind.name()));
+            }
+            if self.display.is_none() {
+                return wrong("input", "what is typed comes from the display, and there is none: add --display".into());
             }
         }
         Ok(())
@@ -156,6 +178,8 @@ impl DeviceConfig {
             Self::Net(net) => net.vhost_user,
             Self::Vsock(vsock) => vsock.vhost_user,
             Self::Fs(_) | Self::Generic(_) | Self::User(_) => true,
+            Self::Gpu(gpu) => gpu.socket.is_some(),
+            Self::Input(_) => false,
             Self::Rng(_) | Self::Console(_) | Self::Passthrough(_) | Self::Nvme(_) => false,
         };
         if !foreign && self.track() == Track::Shadow {
@@ -265,7 +289,8 @@ impl DeviceConfig {
                     function.path.display()
                 )),
             },
-            Self::Rng(_) | Self::Console(_) => Ok(()),
+            Self::Gpu(gpu) => gpu.check_kind(),
+            Self::Rng(_) | Self::Console(_) | Self::Input(_) => Ok(()),
         }
     }
 }
@@ -308,7 +333,7 @@ fn check_unplug(on_failure: OnFailure) -> Wrong {
     Ok(())
 }
 
-fn check_socket(path: &Path) -> Wrong {
+pub(super) fn check_socket(path: &Path) -> Wrong {
     let bytes = path.as_os_str().len();
     if bytes == 0 {
         return Err("socket needs a path".into());

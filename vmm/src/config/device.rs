@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::limits::RateLimiterConfig;
+use super::screen::{GpuConfig, InputConfig};
 use super::user_device::{NvmeConfig, UserDeviceConfig};
 use crate::backend::START_ATTEMPTS;
 use crate::passthrough::Bdf;
@@ -481,6 +482,10 @@ pub enum DeviceConfig {
     Nvme(NvmeConfig),
     /// PCI device of another process.
     User(UserDeviceConfig),
+    /// GPU.
+    Gpu(GpuConfig),
+    /// Keyboard, tablet or mouse.
+    Input(InputConfig),
     /// Any other.
     Generic(GenericVhostUserConfig),
     /// A PCI function of the host.
@@ -509,6 +514,12 @@ pub enum DeviceKind {
     Nvme,
     /// PCI device of another process.
     User,
+    /// GPU.
+    Gpu,
+    /// Keyboard, tablet or mouse.
+    Input,
+    /// What shows the GPU's pictures; nobody plugs it.
+    Display,
     /// Any other.
     Generic,
     /// A PCI function of the host.
@@ -528,6 +539,9 @@ impl DeviceKind {
             Self::Uart => "uart",
             Self::Nvme => "nvme",
             Self::User => "user",
+            Self::Gpu => "gpu",
+            Self::Input => "input",
+            Self::Display => "display",
             Self::Generic => "generic",
             Self::Vfio => "vfio",
         }
@@ -546,6 +560,8 @@ impl DeviceConfig {
             Self::Console(_) => DeviceKind::Console,
             Self::Nvme(_) => DeviceKind::Nvme,
             Self::User(_) => DeviceKind::User,
+            Self::Gpu(_) => DeviceKind::Gpu,
+            Self::Input(_) => DeviceKind::Input,
             Self::Generic(_) => DeviceKind::Generic,
             Self::Passthrough(_) => DeviceKind::Vfio,
         }
@@ -560,6 +576,8 @@ impl DeviceConfig {
             Self::Vsock(vsock) => vsock.id.as_deref(),
             Self::Rng(rng) => rng.id.as_deref(),
             Self::Console(_) => Some("_console"),
+            Self::Gpu(gpu) => gpu.id.as_deref(),
+            Self::Input(input) => input.id.as_deref(),
             Self::Generic(device) => device.id.as_deref(),
             Self::Nvme(nvme) => nvme.id.as_deref(),
             Self::User(device) => device.id.as_deref(),
@@ -576,6 +594,8 @@ impl DeviceConfig {
             Self::Rng(_) | Self::Fs(_) | Self::Console(_) | Self::Generic(_) | Self::Passthrough(_) => false,
             // What a process knows of its commands cannot be handed over while it serves.
             Self::Nvme(_) | Self::User(_) => false,
+            // Each of them is fed by one socket.
+            Self::Gpu(_) | Self::Input(_) => false,
         }
     }
 
@@ -587,6 +607,8 @@ impl DeviceConfig {
             Self::Fs(fs) => fs.iommu,
             Self::Vsock(vsock) => vsock.iommu,
             Self::Rng(rng) => rng.iommu,
+            Self::Gpu(gpu) => gpu.iommu,
+            Self::Input(input) => input.iommu,
             Self::Generic(device) => device.iommu,
             Self::Passthrough(function) => function.iommu,
             Self::Console(_) | Self::Nvme(_) | Self::User(_) => false,
@@ -603,6 +625,7 @@ impl DeviceConfig {
             Self::Rng(rng) => rng.isolation,
             Self::Generic(device) => device.isolation,
             Self::Passthrough(_) | Self::Console(_) | Self::Nvme(_) | Self::User(_) => Isolation::default(),
+            Self::Gpu(_) | Self::Input(_) => Isolation::default(),
         }
     }
 
@@ -614,6 +637,8 @@ impl DeviceConfig {
             Self::Fs(fs) => fs.on_failure,
             Self::Vsock(vsock) => vsock.on_failure,
             Self::Rng(rng) => rng.on_failure,
+            Self::Gpu(gpu) => gpu.on_failure,
+            Self::Input(input) => input.on_failure,
             Self::Generic(device) => device.on_failure,
             Self::Nvme(nvme) => nvme.on_failure,
             Self::User(device) => device.on_failure,
@@ -627,6 +652,9 @@ impl DeviceConfig {
         let seconds = match self {
             Self::Disk(disk) => disk.stall_timeout,
             Self::Net(net) => net.stall_timeout,
+            Self::Gpu(gpu) => gpu.stall_timeout,
+            // Nobody types for as long as they like.
+            Self::Input(_) => Some(0),
             Self::Generic(device) => device.stall_timeout,
             Self::Nvme(nvme) => nvme.stall_timeout,
             // Nobody sees what it has to do.
@@ -651,8 +679,10 @@ impl DeviceConfig {
             Self::Rng(rng) => rng.start_attempts,
             Self::Console(console) => console.start_attempts,
             Self::Nvme(nvme) => nvme.start_attempts,
+            Self::Gpu(gpu) if gpu.socket.is_none() => gpu.start_attempts,
+            Self::Input(input) => input.start_attempts,
             // Nobody here starts those.
-            Self::Fs(_) | Self::Generic(_) | Self::Passthrough(_) | Self::User(_) => Some(0),
+            Self::Fs(_) | Self::Generic(_) | Self::Passthrough(_) | Self::User(_) | Self::Gpu(_) => Some(0),
         };
         let attempts = attempts.unwrap_or(START_ATTEMPTS);
         (attempts != 0).then_some(attempts)
@@ -667,6 +697,7 @@ impl DeviceConfig {
             Self::Vsock(vsock) => vsock.track,
             Self::Generic(device) => device.track,
             Self::Rng(_) | Self::Console(_) | Self::Passthrough(_) | Self::Nvme(_) | Self::User(_) => Track::default(),
+            Self::Gpu(_) | Self::Input(_) => Track::default(),
         }
     }
 
@@ -678,6 +709,8 @@ impl DeviceConfig {
             Self::Fs(fs) => &mut fs.id,
             Self::Vsock(vsock) => &mut vsock.id,
             Self::Rng(rng) => &mut rng.id,
+            Self::Gpu(gpu) => &mut gpu.id,
+            Self::Input(input) => &mut input.id,
             Self::Generic(device) => &mut device.id,
             Self::Nvme(nvme) => &mut nvme.id,
             Self::User(device) => &mut device.id,

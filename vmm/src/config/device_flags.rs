@@ -116,7 +116,7 @@ fn isolation(options: &Options) -> Result<Isolation, KeyError> {
     options.get("isolation").map(Option::unwrap_or_default)
 }
 
-fn on_failure(options: &Options) -> Result<OnFailure, KeyError> {
+pub(super) fn on_failure(options: &Options) -> Result<OnFailure, KeyError> {
     options.get("on_failure").map(Option::unwrap_or_default)
 }
 
@@ -125,7 +125,7 @@ fn track(options: &Options) -> Result<Track, KeyError> {
 }
 
 /// Reads a device and checks it.
-fn device<T: Clone>(
+pub(super) fn device<T: Clone>(
     option: &'static str,
     text: &str,
     read: impl FnOnce() -> Result<T, KeyError>,

@@ -12,6 +12,8 @@ mod flags;
 mod keyvalue;
 mod limits;
 mod payload;
+mod screen;
+mod screen_flags;
 mod user_device;
 
 pub use check::{ConfigError, QUEUE_SIZE_BEHIND_MAX};
@@ -23,6 +25,7 @@ pub use file::{FileError, MachineFile, RunWords};
 pub use keyvalue::{FlagError, KeyError, PathOrFd, bytes_of};
 pub use limits::{RateLimiterConfig, TokenBucketConfig};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
+pub use screen::{DisplayConfig, GpuConfig, InputConfig, InputKind, Mode, ViewersAt};
 pub use user_device::{NvmeConfig, UserDeviceConfig};
 
 use schemars::JsonSchema;
@@ -59,6 +62,15 @@ pub struct VmConfig {
     /// Sockets between guest and host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
+    /// What draws.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuConfig>,
+    /// What shows it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub display: Option<DisplayConfig>,
+    /// Keyboard, tablet, mouse.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input: Option<Vec<InputConfig>>,
     /// Any other vhost-user device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
@@ -94,6 +106,8 @@ impl VmConfig {
         devices.extend(self.nvme.iter().flatten().cloned().map(DeviceConfig::Nvme));
         devices.extend(self.user_devices.iter().flatten().cloned().map(DeviceConfig::User));
         devices.extend(self.devices.iter().flatten().cloned().map(DeviceConfig::Passthrough));
+        devices.extend(self.gpu.iter().cloned().map(DeviceConfig::Gpu));
+        devices.extend(self.input.iter().flatten().cloned().map(DeviceConfig::Input));
         devices
     }
 }

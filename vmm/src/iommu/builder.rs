@@ -8,6 +8,7 @@ use std::time::Instant;
 use atoll_devices::iommu::Iommu;
 use atoll_devices::pci::SharedFunction;
 use atoll_devices::virtio::device_class::IOMMU;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{DeviceOffer, Intent, VirtioFrontend};
 use atoll_devices::{Answer, access};
@@ -94,6 +95,7 @@ fn build(board: &mut Board) -> Result<BuiltDevice, Cause> {
             | bit(virtio_ring::VIRTIO_RING_F_EVENT_IDX),
         queue_sizes: vec![QUEUE_SIZE; 2],
         config: unit.with(|iommu| iommu.config()).to_vec(),
+        pages: Pages::default(),
     };
     let vectors = board.vectors(offer.vectors())?;
     let bells = (0..2).map(|_| Doorbell::new(board.relay())).collect::<Result<Vec<_>, _>>()?;

@@ -40,6 +40,8 @@ pub(super) fn name_devices(config: &mut VmConfig) {
     generic.for_each(|device| name(DeviceKind::Generic, &mut device.id));
     config.nvme.iter_mut().flatten().for_each(|nvme| name(DeviceKind::Nvme, &mut nvme.id));
     config.user_devices.iter_mut().flatten().for_each(|device| name(DeviceKind::User, &mut device.id));
+    config.gpu.iter_mut().for_each(|gpu| name(DeviceKind::Gpu, &mut gpu.id));
+    config.input.iter_mut().flatten().for_each(|input| name(DeviceKind::Input, &mut input.id));
     config.devices.iter_mut().flatten().for_each(|function| name(DeviceKind::Vfio, &mut function.id));
 }
 
@@ -68,6 +70,10 @@ pub(super) fn add(config: &mut VmConfig, mut device: DeviceConfig) -> Result<Dev
         DeviceConfig::Nvme(nvme) => config.nvme.get_or_insert_default().push(nvme),
         DeviceConfig::User(device) => config.user_devices.get_or_insert_default().push(device),
         DeviceConfig::Passthrough(function) => config.devices.get_or_insert_default().push(function),
+        DeviceConfig::Gpu(_) | DeviceConfig::Input(_) => {
+            let text = format!("a {} is there from the start: give it when the machine is made", kind.name());
+            return Err(VmError::new(ErrorKind::Unsupported, text));
+        }
         DeviceConfig::Vsock(vsock) => {
             only_one(config.vsock.is_some())?;
             config.vsock = Some(vsock);
@@ -105,6 +111,8 @@ pub(super) fn remove(config: &mut VmConfig, id: &str) -> bool {
         || without(&mut config.nvme, |nvme| is(&nvme.id))
         || without(&mut config.user_devices, |device| is(&device.id))
         || without(&mut config.devices, |function| is(&function.id))
+        || without(&mut config.input, |input| is(&input.id))
+        || config.gpu.take_if(|gpu| is(&gpu.id)).is_some()
         || config.vsock.take_if(|vsock| is(&vsock.id)).is_some()
         || config.rng.take_if(|rng| is(&rng.id)).is_some()
         || (id == "_console" && config.console.take().is_some())

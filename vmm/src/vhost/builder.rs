@@ -69,6 +69,7 @@ impl Described {
             care: self.care,
             iommu: self.iommu,
             isolation: self.isolation,
+            joint: self.device.joint(),
             clock: DeviceParts::real_time(),
         };
         VhostDevice::connect_while(parts, ending).map_err(|error| failed(error.into()))

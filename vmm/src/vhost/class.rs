@@ -17,6 +17,8 @@ pub enum ConfigWish {
     Needed(u32),
     /// The first of these lengths that the backend has. Nothing, where it has none or no CONFIG.
     AnyOf(&'static [u32]),
+    /// All pages of an input device, each selected and read (virtio 1.2, 5.8.4).
+    Pages,
 }
 
 /// What differs between kinds of devices.
@@ -82,7 +84,7 @@ pub(super) fn changeable(device_type: u16) -> Range<usize> {
         device_class::BLOCK => 0..8,
         // cols, rows
         device_class::CONSOLE => 0..4,
-        device_class::ENTROPY | device_class::FS => 0..0,
+        device_class::ENTROPY | device_class::FS | device_class::INPUT => 0..0,
         // guest_cid, after a transport reset
         device_class::VSOCK => 0..8,
         // events_read

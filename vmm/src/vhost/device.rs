@@ -331,6 +331,7 @@ impl VhostDevice {
             care,
             iommu,
             isolation,
+            joint,
             clock,
         } = parts;
         let (fence, foreign, build) = (source.fence(), source.is_foreign(), source.build());
@@ -383,7 +384,7 @@ impl VhostDevice {
             probation: limits.probation,
             trial: limits.trial,
         };
-        let parts = Parts { makers, fence, memory, behind: None, relay, limits, story, meter, clock };
+        let parts = Parts { makers, fence, memory, behind: None, relay, limits, story, meter, joint, clock };
         Ok(Connected { parts, past: Past::new(session, offer, rules), status, ending })
     }
     /// What it is at.

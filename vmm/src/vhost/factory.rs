@@ -10,7 +10,9 @@ use thiserror::Error;
 
 use super::builder::{Described, VhostBuilder};
 use super::device::Connected;
-use super::kinds::{Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Host, Kind, Net, NetError, Rng, Vsock};
+use super::kinds::{
+    Console, ConsoleError, ConsoleLine, Disk, Fs, Generic, Gpu, Host, Input, Kind, Net, NetError, Rng, Vsock,
+};
 use super::parts::Care;
 use super::patience::Ending;
 use crate::backend::{Household, PolicyConfig};
@@ -20,6 +22,7 @@ use crate::irq::InterruptFabric;
 use crate::lifecycle::Story;
 use crate::machine::{DeviceBuilder, Ground};
 use crate::memory::GuestMemory;
+use crate::screen::Joint;
 use crate::vfio::{SharedSpace, Surroundings, VfioBuilder};
 use crate::vfio_user::{Bare, Described as UserDescribed, Served, UserBuilder};
 
@@ -49,6 +52,8 @@ pub struct DeviceFactory {
     debugged: Vec<String>,
     /// What functions of the host reach.
     dma: SharedSpace,
+    /// Where GPU, display and input devices meet.
+    joint: Arc<Joint>,
 }
 
 /// A device that cannot be made from its configuration alone.
@@ -100,8 +105,14 @@ impl DeviceFactory {
     /// A factory for one virtual machine.
     pub fn new(parts: FactoryParts) -> Self {
         let (named, console, debugged) = (Mutex::default(), ConsoleLine::default(), Vec::new());
-        let dma = SharedSpace::default();
-        Self { parts, numbers: AtomicU32::new(FIRST_NUMBER), named, console, debugged, dma }
+        let (dma, joint) = (SharedSpace::default(), Arc::default());
+        Self { parts, numbers: AtomicU32::new(FIRST_NUMBER), named, console, debugged, dma, joint }
+    }
+
+    /// Where GPU, display and input devices meet.
+    #[must_use]
+    pub fn joint(&self) -> &Arc<Joint> {
+        &self.joint
     }
 
     /// Somebody debugs the processes of the devices of these names.
@@ -218,6 +229,8 @@ impl DeviceFactory {
             DeviceConfig::Fs(fs) => Box::new(Fs(fs.clone())),
             DeviceConfig::Vsock(vsock) => Box::new(Vsock(vsock.clone())),
             DeviceConfig::Rng(rng) => Box::new(Rng(rng.clone())),
+            DeviceConfig::Gpu(gpu) => Box::new(Gpu { config: gpu.clone(), joint: Arc::clone(&self.joint) }),
+            DeviceConfig::Input(input) => Box::new(Input { config: input.clone(), joint: Arc::clone(&self.joint) }),
             DeviceConfig::Console(config) => {
                 Console::check(config)?;
                 Box::new(Console { config: config.clone(), line: self.console.clone() })

@@ -21,6 +21,7 @@ mod factory;
 mod fault;
 mod features;
 pub(crate) mod gate;
+mod gpu_socket;
 mod guest_ring;
 mod inflight;
 mod iotlb;

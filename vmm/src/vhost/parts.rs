@@ -15,6 +15,7 @@ use crate::doorbell::Relay;
 use crate::lifecycle::Story;
 use crate::memory::GuestMemory;
 use crate::metrics::DeviceMeter;
+use crate::screen::Joint;
 
 /// How long things may take.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +75,8 @@ pub struct DeviceParts {
     pub iommu: bool,
     /// What backends have of the guest's memory.
     pub isolation: Isolation,
+    /// Where its pictures go, when it draws.
+    pub joint: Option<Arc<Joint>>,
     /// Time of restarts and deadlines.
     pub clock: Arc<dyn Clock>,
 }
@@ -154,5 +157,7 @@ pub(super) struct Parts {
     pub(super) limits: Limits,
     pub(super) story: Story,
     pub(super) meter: Option<Arc<DeviceMeter>>,
+    /// Where its pictures go, when it draws.
+    pub(super) joint: Option<Arc<Joint>>,
     pub(super) clock: Arc<dyn Clock>,
 }

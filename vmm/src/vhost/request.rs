@@ -47,6 +47,8 @@ pub(super) enum Request {
         change: Change,
         answer: SyncSender<()>,
     },
+    /// There is a display that has no socket of this GPU yet.
+    Draw,
     /// The operator wants a device back that was given up.
     Revive,
     /// The operator has a new program for it.
@@ -79,6 +81,7 @@ impl Request {
                 | Self::Resume { .. }
                 | Self::Translate { .. }
                 | Self::Revive
+                | Self::Draw
                 | Self::Upgrade { .. }
                 | Self::Leave { .. }
                 | Self::Stop { .. }

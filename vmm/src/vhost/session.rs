@@ -1,8 +1,10 @@
 //! The three units of a conversation: handshake, start and stop, each in the specification's order.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use atoll_devices::virtio::input_config::{self, Pages};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures as Protocol};
 use vhost::{VhostBackend, VringConfigData};
@@ -13,10 +15,14 @@ use super::config_space;
 use super::conversation::Wire;
 use super::error::{ConversationError, Step};
 use super::features::{self, PROTOCOL_FEATURES, VERSION_1};
+use super::gpu_socket;
 use super::inflight::{InflightRegion, Shape};
 use super::iotlb::{self, ACCESS_PLATFORM};
 use super::shadow::RingMemory;
 use crate::memory::{GuestMemory, backend_address};
+
+/// Bytes of an input device's configuration space, whichever page is open.
+const PAGES_LEN: u32 = input_config::LEN as u32;
 
 /// What a backend says of itself before anything is asked of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +35,8 @@ pub struct Capabilities {
     pub queues: Option<u16>,
     /// Its configuration space, as long as was asked for.
     pub config: Vec<u8>,
+    /// Its pages, where its kind of device has some.
+    pub pages: Pages,
 }
 
 /// Who finds out where the addresses of a driver lead.
@@ -63,7 +71,7 @@ pub(super) fn handshake(
     }
     let spoken = wire.ask(Step::GetProtocolFeatures, |frontend| frontend.get_protocol_features())?;
     let mut protocol = spoken & features::spoken();
-    if matches!(wish, ConfigWish::Needed(_)) && !protocol.contains(Protocol::CONFIG) {
+    if matches!(wish, ConfigWish::Needed(_) | ConfigWish::Pages) && !protocol.contains(Protocol::CONFIG) {
         return Err(ConversationError::Lacks { what: features::protocol_feature_names(Protocol::CONFIG.bits()) });
     }
     // Without the first nobody knows when it has let go of what the guest takes back, without the second nobody hears of what
@@ -92,16 +100,17 @@ pub(super) fn handshake(
     if protocol.contains(Protocol::BACKEND_REQ) {
         wire.tell(Step::SetBackendReqFd, |frontend| frontend.set_backend_request_fd(requests))?;
     }
-    let config = read_config(wire, wish)?;
+    let pages = if wish == ConfigWish::Pages { read_pages(wire)? } else { Pages::default() };
+    let config = if wish == ConfigWish::Pages { pages.config(0, 0).to_vec() } else { read_config(wire, wish)? };
     let platform = if addresses == Addresses::Physical { 0 } else { ACCESS_PLATFORM };
     let features = features::offerable(offered) | platform;
-    Ok(Capabilities { features, protocol, queues, config })
+    Ok(Capabilities { features, protocol, queues, config, pages })
 }
 
 /// Reads the configuration space, as much of it as is wished for and there.
 pub(super) fn read_config(wire: &mut Wire, wish: ConfigWish) -> Result<Vec<u8>, ConversationError> {
     let lengths = match wish {
-        ConfigWish::Nothing => return Ok(Vec::new()),
+        ConfigWish::Nothing | ConfigWish::Pages => return Ok(Vec::new()),
         ConfigWish::Needed(len) => return wire.speak(Step::GetConfig, |socket| config_space::read(socket, len)),
         ConfigWish::AnyOf(_) if !wire.protocol().contains(Protocol::CONFIG) => return Ok(Vec::new()),
         ConfigWish::AnyOf(lengths) => lengths,
@@ -114,6 +123,21 @@ pub(super) fn read_config(wire: &mut Wire, wish: ConfigWish) -> Result<Vec<u8>, 
         }
     }
     Ok(Vec::new())
+}
+
+/// Reads all pages of an input device: its driver is then answered without a word to the backend.
+fn read_pages(wire: &mut Wire) -> Result<Pages, ConversationError> {
+    let pages = Pages::ask(|select, subsel| {
+        set_config(wire, 0, &[select, subsel])?;
+        wire.speak(Step::GetConfig, |socket| config_space::read(socket, PAGES_LEN))
+    })?;
+    if pages.is_empty() {
+        return Err(ConversationError::Absurd {
+            step: Step::GetConfig,
+            what: "an input device that says nothing".into(),
+        });
+    }
+    Ok(pages)
 }
 
 /// Addresses of a ring as a backend knows them.
@@ -298,6 +322,12 @@ pub(super) fn set_call(wire: &mut Wire, index: u16, call: &EventFd) -> Result<()
         wire.ask(Step::GetFeatures, |frontend| frontend.get_features())?;
     }
     Ok(())
+}
+
+/// Gives whoever draws the socket of its screens.
+pub(super) fn set_screen(wire: &mut Wire, socket: &OwnedFd) -> Result<(), ConversationError> {
+    let acknowledged = wire.acknowledges();
+    wire.speak(Step::GpuSetSocket, |talk| gpu_socket::hand_over(talk, socket, acknowledged))
 }
 
 /// Passes on what the driver wrote into the configuration space.

@@ -437,6 +437,16 @@ pub(crate) struct RunArgs {
     /// Any vhost-user device: device_type=N,socket=PATH,queue_sizes=[256,256][,id=NAME].
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) generic_vhost_user: Vec<String>,
+    /// A GPU in 2D: on, or scanouts=N, modes=[1920x1080,…], memory=256M; or another's backend, socket=PATH[,scanouts=N].
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) gpu: Option<String>,
+    /// What shows the GPU's pictures: on (screenshots only), or web=127.0.0.1:8006 (browsers), vnc=127.0.0.1:5900 or
+    /// vnc=unix:PATH, with password_file=FILE. It brings a keyboard and a tablet, unless --input says something else.
+    #[arg(long, value_name = "KEYS")]
+    pub(crate) display: Option<String>,
+    /// What is typed and pointed with: keyboard, tablet, mouse, each once.
+    #[arg(long, value_name = "KIND", num_args = 1..)]
+    pub(crate) input: Vec<String>,
     /// A PCI function of the host, bound to vfio-pci: path=/sys/bus/pci/devices/0000:01:00.0[,iommu=on][,id=NAME]; `atoll
     /// vfio check` says what it needs.
     #[arg(long, value_name = "KEYS", num_args = 1..)]

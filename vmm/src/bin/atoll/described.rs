@@ -7,9 +7,9 @@ use std::str::FromStr;
 use atoll_vmm::api::{EventMonitorAt, ListenAt};
 use atoll_vmm::backend::JailPolicy;
 use atoll_vmm::config::{
-    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, FileError, FlagError,
-    FsConfig, GenericVhostUserConfig, MachineFile, MemoryConfig, NetConfig, NvmeConfig, PassthroughConfig, RngConfig,
-    UserDeviceConfig, VmConfig, VsockConfig,
+    ConfigError, ConsoleConfig, ConsoleMode, CpuChoice, CpusConfig, DeviceConfig, DiskConfig, DisplayConfig, FileError,
+    FlagError, FsConfig, GenericVhostUserConfig, GpuConfig, InputConfig, InputKind, MachineFile, MemoryConfig,
+    NetConfig, NvmeConfig, PassthroughConfig, RngConfig, UserDeviceConfig, VmConfig, VsockConfig,
 };
 use atoll_vmm::cpu::kvm::Irqchip;
 use atoll_vmm::rundir::CONSOLE_SOCKET;
@@ -151,6 +151,18 @@ fn overlay(vm: &mut VmConfig, args: &RunArgs) -> Result<(), UsageError> {
     put(&mut vm.user_devices, &args.user_device, user, |device| device.id.as_deref())?;
     let passed = |text: &str| PassthroughConfig::from_flag("--device", text);
     put(&mut vm.devices, &args.device, passed, |function| function.id.as_deref())?;
+    if let Some(text) = &args.gpu {
+        vm.gpu = Some(GpuConfig::from_flag("--gpu", text)?);
+    }
+    if let Some(text) = &args.display {
+        vm.display = Some(DisplayConfig::from_flag("--display", text)?);
+    }
+    let input = |text: &str| InputConfig::from_flag("--input", text);
+    put(&mut vm.input, &args.input, input, |input| input.id.as_deref())?;
+    if vm.display.is_some() && vm.input.is_none() {
+        let usual = [InputKind::Keyboard, InputKind::Tablet];
+        vm.input = Some(usual.map(|kind| InputConfig { kind, ..InputConfig::default() }).into());
+    }
     if let Some(text) = &args.vsock {
         vm.vsock = Some(VsockConfig::from_flag("--vsock", text)?);
     }

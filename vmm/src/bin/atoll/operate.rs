@@ -224,7 +224,8 @@ fn make_absolute(device: &mut DeviceConfig) -> anyhow::Result<()> {
         DeviceConfig::Passthrough(function) => vec![&mut function.path],
         DeviceConfig::Nvme(nvme) => vec![&mut nvme.path],
         DeviceConfig::User(device) => vec![&mut device.socket],
-        DeviceConfig::Rng(_) | DeviceConfig::Console(_) => Vec::new(),
+        DeviceConfig::Gpu(gpu) => gpu.socket.iter_mut().collect(),
+        DeviceConfig::Rng(_) | DeviceConfig::Console(_) | DeviceConfig::Input(_) => Vec::new(),
     };
     for path in paths {
         *path = std::path::absolute(&path).with_context(|| format!("{} has no absolute path", path.display()))?;
@@ -256,7 +257,7 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
             }
             ("vm.add-device", json!(function))
         }
-        DeviceConfig::Rng(_) | DeviceConfig::Console(_) => {
+        DeviceConfig::Rng(_) | DeviceConfig::Console(_) | DeviceConfig::Gpu(_) | DeviceConfig::Input(_) => {
             return Err(anyhow::anyhow!("it cannot be plugged in").into());
         }
     };

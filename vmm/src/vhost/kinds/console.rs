@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::CONSOLE;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -274,7 +275,13 @@ impl DeviceClass for ConsoleClass {
         if let Some(field) = config.get_mut(MAX_PORTS_AT..MAX_PORTS_AT + 4) {
             field.copy_from_slice(&ports.to_le_bytes());
         }
-        Ok(DeviceOffer { device_type: CONSOLE, features, queue_sizes: vec![QUEUE_SIZE; queues as usize], config })
+        Ok(DeviceOffer {
+            device_type: CONSOLE,
+            features,
+            queue_sizes: vec![QUEUE_SIZE; queues as usize],
+            config,
+            pages: Pages::default(),
+        })
     }
     fn in_order(&self) -> bool {
         true

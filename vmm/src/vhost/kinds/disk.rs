@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::BLOCK;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 use thiserror::Error;
 
@@ -291,6 +292,7 @@ impl DeviceClass for DiskClass {
             features: backend.features,
             queue_sizes: vec![self.size; usize::from(queues)],
             config,
+            pages: Pages::default(),
         })
     }
 }

@@ -2,6 +2,7 @@
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::FS;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
 use super::{Host, Kind, KindError, queue_size};
@@ -77,6 +78,7 @@ impl DeviceClass for FsClass {
             features: backend.features & !NOTIFICATION,
             queue_sizes: vec![self.size; usize::from(all)],
             config,
+            pages: Pages::default(),
         })
     }
 }

@@ -1,6 +1,7 @@
 //! Any vhost-user device, by the number of its virtio device type.
 
 use atoll_devices::virtio::DeviceOffer;
+use atoll_devices::virtio::device_class::INPUT;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
 use super::{Host, Kind, KindError};
@@ -42,7 +43,10 @@ impl DeviceClass for GenericClass {
         self.device_type
     }
     fn config(&self) -> ConfigWish {
-        ConfigWish::AnyOf(config_lengths(self.device_type))
+        match self.device_type {
+            INPUT => ConfigWish::Pages,
+            other => ConfigWish::AnyOf(config_lengths(other)),
+        }
     }
     fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError> {
         // Without MQ a backend cannot say how many queues it has: the user says it.
@@ -54,6 +58,7 @@ impl DeviceClass for GenericClass {
             features: backend.features,
             queue_sizes: self.queue_sizes.clone(),
             config: backend.config.clone(),
+            pages: backend.pages.clone(),
         })
     }
 }

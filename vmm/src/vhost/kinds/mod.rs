@@ -6,6 +6,8 @@ mod console;
 mod disk;
 mod fs;
 mod generic;
+mod gpu;
+mod input;
 mod limits;
 mod net;
 mod rng;
@@ -30,6 +32,8 @@ pub(super) use console::{Console, ConsoleLine};
 pub(super) use disk::Disk;
 pub(super) use fs::Fs;
 pub(super) use generic::Generic;
+pub(super) use gpu::Gpu;
+pub(super) use input::Input;
 pub use net::{NetError, switch_socket};
 pub use tap::TapError;
 pub use user::UserError;
@@ -44,6 +48,7 @@ use super::spawned::{MakeDescriptors, SpawnedBackend};
 use super::upgrade::Lone;
 use crate::backend::{Spawner, beside_this_binary};
 use crate::metrics::DeviceMeter;
+use crate::screen::Joint;
 
 /// An error of a kind's own; it names the thing and the remedy.
 pub(super) type KindError = Box<dyn StdError + Send + Sync>;
@@ -62,6 +67,10 @@ pub(super) trait Kind: Send {
     }
     /// Why two processes of ours cannot have what it stands on at a time, even while only one of them touches it.
     fn lone(&self) -> Option<Lone> {
+        None
+    }
+    /// Where its pictures go, when it draws.
+    fn joint(&self) -> Option<Arc<Joint>> {
         None
     }
     /// Opens what the device needs and says where its backends come from.

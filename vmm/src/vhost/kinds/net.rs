@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::NET;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 use thiserror::Error;
 
@@ -331,7 +332,13 @@ impl DeviceClass for NetClass {
             features &= !MTU;
         }
         let queues = 2 * pairs + control;
-        Ok(DeviceOffer { device_type: NET, features, queue_sizes: vec![self.size; usize::from(queues)], config })
+        Ok(DeviceOffer {
+            device_type: NET,
+            features,
+            queue_sizes: vec![self.size; usize::from(queues)],
+            config,
+            pages: Pages::default(),
+        })
     }
     fn imprint(&self, backend: &Capabilities) -> Option<(u32, Vec<u8>)> {
         let knows = self.told_mac || self.foreign || backend.config.is_empty();

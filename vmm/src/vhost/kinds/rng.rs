@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::ENTROPY;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
 use super::{Host, Kind, KindError};
@@ -66,6 +67,7 @@ impl DeviceClass for RngClass {
             features: backend.features,
             queue_sizes: vec![QUEUE_SIZE],
             config: Vec::new(),
+            pages: Pages::default(),
         })
     }
     fn in_order(&self) -> bool {

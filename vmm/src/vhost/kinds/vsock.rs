@@ -2,6 +2,7 @@
 
 use atoll_devices::virtio::DeviceOffer;
 use atoll_devices::virtio::device_class::VSOCK;
+use atoll_devices::virtio::input_config::Pages;
 use atoll_protocol::sidecar::DeviceClass as SidecarClass;
 
 use super::{Host, Kind, KindError};
@@ -75,6 +76,7 @@ impl DeviceClass for VsockClass {
             features: backend.features,
             queue_sizes: vec![QUEUE_SIZE; usize::from(QUEUES)],
             config: self.cid.to_le_bytes().into(),
+            pages: Pages::default(),
         })
     }
     fn served(&self, backend: &Capabilities) -> u16 {

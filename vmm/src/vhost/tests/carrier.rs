@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::machine::LinkState;
+use atoll_devices::virtio::input_config::Pages;
 
 /// A card with one pair of queues and a status.
 struct Card;
@@ -15,7 +16,7 @@ impl DeviceClass for Card {
     }
     fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError> {
         let (features, config) = (backend.features, backend.config.clone());
-        Ok(DeviceOffer { device_type: 1, features, queue_sizes: vec![64; 2], config })
+        Ok(DeviceOffer { device_type: 1, features, queue_sizes: vec![64; 2], config, pages: Pages::default() })
     }
 }
 

@@ -21,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use atoll_devices::virtio::input_config::Pages;
 use atoll_devices::virtio::{DeviceOffer, Intent, QueueConfig, VirtioFrontend};
 use atoll_devices::{Answer, Deferred, MsiMessage, MsiSink, WireSink};
 use vm_memory::{Bytes, GuestAddress};
@@ -90,6 +91,7 @@ impl DeviceClass for Plain {
             features: backend.features,
             queue_sizes: vec![64; usize::from(backend.queues.unwrap_or(1).min(2))],
             config: backend.config.clone(),
+            pages: Pages::default(),
         })
     }
 }
@@ -130,6 +132,7 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
         care: Care::default(),
         iommu: false,
         isolation: Default::default(),
+        joint: None,
         clock: DeviceParts::real_time(),
     };
     (parts, lives)

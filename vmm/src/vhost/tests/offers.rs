@@ -1,5 +1,6 @@
 //! What guests are offered on top of backends that have little, much, or what cannot be.
 
+use atoll_devices::virtio::input_config::Pages;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ use crate::vhost::{Capabilities, DeviceFactory, FactoryParts};
 const V1: u64 = 1 << 32;
 
 fn backend(features: u64, queues: Option<u16>, config: Vec<u8>) -> Capabilities {
-    Capabilities { features: features | V1, protocol: Protocol::empty(), queues, config }
+    Capabilities { features: features | V1, protocol: Protocol::empty(), queues, config, pages: Pages::default() }
 }
 
 fn net(change: impl FnOnce(&mut NetConfig)) -> Net {

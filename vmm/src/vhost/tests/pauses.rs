@@ -71,6 +71,7 @@ impl Card {
             care: Care::default(),
             iommu: false,
             isolation: Default::default(),
+            joint: None,
             clock: DeviceParts::real_time(),
         };
         let (device, frontend, told) = attach(VhostDevice::connect(parts).unwrap());

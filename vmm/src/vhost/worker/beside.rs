@@ -131,6 +131,7 @@ impl Worker {
         }
         self.new_config = Some(config);
         self.past.session = Some(session);
+        self.draw();
     }
 
     /// The new build has done for this device.

@@ -39,6 +39,9 @@ impl Shown<'_> {
             let has = u16::try_from(offer.queue_sizes.len()).unwrap_or(u16::MAX);
             return Err(too_few_queues(shown.queue_sizes.len(), has));
         }
+        if offer.pages != shown.pages {
+            return lacks("the pages of the configuration space that the guest was shown".into());
+        }
         // What a device may change while its driver runs, it may have changed meanwhile; not what the guest's data is in.
         let block = shown.device_type == device_class::BLOCK;
         // The capacity that the operator gave it is the exception.

@@ -16,6 +16,7 @@ mod beside;
 mod carrier;
 mod compare;
 mod config;
+mod draw;
 mod hands;
 mod link;
 mod next;
@@ -215,6 +216,7 @@ impl Worker {
             }
         }
         let _closing = Closing(Arc::clone(&self.shared));
+        self.draw_for_the_display();
         self.feed(Event::Arrive);
         loop {
             self.wait();
@@ -243,6 +245,7 @@ impl Worker {
                         self.translate(change);
                         let _ = answer.send(());
                     }
+                    Request::Draw => self.draw(),
                     Request::Revive => self.feed(Event::Revive),
                     Request::Upgrade { order, answer } => self.begin_upgrade(order, answer),
                     Request::Break { nonsense } => self.break_conversation(nonsense),

@@ -1,0 +1,108 @@
+//! A GPU (virtio 1.2, 5.7), served by `atoll-gpu` in 2D or by somebody else's vhost-user backend.
+//!
+//! What survives the death of a process of ours is in a sealed memfd that is made once and passed to each incarnation.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use atoll_devices::virtio::DeviceOffer;
+use atoll_devices::virtio::device_class::GPU;
+use atoll_devices::virtio::input_config::Pages;
+use atoll_protocol::sidecar::DeviceClass as SidecarClass;
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::{Host, Kind, KindError};
+use crate::backend::PassedFd;
+use crate::config::{GpuConfig, Mode};
+use crate::screen::Joint;
+use crate::vhost::class::{ConfigWish, DeviceClass, too_few_queues};
+use crate::vhost::error::{ConversationError, Step};
+use crate::vhost::session::Capabilities;
+use crate::vhost::source::{BackendSource, ExternalSocket};
+
+/// Commands, cursor.
+const QUEUES: u16 = 2;
+const QUEUE_SIZES: [u16; 2] = [256, 16];
+/// events_read, events_clear, num_scanouts, num_capsets.
+const CONFIG_LEN: u32 = 16;
+/// What the record holds beside pictures.
+const RECORD_HEAD: u64 = 0x8_2000;
+
+/// A GPU as it is configured, and where its pictures go.
+pub(in crate::vhost) struct Gpu {
+    pub(in crate::vhost) config: GpuConfig,
+    pub(in crate::vhost) joint: Arc<Joint>,
+}
+
+impl Kind for Gpu {
+    fn shown(&self) -> String {
+        self.config.socket.as_ref().map_or_else(|| "--gpu".into(), |socket| format!("--gpu {}", socket.display()))
+    }
+    fn class(&self) -> Box<dyn DeviceClass> {
+        Box::new(GpuClass { scanouts: self.config.socket.is_none().then(|| self.config.scanouts()) })
+    }
+    fn sidecar(&self) -> SidecarClass {
+        SidecarClass::Gpu
+    }
+    fn own_queues(&self) -> Option<u16> {
+        self.config.socket.is_none().then_some(QUEUES)
+    }
+    fn joint(&self) -> Option<Arc<Joint>> {
+        Some(Arc::clone(&self.joint))
+    }
+    fn source(&self, host: &Host) -> Result<Box<dyn BackendSource>, KindError> {
+        if let Some(socket) = &self.config.socket {
+            return Ok(Box::new(ExternalSocket::new(socket)));
+        }
+        let record = record(self.config.memory()).map_err(|error| {
+            format!("no memory for the pictures: {error}; give less than memory={}", self.config.memory())
+        })?;
+        let mut args = vec!["--scanouts".into(), self.config.scanouts().to_string().into()];
+        args.extend(self.config.modes.iter().flat_map(|mode: &Mode| ["--mode".into(), mode.to_string().into()]));
+        let descriptors = move || Ok(vec![PassedFd { flag: "--record-fd".into(), fd: record.try_clone()? }]);
+        host.process("atoll-gpu", self.sidecar(), args, Box::new(descriptors))
+    }
+}
+
+/// What a successor goes on from. Pages that nobody uses take no memory.
+fn record(pictures: u64) -> std::io::Result<OwnedFd> {
+    let memfd = rustix::fs::memfd_create("gpu-record", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let file = File::from(memfd);
+    file.set_len(RECORD_HEAD + pictures)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file.into())
+}
+
+struct GpuClass {
+    /// Screens of a process of ours.
+    scanouts: Option<u16>,
+}
+
+impl DeviceClass for GpuClass {
+    fn device_type(&self) -> u16 {
+        GPU
+    }
+    fn config(&self) -> ConfigWish {
+        ConfigWish::Needed(CONFIG_LEN)
+    }
+    fn offer(&self, backend: &Capabilities) -> Result<DeviceOffer, ConversationError> {
+        if let Some(has) = backend.queues.filter(|has| *has < QUEUES) {
+            return Err(too_few_queues(QUEUES.into(), has));
+        }
+        let absurd = |what: String| ConversationError::Absurd { step: Step::GetConfig, what };
+        let has = backend.config.get(8..12).and_then(|bytes| bytes.first_chunk::<4>());
+        let has = has.map(|bytes| u32::from_le_bytes(*bytes)).filter(|has| (1..=16).contains(has));
+        let has = has.ok_or_else(|| absurd("a GPU without a screen, or with more than 16".into()))?;
+        if let Some(asked) = self.scanouts.filter(|asked| u32::from(*asked) != has) {
+            return Err(absurd(format!("{has} screens, where {asked} were asked for")));
+        }
+        Ok(DeviceOffer {
+            device_type: GPU,
+            features: backend.features,
+            queue_sizes: QUEUE_SIZES.to_vec(),
+            config: backend.config.clone(),
+            pages: Pages::default(),
+        })
+    }
+}
