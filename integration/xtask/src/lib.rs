@@ -21,6 +21,7 @@ pub mod laden;
 pub mod lives;
 pub mod operated;
 pub mod packages;
+pub mod painting;
 pub mod passt;
 pub mod payload;
 pub mod place;

@@ -25,6 +25,7 @@ mod plug;
 mod reply;
 pub mod request;
 mod routes;
+mod screen;
 mod server;
 mod wire;
 

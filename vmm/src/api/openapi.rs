@@ -88,6 +88,10 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
             let media = Content::Metrics.media_type();
             good(Status::Ok, "Prometheus' text format", Some(body(json!({ "type": "string" }), media)));
         }
+        Good::Picture => {
+            let media = Content::Picture.media_type();
+            good(Status::Ok, "a PNG", Some(body(json!({ "type": "string", "format": "binary" }), media)));
+        }
         Good::Never => {}
     }
     let always: &[Status] = if matches!(route.good, Good::Never) { &[Status::BadRequest] } else { &[Status::Failed] };

@@ -64,6 +64,8 @@ pub(super) enum Content {
     Json,
     /// Prometheus' text format, which is UTF-8 and knows no other escape.
     Metrics,
+    /// A PNG.
+    Picture,
 }
 
 impl Content {
@@ -73,6 +75,7 @@ impl Content {
         match self {
             Self::Json => "application/json",
             Self::Metrics => "text/plain; version=0.0.4",
+            Self::Picture => "image/png",
         }
     }
 }
@@ -105,6 +108,12 @@ impl Reply {
     #[must_use]
     pub(super) fn metrics(text: String) -> Self {
         Self { status: Status::Ok, content: Content::Metrics, body: text.into_bytes() }
+    }
+
+    /// A PNG.
+    #[must_use]
+    pub(super) fn picture(body: Vec<u8>) -> Self {
+        Self { status: Status::Ok, content: Content::Picture, body }
     }
 
     /// Why not: an array of sentences.

@@ -8,7 +8,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use super::reply::{Reply, Status};
 use super::request::Method;
 use super::server::Api;
-use super::{machine, own, plug};
+use super::{machine, own, plug, screen};
 use crate::lifecycle::Subscription;
 
 /// Where everything is.
@@ -57,6 +57,8 @@ pub(super) enum Good {
     Lines(SchemaOf),
     /// 200 and Prometheus' text.
     Metrics,
+    /// 200 and a PNG.
+    Picture,
     /// Never: it is refused by name.
     Never,
 }
@@ -105,6 +107,7 @@ pub fn routes() -> &'static [Route] {
     static ALL: LazyLock<Vec<Route>> = LazyLock::new(|| {
         let mut all = machine::routes();
         all.extend(plug::routes());
+        all.extend(screen::routes());
         all.extend(own::routes());
         all
     });

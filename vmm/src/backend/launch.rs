@@ -69,7 +69,12 @@ pub(super) fn start(name: &str, mut command: Command, fds: Vec<PassedFd>) -> Res
         // Numbers below 3 are the child's standard streams.
         let fd =
             if fd.as_raw_fd() < 3 { fcntl_dupfd_cloexec(&fd, 3).map_err(|errno| plumbing(errno.into()))? } else { fd };
-        command.arg(flag).arg(fd.as_raw_fd().to_string());
+        let number = fd.as_raw_fd().to_string();
+        if flag.contains('=') {
+            command.arg(flag + &number);
+        } else {
+            command.arg(flag).arg(number);
+        }
         kept.push(fd);
     }
     command.stdin(Stdio::null()).stdout(childs_output).stderr(childs_errors);

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// A descriptor for the child, and the flag that tells the child its number: `--fd 7`.
 #[derive(Debug)]
 pub struct PassedFd {
-    /// The flag, with its dashes.
+    /// The flag, with its dashes; one with `=` in it stands directly before the number, as in `--events-fd=mouse:`.
     pub flag: String,
     /// The VMM's copy, which is closed as soon as the child has its own.
     pub fd: OwnedFd,

@@ -1,6 +1,7 @@
 //! What can be asked of a virtual machine.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,6 +10,7 @@ use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{LinkState, NewSize};
+use crate::screen::DisplayLine;
 use crate::vhost::{Fault, UpgradeOrder};
 
 /// Name of a device: the user's, or one that Atoll made up.
@@ -62,6 +64,8 @@ pub trait VmControl: Send + Sync {
     fn upgrade_device(&self, id: &str, order: UpgradeOrder) -> Result<u64, VmError>;
     /// Does to a device what the world may do; only where the machine was started with leave for it.
     fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError>;
+    /// Where the display is, for pictures and recordings.
+    fn display(&self) -> Result<Arc<DisplayLine>, VmError>;
     /// The configuration as it is now, and the state.
     fn info(&self) -> Result<VmInfo, VmError>;
     /// Every device with the state of its process.

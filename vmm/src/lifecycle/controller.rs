@@ -20,6 +20,7 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{EventSender, LinkState, MachineEnd, MachineEvent, MachineFigures, NewSize, StopCause};
+use crate::screen::DisplayLine;
 use crate::vhost::{Fault, UPGRADE_MAX, UpgradeOrder, await_outcome};
 
 /// Requests that touch no device.
@@ -189,6 +190,9 @@ impl VmControl for Controller {
         let id = id.to_owned();
         self.mailbox
             .ask("vm.fault-device", Waits::ForBoot, DEVICES, move |keeper| keeper.fault_device(&id, fault, seed))
+    }
+    fn display(&self) -> Result<Arc<DisplayLine>, VmError> {
+        self.mailbox.ask("looking for the display", Waits::Never, QUICK, |keeper| keeper.display())
     }
     fn info(&self) -> Result<VmInfo, VmError> {
         self.view.info().ok_or_else(no_machine)

@@ -36,6 +36,7 @@ use crate::machine::{
     EventSender, LinkState, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError, PauseFigures,
     PauseLimits, Rebuilt, failure,
 };
+use crate::screen::DisplayLine;
 use crate::vhost::{Fault, LinkError, ResizeError, UpgradeOrder, UpgradeOutcome};
 
 /// What is known without asking the thread.
@@ -552,9 +553,19 @@ impl Keeper {
             .iter()
             .map(|device| reports.remove(device.id().unwrap_or_default()).unwrap_or_else(|| idle(device)))
             .collect();
-        // What is part of the board: a serial port that is a process.
-        all.extend(reports.into_values().filter(|report| report.kind == DeviceKind::Uart));
+        // What is part of the board: a serial port that is a process, a display.
+        all.extend(
+            reports.into_values().filter(|report| matches!(report.kind, DeviceKind::Uart | DeviceKind::Display)),
+        );
         Ok(all)
+    }
+
+    pub(super) fn display(&mut self) -> Result<Arc<DisplayLine>, VmError> {
+        let Some(live) = self.state.live() else { return Err(self.state.not_running()) };
+        let line = live.plan.line().cloned();
+        line.ok_or_else(|| {
+            VmError::new(ErrorKind::NotFound, "the machine has no display: start it with --gpu on --display on")
+        })
     }
 
     pub(super) fn metrics(&mut self) -> String {

@@ -15,6 +15,7 @@ use crate::cpu::probe::{Memo, Verdict, probe};
 use crate::iommu::IommuBuilder;
 use crate::machine::boot::BootSource;
 use crate::machine::{CpuKind, DeviceBuilder, EventSender, MachineConfig, SerialLine, chipset};
+use crate::screen::{DisplayBuilder, DisplayLine};
 use crate::vhost::{DeviceFactory, FactoryError, FactoryParts};
 
 /// Nanoseconds of guest time that 1000 instructions take in deterministic mode.
@@ -31,6 +32,8 @@ pub(super) struct Plan {
     choice: Option<Verdict>,
     serial: Option<SerialLine>,
     uart: Option<Arc<UartLine>>,
+    /// Where a display is, if there is one.
+    line: Option<Arc<DisplayLine>>,
     backend_dir: Option<PathBuf>,
     household: Arc<Household>,
     factory: DeviceFactory,
@@ -108,6 +111,15 @@ impl Plan {
             com1: serial.is_some(),
         };
         household.spawner().jail(config.platform.jail);
+        let factory = DeviceFactory::new(FactoryParts {
+            household: Arc::clone(household),
+            backend_dir: config.platform.backend_dir.clone(),
+            runtime_dir: home.runtime_dir.clone(),
+            vm: home.name.clone(),
+            story: story.clone(),
+        })
+        .debugging(config.platform.debug_devices.clone());
+        let line = DisplayLine::open(config, factory.joint()).map_err(failed)?.map(Arc::new);
         Ok(Self {
             config: machine,
             choice,
@@ -115,14 +127,8 @@ impl Plan {
             uart: uart(config.serial2.as_ref())?,
             backend_dir: config.platform.backend_dir.clone(),
             household: Arc::clone(household),
-            factory: DeviceFactory::new(FactoryParts {
-                household: Arc::clone(household),
-                backend_dir: config.platform.backend_dir.clone(),
-                runtime_dir: home.runtime_dir.clone(),
-                vm: home.name.clone(),
-                story: story.clone(),
-            })
-            .debugging(config.platform.debug_devices.clone()),
+            line,
+            factory,
         })
     }
 
@@ -147,6 +153,9 @@ impl Plan {
         if let (Some(line), Some(serial)) = (&self.serial, &mut config.serial) {
             *serial = line.told();
         }
+        if let (Some(line), Some(display)) = (&self.line, &mut config.display) {
+            *display = line.told();
+        }
         let name = self.uart.as_ref().and_then(|line| line.name());
         if let (Some(name), Some(serial2)) = (name, &mut config.serial2) {
             serial2.file = Some(name.into());
@@ -154,6 +163,11 @@ impl Plan {
         if let (Some(name), Some(console)) = (self.factory.console_terminal(), &mut config.console) {
             console.file = Some(name);
         }
+    }
+
+    /// Where the display is.
+    pub(super) fn line(&self) -> Option<&Arc<DisplayLine>> {
+        self.line.as_ref()
     }
 
     /// Says which CPU was chosen. Only once the machine is built: a mistake is one line, not the choice of a CPU that runs
@@ -181,6 +195,10 @@ impl Plan {
                 Some(folder) => builder.binary(folder.join(UART_BACKEND)),
                 None => builder,
             }));
+        }
+        if let Some(line) = &self.line {
+            let (line, folder) = (Arc::clone(line), self.backend_dir.clone());
+            builders.push(Box::new(DisplayBuilder::new(line, folder, Arc::clone(&self.household))));
         }
         Ok(builders)
     }

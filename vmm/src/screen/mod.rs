@@ -5,6 +5,10 @@
 //! typed goes over pairs of SOCK_SEQPACKET that are made once and outlive everybody, because there a message is whole or
 //! nothing.
 
+mod builder;
 mod joint;
+mod line;
 
+pub use builder::DisplayBuilder;
 pub use joint::Joint;
+pub use line::{DisplayError, DisplayLine, WhereToLook};

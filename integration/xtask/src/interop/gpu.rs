@@ -1,8 +1,9 @@
 //! `atoll-gpu` behind QEMU's vhost-user-gpu front end, and QEMU's own device in its place: a stock guest's picture, pixel by pixel.
 
 use crate::console::Console;
+use crate::painting::{HEIGHT, WIDTH};
 use crate::qemu::Qemu;
-use crate::{full_kernel, images, place};
+use crate::{full_kernel, painting, place};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -12,30 +13,9 @@ use std::time::{Duration, Instant};
 
 use super::{BOOT_LIMIT, Device, STEP_LIMIT, machine};
 
-/// The drivers of the guest.
-const DRIVERS: [&str; 2] = ["virtio_pci", "virtio_gpu"];
-/// What the device shows by default, in pixels.
-const WIDTH: usize = 1280;
-const HEIGHT: usize = 800;
 /// How long a picture may take to be there.
 const PICTURE_LIMIT: Duration = Duration::from_secs(60);
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-
-/// A picture in which no two places look alike by mistake: red, green and blue of each pixel.
-fn pixel(x: usize, y: usize) -> [u8; 3] {
-    [(x * 5 + y) as u8, (y * 3) as u8 ^ (x >> 2) as u8, (x * y / 64) as u8]
-}
-
-/// As the guest's frame buffer has it (XRGB8888, little endian).
-fn frame() -> Vec<u8> {
-    let places = (0..HEIGHT).flat_map(|y| (0..WIDTH).map(move |x| (x, y)));
-    places
-        .flat_map(|(x, y)| {
-            let [red, green, blue] = pixel(x, y);
-            [blue, green, red, 0]
-        })
-        .collect()
-}
 
 /// QEMU's monitor.
 struct Monitor {
@@ -87,26 +67,12 @@ fn text(word: &[u8]) -> Result<usize> {
     Ok(std::str::from_utf8(word)?.parse()?)
 }
 
-/// How many pixels are not as they should be.
-fn wrong(width: usize, height: usize, pixels: &[u8]) -> usize {
-    if (width, height) != (WIDTH, HEIGHT) || pixels.len() != 3 * WIDTH * HEIGHT {
-        return WIDTH * HEIGHT;
-    }
-    let places = (0..HEIGHT).flat_map(|y| (0..WIDTH).map(move |x| (x, y)));
-    places.zip(pixels.chunks(3)).filter(|((x, y), seen)| pixel(*x, *y) != **seen).count()
-}
-
 /// A guest on QEMU paints; milliseconds until all of the picture is there.
 fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
     let folder = tempfile::tempdir()?;
     let (socket, monitor) = (folder.path().join("gpu.sock"), folder.path().join("qmp.sock"));
     let _device = if ours { Some(Device::start("atoll-gpu", &socket, &[])?) } else { None };
-    let guest = images::guest("6.1")?;
-    let mut initramfs = std::fs::read(&guest.initramfs)?;
-    initramfs.resize(initramfs.len().next_multiple_of(512), 0);
-    initramfs.extend(full_kernel::archive(&DRIVERS, &[("frame", &frame())])?);
-    let archive = folder.path().join("initramfs");
-    std::fs::write(&archive, initramfs)?;
+    let archive = painting::initramfs(folder.path())?;
     let mut command = machine(qemu);
     command
         .args([
@@ -128,27 +94,21 @@ fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
     }
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
-    console.run("for M in /modules/full/*.ko; do insmod $M || exit 1; done", STEP_LIMIT)?;
-    console.run("until [ -e /sys/class/graphics/fb0 ]; do sleep 0.1; done; mdev -s; [ -c /dev/fb0 ]", STEP_LIMIT)?;
-    let size = console.run("cat /sys/class/graphics/fb0/virtual_size", STEP_LIMIT)?;
-    ensure!(size == format!("{WIDTH},{HEIGHT}"), "the guest's frame buffer has {size} pixels");
-    // Nobody else paints.
-    console.run("for C in /sys/class/vtconsole/*; do echo 0 > $C/bind; done; true", STEP_LIMIT)?;
+    painting::ready(&mut console)?;
     let begin = Instant::now();
-    console.run("cat /frame > /dev/fb0", STEP_LIMIT)?;
+    painting::paint(&mut console)?;
     let mut monitor = Monitor::connect(&monitor)?;
     let file = folder.path().join("screen.ppm");
     let shown = loop {
         let (width, height, pixels) = monitor.picture(&file)?;
-        let left = wrong(width, height, &pixels);
+        let left = painting::wrong(width, height, &pixels);
         if left == 0 {
             break begin.elapsed();
         }
         ensure!(begin.elapsed() < PICTURE_LIMIT, "{left} pixels of {width}x{height} are not the guest's");
         std::thread::sleep(Duration::from_millis(20));
     };
-    let bad = console.run("dmesg | grep -iE 'drm.*error|virtio_gpu.*(error|fail|response)' || true", STEP_LIMIT)?;
-    ensure!(bad.is_empty(), "the guest's kernel complains: {bad}");
+    painting::nobody_complains(&mut console)?;
     console.send("poweroff -f\n")?;
     let (status, errors) = console.wait(STEP_LIMIT)?;
     ensure!(status.success(), "QEMU ended with {status}: {errors}");

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use atoll_vmm::backend::JailPolicy;
+use atoll_vmm::config::Mode;
 use atoll_vmm::machine::LinkState;
 use atoll_vmm::seccomp;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -81,6 +82,52 @@ pub(crate) enum Command {
         /// Only switches the machine off; its process and configuration stay.
         #[arg(long)]
         keep: bool,
+    },
+    /// Says where to look at a machine with a display: the page's address, VNC's, the password.
+    #[command(after_help = "Example:\n  atoll run --gpu on --display web=127.0.0.1:0 …; atoll display web")]
+    Display {
+        #[command(flatten)]
+        vm: Target,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Takes a picture of what a machine shows, as a PNG.
+    #[command(after_help = "Example:\n  atoll screenshot web out.png")]
+    Screenshot {
+        #[command(flatten)]
+        vm: Target,
+        /// Where it goes
+        out: PathBuf,
+        /// Of which screen
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        head: u32,
+    },
+    /// Records what a machine shows, as an animated PNG, until Ctrl-C.
+    #[command(after_help = "Example:\n  atoll record web out.png --seconds 10")]
+    Record {
+        #[command(flatten)]
+        vm: Target,
+        /// Where it goes
+        out: PathBuf,
+        /// Of which screen
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        head: u32,
+        /// For so long
+        #[arg(long, value_name = "S")]
+        seconds: Option<u32>,
+    },
+    /// Gives a screen of a machine another size; the guest follows.
+    #[command(after_help = "Example:\n  atoll resize-display web 1920x1080")]
+    ResizeDisplay {
+        #[command(flatten)]
+        vm: Target,
+        /// Columns and rows
+        #[arg(value_name = "WIDTHxHEIGHT")]
+        mode: Mode,
+        /// Of which screen
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        head: u32,
     },
     /// Plugs a disk in: the keys of run's --disk.
     #[command(after_help = "Example:\n  atoll add-disk web path=data.img,id=data")]

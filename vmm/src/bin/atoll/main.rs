@@ -8,6 +8,7 @@ mod figures;
 mod operate;
 mod report;
 mod run;
+mod screen;
 mod signals;
 mod switch;
 mod table;
@@ -184,6 +185,10 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::Shutdown { vm, keep } => {
             done(if *keep { operate::put(&vm.name, "vm.shutdown") } else { operate::end(&vm.name) })
         }
+        Command::Display { vm, json } => done(screen::display(&vm.name, *json)),
+        Command::Screenshot { vm, out, head } => done(screen::screenshot(&vm.name, *head, out)),
+        Command::Record { vm, out, head, seconds } => done(screen::record(&vm.name, *head, *seconds, out)),
+        Command::ResizeDisplay { vm, mode, head } => done(screen::resize(&vm.name, *head, *mode)),
         Command::AddDisk(device) => plug("add-disk", device),
         Command::AddNet(device) => plug("add-net", device),
         Command::AddFs(device) => plug("add-fs", device),

@@ -121,6 +121,15 @@ impl Machine {
         String::from_utf8(response.body).context("the answer is no text")
     }
 
+    /// Reads the resource `path` as it is.
+    pub(crate) fn bytes(&mut self, path: &str) -> anyhow::Result<Vec<u8>> {
+        let response = self.0.request(Method::Get, &format!("{ROOT}/{path}"), None)?;
+        if response.status != 200 {
+            response.json()?;
+        }
+        Ok(response.body)
+    }
+
     fn read<T: DeserializeOwned>(&mut self, path: &str) -> anyhow::Result<T> {
         serde_json::from_value(self.get(path)?).with_context(|| format!("the answer of {path} cannot be read"))
     }

@@ -1,0 +1,65 @@
+//! `display`, `screenshot`, `record` and `resize-display`.
+
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::AsFd as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use atoll_vmm::api::Method;
+use atoll_vmm::config::Mode;
+use serde_json::json;
+
+use crate::operate::{print, print_json};
+use crate::signals;
+use crate::target::{Machine, ROOT};
+
+/// Where to look.
+pub(crate) fn display(name: &str, as_json: bool) -> anyhow::Result<()> {
+    let place = Machine::find(name)?.get("vm.display")?;
+    if as_json {
+        return print_json(&place);
+    }
+    let lines = [("page", "url"), ("vnc", "vnc"), ("password", "password")];
+    let told: String =
+        lines.iter().filter_map(|(label, key)| Some(format!("{label:<9}{}\n", place.get(*key)?.as_str()?))).collect();
+    print(if told.is_empty() {
+        "nobody can connect: atoll screenshot takes pictures, and --display web=127.0.0.1:0 has a page\n"
+    } else {
+        &told
+    })
+}
+
+/// A picture of a head.
+pub(crate) fn screenshot(name: &str, head: u32, out: &Path) -> anyhow::Result<()> {
+    let picture = Machine::find(name)?.bytes(&format!("vm.screenshot/{head}"))?;
+    let mut file = File::create(out).with_context(|| format!("cannot write {}", out.display()))?;
+    file.write_all(&picture).with_context(|| format!("cannot write {}", out.display()))
+}
+
+/// A recording, until it is long enough or Ctrl-C.
+pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) -> anyhow::Result<()> {
+    let file = File::create(out).with_context(|| format!("cannot write {}", out.display()))?;
+    signals::block()?;
+    let mut client = Machine::find(name)?.into_client();
+    client
+        .request_with(Method::Put, &format!("{ROOT}/vm.record"), Some(&json!({ "head": head })), &[file.as_fd()])?
+        .json()?;
+    let deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
+    loop {
+        let left =
+            deadline.map_or(Duration::from_secs(1), |deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_zero() || signals::wait(Some(left.min(Duration::from_secs(1)))).is_some() {
+            break;
+        }
+    }
+    let told = Machine::find(name)?.put("vm.stop-record", Some(&json!({ "head": head })))?.unwrap_or_default();
+    print(&format!("{} pictures\n", told["frames"]))
+}
+
+/// Another size for a head.
+pub(crate) fn resize(name: &str, head: u32, mode: Mode) -> anyhow::Result<()> {
+    let body = json!({ "head": head, "width": mode.width, "height": mode.height });
+    Machine::find(name)?.put("vm.resize-display", Some(&body)).map(drop)
+}

@@ -1,0 +1,330 @@
+//! What a display stands on and what outlives its process: the sockets that viewers come to, their password, and the control
+//! socket of the process that there is.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
+use atoll_protocol::socket::{FrameSocket, SocketError};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::rand::{GetRandomFlags, getrandom};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::Joint;
+use crate::backend::PassedFd;
+use crate::config::{DisplayConfig, InputKind, Mode, ViewersAt, VmConfig};
+use crate::unix_socket::{BoundSocket, SocketError as BindError};
+
+/// How long the display's process may take for an order.
+const ORDER_MAX: Duration = Duration::from_secs(5);
+/// Letters of a password that is made up.
+const SECRET_LEN: usize = 24;
+/// Bytes of one that is given.
+const SECRET_MAX: usize = 64;
+/// Letters that nobody confuses.
+const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+/// Bytes of a picture that a client takes.
+const PICTURE_MAX: u64 = 64 << 20;
+
+/// Why there is no line for a display, or why it does not do as it is asked.
+#[derive(Debug, Error)]
+pub enum DisplayError {
+    /// A UNIX socket.
+    #[error("display: {0}")]
+    Socket(#[from] BindError),
+    /// A TCP port.
+    #[error("display: cannot listen at {place}: {source}; choose another port, or 0 for any")]
+    Port {
+        /// Where.
+        place: String,
+        /// The kernel's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The password.
+    #[error("display: the password in {}: {what}", .path.display())]
+    Secret {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// No descriptors left.
+    #[error("display: {0}")]
+    Host(#[from] std::io::Error),
+    /// There is no process at the moment.
+    #[error("the display's process is not there at the moment: ask again")]
+    Nobody,
+    /// It does not answer.
+    #[error("the display's process does not answer ({0}): it is replaced if it is stuck; ask again")]
+    Silent(#[from] SocketError),
+    /// It says no.
+    #[error("{0}")]
+    Refused(String),
+    /// What it says cannot be right.
+    #[error("the display's process answers something else: {0}")]
+    Absurd(&'static str),
+}
+
+#[derive(Debug)]
+enum Listener {
+    Unix(BoundSocket),
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    fn open(place: &ViewersAt) -> Result<Self, DisplayError> {
+        match place {
+            ViewersAt::Path(path) => Ok(Self::Unix(BoundSocket::bind(path)?)),
+            ViewersAt::Tcp(address) => {
+                let refused = |source| DisplayError::Port { place: address.to_string(), source };
+                Ok(Self::Tcp(TcpListener::bind(address).map_err(refused)?))
+            }
+        }
+    }
+    fn pass(&self) -> std::io::Result<OwnedFd> {
+        match self {
+            Self::Unix(socket) => socket.listener().try_clone().map(OwnedFd::from),
+            Self::Tcp(listener) => listener.try_clone().map(OwnedFd::from),
+        }
+    }
+    fn port(&self) -> Option<String> {
+        match self {
+            Self::Unix(_) => None,
+            Self::Tcp(listener) => listener.local_addr().ok().map(|address| address.to_string()),
+        }
+    }
+}
+
+/// Where a person goes to see the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WhereToLook {
+    /// Address of the page, with the token in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// Where VNC viewers connect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vnc: Option<String>,
+    /// What they are asked for; VNC reads its first eight bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub password: Option<String>,
+}
+
+/// The place of a display.
+#[derive(Debug)]
+pub struct DisplayLine {
+    vnc: Option<Listener>,
+    web: Option<Listener>,
+    config: DisplayConfig,
+    secret: Option<String>,
+    inputs: Vec<InputKind>,
+    modes: Vec<Mode>,
+    control: Mutex<Option<FrameSocket>>,
+    joint: Arc<Joint>,
+}
+
+/// The password that viewers over TCP are asked for.
+fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
+    let Some(path) = &config.password_file else {
+        let mut bytes = [0; SECRET_LEN];
+        getrandom(&mut bytes, GetRandomFlags::empty()).map_err(std::io::Error::from)?;
+        let letters = bytes.iter().filter_map(|byte| LETTERS.get(usize::from(byte % 32)));
+        return Ok(letters.map(|letter| char::from(*letter)).collect());
+    };
+    let wrong = |what: String| DisplayError::Secret { path: path.clone(), what };
+    let mut text = String::new();
+    let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
+    let most = SECRET_MAX as u64 + 3;
+    file.take(most).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
+    let word = text.trim_end_matches(['\r', '\n']);
+    if !(1..=SECRET_MAX).contains(&word.len()) || !word.chars().all(|letter| letter.is_ascii_graphic()) {
+        return Err(wrong(format!("it is one line of 1 to {SECRET_MAX} letters without spaces")));
+    }
+    Ok(word.to_owned())
+}
+
+/// Bytes as a descriptor that nobody changes.
+fn sealed(bytes: &[u8]) -> std::io::Result<OwnedFd> {
+    let memfd = rustix::fs::memfd_create("display-secret", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut file = File::from(memfd);
+    file.write_all(bytes)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL)?;
+    rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
+    Ok(file.into())
+}
+
+impl DisplayLine {
+    /// Binds what viewers come to.
+    ///
+    /// # Errors
+    /// What is taken, or cannot be read.
+    pub fn open(config: &VmConfig, joint: &Arc<Joint>) -> Result<Option<Self>, DisplayError> {
+        let Some(display) = &config.display else { return Ok(None) };
+        let inputs = config.input.iter().flatten().map(|input| input.kind).collect();
+        let modes = config.gpu.iter().flat_map(|gpu| &gpu.modes).copied().collect();
+        let place = |text: &Option<String>| -> Result<Option<Listener>, DisplayError> {
+            let place =
+                text.as_ref().map(|text| text.parse::<ViewersAt>().map_err(DisplayError::Refused)).transpose()?;
+            place.as_ref().map(Listener::open).transpose()
+        };
+        let (vnc, web) = (place(&display.vnc)?, place(&display.web)?);
+        let asked = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(_)));
+        let secret = if asked || display.password_file.is_some() { Some(secret(display)?) } else { None };
+        let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
+        Ok(Some(Self { vnc, web, config, secret, inputs, modes, control, joint }))
+    }
+
+    /// The configuration, with the ports that the kernel has chosen.
+    pub fn told(&self) -> DisplayConfig {
+        let mut config = self.config.clone();
+        for (listener, place) in [(&self.vnc, &mut config.vnc), (&self.web, &mut config.web)] {
+            if let Some(port) = listener.as_ref().and_then(Listener::port) {
+                *place = Some(port);
+            }
+        }
+        config
+    }
+
+    /// Where people go.
+    pub fn where_to_look(&self) -> WhereToLook {
+        let told = self.told();
+        let token = self.secret.as_deref().unwrap_or_default();
+        WhereToLook {
+            url: told.web.map(|place| format!("http://{place}/?token={token}")),
+            vnc: told.vnc,
+            password: self.secret.clone(),
+        }
+    }
+
+    /// Arguments of the process that are no descriptors.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let sizes = self.modes.iter().flat_map(|mode| ["--size".into(), mode.to_string().into()]);
+        let novnc = self.config.novnc.iter().flat_map(|folder| ["--novnc".into(), folder.into()]);
+        sizes.chain(novnc).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<FrameSocket>> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What an incarnation inherits, and our end of its control socket.
+    pub(crate) fn descriptors(&self) -> std::io::Result<(Vec<PassedFd>, FrameSocket)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut fds = vec![PassedFd { flag: "--control-fd".into(), fd: theirs.into() }];
+        for (flag, listener) in [("--vnc-fd", &self.vnc), ("--web-fd", &self.web)] {
+            if let Some(listener) = listener {
+                fds.push(PassedFd { flag: flag.into(), fd: listener.pass()? });
+            }
+        }
+        for kind in &self.inputs {
+            let flag = format!("--events-fd={}:", kind.name());
+            fds.push(PassedFd { flag, fd: self.joint.speaker(*kind)? });
+        }
+        if let Some(secret) = &self.secret {
+            fds.push(PassedFd { flag: "--secret-fd".into(), fd: sealed(secret.as_bytes())? });
+        }
+        Ok((fds, FrameSocket::new(ours.into())))
+    }
+
+    /// A process is there: it takes orders from now on, and pictures.
+    pub(crate) fn enter(self: &Arc<Self>, control: FrameSocket) {
+        *self.lock() = Some(control);
+        let line = Arc::downgrade(self);
+        self.joint.shown_by(move |socket| {
+            let Some(line) = line.upgrade() else { return };
+            if let Err(error) = line.order(&DisplayOrder::NewDisplay, &[&socket]) {
+                tracing::warn!(%error, "the display has no socket of the GPU");
+            }
+        });
+    }
+
+    /// It is gone.
+    pub(crate) fn leave(&self) {
+        self.joint.shown_by_nobody();
+        *self.lock() = None;
+    }
+
+    /// Orders something and waits for the answer, and for what comes beside it.
+    fn order(&self, order: &DisplayOrder, beside: &[&OwnedFd]) -> Result<(DisplayReport, Vec<OwnedFd>), DisplayError> {
+        let mut control = self.lock();
+        let socket = control.as_mut().ok_or(DisplayError::Nobody)?;
+        let beside: Vec<_> = beside.iter().map(|fd| fd.as_fd()).collect();
+        let answered =
+            socket.writer.send(order, &beside, ORDER_MAX).and_then(|()| socket.reader.receive(Some(ORDER_MAX)));
+        let frame = match answered {
+            Ok(frame) => frame,
+            Err(error) => {
+                // What it answers later would be taken for the answer to something else.
+                if let Some(socket) = control.take() {
+                    socket.reader.hang_up_handle().hang_up();
+                }
+                return Err(error.into());
+            }
+        };
+        match frame.decode().map_err(|error| DisplayError::Silent(error.into()))? {
+            DisplayReport::Refused { reason } => Err(DisplayError::Refused(reason)),
+            report => Ok((report, frame.descriptors)),
+        }
+    }
+
+    /// What a head shows, as a PNG.
+    ///
+    /// # Errors
+    /// There is no such head, it shows nothing, or nobody answers.
+    pub fn screenshot(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
+        let (report, mut beside) = self.order(&DisplayOrder::Screenshot { head }, &[])?;
+        let (DisplayReport::Screenshot { .. }, Some(picture), None) = (report, beside.pop(), beside.pop()) else {
+            return Err(DisplayError::Absurd("no picture"));
+        };
+        let picture = File::from(picture);
+        if picture.metadata()?.len() > PICTURE_MAX {
+            return Err(DisplayError::Absurd("a picture of more than 64 MiB"));
+        }
+        let mut bytes = Vec::new();
+        rustix::fs::seek(&picture, rustix::fs::SeekFrom::Start(0)).map_err(std::io::Error::from)?;
+        picture.take(PICTURE_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Gives a head another size, which the guest is told of.
+    ///
+    /// # Errors
+    /// There is no such head, or nobody answers.
+    pub fn resize(&self, head: u32, width: u32, height: u32) -> Result<(), DisplayError> {
+        match self.order(&DisplayOrder::Resize { head, width, height }, &[])? {
+            (DisplayReport::Done, _) => Ok(()),
+            _ => Err(DisplayError::Absurd("no word of the size")),
+        }
+    }
+
+    /// Records what a head shows to a file (animated PNG), until [`Self::stop_record`].
+    ///
+    /// # Errors
+    /// It is being recorded, or nobody answers.
+    pub fn record(&self, head: u32, file: &OwnedFd) -> Result<(), DisplayError> {
+        match self.order(&DisplayOrder::Record { head }, &[file])? {
+            (DisplayReport::Done, _) => Ok(()),
+            _ => Err(DisplayError::Absurd("no word of the recording")),
+        }
+    }
+
+    /// Ends a recording; how many pictures are in it.
+    ///
+    /// # Errors
+    /// There is none, or nobody answers.
+    pub fn stop_record(&self, head: u32) -> Result<u32, DisplayError> {
+        match self.order(&DisplayOrder::StopRecord { head }, &[])? {
+            (DisplayReport::Recorded { frames, .. }, _) => Ok(frames),
+            _ => Err(DisplayError::Absurd("no word of the recording")),
+        }
+    }
+}
