@@ -21,7 +21,7 @@ use atoll_verify::net::{Promise, packet};
 const USAGE: &str = "usage: atoll-verify blk device=PATH [seed=N] [seconds=N] [first=LBA] [sectors=N] [max=SECTORS] \
                      [writers=N] [mix=plain|full] [epoch=N] [deadline=SECONDS] [stop=FILE] [out=PATH]\n   \
                      or: atoll-verify net interface=NAME [seed=N] [seconds=N] [me=0|1] [window=N] [deaths=N] \
-                     [grace=SECONDS] [stop=FILE]\n   or: atoll-verify dma|edu device=PLACE";
+                     [grace=SECONDS] [stop=FILE]\n   or: atoll-verify dma|card|edu device=PLACE";
 
 struct Words(HashMap<String, String>);
 
@@ -110,6 +110,7 @@ fn main() -> ExitCode {
         "blk" => blk(&mut words),
         "net" => net(&mut words),
         "dma" => dma(&mut words, dma::run),
+        "card" => dma(&mut words, dma::on_a_card),
         "edu" => dma(&mut words, dma::edu::run),
         _ => Err(USAGE.to_owned()),
     };

@@ -1,21 +1,26 @@
-//! DMA on purpose: a driver of a disk in user space, which maps memory for it, takes it back, and has the disk touch what it
-//! may not.
+//! DMA on purpose: a driver in user space, which maps memory for a device, takes it back, and has the device touch what it may
+//! not.
 //!
-//! The disk is driven through VFIO ([`vfio`]), at addresses of the guest's IOMMU that are nobody's physical ones, by a ring
-//! of a few requests ([`disk`]); QEMU's teaching device ([`edu`]) does the same for a device that is passed through. What is
-//! mapped must be reached, what is not must not: its bytes stay as they are, the request ends with an error, and the disk goes
-//! on serving. What the guest's kernel and the host say of it is looked at from outside.
+//! Devices are driven through VFIO ([`vfio`]), at addresses of the guest's IOMMU that are nobody's physical ones, by rings
+//! of a few requests ([`ring`]): a disk ([`disk`]) and a network card ([`card`]). QEMU's teaching device ([`edu`]) does the same
+//! for a device that is passed through. What is mapped must be reached, what is not must not: its bytes stay as they are, a
+//! disk's request ends with an error, a card's frame is lost, and the device goes on serving. What the guest's kernel and the host say of it is looked at from outside.
 
+pub mod card;
 pub mod disk;
 pub mod edu;
+pub mod ring;
 pub mod vfio;
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use card::RingCard;
 use disk::{Kind, RingDisk};
+use ring::WAIT;
 use vfio::{Container, PAGE, Pages, Rights};
 
 /// Where the device sees the ring, and the pages that it reads and writes: beyond all of a small guest's memory.
@@ -108,6 +113,79 @@ pub fn run(place: &str) -> io::Result<DmaVerdict> {
     verdict.expect("the refused sector is read", disk.request(Kind::Read, REFUSED, TARGET, whole)?);
     verdict.expect("nothing was written there", source.bytes().iter().all(|byte| *byte == 0));
     disk.stop()?;
+    verdict.ok = verdict.wrong.is_empty();
+    Ok(verdict)
+}
+
+/// Who asks, and what is asked for: another each time.
+const ASKER: [u8; 4] = [10, 99, 99, 99];
+/// A frame that has not come by then does not come.
+const QUIET: Duration = Duration::from_millis(1500);
+
+fn address(question: u8) -> [u8; 4] {
+    [10, 99, 99, question]
+}
+
+/// Drives the card at `place`, behind which somebody answers questions of who has an address. It is taken from its driver and
+/// not given back.
+///
+/// # Errors
+/// When it cannot be driven at all.
+pub fn on_a_card(place: &str) -> io::Result<DmaVerdict> {
+    let container = Container::new()?;
+    let device = container.device(Path::new("/sys/bus/pci/devices"), place)?;
+    let (receive, transmit, source, target) = (Pages::new(1)?, Pages::new(1)?, Pages::new(1)?, Pages::new(1)?);
+    container.map(RING, &receive, Rights::ReadWrite)?;
+    container.map(RING + PAGE as u64, &transmit, Rights::ReadWrite)?;
+    container.map(SOURCE, &source, Rights::Read)?;
+    container.map(TARGET, &target, Rights::ReadWrite)?;
+    let mut card = RingCard::start(&device, &receive, &transmit, RING)?;
+    let mut verdict = DmaVerdict::default();
+    let ask = |number: u8| source.write(0, &card::question(ASKER, address(number)));
+
+    ask(1);
+    card.offer(TARGET)?;
+    card.send(SOURCE, card::QUESTION)?;
+    verdict.expect("an answer comes to a mapped page", card.hears((&target, TARGET), address(1), WAIT)?);
+
+    // What is sent is read from nowhere any more: nobody hears it, and the one behind it is heard.
+    card.offer(TARGET)?;
+    container.unmap(SOURCE)?;
+    ask(2);
+    card.send(SOURCE, card::QUESTION)?;
+    verdict.expect("nothing is sent from an unmapped page", !card.hears((&target, TARGET), address(2), QUIET)?);
+    verdict.faults += 1;
+    container.map(SOURCE, &source, Rights::Read)?;
+    ask(3);
+    card.send(SOURCE, card::QUESTION)?;
+    verdict.expect("a page mapped anew is sent", card.hears((&target, TARGET), address(3), WAIT)?);
+
+    // What comes is written nowhere, nor to what is for reading; then it is again.
+    for (rights, number, what) in [(None, 4, "an unmapped page"), (Some(Rights::Read), 6, "a read-only page")] {
+        container.unmap(TARGET)?;
+        if let Some(rights) = rights {
+            container.map(TARGET, &target, rights)?;
+        }
+        target.fill(&pattern(number));
+        ask(number);
+        card.offer(TARGET)?;
+        card.send(SOURCE, card::QUESTION)?;
+        let given_back = card.received(QUIET).is_some();
+        verdict.expect(&format!("{what} is not touched"), target.bytes() == pattern(number));
+        verdict.faults += 1;
+        if rights.is_some() {
+            container.unmap(TARGET)?;
+        }
+        container.map(TARGET, &target, Rights::ReadWrite)?;
+        if given_back {
+            card.offer(TARGET)?;
+        }
+        ask(number + 1);
+        card.send(SOURCE, card::QUESTION)?;
+        let heard = card.hears((&target, TARGET), address(number + 1), WAIT)?;
+        verdict.expect(&format!("after {what}, an answer comes"), heard);
+    }
+    card.stop()?;
     verdict.ok = verdict.wrong.is_empty();
     Ok(verdict)
 }
