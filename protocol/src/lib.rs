@@ -35,4 +35,4 @@ pub use message::{Idempotence, Kind, Message};
 pub use socket::{Frame, FrameReader, FrameSocket, FrameWriter, SocketError};
 
 /// Version of the frame and of every message in it. A change of any golden byte changes it.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;

@@ -32,11 +32,15 @@ pub enum Kind {
     Lifecycle = 7,
     /// An exit, as it is traced: [`crate::access::ExitRecord`].
     Exit = 8,
+    /// VMM to a display process: [`crate::display::control::DisplayOrder`].
+    DisplayOrder = 9,
+    /// Display process to VMM: [`crate::display::control::DisplayReport`].
+    DisplayReport = 10,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::BusRequest,
         Self::BusEvent,
         Self::SidecarReport,
@@ -45,6 +49,8 @@ impl Kind {
         Self::OperatorReply,
         Self::Lifecycle,
         Self::Exit,
+        Self::DisplayOrder,
+        Self::DisplayReport,
     ];
 
     /// The kind of this number on the wire.
@@ -65,7 +71,8 @@ impl Kind {
         match self {
             Self::BusRequest | Self::BusEvent | Self::Lifecycle | Self::Exit => 1 << 10,
             Self::SidecarReport => 16 << 10,
-            Self::SidecarOrder => 1 << 10,
+            Self::SidecarOrder | Self::DisplayOrder => 1 << 10,
+            Self::DisplayReport => 8 << 10,
             Self::OperatorRequest | Self::OperatorReply => 64 << 10,
         }
     }
@@ -76,6 +83,7 @@ impl Kind {
         match self {
             Self::SidecarOrder => 8,
             Self::BusRequest => 3,
+            Self::DisplayOrder | Self::DisplayReport => 1,
             Self::BusEvent
             | Self::SidecarReport
             | Self::OperatorRequest

@@ -32,6 +32,8 @@ pub enum DeviceClass {
     Uart,
     /// Something that the VMM has no name for, by its author's number.
     Other(u32),
+    /// A screen that people look at.
+    Display,
 }
 
 impl std::fmt::Display for DeviceClass {
@@ -41,6 +43,7 @@ impl std::fmt::Display for DeviceClass {
             Self::Net => f.write_str("net"),
             Self::Gpu => f.write_str("gpu"),
             Self::Uart => f.write_str("uart"),
+            Self::Display => f.write_str("display"),
             Self::Other(number) => write!(f, "other({number})"),
         }
     }

@@ -158,7 +158,7 @@ pub fn class_counters(class: DeviceClass) -> &'static [&'static str] {
     match class {
         DeviceClass::Block => &["flush_ops", "discard_ops", "write_zeroes_ops"],
         DeviceClass::Net => &["dropped_frames", "dropped_bytes", "control_commands"],
-        DeviceClass::Gpu | DeviceClass::Uart | DeviceClass::Other(_) => &[],
+        DeviceClass::Gpu | DeviceClass::Uart | DeviceClass::Display | DeviceClass::Other(_) => &[],
     }
 }
 

@@ -9,7 +9,9 @@ use std::path::Path;
 
 use atoll_protocol::access::ExitRecord;
 use atoll_protocol::bus::{BusAnswer, BusCall, BusEvent, BusRequest, Refusal, Region};
+use atoll_protocol::display::control::{DisplayOrder, DisplayReport, HeadInfo};
 use atoll_protocol::frame::{self, HEADER_LEN};
+use atoll_protocol::input::InputKind;
 use atoll_protocol::jail::{JailLayer, JailOutcome, JailedLayer};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::operator::{DeviceInfo, DeviceState, OperatorReply, OperatorRequest, Route, Signal, VmState};
@@ -29,6 +31,14 @@ const GENERATION: Generation = Generation(0x0102_0304_0506_0708);
 const CAUSE: CauseId = CauseId(300);
 const VM: VmId = VmId(7);
 const QUEUE: QueueIndex = QueueIndex(513);
+const CLASSES: [DeviceClass; 6] = [
+    DeviceClass::Block,
+    DeviceClass::Net,
+    DeviceClass::Gpu,
+    DeviceClass::Uart,
+    DeviceClass::Other(99),
+    DeviceClass::Display,
+];
 
 fn bus_requests() -> Vec<BusRequest> {
     let (region, offset) = (RegionIndex(2), 0x3f8);
@@ -44,7 +54,7 @@ fn bus_requests() -> Vec<BusRequest> {
 }
 
 fn bus_events() -> Vec<BusEvent> {
-    let classes = [DeviceClass::Block, DeviceClass::Net, DeviceClass::Gpu, DeviceClass::Uart, DeviceClass::Other(99)];
+    let classes = CLASSES;
     let regions = vec![Region { space: Space::Pio, length: 8 }, Region { space: Space::Mmio, length: 4096 }];
     let attached = classes.map(|class| BusAnswer::Attached { class, regions: regions.clone(), lines: 3 });
     let refusals = [Refusal::OutOfRange, Refusal::Width, Refusal::Generation, Refusal::NotAttached, Refusal::NoLane];
@@ -173,6 +183,38 @@ fn exit_records() -> Vec<ExitRecord> {
     .collect()
 }
 
+fn display_orders() -> Vec<DisplayOrder> {
+    let inputs = InputKind::ALL.map(|kind| DisplayOrder::NewInput { kind });
+    let others = [
+        DisplayOrder::Screenshot { head: 1 },
+        DisplayOrder::Record { head: 1 },
+        DisplayOrder::StopRecord { head: 1 },
+        DisplayOrder::NewDisplay,
+        DisplayOrder::Resize { head: 1, width: 1920, height: 1080 },
+        DisplayOrder::Info,
+    ];
+    others.into_iter().chain(inputs).collect()
+}
+
+fn display_reports() -> Vec<DisplayReport> {
+    let head = HeadInfo {
+        head: 1,
+        width: 1280,
+        height: 800,
+        wanted_width: 1920,
+        wanted_height: 1080,
+        viewers: 2,
+        recorded: true,
+    };
+    vec![
+        DisplayReport::Screenshot { head: 1, width: 1280, height: 800 },
+        DisplayReport::Recorded { head: 1, frames: 300 },
+        DisplayReport::Done,
+        DisplayReport::Info { heads: vec![head], connected: true },
+        DisplayReport::Refused { reason: "head 3 shows nothing: wait for its guest".into() },
+    ]
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -213,7 +255,7 @@ fn describe_page(text: &mut String) {
         writeln!(text, "{offset} {name}").unwrap();
     }
     writeln!(text, "{} class counters, {} of them", stats::CLASS_AT, stats::CLASS_COUNTERS).unwrap();
-    for class in [DeviceClass::Block, DeviceClass::Net, DeviceClass::Gpu, DeviceClass::Uart, DeviceClass::Other(99)] {
+    for class in CLASSES {
         writeln!(text, "{}", format!("class {class}: {}", stats::class_counters(class).join(" ")).trim_end()).unwrap();
     }
     let ends: Vec<String> = (0..stats::BUCKETS).filter_map(stats::bucket_end).map(|end| end.to_string()).collect();
@@ -242,6 +284,8 @@ fn description() -> String {
     describe(&mut text, &operator_replies());
     describe(&mut text, &lifecycle_events());
     describe(&mut text, &exit_records());
+    describe(&mut text, &display_orders());
+    describe(&mut text, &display_reports());
     let saved = save(&SavedExample { count: 300, name: "x".into() }, Vec::new()).expect("small");
     writeln!(text, "\nsaved state\nenvelope {}", hex(&saved)).unwrap();
     describe_page(&mut text);
@@ -281,9 +325,11 @@ fn idempotence_follows_a_rule() {
     assert!(once::<OperatorReply>().is_empty());
     let events = ["LifecycleEvent::Reset", "LifecycleEvent::DeviceStalled", "LifecycleEvent::QueueStalled"];
     assert_eq!(once::<LifecycleEvent>(), events);
+    assert_eq!(once::<DisplayOrder>(), ["DisplayOrder::Record"]);
+    assert!(once::<DisplayReport>().is_empty());
     for request in bus_requests() {
         let accesses = matches!(request.call, BusCall::Read { .. } | BusCall::Write { .. });
         assert_eq!(request.idempotence() == Idempotence::Once, accesses, "{}", request.name());
     }
-    assert_eq!(Kind::ALL.map(Kind::to_wire), [1, 2, 3, 4, 5, 6, 7, 8], "numbers are never reused");
+    assert_eq!(Kind::ALL.map(Kind::to_wire), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "numbers are never reused");
 }

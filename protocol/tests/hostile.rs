@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use atoll_protocol::access::ExitRecord;
 use atoll_protocol::bus::{BusAnswer, BusCall, BusEvent, BusRequest};
+use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
 use atoll_protocol::frame::{self, FrameError, HEADER_LEN};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::operator::{OperatorReply, OperatorRequest};
@@ -42,6 +43,8 @@ fn decode_any(kind: Kind, body: &[u8]) {
         Kind::OperatorReply => decode::<OperatorReply>(body),
         Kind::Lifecycle => decode::<LifecycleEvent>(body),
         Kind::Exit => decode::<ExitRecord>(body),
+        Kind::DisplayOrder => decode::<DisplayOrder>(body),
+        Kind::DisplayReport => decode::<DisplayReport>(body),
     }
 }
 
@@ -209,7 +212,7 @@ fn headers_that_cannot_be_right() {
         (with(0, b"HTTP"), FrameError::Magic(*b"HTTP")),
         (with(4, &[0x7f, 0]), FrameError::Version(0x7f)),
         (with(6, &[0, 0]), FrameError::Kind(0)),
-        (with(6, &[9, 0]), FrameError::Kind(9)),
+        (with(6, &[11, 0]), FrameError::Kind(11)),
         (with(8, &u32::MAX.to_le_bytes()), FrameError::Length { kind, length: u32::MAX }),
         (with(8, &1025u32.to_le_bytes()), FrameError::Length { kind, length: 1025 }),
         (with(12, &[9, 0]), FrameError::Descriptors { kind, found: 9, allowed: 8 }),

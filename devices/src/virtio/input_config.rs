@@ -125,7 +125,7 @@ mod tests {
     fn a_copy_answers_as_the_device_would() {
         let mut device = Pages::default();
         device.set(select::ID_NAME, 0, b"pointer".to_vec());
-        device.set(select::EV_BITS, ABS as u8, bits([0, 1, 63]));
+        device.set(select::EV_BITS, ABS, bits([0, 1, 63]));
         device.set(select::ABS_INFO, 63, vec![9; 20]);
         device.set(select::ABS_INFO, 5, vec![1; 20]);
         let mut asked = 0;

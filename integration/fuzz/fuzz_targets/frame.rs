@@ -4,6 +4,7 @@
 
 use atoll_protocol::access::ExitRecord;
 use atoll_protocol::bus::{BusEvent, BusRequest};
+use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
 use atoll_protocol::frame::{FrameHeader, HEADER_LEN, decode, decode_body, encode};
 use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::operator::{OperatorReply, OperatorRequest};
@@ -36,12 +37,14 @@ fuzz_target!(|bytes: &[u8]| {
             Kind::OperatorReply => body::<OperatorReply>(bytes),
             Kind::Lifecycle => body::<LifecycleEvent>(bytes),
             Kind::Exit => body::<ExitRecord>(bytes),
+            Kind::DisplayOrder => body::<DisplayOrder>(bytes),
+            Kind::DisplayReport => body::<DisplayReport>(bytes),
         }
         stream = rest;
     }
     // Bodies without the luck of a right header in front.
     if let Some((kind, bytes)) = bytes.split_first() {
-        match kind % 8 {
+        match kind % 10 {
             0 => body::<BusRequest>(bytes),
             1 => body::<BusEvent>(bytes),
             2 => body::<SidecarReport>(bytes),
@@ -49,7 +52,9 @@ fuzz_target!(|bytes: &[u8]| {
             4 => body::<OperatorRequest>(bytes),
             5 => body::<OperatorReply>(bytes),
             6 => body::<LifecycleEvent>(bytes),
-            _ => body::<ExitRecord>(bytes),
+            7 => body::<ExitRecord>(bytes),
+            8 => body::<DisplayOrder>(bytes),
+            _ => body::<DisplayReport>(bytes),
         }
     }
     let _ = saved::open(bytes);

@@ -15,6 +15,7 @@
 //! and the device asks for the display information again.
 
 mod channel;
+pub mod control;
 mod header;
 mod reply;
 mod request;

@@ -14,6 +14,7 @@ mod tests;
 
 pub use channel::{Hearer, InputError, Speaker, Spoken};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Bytes of a frame's header.
@@ -72,7 +73,7 @@ pub mod code {
 pub const AXIS_MAX: u16 = 0x7fff;
 
 /// What an input device is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum InputKind {
     /// Keys.
     Keyboard,

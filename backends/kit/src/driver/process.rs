@@ -119,7 +119,8 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Lets a command inherit descriptors and names them on its command line.
+/// Lets a command inherit descriptors and names them on its command line: behind the option, or, where that ends with `=` or
+/// `:`, as a part of it.
 ///
 /// # Panics
 /// There is no descriptor left.
@@ -127,7 +128,12 @@ pub fn with_fds<'a>(command: &'a mut Command, fds: &[(&str, OwnedFd)]) -> &'a mu
     let mut keep = Vec::new();
     for (option, fd) in fds {
         let copy = rustix::io::fcntl_dupfd_cloexec(fd, 100).expect("a copy of the descriptor");
-        command.arg(option).arg(copy.as_raw_fd().to_string());
+        let number = copy.as_raw_fd().to_string();
+        if option.ends_with([':', '=']) {
+            command.arg(format!("{option}{number}"));
+        } else {
+            command.arg(option).arg(number);
+        }
         keep.push(copy);
     }
     #[allow(unsafe_code, reason = "descriptors are made inheritable in the child only")]

@@ -207,6 +207,8 @@ impl Profile {
             libc::SYS_fstat,
             libc::SYS_statx,
             libc::SYS_lseek,
+            libc::SYS_pread64,
+            libc::SYS_pwrite64,
         ],
         ioctls: &[],
         opcodes: &[],
