@@ -13,6 +13,7 @@ use atoll_protocol::{Frame, FrameSocket, SocketError};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 use crate::ready;
 use crate::record::{RecordError, Recording};
@@ -97,8 +98,11 @@ impl Control {
                 Err(error) => return Err(error.into()),
             }
         }
-        for (head, _) in std::mem::take(&mut self.tapes).into_iter().map(|(head, tape)| (head, tape.stop.send(()))) {
+        for (head, tape) in std::mem::take(&mut self.tapes) {
             tracing::info!(head, "a recording ends with who wanted it");
+            let _ = tape.stop.send(());
+            // What cannot be finished by then stays as it is.
+            let _ = timeout(SEND_MAX, tape.task).await;
         }
         Ok(())
     }

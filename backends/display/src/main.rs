@@ -60,7 +60,8 @@ struct Options {
     /// The VMM's orders: pictures, recordings, sockets
     #[arg(long, value_name = "N")]
     control_fd: Option<RawFd>,
-    /// The size that a head is to have: the first, the second, …; default 1280x800 for one head
+    /// The size that a head is to have: the first, the second, …; default 1280x800 for one head, and for each at which
+    /// viewers arrive
     #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = parse_size)]
     size: Vec<(u32, u32)>,
     /// noVNC's folder
@@ -174,7 +175,9 @@ fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>)
     } else {
         Ok(Novnc::default())
     };
-    let sizes = if options.size.is_empty() { vec![SIZE] } else { options.size.clone() };
+    // Each head at which somebody can arrive has a size.
+    let count = options.vnc_fd.iter().map(|Vnc(head, _)| head + 1).max().unwrap_or(1).max(options.size.len());
+    let sizes: Vec<_> = (0..count).map(|head| options.size.get(head).copied().unwrap_or(SIZE)).collect();
     let stage = Stage::new(&sizes);
     for Events(kind, fd) in &options.events_fd {
         stage.seat().connect(*kind, inherited("--events-fd", *fd)?);

@@ -41,7 +41,7 @@ struct Head {
     lit: bool,
     cursor: Option<Cursor>,
     wanted: Screen,
-    /// Larger than anything that is shown: said once.
+    /// It was larger than anything that is shown: said once.
     refused: bool,
 }
 
@@ -178,7 +178,7 @@ impl Heads {
             }
             return;
         }
-        (head.lit, head.refused) = (true, false);
+        head.lit = true;
         // A device that was started again says the size that it had: what is shown is right until it says more.
         if size != now {
             head.picture = Picture::black(size);

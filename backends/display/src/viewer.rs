@@ -186,7 +186,7 @@ impl Viewer {
                 return Err(ViewerError::Gone);
             }
             decoder.push(bytes.get(..count).unwrap_or_default());
-            while let Some(message) = decoder.next()? {
+            while let Some(message) = decoder.take()? {
                 if window.elapsed() >= Duration::from_secs(1) {
                     (window, heard) = (Instant::now(), 0);
                 }

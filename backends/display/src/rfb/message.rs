@@ -98,7 +98,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`RfbError`]; then nothing behind it can be understood.
-    pub fn next(&mut self) -> Result<Option<ViewerMessage>, RfbError> {
+    pub fn take(&mut self) -> Result<Option<ViewerMessage>, RfbError> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let Some((message, len)) = decode(rest)? else { return Ok(None) };
         // What is longer than what has come is skipped when it comes.
@@ -190,7 +190,7 @@ mod tests {
         let (mut decoder, mut heard) = (Decoder::default(), Vec::new());
         for piece in bytes.chunks(piece) {
             decoder.push(piece);
-            while let Some(message) = decoder.next()? {
+            while let Some(message) = decoder.take()? {
                 heard.push(message);
             }
         }

@@ -113,6 +113,7 @@ fn answer(site: &Arc<Site>, mut request: Request<Incoming>) -> Answer {
                 Some(Err(_)) | None => denied(Denied::Nothing),
             }
         }
+        Ok(Wanted::View(head, _)) if site.stage.lock().size(head) == (0, 0) => denied(Denied::Nothing),
         Ok(Wanted::View(head, key)) => {
             let Ok(seat) = Arc::clone(&site.seats).try_acquire_owned() else {
                 return plain(StatusCode::SERVICE_UNAVAILABLE, "all places for viewers are taken: close one of them\n");

@@ -4,7 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -74,9 +74,9 @@ impl Screen {
     }
 
     pub(crate) fn ask(&mut self, order: &DisplayOrder, fd: Option<OwnedFd>) -> Result<(DisplayReport, Frame)> {
-        use std::os::fd::AsFd;
         let beside: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
         self.control.writer.send(order, &beside, PATIENCE)?;
+        drop(fd);
         let frame = self.control.reader.receive(Some(PATIENCE))?;
         Ok((frame.decode()?, frame))
     }
@@ -130,7 +130,7 @@ pub(crate) fn picture(width: u32, height: u32, seed: u32) -> Vec<u8> {
 /// A picture of few colours: what a text looks like.
 pub(crate) fn text(width: u32, height: u32, colours: u32) -> Vec<u8> {
     let pixel = |at: u32| ((at / 3 * 7 % colours) * 0x0012_4567).to_le_bytes();
-    (0..width * height).flat_map(|at| pixel(at)).collect()
+    (0..width * height).flat_map(pixel).collect()
 }
 
 /// The device's end.
