@@ -29,7 +29,7 @@ const ORDER_MAX: Duration = Duration::from_secs(5);
 /// Letters of a password that is made up.
 const SECRET_LEN: usize = 24;
 /// Bytes of one that is given.
-const SECRET_MAX: usize = 64;
+const SECRET_MAX: usize = 256;
 /// Letters that nobody confuses.
 const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 /// Bytes of a picture that a client takes.
@@ -146,8 +146,8 @@ fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
     let most = SECRET_MAX as u64 + 3;
     file.take(most).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
     let word = text.trim_end_matches(['\r', '\n']);
-    if !(1..=SECRET_MAX).contains(&word.len()) || !word.chars().all(|letter| letter.is_ascii_graphic()) {
-        return Err(wrong(format!("it is one line of 1 to {SECRET_MAX} letters without spaces")));
+    if !(1..=SECRET_MAX).contains(&word.len()) || !word.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter)) {
+        return Err(wrong(format!("it is one line of 1 to {SECRET_MAX} letters, digits, - and _")));
     }
     Ok(word.to_owned())
 }

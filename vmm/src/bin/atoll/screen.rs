@@ -40,7 +40,9 @@ pub(crate) fn screenshot(name: &str, head: u32, out: &Path) -> anyhow::Result<()
 
 /// A recording, until it is long enough or Ctrl-C.
 pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) -> anyhow::Result<()> {
-    let file = File::create(out).with_context(|| format!("cannot write {}", out.display()))?;
+    // What is written is read again when it is ended.
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(out);
+    let file = file.with_context(|| format!("cannot write {}", out.display()))?;
     signals::block()?;
     let mut client = Machine::find(name)?.into_client();
     client
