@@ -41,8 +41,10 @@ pub(super) fn routes() -> Vec<Route> {
             .refuses(&[Status::BadRequest, Status::NotFound]),
         put("/api/v1/vm.pause", "Stops the vCPUs.", Nothing, |api, _, _| done(api.control.pause())).refuses(GONE),
         put("/api/v1/vm.resume", "Lets them run.", Nothing, |api, _, _| done(api.control.resume())).refuses(GONE),
-        put("/api/v1/vm.reboot", "Presses the reset button.", Nothing, |api, _, _| done(api.control.reset()))
-            .refuses(GONE),
+        put("/api/v1/vm.reboot", "Presses the reset button; what was booted starts again.", Nothing, |api, _, _| {
+            done(api.control.reset())
+        })
+        .refuses(GONE),
         put("/api/v1/vm.power-button", "Presses the power button; the guest decides.", Nothing, |api, _, _| {
             done(api.control.power_button())
         })

@@ -34,7 +34,7 @@ use crate::backend::Household;
 use crate::config::{DeviceConfig, DeviceKind, VmConfig};
 use crate::machine::{
     EventSender, LinkState, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError, PauseFigures,
-    PauseLimits, Rebuilt, failure,
+    PauseLimits, failure,
 };
 use crate::screen::DisplayLine;
 use crate::vhost::{Fault, LinkError, ResizeError, UpgradeOrder, UpgradeOutcome};
@@ -146,7 +146,7 @@ pub(super) struct Keeper {
     pub(super) unplug_limit: Duration,
     pub(super) state: State,
     lives: u64,
-    figures: MachineFigures,
+    pub(super) figures: MachineFigures,
     last_pause: Option<PauseFigures>,
     end: Option<MachineEnd>,
     pub(super) preparations: Preparations,
@@ -226,7 +226,7 @@ impl Keeper {
         self.view.show(info);
     }
 
-    fn take(&mut self) -> State {
+    pub(super) fn take(&mut self) -> State {
         std::mem::replace(&mut self.state, State::Empty)
     }
 
@@ -247,7 +247,7 @@ impl Keeper {
             MachineEvent::Power(PowerEvent::PowerOff) => self.finish(MachineEnd::PowerOff),
             MachineEvent::Power(PowerEvent::Reset) => {
                 tracing::info!(target: "atoll::machine", "the guest resets: it starts again");
-                if let Err(error) = self.start_again() {
+                if let Err(error) = self.guest_resets() {
                     self.finish(MachineEnd::Failed(error.text));
                 }
             }
@@ -336,54 +336,6 @@ impl Keeper {
             state => {
                 self.state = state;
                 Err(self.state.not_running())
-            }
-        }
-    }
-
-    pub(super) fn reset(&mut self) -> Result<(), VmError> {
-        if self.state.live().is_none() {
-            return Err(self.state.not_running());
-        }
-        let again = self.start_again();
-        if let Err(error) = &again {
-            self.finish(MachineEnd::Failed(error.text.clone()));
-        }
-        again
-    }
-
-    /// The machine starts again from its memory and its device processes. When it cannot, it is gone.
-    fn start_again(&mut self) -> Result<(), VmError> {
-        let (mut config, live) = match self.take() {
-            State::Running(config, live) | State::Paused(config, live) => (config, live),
-            state => {
-                self.state = state;
-                return Err(self.state.not_running());
-            }
-        };
-        self.story.tell("vm", "rebooting", []);
-        let (life, events) = self.next_life();
-        let Live { plan, machine, .. } = *live;
-        let rebuilt = plan.builders(&config, &events).and_then(|builders| {
-            let Rebuilt { figures, gone, next } = machine.reset(builders, &events);
-            self.figures.add(&figures);
-            for id in gone {
-                roster::remove(&mut config, &id);
-                self.story.tell("vm", "device-removed", [("id", id), ("asked", true.to_string())]);
-            }
-            let mut next = next.map_err(failed)?;
-            next.count_in(self.household.metrics());
-            next.start().map_err(failed)?;
-            Ok(next)
-        });
-        match rebuilt {
-            Ok(machine) => {
-                self.enter(State::Running(config, Box::new(Live { plan, machine, life })));
-                self.story.tell("vm", "rebooted", []);
-                Ok(())
-            }
-            Err(error) => {
-                self.enter(State::Shutdown(config));
-                Err(error)
             }
         }
     }

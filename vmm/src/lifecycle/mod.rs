@@ -16,6 +16,7 @@ mod plugging;
 mod preparing;
 mod report;
 mod roster;
+mod starting_again;
 mod story;
 
 pub use control::{DeviceId, Plugged, VmControl};

@@ -54,6 +54,8 @@ pub struct Machine {
     pub(super) devices: Vec<BuiltDevice>,
     pub(super) vcpus: Vec<VcpuThread>,
     pub(super) hotplug: Hotplug,
+    /// What each life begins with.
+    boot: Arc<boot::BootFiles>,
     kicks: Kicks,
     ended: Arc<Mutex<Vec<VcpuEnd>>>,
     boot_state: Option<CpuState>,
@@ -121,6 +123,8 @@ struct Estate {
     gone: Vec<String>,
     /// What the vCPUs' threads were pinned to: users pin them once, and do not hear of resets.
     pins: Vec<Option<CpuSet>>,
+    /// What it was booted with.
+    boot: Option<Arc<boot::BootFiles>>,
 }
 
 impl Machine {
@@ -170,7 +174,11 @@ impl Machine {
         };
         boot::low_memory(memory.mapped());
         let rsdp = acpi::write_tables(tables, None, memory.mapped())?;
-        let boot_state = boot::load(&config.boot, memory.mapped(), &ram, rsdp)?;
+        let boot = match estate.boot.take() {
+            Some(files) => files,
+            None => Arc::new(boot::BootFiles::open(&config.boot)?),
+        };
+        let boot_state = boot::load(&boot, &config.boot.command_line, memory.mapped(), &ram, rsdp)?;
         let wall_base_ns = wall_base_ns(config);
         let kicks = Kicks::default();
         let board = Board::new(BoardParts {
@@ -187,6 +195,7 @@ impl Machine {
             devices: Vec::with_capacity(builders.len()),
             hotplug: Hotplug::default(),
             vcpus: Vec::new(),
+            boot,
             kicks,
             ended: Arc::default(),
             boot_state: Some(boot_state),
@@ -288,6 +297,14 @@ impl Machine {
         figures
     }
 
+    /// Whether [`reset`](Self::reset) would find what the machine was booted with: asked before anything is stopped.
+    ///
+    /// # Errors
+    /// When it would not.
+    pub fn can_reset(&self) -> Result<(), MachineError> {
+        Ok(self.boot.check()?)
+    }
+
     /// Presses the reset button: this machine ends, and the next one starts from the same memory, with the same device
     /// processes where they can be handed over, every device in the place where it was. RAM keeps what the guest has
     /// left in it, as on a real board, but for what firmware would write anew. `builders` are the usual ones of all
@@ -298,7 +315,7 @@ impl Machine {
         let pins = self.vcpus.iter().map(VcpuThread::pinning).collect();
         let figures = self.stop_vcpus();
         let deadline = Instant::now() + STOP_TIME_MAX;
-        let mut estate = Estate { pins, ..Estate::default() };
+        let mut estate = Estate { pins, boot: Some(Arc::clone(&self.boot)), ..Estate::default() };
         let gone = |event| match event {
             UnplugEvent::Gone { name, .. } => Some(name),
             UnplugEvent::Late { .. } => None,

@@ -52,3 +52,32 @@ fn operator_resets() {
     let end = bench.finish();
     assert!(end.figures.instructions > 0);
 }
+
+/// Somebody removed the kernel's file while its guest ran, as a package's upgrade does, and `reset` ended the machine. What a
+/// guest was booted from is held: it starts again from that. When it cannot, because somebody has written into the very
+/// file, that is a refusal, and the guest runs on.
+#[test]
+fn a_kernel_that_is_gone_starts_again() {
+    let bench = Bench::new();
+    let config = bench.config(|code| {
+        print(code, "x");
+        count(code);
+    });
+    let kernel = config.payload.kernel.clone().unwrap();
+    bench.boot(config);
+    bench.printed(1);
+    let aside = kernel.with_extension("aside");
+    std::fs::rename(&kernel, &aside).unwrap();
+    bench.control.reset().unwrap();
+    assert_eq!(bench.printed(2), "xx");
+    std::fs::write(&kernel, "another, which no machine can boot").unwrap();
+    bench.control.reset().unwrap();
+    assert_eq!(bench.printed(3), "xxx");
+    std::fs::write(&aside, "the same file, cut short").unwrap();
+    let refused = bench.control.reset().unwrap_err().to_string();
+    assert!(refused.contains("was written to since the machine was booted"), "{refused}");
+    assert_eq!(bench.control.info().unwrap().state, VmState::Running);
+    bench.control.pause().unwrap();
+    bench.control.resume().unwrap();
+    bench.finish();
+}

@@ -21,6 +21,17 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    /// The very file that the machine was booted from holds something else.
+    #[error(
+        "{what} {path} was written to since the machine was booted: it starts again only from what it was booted with; \
+         shutdown and boot take the file as it is now"
+    )]
+    Changed {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is no kernel.
     #[error("{path} is not a kernel: it is neither an ELF vmlinux nor a bzImage; give a distribution's vmlinuz")]
     NotAKernel {

@@ -1,8 +1,12 @@
 //! Reads kernel and initramfs into guest memory.
+//!
+//! Their files are opened once for a machine and read again at each reset: a reset starts what the machine was booted with,
+//! also where the names have been removed or given to other files since.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
@@ -57,17 +61,47 @@ pub(super) struct Initramfs {
     pub(super) span: Span,
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
-    let failed = |source| BootError::Read { what, path: path.into(), source };
-    let file = File::open(path).map_err(failed)?;
-    if !file.metadata().map_err(failed)?.is_file() {
-        return Err(failed(std::io::Error::other("it is not a regular file")));
+/// A file that a machine boots from, held open.
+#[derive(Debug)]
+pub(super) struct BootFile {
+    what: &'static str,
+    path: PathBuf,
+    file: File,
+    /// Length and time of the last change when it was opened.
+    was: (u64, SystemTime),
+}
+
+impl BootFile {
+    pub(super) fn open(what: &'static str, path: &Path) -> Result<Self, BootError> {
+        let failed = |source| BootError::Read { what, path: path.into(), source };
+        let file = File::open(path).map_err(failed)?;
+        if !file.metadata().map_err(failed)?.is_file() {
+            return Err(failed(std::io::Error::other("it is not a regular file")));
+        }
+        let was = version(&file).map_err(failed)?;
+        Ok(Self { what, path: path.into(), file, was })
     }
-    Ok(file)
+
+    /// Whether it is still what was opened: somebody may have written into the very same file.
+    ///
+    /// # Errors
+    /// [`BootError::Changed`].
+    pub(super) fn check(&self) -> Result<(), BootError> {
+        match version(&self.file) {
+            Ok(now) if now == self.was => Ok(()),
+            Ok(_) => Err(BootError::Changed { what: self.what, path: self.path.clone() }),
+            Err(source) => Err(BootError::Read { what: self.what, path: self.path.clone(), source }),
+        }
+    }
+}
+
+fn version(file: &File) -> std::io::Result<(u64, SystemTime)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.len(), metadata.modified()?))
 }
 
 /// Reads up to `into.len()` bytes at `offset`; a short file gives fewer.
-fn peek(file: &mut File, path: &Path, offset: u64, into: &mut [u8]) -> Result<usize, BootError> {
+fn peek(mut file: &File, path: &Path, offset: u64, into: &mut [u8]) -> Result<usize, BootError> {
     let failed = |source| BootError::Read { what: "kernel", path: path.into(), source };
     file.seek(SeekFrom::Start(offset)).map_err(failed)?;
     let mut filled = 0;
@@ -85,20 +119,22 @@ fn low_end(ram: &[Span]) -> u64 {
     ram.first().map_or(0, |span| span.end())
 }
 
-pub(super) fn load_kernel(path: &Path, memory: &GuestMemoryMmap, ram: &[Span]) -> Result<Kernel, BootError> {
-    let mut file = open("kernel", path)?;
+pub(super) fn load_kernel(from: &BootFile, memory: &GuestMemoryMmap, ram: &[Span]) -> Result<Kernel, BootError> {
+    let BootFile { path, file, .. } = from;
+    // Of the same open file, with which it shares its position: each of these says where it reads.
+    let own = || file.try_clone().map_err(|source| BootError::Read { what: "kernel", path: path.clone(), source });
     let mut magic = [0; 4];
-    let elf = peek(&mut file, path, 0, &mut magic)? == 4 && magic == *b"\x7fELF";
+    let elf = peek(file, path, 0, &mut magic)? == 4 && magic == *b"\x7fELF";
     let kernel = if elf {
-        let kernel = load_elf(path, &mut file, memory)?;
-        blank::unfilled(&file, memory, low_end(ram));
+        let kernel = load_elf(path, &mut own()?, memory)?;
+        blank::unfilled(file, memory, low_end(ram));
         kernel
     } else {
-        let found = peek(&mut file, path, BZIMAGE_MAGIC.0, &mut magic)? == 4 && magic == BZIMAGE_MAGIC.1;
+        let found = peek(file, path, BZIMAGE_MAGIC.0, &mut magic)? == 4 && magic == BZIMAGE_MAGIC.1;
         if !found {
             return Err(BootError::NotAKernel { path: path.into() });
         }
-        load_bzimage(path, &mut file, memory)?
+        load_bzimage(path, &mut own()?, memory)?
     };
     let have = low_end(ram);
     if kernel.end > have {
@@ -152,13 +188,15 @@ fn load_bzimage(path: &Path, file: &mut File, memory: &GuestMemoryMmap) -> Resul
 
 /// Puts the initramfs as high as it may be, so that the kernel has room to unpack itself below.
 pub(super) fn load_initramfs(
-    path: &Path,
+    from: &BootFile,
     memory: &GuestMemoryMmap,
     ram: &[Span],
     kernel: &Kernel,
 ) -> Result<Initramfs, BootError> {
+    let BootFile { path, file, .. } = from;
     let failed = |source| BootError::Read { what: "initramfs", path: path.into(), source };
-    let mut file = open("initramfs", path)?;
+    let mut file = file.try_clone().map_err(failed)?;
+    file.rewind().map_err(failed)?;
     let len = file.metadata().map_err(failed)?.len();
     let top = low_end(ram).min(kernel.initramfs_end_max) & !(PAGE - 1);
     let start = top.checked_sub(len).map(|start| start & !(PAGE - 1)).filter(|start| *start >= kernel.end);

@@ -51,17 +51,51 @@ pub struct BootSource {
     pub command_line: String,
 }
 
+/// The files of a [`BootSource`], held open as long as the machine lives.
+#[derive(Debug)]
+pub struct BootFiles {
+    kernel: image::BootFile,
+    initramfs: Option<image::BootFile>,
+}
+
+impl BootFiles {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// [`BootError::Read`].
+    pub fn open(source: &BootSource) -> Result<Self, BootError> {
+        let kernel = image::BootFile::open("kernel", &source.kernel)?;
+        let initramfs = source.initramfs.as_deref().map(|path| image::BootFile::open("initramfs", path)).transpose()?;
+        Ok(Self { kernel, initramfs })
+    }
+
+    /// Whether they are still what the machine was booted with. Files that were removed or replaced are: they are held.
+    ///
+    /// # Errors
+    /// [`BootError::Changed`], when somebody has written into one.
+    pub fn check(&self) -> Result<(), BootError> {
+        self.kernel.check()?;
+        self.initramfs.as_ref().map_or(Ok(()), image::BootFile::check)
+    }
+}
+
 /// Loads everything into RAM at `ram` and gives the state of the boot processor. `rsdp` is where the ACPI tables start.
 ///
 /// # Errors
 /// When a file cannot be read, is not what it is said to be, or does not fit.
-pub fn load(source: &BootSource, memory: &GuestMemoryMmap, ram: &[Span], rsdp: u64) -> Result<CpuState, BootError> {
-    let kernel = image::load_kernel(&source.kernel, memory, ram)?;
-    let initramfs = match &source.initramfs {
-        Some(path) => Some(image::load_initramfs(path, memory, ram, &kernel)?),
+pub fn load(
+    files: &BootFiles,
+    command_line: &str,
+    memory: &GuestMemoryMmap,
+    ram: &[Span],
+    rsdp: u64,
+) -> Result<CpuState, BootError> {
+    let kernel = image::load_kernel(&files.kernel, memory, ram)?;
+    let initramfs = match &files.initramfs {
+        Some(file) => Some(image::load_initramfs(file, memory, ram, &kernel)?),
         None => None,
     };
-    entry::command_line(&source.command_line, memory, kernel.command_line_max)?;
+    entry::command_line(command_line, memory, kernel.command_line_max)?;
     let map = memory_map(ram);
     match kernel.entry {
         image::Entry::Pvh(rip) => entry::pvh(memory, rip, initramfs, &map, rsdp),
