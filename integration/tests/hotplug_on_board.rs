@@ -279,6 +279,28 @@ fn a_guest_that_does_not_answer_keeps_the_device() -> Result<()> {
     Ok(())
 }
 
+/// A guest that was just coming up took the request, had nobody to give it to, and never let the device go. It is asked
+/// again by itself within the limit; and what it has not taken yet stays the one request that it is.
+#[test]
+fn a_guest_that_has_lost_the_request_is_asked_again() -> Result<()> {
+    let mut rig = Rig::new()?;
+    let tally = Tally::default();
+    rig.machine.plug(tally.device("a", Fate::default()))?;
+    rig.machine.unplug("a", PATIENCE / 2)?;
+    for _ in 0..2 {
+        assert_eq!(rig.get(LEAVING), 1 << 1);
+        rig.put(LEAVING, 1 << 1);
+        while rig.get(LEAVING) == 0 {
+            // As its thread does: it sleeps until the machine wants to be looked after.
+            let next = rig.machine.unplug_deadline().context("nobody looks after it")?;
+            std::thread::sleep(next.saturating_duration_since(Instant::now()));
+            assert!(rig.machine.settle().is_empty(), "within the limit");
+        }
+    }
+    rig.eject(1);
+    rig.gone("a", true)
+}
+
 /// Time in which the guest cannot answer does not count, and a device may come and be asked to go meanwhile.
 #[test]
 fn limits_do_not_run_while_the_machine_stands() -> Result<()> {

@@ -8,7 +8,8 @@
 //! answer within the limit keeps the device and the request is withdrawn. A guest that lets a device go unasked, busy or
 //! not, has pulled it out by itself: it goes the same way.
 //!
-//! The limit does not run while the machine stands. A guest that is not up yet finds the request when it is.
+//! The limit does not run while the machine stands. A guest that is not up yet finds the request when it is. One that is
+//! just coming up may take the request and have nobody to give it to: as long as the limit runs, the guest is asked again.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -22,6 +23,9 @@ use super::{BoardError, BuildError, BuiltDevice, DeviceBuilder, LifeError, Machi
 
 /// How long a device that was let go has to stop before it uses force.
 const STOP_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often a guest that has taken a request and is silent is asked within the limit (every 5 s of the usual minute). Not
+/// more often: one that is asked while it lets the device go looks a second time, and finds nothing.
+const ASKS: u32 = 12;
 
 /// Why a device was not plugged in. Nothing of it is left.
 #[derive(Debug, Error)]
@@ -81,7 +85,7 @@ pub enum UnplugEvent {
 /// What a device that leaves is at.
 enum Leaving {
     /// The guest was asked.
-    Asked { place: DevFn, deadline: Instant },
+    Asked { place: DevFn, deadline: Instant, again: Instant, every: Duration },
     /// The guest has let it go; its thread says when it has ended.
     Ending { place: DevFn, asked: bool, thread: Option<JoinHandle<()>> },
 }
@@ -195,8 +199,10 @@ impl Machine {
         }
         drop(hotplug);
         tracing::info!(device = name, slot = place.slot(), "the guest is asked to let a device go");
-        let deadline = self.hotplug.frozen.unwrap_or_else(Instant::now) + limit;
-        self.hotplug.leaving.insert(name.into(), Leaving::Asked { place, deadline });
+        let now = self.hotplug.frozen.unwrap_or_else(Instant::now);
+        let every = limit / ASKS;
+        let asked = Leaving::Asked { place, deadline: now + limit, again: now + every, every };
+        self.hotplug.leaving.insert(name.into(), asked);
         Ok(())
     }
 
@@ -219,7 +225,7 @@ impl Machine {
     /// [`MachineEvent::Ejected`] and [`MachineEvent::Departed`].
     pub fn unplug_deadline(&self) -> Option<Instant> {
         let asked = self.hotplug.leaving.values().filter_map(|leaving| match leaving {
-            Leaving::Asked { deadline, .. } => Some(*deadline),
+            Leaving::Asked { deadline, again, .. } => Some((*deadline).min(*again)),
             Leaving::Ending { .. } => None,
         });
         asked.min().filter(|_| self.hotplug.frozen.is_none())
@@ -235,8 +241,9 @@ impl Machine {
         let Some(since) = self.hotplug.frozen.take() else { return };
         let stood = since.elapsed();
         for leaving in self.hotplug.leaving.values_mut() {
-            if let Leaving::Asked { deadline, .. } = leaving {
+            if let Leaving::Asked { deadline, again, .. } = leaving {
                 *deadline += stood;
+                *again += stood;
             }
         }
     }
@@ -247,6 +254,7 @@ impl Machine {
         let mut events = self.finish_ends();
         if self.hotplug.frozen.is_none() {
             events.extend(self.withdraw_late());
+            self.ask_again();
         }
         events
     }
@@ -326,11 +334,25 @@ impl Machine {
         events
     }
 
+    /// Asks a guest once more that has taken the request and let nothing go. Where it has not taken it yet, that changes
+    /// nothing: it is one bit.
+    fn ask_again(&mut self) {
+        let now = Instant::now();
+        for (name, leaving) in &mut self.hotplug.leaving {
+            let Leaving::Asked { place, again, every, .. } = leaving else { continue };
+            if *again <= now {
+                *again = now + *every;
+                tracing::debug!(device = name, slot = place.slot(), "the guest is asked again to let a device go");
+                self.board.hotplug().ask_to_leave(place.slot());
+            }
+        }
+    }
+
     /// Gives up asking for devices that the guest did not let go in time.
     fn withdraw_late(&mut self) -> Vec<UnplugEvent> {
         let now = Instant::now();
         let late = |leaving: &Leaving| match leaving {
-            Leaving::Asked { place, deadline } if *deadline <= now => Some(*place),
+            Leaving::Asked { place, deadline, .. } if *deadline <= now => Some(*place),
             _ => None,
         };
         let late: Vec<(String, DevFn)> =
