@@ -71,7 +71,7 @@ fn additions() -> [(&'static str, Value); 8] {
         ("vm.add-vsock", json!({ "cid": 3, "socket": "/v.sock", "id": "v" })),
         ("vm.add-generic-vhost-user", json!({ "device_type": 4, "socket": "/g", "queue_sizes": [64], "id": "g" })),
         ("vm.add-device", json!({ "path": "/sys/bus/pci/devices/0000:01:00.0", "id": "p" })),
-        ("vm.add-user-device", json!({ "socket": "/u", "id": "u" })),
+        ("vm.add-user-device", json!({ "socket": "/u", "id": "u", "pci_segment": 0, "pci_device_id": null })),
         ("vm.add-nvme", json!({ "path": "/n", "id": "m" })),
     ]
 }
@@ -191,6 +191,8 @@ fn mistakes(tour: &mut Tour) {
         ),
         ("vm.add-device", "path", json!({ "id": "d" })),
         ("vm.add-user-device", "socket", json!({ "id": "d" })),
+        ("vm.add-user-device", "num_queues", json!({ "socket": "/u", "num_queues": 4 })),
+        ("vm.add-user-device", "pci_segment=1", json!({ "socket": "/u", "pci_segment": 1 })),
         ("vm.add-nvme", "path", json!({ "path": 7 })),
         ("vm.add-device", "0000:01:00.0", json!({ "path": "/dev/null" })),
         ("vm.remove-device", "id", json!({ "id": 7 })),

@@ -275,9 +275,28 @@ impl DeviceConfig {
             }
             Self::User(device) => {
                 check_unplug(device.on_failure)?;
+                if let Some(segment) = device.pci_segment.filter(|segment| *segment != 0) {
+                    return Err(format!(
+                        "pci_segment={segment} is not supported: there is one PCI segment; leave it out"
+                    ));
+                }
+                if let Some(slot) = device.pci_device_id {
+                    return Err(format!(
+                        "pci_device_id={slot} is not supported: devices get the next free slot; leave it out"
+                    ));
+                }
+                if device.iommu {
+                    return Err("iommu=true is not supported: a vfio-user device reaches all of the guest's memory; \
+                                leave it out"
+                        .into());
+                }
                 check_socket(&device.socket)
             }
             Self::Passthrough(function) => match function.bdf() {
+                Some(bdf) if function.path.parent().is_none_or(|folder| folder.as_os_str().is_empty()) => Err(format!(
+                    "path={} is a function's address, and its folder is wanted: path=/sys/bus/pci/devices/{bdf}",
+                    function.path.display()
+                )),
                 Some(_) => Ok(()),
                 None if [IOMMUFD, VFIO_FILES].iter().any(|at| function.path.starts_with(at)) => Err(format!(
                     "path={} is a file of iommufd, which is not supported: give the function's folder, \

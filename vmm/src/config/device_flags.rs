@@ -440,7 +440,8 @@ impl UserDeviceConfig {
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
         let read = || {
             let options = Options::parse(text, &["socket", "on_failure", "id"], &USER_TOLERATED)?;
-            Ok(Self { id: options.get("id")?, socket: options.need("socket")?, on_failure: on_failure(&options)? })
+            let (id, socket) = (options.get("id")?, options.need("socket")?);
+            Ok(Self { id, socket, on_failure: on_failure(&options)?, ..Self::default() })
         };
         device(option, text, read, DeviceConfig::User)
     }
@@ -585,6 +586,8 @@ mod tests {
             let error = DiskConfig::from_flag("--disk", text).unwrap_err().to_string();
             assert!(error.contains(expected) && error.starts_with(&format!("--disk {text}: ")), "{text}: {error}");
         }
+        let bare = PassthroughConfig::from_flag("--device", "path=00:02.0").unwrap_err().to_string();
+        assert!(bare.contains("is wanted: path=/sys/bus/pci/devices/0000:00:02.0"), "{bare}");
         for refused in ["iommu=on", "isolation=copy"] {
             let nvme = NvmeConfig::from_flag("--nvme", &format!("path=a,{refused}")).unwrap_err();
             let user = UserDeviceConfig::from_flag("--user-device", &format!("socket=a,{refused}")).unwrap_err();

@@ -49,14 +49,25 @@ impl NvmeConfig {
 /// I/O queues of an NVMe disk whose user says nothing of them.
 const NVME_QUEUES: u16 = 4;
 
-/// A PCI device that somebody else's process serves over vfio-user.
+/// A PCI device that somebody else's process serves over vfio-user. Cloud Hypervisor's keys of it are known; those of them
+/// that have no meaning here can ask for nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct UserDeviceConfig {
     /// Its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// Where the server listens.
     pub socket: PathBuf,
+    /// The only PCI segment, 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_segment: Option<u16>,
+    /// Its slot, which Atoll chooses: nothing can be said here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
+    /// It reaches all of guest memory: `false`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub iommu: bool,
     /// What becomes of it when its server cannot be had again.
     #[serde(default, skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,

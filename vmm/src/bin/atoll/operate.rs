@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use atoll_vmm::api::{Client, ClientError, Method, own_inherited};
+use atoll_vmm::api::{Client, ClientError, Method};
 use atoll_vmm::config::{ConsoleConfig, DeviceConfig, bytes_of};
 use atoll_vmm::lifecycle::{DeviceReport, DeviceState, VmInfo, VmState};
 use atoll_vmm::rundir::{RunRoot, RunningVm};
@@ -16,8 +16,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::described;
+use crate::run::{GROUP, RunError, TAP, inherited};
+use crate::table;
 use crate::target::{self, Machine, ROOT};
-use crate::{run::RunError, table};
 use atoll_vmm::machine::LinkState;
 
 /// How long `ps` waits for each machine.
@@ -242,7 +243,7 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
         DeviceConfig::Disk(disk) => ("vm.add-disk", json!(disk)),
         DeviceConfig::Net(net) => {
             for fd in net.fds.iter().flatten() {
-                descriptors.push(own_inherited(*fd).with_context(|| format!("{command} {keys}: fd {fd} is not open"))?);
+                descriptors.push(inherited(command, *fd, TAP)?);
             }
             ("vm.add-net", json!(net))
         }
@@ -253,7 +254,7 @@ pub(crate) fn add(command: &'static str, name: &str, keys: &str) -> Result<(), R
         DeviceConfig::User(device) => ("vm.add-user-device", json!(device)),
         DeviceConfig::Passthrough(function) => {
             if let Some(fd) = function.fd {
-                descriptors.push(own_inherited(fd).with_context(|| format!("{command} {keys}: fd {fd} is not open"))?);
+                descriptors.push(inherited(command, fd, GROUP)?);
             }
             ("vm.add-device", json!(function))
         }

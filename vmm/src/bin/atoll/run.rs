@@ -1,6 +1,7 @@
 //! `run`: from the description of a machine to its end.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,26 +51,29 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> RunError {
     RunError::Failed(error.into())
 }
 
+/// What a descriptor is to be, and how a shell opens it for a command.
+pub(crate) const TAP: &str = "the card's TAP, open: 9<>/dev/tapN behind the command, with fd=9 in it";
+pub(crate) const GROUP: &str = "the function's group, open: 9<>/dev/vfio/GROUP behind the command, with fd=9 in it";
+
+/// Takes a descriptor that this process was started with; `wanted` is what it should be.
+pub(crate) fn inherited(option: &str, fd: i32, wanted: &str) -> Result<OwnedFd, UsageError> {
+    let why = match fd {
+        ..0 => "a descriptor is a number from 0 on",
+        _ => "atoll was started without a descriptor of that number",
+    };
+    own_inherited(fd).ok_or_else(|| UsageError::Where(format!("{option} fd={fd}: {why}; pass {wanted}")))
+}
+
 /// Takes the descriptors that `--net fd=` and `--device fd=` name.
 fn take_descriptors(vm: &mut VmConfig) -> Result<(), UsageError> {
     for net in vm.net.iter_mut().flatten() {
         for fd in net.fds.iter().flatten() {
-            let own = own_inherited(*fd).ok_or_else(|| {
-                UsageError::Where(format!(
-                    "--net fd={fd}: no such descriptor is open; pass it to atoll, as in {fd}<>/dev/…"
-                ))
-            })?;
-            net.descriptors.0.push(Arc::new(own));
+            net.descriptors.0.push(Arc::new(inherited("--net", *fd, TAP)?));
         }
     }
     for function in vm.devices.iter_mut().flatten() {
         if let Some(fd) = function.fd {
-            let own = own_inherited(fd).ok_or_else(|| {
-                UsageError::Where(format!(
-                    "--device fd={fd}: no such descriptor is open; pass the function's group to atoll, as in {fd}<>/dev/vfio/7"
-                ))
-            })?;
-            function.group.0.push(Arc::new(own));
+            function.group.0.push(Arc::new(inherited("--device", fd, GROUP)?));
         }
     }
     Ok(())
