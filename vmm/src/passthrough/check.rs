@@ -121,6 +121,12 @@ pub struct Report {
     pub findings: Vec<Finding>,
 }
 
+/// With its article.
+fn one(kind: &str) -> String {
+    let article = if matches!(kind, "NVMe disk" | "ISA bridge" | "SMBus" | "accelerator") { "an" } else { "a" };
+    format!("{article} {kind}")
+}
+
 /// A class in a word (PCI code and ID assignment, base class and subclass).
 fn kind(class: u32) -> &'static str {
     match (class >> 16, class >> 8 & 0xff) {
@@ -153,6 +159,18 @@ fn list<T: ToString>(items: impl IntoIterator<Item = T>) -> String {
     items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
 }
 
+/// How the IOMMU of a host is switched on, by who made its processor.
+pub fn switch_on(cpu: Cpu) -> String {
+    match cpu {
+        Cpu::Intel => format!("switch VT-d on in the firmware's setup, then: {}", boot_parameter("intel_iommu=on")),
+        Cpu::Amd => "switch IOMMU (AMD-Vi) on in the firmware's setup; Linux needs no parameter for it".to_owned(),
+        Cpu::Other => {
+            "in a virtual machine, have its host give it a virtual IOMMU (QEMU: -device intel-iommu,intremap=on)"
+                .to_owned()
+        }
+    }
+}
+
 /// A parameter put on the kernel's command line for good.
 fn boot_parameter(parameter: &str) -> String {
     format!(
@@ -183,17 +201,33 @@ impl Checks<'_> {
     }
 
     fn function(&mut self) {
-        let kind = kind(self.function.class);
+        let kind = one(kind(self.function.class));
         if self.function.is_bridge() {
             let remedy = "pass through a device behind it: atoll vfio check";
-            self.fail(Topic::Function, format!("a {kind}, which belongs to the host"), remedy);
+            self.fail(Topic::Function, format!("{kind}, which belongs to the host"), remedy);
         } else if self.function.boot_vga {
             let remedy =
                 "boot the host from another display adapter (a setting of the firmware), or use it without a screen";
-            self.warn(Topic::Function, format!("a {kind}, and the host's screen is on it"), remedy);
+            self.warn(Topic::Function, format!("{kind}, and the host's screen is on it"), remedy);
         } else {
-            self.ok(Topic::Function, format!("a {kind}"));
+            self.ok(Topic::Function, kind);
         }
+        // What hangs on those below says so itself; of the rest nothing is known here.
+        let told = ["resource", "reset_method", "sriov_totalvfs"];
+        let others: Vec<&str> = self.function.unreadable.iter().copied().filter(|name| !told.contains(name)).collect();
+        if !others.is_empty() {
+            self.unreadable(Topic::Function, &list(others));
+        }
+    }
+
+    /// An attribute is there and could not be read: what it would say is not known.
+    fn unreadable(&mut self, topic: Topic, what: &str) {
+        let remedy = format!("sudo atoll vfio check {}", self.function.bdf);
+        self.warn(topic, format!("not known: {what} cannot be read"), remedy);
+    }
+
+    fn lacks(&self, attribute: &str) -> bool {
+        self.function.unreadable.contains(&attribute)
     }
 
     fn iommu(&mut self) {
@@ -218,19 +252,7 @@ impl Checks<'_> {
                 "switch VT-d on in the firmware's setup; a processor or board without it cannot pass devices through"
                     .to_owned(),
             ),
-            (None, Cpu::Intel) => (
-                "none is on".to_owned(),
-                format!("switch VT-d on in the firmware's setup, then: {}", boot_parameter("intel_iommu=on")),
-            ),
-            (None, Cpu::Amd) => (
-                "none is on".to_owned(),
-                "switch IOMMU (AMD-Vi) on in the firmware's setup; Linux needs no parameter for it".to_owned(),
-            ),
-            (None, Cpu::Other) => (
-                "none is on".to_owned(),
-                "in a virtual machine, have its host give it a virtual IOMMU (QEMU: -device intel-iommu,intremap=on)"
-                    .to_owned(),
-            ),
+            (None, cpu) => ("no IOMMU is switched on".to_owned(), switch_on(cpu)),
         };
         self.fail(Topic::Iommu, found, remedy);
     }
@@ -267,10 +289,17 @@ impl Checks<'_> {
             list(told)
         };
         if !in_the_way.is_empty() {
-            let commands: Vec<String> = in_the_way.iter().map(|bdf| format!("sudo atoll vfio bind {bdf}")).collect();
+            // A bridge is the host's, and VFIO is content when nothing drives it.
+            let freed = |bdf: &Bdf| match self.host.functions.get(bdf) {
+                Some(Function { driver: Some(driver), .. }) if self.is_bridge(*bdf) => {
+                    format!("echo {bdf} | sudo tee /sys/bus/pci/drivers/{driver}/unbind")
+                }
+                _ => format!("sudo atoll vfio bind {bdf}"),
+            };
+            let commands: Vec<String> = in_the_way.iter().map(freed).collect();
             let found = format!("group {number} is shared with {}", about(&in_the_way));
             let remedy = format!(
-                "give all of them to VFIO, so that the host loses them too: {}; or plug the device into another slot",
+                "take all of them from the host: {}; or plug the device into another slot",
                 commands.join(" && ")
             );
             self.fail(Topic::Group, found, remedy);
@@ -283,6 +312,10 @@ impl Checks<'_> {
         } else {
             self.ok(Topic::Group, format!("group {number}, alone but for bridges"));
         }
+    }
+
+    fn is_bridge(&self, bdf: Bdf) -> bool {
+        self.host.functions.get(&bdf).is_some_and(Function::is_bridge)
     }
 
     fn ports(&self) -> Vec<(Bdf, Acs)> {
@@ -350,6 +383,9 @@ impl Checks<'_> {
     }
 
     fn reset(&mut self) {
+        if self.lacks("reset_method") {
+            return self.unreadable(Topic::Reset, "reset_method");
+        }
         let methods = &self.function.reset_methods;
         let told = list(methods);
         match methods.first().map(String::as_str) {
@@ -373,6 +409,9 @@ impl Checks<'_> {
     }
 
     fn bars(&mut self) {
+        if self.lacks("resource") {
+            return self.unreadable(Topic::Bars, "resource");
+        }
         let big = |region: &&Region| match (region.io, region.wide) {
             (true, _) => region.bytes > layout::PCI_IO.len,
             (false, true) => region.bytes > layout::MMIO64.len,
@@ -415,6 +454,9 @@ impl Checks<'_> {
     }
 
     fn sriov(&mut self) {
+        if self.lacks("sriov_totalvfs") {
+            return self.unreadable(Topic::Sriov, "sriov_totalvfs");
+        }
         if let Some(physical) = self.function.physical {
             let driver = self.host.functions.get(&physical).and_then(|function| function.driver.clone());
             let driver = driver.unwrap_or_else(|| "no driver".into());
@@ -462,15 +504,18 @@ pub fn check(host: &Host, bdf: Bdf, caller: &Caller) -> Result<Report, HostError
     let group = function.group.and_then(|number| Some((number, host.groups.get(&number)?)));
     let mut checks = Checks { host, function, group, caller, findings: Vec::new() };
     checks.function();
-    checks.iommu();
-    checks.group();
-    checks.acs();
-    checks.driver();
-    checks.reset();
-    checks.bars();
-    checks.interrupts();
-    checks.sriov();
-    checks.access();
+    // A bridge stays with the host: how it could be given away is nobody's question.
+    if !function.is_bridge() {
+        checks.iommu();
+        checks.group();
+        checks.acs();
+        checks.driver();
+        checks.reset();
+        checks.bars();
+        checks.interrupts();
+        checks.sriov();
+        checks.access();
+    }
     let acs = checks.ports();
     let findings = checks.findings;
     Ok(Report {

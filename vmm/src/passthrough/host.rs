@@ -38,6 +38,14 @@ pub enum HostError {
     /// There is no such function.
     #[error("there is no PCI function {0}; `atoll vfio check` lists all")]
     NoFunction(Bdf),
+    /// There is, and it cannot be read what it is.
+    #[error("{bdf}: {what} cannot be read; root can: sudo atoll vfio check {bdf}")]
+    Unreadable {
+        /// Which.
+        bdf: Bdf,
+        /// The attribute.
+        what: &'static str,
+    },
 }
 
 /// Who wants to open the device.
@@ -78,6 +86,18 @@ pub enum Cpu {
     Amd,
     /// Another.
     Other,
+}
+
+impl Cpu {
+    /// As the kernel's `/proc/cpuinfo` says.
+    pub fn of(cpuinfo: &str) -> Self {
+        let vendor = cpuinfo.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(':'));
+        match vendor.map(|pair| pair.1.trim()) {
+            Some("GenuineIntel") => Self::Intel,
+            Some("AuthenticAMD" | "HygonGenuine") => Self::Amd,
+            _ => Self::Other,
+        }
+    }
 }
 
 /// A stretch of addresses that a function has; none that is empty.
@@ -124,6 +144,8 @@ pub struct Function {
     pub capabilities: Capabilities,
     /// The functions on the way to it from the root, the nearest last.
     pub path: Vec<Bdf>,
+    /// Attributes that are there and could not be read.
+    pub unreadable: Vec<&'static str>,
 }
 
 impl Function {
@@ -154,6 +176,8 @@ pub struct Host {
     pub iommus: Vec<String>,
     /// All functions.
     pub functions: BTreeMap<Bdf, Function>,
+    /// Functions that are there, and what of them cannot be read so that nothing can be said of them.
+    pub unreadable: BTreeMap<Bdf, &'static str>,
     /// All groups.
     pub groups: BTreeMap<u32, Group>,
     /// Interrupts are remapped.
@@ -180,12 +204,38 @@ pub(super) fn link_name(path: &Path) -> Option<String> {
     Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
 }
 
-fn hex(path: &Path) -> Option<u64> {
-    u64::from_str_radix(text(path)?.trim_start_matches("0x"), 16).ok()
+/// Attributes of one function, and which of them could not be read though they are there.
+struct Attributes<'a> {
+    folder: &'a Path,
+    unreadable: Vec<&'static str>,
 }
 
-fn number(path: &Path) -> Option<u32> {
-    text(path)?.parse().ok()
+impl Attributes<'_> {
+    fn bytes(&mut self, name: &'static str, most: u64) -> Option<Vec<u8>> {
+        let mut bytes = Vec::new();
+        let read = File::open(self.folder.join(name)).and_then(|file| file.take(most).read_to_end(&mut bytes));
+        match read {
+            Ok(_) => Some(bytes),
+            // What is there is enough; of some devices reading fails half-way.
+            Err(_) if !bytes.is_empty() => Some(bytes),
+            Err(error) => {
+                // One that is gone, with its function or without, has nothing to say.
+                if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) {
+                    self.unreadable.push(name);
+                }
+                None
+            }
+        }
+    }
+    fn text(&mut self, name: &'static str) -> Option<String> {
+        Some(String::from_utf8(self.bytes(name, FILE_MAX)?).ok()?.trim_end().to_owned())
+    }
+    fn hex(&mut self, name: &'static str) -> Option<u64> {
+        u64::from_str_radix(self.text(name)?.trim_start_matches("0x"), 16).ok()
+    }
+    fn number(&mut self, name: &'static str) -> Option<u32> {
+        self.text(name)?.parse().ok()
+    }
 }
 
 /// Names in a folder, sorted; none when it is not there.
@@ -213,37 +263,39 @@ fn regions(resource: &str) -> Vec<Region> {
     resource.lines().take(6).enumerate().filter_map(read).collect()
 }
 
-fn function(folder: &Path, bdf: Bdf) -> Option<Function> {
-    let id = (hex(&folder.join("vendor"))?, hex(&folder.join("device"))?);
-    let reset_methods = match text(&folder.join("reset_method")) {
+/// What it is; else the attribute that cannot be read and without which nothing can be said, or nothing when it is gone.
+fn function(folder: &Path, bdf: Bdf) -> Result<Function, Option<&'static str>> {
+    let mut has = Attributes { folder, unreadable: Vec::new() };
+    let identity = [has.hex("vendor"), has.hex("device"), has.hex("class")];
+    let [Some(vendor), Some(device), Some(class)] = identity else { return Err(has.unreadable.first().copied()) };
+    let id = (u16::try_from(vendor).map_err(|_| None)?, u16::try_from(device).map_err(|_| None)?);
+    let reset_methods = match has.text("reset_method") {
         Some(methods) => methods.split_whitespace().map(str::to_owned).collect(),
         // Kernels before 5.15 say only whether there is one.
         None if folder.join("reset").exists() => vec!["unnamed".to_owned()],
         None => Vec::new(),
     };
-    let mut config = Vec::new();
-    if let Ok(file) = File::open(folder.join("config")) {
-        // What is there is enough; of some devices reading fails half-way.
-        let _ = file.take(4096).read_to_end(&mut config);
-    }
-    let real = fs::canonicalize(folder).ok()?;
+    let config = has.bytes("config", 4096).unwrap_or_default();
+    let real = fs::canonicalize(folder).map_err(|_| None)?;
     let way = real.components().filter_map(|part| part.as_os_str().to_str()?.parse().ok());
-    let total = number(&folder.join("sriov_totalvfs"));
-    let driver_override = text(&folder.join("driver_override")).filter(|name| !matches!(name.as_str(), "" | "(null)"));
-    Some(Function {
+    let total = has.number("sriov_totalvfs");
+    let now = has.number("sriov_numvfs").unwrap_or(0);
+    let driver_override = has.text("driver_override").filter(|name| !matches!(name.as_str(), "" | "(null)"));
+    Ok(Function {
         bdf,
-        id: (u16::try_from(id.0).ok()?, u16::try_from(id.1).ok()?),
-        class: u32::try_from(hex(&folder.join("class"))?).ok()?,
+        id,
+        class: u32::try_from(class).map_err(|_| None)?,
         driver: link_name(&folder.join("driver")),
         driver_override,
         group: link_name(&folder.join("iommu_group")).and_then(|group| group.parse().ok()),
-        regions: regions(&text(&folder.join("resource")).unwrap_or_default()),
+        regions: regions(&has.text("resource").unwrap_or_default()),
         reset_methods,
         physical: link_name(&folder.join("physfn")).and_then(|name| name.parse().ok()),
-        virtual_functions: total.map(|total| (number(&folder.join("sriov_numvfs")).unwrap_or(0), total)),
-        boot_vga: number(&folder.join("boot_vga")) == Some(1),
+        virtual_functions: total.map(|total| (now, total)),
+        boot_vga: has.number("boot_vga") == Some(1),
         capabilities: Capabilities::read(&config),
         path: way.filter(|part| *part != bdf).collect(),
+        unreadable: has.unreadable,
     })
 }
 
@@ -255,11 +307,15 @@ impl Host {
     pub fn look(root: &Path) -> Result<Self, HostError> {
         let devices = root.join("sys/bus/pci/devices");
         fs::read_dir(&devices).map_err(|source| HostError::NoPci { path: devices.clone(), source })?;
-        let found = names(&devices).into_iter().filter_map(|name| {
-            let bdf = name.parse().ok()?;
-            Some((bdf, function(&devices.join(&name), bdf)?))
-        });
-        let functions: BTreeMap<Bdf, Function> = found.collect();
+        let (mut functions, mut unreadable) = (BTreeMap::new(), BTreeMap::new());
+        for name in names(&devices) {
+            let Ok(bdf) = name.parse::<Bdf>() else { continue };
+            match function(&devices.join(&name), bdf) {
+                Ok(function) => drop(functions.insert(bdf, function)),
+                Err(Some(what)) => drop(unreadable.insert(bdf, what)),
+                Err(None) => {}
+            }
+        }
         let mut groups: BTreeMap<u32, Group> = BTreeMap::new();
         for function in functions.values() {
             if let Some(group) = function.group {
@@ -271,8 +327,6 @@ impl Host {
             group.firmware_memory = reserved.is_some_and(|text| text.lines().any(|line| line.ends_with(" direct")));
         }
         let cpu = text(&root.join("proc/cpuinfo")).unwrap_or_default();
-        let vendor =
-            cpu.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(':')).map(|pair| pair.1.trim());
         let interrupts = text(&root.join("proc/interrupts")).unwrap_or_default();
         let allowed = text(&root.join("sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"));
         Ok(Self {
@@ -284,11 +338,8 @@ impl Host {
                 .any(|word| word.starts_with("IR-") || word.starts_with("INTEL-IR") || word.starts_with("AMD-IR")),
             unsafe_interrupts: allowed.is_some_and(|value| value.starts_with(['Y', 'y', '1'])),
             vfio_loaded: root.join("sys/bus/pci/drivers/vfio-pci").is_dir(),
-            cpu: match vendor {
-                Some("GenuineIntel") => Cpu::Intel,
-                Some("AuthenticAMD" | "HygonGenuine") => Cpu::Amd,
-                _ => Cpu::Other,
-            },
+            cpu: Cpu::of(&cpu),
+            unreadable,
             cmdline: text(&root.join("proc/cmdline")).unwrap_or_default(),
             root: root.to_owned(),
         })
@@ -304,7 +355,10 @@ impl Host {
     /// # Errors
     /// When there is none.
     pub fn function(&self, bdf: Bdf) -> Result<&Function, HostError> {
-        self.functions.get(&bdf).ok_or(HostError::NoFunction(bdf))
+        self.functions.get(&bdf).ok_or_else(|| match self.unreadable.get(&bdf) {
+            Some(what) => HostError::Unreadable { bdf, what },
+            None => HostError::NoFunction(bdf),
+        })
     }
 
     /// The folder of a function.

@@ -168,7 +168,73 @@ fn a_desktop_without_acs_shares_its_group() {
     let disk = tree.check("0000:03:00.0");
     expect(&disk, Topic::InUse, Verdict::Warn, "nvme0n1 is mounted at /home", "umount");
     let bridge = tree.check("00:1c.0");
-    expect(&bridge, Topic::Function, Verdict::Fail, "belongs to the host", "behind it");
+    expect(&bridge, Topic::Function, Verdict::Fail, "a bridge, which belongs to the host", "behind it");
+    let told: Vec<&str> = bridge.findings.iter().filter_map(|finding| finding.remedy.as_deref()).collect();
+    assert!(told.iter().all(|remedy| !remedy.contains("bind")), "a bridge is nothing to give away: {told:?}");
+    expect(&disk, Topic::Function, Verdict::Ok, "an NVMe disk", "");
+}
+
+/// A bridge with a driver of its own in the group is in VFIO's way; it is not VFIO's for that.
+#[test]
+fn a_bridge_in_the_way_is_let_go() {
+    let tree = Tree::new("GenuineIntel", "intel_iommu=on", "IR-PCI-MSI").iommu("dmar0").vfio();
+    let tree = tree.function(&["0000:00:1f.0"], "8086:a304", "060100", "lpc_ich", Some(12), &[0; 64]).function(
+        &["0000:00:1f.3"],
+        "8086:a348",
+        "040300",
+        "vfio-pci",
+        Some(12),
+        &[0; 64],
+    );
+    let remedy = "echo 0000:00:1f.0 | sudo tee /sys/bus/pci/drivers/lpc_ich/unbind";
+    expect(&tree.check("00:1f.3"), Topic::Group, Verdict::Fail, "ISA bridge, lpc_ich", remedy);
+}
+
+/// What cannot be read is said to be so: a device without BARs or without a reset is something else.
+#[test]
+fn what_cannot_be_read_is_not_absent() {
+    let tree = intel_desktop();
+    let spoil = |bdf: &str, file: &str| {
+        let folder = fs::canonicalize(tree.at("sys/bus/pci/devices").join(bdf)).unwrap();
+        let _ = fs::remove_file(folder.join(file));
+        // Reading a folder fails for root, too.
+        fs::create_dir(folder.join(file)).unwrap();
+    };
+    for file in ["resource", "reset_method", "sriov_totalvfs", "boot_vga"] {
+        spoil("0000:02:00.0", file);
+    }
+    let card = tree.check("02:00.0");
+    for (topic, file) in [(Topic::Bars, "resource"), (Topic::Reset, "reset_method"), (Topic::Sriov, "sriov_totalvfs")] {
+        let finding = card.findings.iter().find(|finding| finding.topic == topic).unwrap();
+        assert_eq!(finding.verdict, Verdict::Warn, "{finding:?}");
+        assert_eq!(finding.found, format!("not known: {file} cannot be read"));
+    }
+    assert!(card.findings.iter().any(|finding| finding.found == "not known: boot_vga cannot be read"), "{card:#?}");
+    spoil("0000:03:00.0", "vendor");
+    let caller = Caller { uid: 0, gids: vec![0] };
+    let error = check(&tree.look(), "03:00.0".parse().unwrap(), &caller).unwrap_err();
+    assert_eq!(error.to_string(), "0000:03:00.0: vendor cannot be read; root can: sudo atoll vfio check 0000:03:00.0");
+}
+
+/// A user attaches a record to a report, and whoever reads it sees what the user saw.
+#[test]
+fn a_record_says_the_same() {
+    let tree = intel_desktop();
+    tree.put("dev/vfio/7", "");
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("copy");
+    let done = record(tree.folder.path(), &copy).unwrap();
+    assert_eq!((done.functions, done.unreadable.as_slice()), (5, &[][..]));
+    let (here, there) = (tree.look(), Host::look(&copy).unwrap());
+    assert_eq!(here.functions, there.functions);
+    let caller = Caller { uid: rustix::process::geteuid().as_raw(), gids: Vec::new() };
+    for bdf in here.functions.keys() {
+        assert_eq!(check(&here, *bdf, &caller).unwrap(), check(&there, *bdf, &caller).unwrap(), "{bdf}");
+    }
+    let again = record(tree.folder.path(), &copy).unwrap_err().to_string();
+    assert!(again.contains("is there already") && again.contains("nothing is overwritten"), "{again}");
+    let nothing = record(&copy.join("nowhere"), &copy.with_extension("other")).unwrap_err();
+    assert!(nothing.to_string().contains("is sysfs mounted"), "{nothing}");
 }
 
 /// A server: every port keeps apart what is behind it; a virtual function has a group of its own.
@@ -223,12 +289,12 @@ fn a_server_gives_a_virtual_function_away() {
 #[test]
 fn without_an_iommu_the_way_to_one_is_named() {
     for (vendor, cmdline, iommu, found, remedy) in [
-        ("GenuineIntel", "", None, "none is on", "intel_iommu=on"),
+        ("GenuineIntel", "", None, "no IOMMU is switched on", "intel_iommu=on"),
         ("GenuineIntel", "intel_iommu=on", None, "and no IOMMU", "VT-d"),
         ("GenuineIntel", "quiet intel_iommu=off", None, "switched off by intel_iommu=off", "sed -i"),
-        ("AuthenticAMD", "", None, "none is on", "AMD-Vi"),
+        ("AuthenticAMD", "", None, "no IOMMU is switched on", "AMD-Vi"),
         ("AuthenticAMD", "amd_iommu=off", None, "amd_iommu=off", "update-grub"),
-        ("TCGTCGTCG", "", None, "none is on", "virtual machine"),
+        ("TCGTCGTCG", "", None, "no IOMMU is switched on", "virtual machine"),
         ("GenuineIntel", "intel_iommu=on", Some("dmar0"), "not behind it", "another"),
     ] {
         let remedy = if remedy == "another" { "slot" } else { remedy };

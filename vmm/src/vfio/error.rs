@@ -29,8 +29,8 @@ pub enum VfioError {
     },
     /// No IOMMU.
     #[error(
-        "{bdf} is in no IOMMU group, so nothing would keep it from the host's memory: switch the IOMMU on (firmware setup, \
-         intel_iommu=on on the kernel's command line); `atoll vfio check {bdf}` says what is missing"
+        "{bdf} is in no IOMMU group, so nothing would keep it from the host's memory: switch the IOMMU on in the \
+         firmware's setup; `atoll vfio check {bdf}` says what else this host needs"
     )]
     NoIommu {
         /// Which.

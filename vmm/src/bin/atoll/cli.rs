@@ -150,6 +150,7 @@ pub(crate) enum Command {
     /// Plugs a PCI function of the host in (the keys of run's --device), or any vhost-user device (those of
     /// --generic-vhost-user).
     #[command(after_help = "Examples:\n  atoll add-device web path=/sys/bus/pci/devices/0000:01:00.0,id=nvme\n  \
+                      atoll add-device web path=/sys/bus/pci/devices/0000:01:00.0,fd=9 9<>/dev/vfio/7\n  \
                       atoll add-device web device_type=rng,socket=/run/rng.sock,queue_sizes=[64]")]
     AddDevice(Plug),
     /// Pulls a device out: asks the guest, and waits until it has let it go.
@@ -308,6 +309,15 @@ pub(crate) enum VfioCommand {
         /// Looks at a copy of another machine's sys, proc and dev.
         #[arg(long, value_name = "FOLDER", default_value = "/", hide_default_value = true)]
         tree: PathBuf,
+    },
+    /// Writes what `vfio check` reads of this host into a new folder, for a report or for another machine: `vfio check --tree
+    /// FOLDER` says there what it says here. The kernel's command line and the table of mounts are in it; look through it before you
+    /// give it away.
+    #[command(after_help = "Example:\n  sudo atoll vfio record host && tar czf host.tar.gz host")]
+    Record {
+        /// The folder; it must not be there.
+        #[arg(value_name = "FOLDER")]
+        folder: PathBuf,
     },
     /// Takes a device from its driver and gives it to vfio-pci. What the host still uses is refused; a step that fails undoes
     /// those before it.
@@ -494,8 +504,8 @@ pub(crate) struct RunArgs {
     /// What is typed and pointed with: keyboard, tablet, mouse, each once.
     #[arg(long, value_name = "KIND", num_args = 1..)]
     pub(crate) input: Vec<String>,
-    /// A PCI function of the host, bound to vfio-pci: path=/sys/bus/pci/devices/0000:01:00.0[,iommu=on][,id=NAME]; `atoll
-    /// vfio check` says what it needs.
+    /// A PCI function of the host, bound to vfio-pci: path=/sys/bus/pci/devices/0000:01:00.0[,iommu=on][,id=NAME]
+    /// [,fd=N of its group, open: fd=9 here and 9<>/dev/vfio/GROUP behind the command]; `atoll vfio check` says what it needs.
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) device: Vec<String>,
     /// Entropy for the guest: src=/dev/urandom, or off.

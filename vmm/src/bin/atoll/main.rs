@@ -208,6 +208,7 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         Command::Console { vm, wait } => done(console::console(&vm.name, *wait)),
         Command::Doctor { json } => Ok(doctor::doctor(*json)?),
         Command::Vfio(VfioCommand::Check { bdf, json, tree }) => Ok(vfio::check(*bdf, *json, tree)?),
+        Command::Vfio(VfioCommand::Record { folder }) => done(vfio::record(folder)),
         Command::Vfio(VfioCommand::Bind { bdf }) => {
             start_plain_log();
             done(vfio::bind(*bdf))

@@ -78,6 +78,18 @@ pub(crate) fn check(bdf: Option<Bdf>, as_json: bool, tree: &Path) -> anyhow::Res
     Ok(u8::from(!report.ready))
 }
 
+/// `vfio record`.
+pub(crate) fn record(folder: &Path) -> anyhow::Result<()> {
+    let done = passthrough::record(Path::new("/"), folder)?;
+    let (shown, functions) = (folder.display(), done.functions);
+    let mut text = format!("{functions} functions are written down in {shown}: atoll vfio check --tree {shown}\n");
+    if let Some(first) = done.unreadable.first() {
+        let (count, first) = (done.unreadable.len(), first.display());
+        text.push_str(&format!("{count} files could not be read, {first} among them: as root there would be more\n"));
+    }
+    print(&text)
+}
+
 /// `vfio bind`.
 pub(crate) fn bind(bdf: Bdf) -> anyhow::Result<()> {
     let host = Host::look(Path::new("/"))?;

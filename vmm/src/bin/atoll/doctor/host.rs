@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use atoll_vmm::passthrough::{Cpu, switch_on};
 use atoll_vmm::rundir::RunRoot;
 use rustix::process::{Resource, getrlimit};
 
@@ -76,13 +77,15 @@ fn entries(folder: &str) -> usize {
 /// IOMMU groups and VFIO.
 pub(super) fn passthrough() -> Vec<Check> {
     let groups = entries("/sys/kernel/iommu_groups");
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let iommu = if groups > 0 {
         Check::ok("iommu", format!("{groups} groups"))
     } else {
         Check::warn(
             "iommu",
             "no groups: devices of this host cannot be given to a guest",
-            "switch VT-d or AMD-Vi on in the firmware and boot with intel_iommu=on; only passthrough needs it",
+            // Of this processor's maker: what the other one needs would only mislead.
+            format!("only passthrough needs it: {}", switch_on(Cpu::of(&cpuinfo))),
         )
     };
     let vfio = if Path::new("/dev/vfio/vfio").exists() {
