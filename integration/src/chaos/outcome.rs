@@ -69,9 +69,17 @@ pub struct Outcome {
     pub census: [Census; 2],
     /// Kills at each step, and those of them that found work in flight.
     pub steps: BTreeMap<&'static str, [u64; 2]>,
+    /// Rounds beyond those that were asked for, at steps that nobody had died at with work in flight.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub aimed_again: u64,
     /// What went wrong, in words.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub words: Vec<String>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What is counted while a campaign runs.
@@ -89,6 +97,8 @@ pub struct Tally {
     pub start_stalls: Vec<Duration>,
     /// Kills at each step.
     pub steps: BTreeMap<&'static str, [u64; 2]>,
+    /// Rounds beyond those that were asked for, at steps that had not been hit with work in flight.
+    pub aimed_again: u64,
     /// What went wrong, in words.
     pub words: Vec<String>,
 }
@@ -154,6 +164,7 @@ impl Outcome {
             images_checked: frame.images_checked,
             census: frame.census,
             steps: tally.steps,
+            aimed_again: tally.aimed_again,
             words,
         }
     }
