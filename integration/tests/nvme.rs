@@ -28,7 +28,7 @@ fn a_guest_lives_on_an_nvme_disk() -> Result<()> {
     server.arg("--socket").arg(&socket).arg("--path").arg(&second).args(["--serial", "second"]);
     let server = Peer::start(&mut server, &socket)?;
     let (mut command, api) = (from_nvme(&guest)?, folder.path().join("api.sock"));
-    command.arg("--nvme").arg(format!("path={},stall_timeout=2", disk.display())).arg("--api-socket").arg(&api);
+    command.arg("--nvme").arg(format!("path={},stall_timeout=2,id=root", disk.display())).arg("--api-socket").arg(&api);
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
     let own = |console: &Console| processes::child_named(console.pid(), "atoll-nvme", STEP);
@@ -46,6 +46,12 @@ fn a_guest_lives_on_an_nvme_disk() -> Result<()> {
         let sums = console.run(&format!("md5sum -c /sum{round}"), STEP)?;
         ensure!(sums.contains("OK"), "{sums}");
     }
+    let figures = inspect(&api, "figures/root")?;
+    let done: u64 = figures["completed"].as_object().context("queues")?.values().filter_map(|n| n.as_u64()).sum();
+    ensure!(figures["counted"] == "rings" && done > 100, "{figures}");
+    let device = inspect(&api, "devices/root")?;
+    let queues = device["queues"].as_array().map_or(0, Vec::len);
+    ensure!(device["recovery"] == "full" && device["generation"] == 4 && queues > 1, "{device}");
     // Plugged in while it runs: two that are there from the start may be numbered either way.
     let keys = format!("socket={},id=second", socket.display());
     let mut plug = Command::new(place::program("atoll")?);
@@ -64,6 +70,61 @@ fn a_guest_lives_on_an_nvme_disk() -> Result<()> {
     drop(server);
     ensure!(begins_with(&second, b"over there")?, "the other server's image has what was written");
     xtask::demo::fsck(&disk)
+}
+
+/// A part of what the machine tells of itself.
+fn inspect(api: &Path, part: &str) -> Result<serde_json::Value> {
+    let told = Command::new(place::program("atoll")?).arg("inspect").arg(api).arg(part).output()?;
+    ensure!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    Ok(serde_json::from_slice(&told.stdout)?)
+}
+
+/// Somebody else's server is killed under the guest's writing, and another one is started. What the first knew is lost; the
+/// guest's driver finds a controller that says "fatal" at its first timeout, resets it and writes again, where it had
+/// aborted and waited as long a second time.
+#[test]
+fn a_foreign_disk_comes_back_anew() -> Result<()> {
+    let guest = images::guest("6.1")?;
+    let folder = tempfile::tempdir()?;
+    let disk = images::copy_of_disk(&guest, folder.path())?;
+    let (socket, second) = (folder.path().join("nvme.sock"), folder.path().join("second.img"));
+    std::fs::File::create(&second)?.set_len(8 << 20)?;
+    let serve = || -> Result<Peer> {
+        let mut server = Command::new(place::program("atoll-nvme")?);
+        server.arg("--socket").arg(&socket).arg("--path").arg(&second).args(["--serial", "second"]);
+        Peer::start(&mut server, &socket)
+    };
+    let server = serve()?;
+    let (mut command, api) = (from_nvme(&guest)?, folder.path().join("api.sock"));
+    command.arg("--nvme").arg(format!("path={}", disk.display())).arg("--api-socket").arg(&api);
+    let mut console = Console::spawn(&mut command)?;
+    console.prompt(BOOT_LIMIT)?;
+    // For disks that come from now on; of itself it is 30.
+    console.run("echo 8 > /sys/module/nvme_core/parameters/io_timeout", STEP)?;
+    let keys = format!("socket={},id=second", socket.display());
+    let mut plug = Command::new(place::program("atoll")?);
+    place::run(plug.args(["add-user-device".as_ref(), api.as_os_str(), keys.as_ref()]))?;
+    console.run("while ! [ -b /dev/nvme1n1 ]; do sleep 0.1; done; sleep 0.5", STEP)?;
+    drop(server);
+    // The next one is to make it anew.
+    let _ = std::fs::remove_file(&socket);
+    console.send("echo over again | dd of=/dev/nvme1n1 bs=512 conv=sync,fsync; echo wri\"\"tten\n")?;
+    std::thread::sleep(Duration::from_millis(500));
+    let _server = serve()?;
+    console.expect("written", STEP)?;
+    console.expect(images::PROMPT, STEP)?;
+    let log = console.run("dmesg | grep -i nvme", STEP)?;
+    eprintln!("{log}");
+    ensure!(log.contains("controller is down; will reset: CSTS=0x2"), "{log}");
+    ensure!(!log.contains("aborting"), "it has not waited twice: {log}");
+    ensure!(begins_with(&second, b"over again")?, "what was lost was written again");
+    let device = inspect(&api, "devices/second")?;
+    ensure!(device["recovery"] == "none" && device["restarts"] == 1, "{device}");
+    console.run("mount -o remount,ro /", STEP)?;
+    console.send("poweroff -f\n")?;
+    let (status, errors) = console.wait(STEP)?;
+    ensure!(status.success(), "{status}: {errors}");
+    Ok(())
 }
 
 fn begins_with(path: &Path, text: &[u8]) -> Result<bool> {

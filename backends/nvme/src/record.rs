@@ -335,6 +335,10 @@ mod tests {
         assert_eq!((offset_of!(Layout, seen), offset_of!(Layout, submissions)), (0x2000, 0x3000));
         assert_eq!((offset_of!(Head, completed), offset_of!(Head, under_way)), (8, 16));
         assert_eq!((size_of::<Submission>(), size_of::<CompletionQueue>(), size_of::<Slot>()), (64, 64, 128));
+        assert_eq!((offset_of!(Layout, completions), offset_of!(Layout, slots)), (0x4040, 0x5080));
+        assert_eq!((offset_of!(Submission, size), offset_of!(Submission, fetched)), (0, 16));
+        assert_eq!((offset_of!(CompletionQueue, size), offset_of!(CompletionQueue, produced)), (0, 24));
+        assert_eq!((offset_of!(Slot, state), offset_of!(Slot, queue), offset_of!(Slot, command)), (0, 4, 32));
         let record = Record::new().unwrap();
         record.cc().store(7, Ordering::Relaxed);
         let same = Record::map(record.file.try_clone().unwrap()).unwrap();

@@ -33,8 +33,8 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, DeviceKind, VmConfig};
 use crate::machine::{
-    EventSender, LinkState, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError, PauseFigures,
-    PauseLimits, failure,
+    EventSender, LifeError, LinkState, Machine, MachineEnd, MachineEvent, MachineFigures, NewSize, PauseError,
+    PauseFigures, PauseLimits, Unsupported, failure,
 };
 use crate::screen::DisplayLine;
 use crate::vhost::{Fault, LinkError, ResizeError, UpgradeOrder, UpgradeOutcome};
@@ -88,6 +88,12 @@ pub(super) fn wrong(text: &str) -> VmError {
 
 pub(super) fn failed(error: impl std::fmt::Display) -> VmError {
     VmError::new(ErrorKind::Failed, error)
+}
+
+/// What a device did not do.
+fn refused(error: LifeError) -> VmError {
+    let kind = if error.source.is::<Unsupported>() { ErrorKind::Unsupported } else { ErrorKind::Failed };
+    VmError::new(kind, error)
 }
 
 impl From<PauseError> for VmError {
@@ -410,7 +416,7 @@ impl Keeper {
                 }
                 Some(life) => life.resize(size).map_err(|error| {
                     let mistake = error.source.downcast_ref::<ResizeError>().is_some_and(ResizeError::is_mistake);
-                    VmError::new(if mistake { ErrorKind::Bad } else { ErrorKind::Failed }, error)
+                    if mistake { VmError::new(ErrorKind::Bad, error) } else { refused(error) }
                 }),
                 None => Err(no_device(id)),
             },
@@ -444,7 +450,7 @@ impl Keeper {
     pub(super) fn upgrade_device(&mut self, id: &str, order: UpgradeOrder) -> Result<UpgradeOutcome, VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
-                Some(life) => life.upgrade(order).map_err(failed),
+                Some(life) => life.upgrade(order).map_err(refused),
                 None => Err(no_device(id)),
             },
             other => Err(other.not_running()),

@@ -44,6 +44,16 @@ pub struct LifeError {
     pub source: Box<dyn StdError + Send + Sync>,
 }
 
+/// What a kind of device cannot be asked for, and what leads there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("not supported for {what}: {instead}")]
+pub struct Unsupported {
+    /// The kind.
+    pub what: &'static str,
+    /// What to do instead.
+    pub instead: &'static str,
+}
+
 /// How big what is behind a device shall be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewSize {

@@ -25,7 +25,9 @@ mod transcript;
 
 pub use assembly::{Machine, Rebuilt};
 pub use board::{Board, BoardError, BoardParts};
-pub use builder::{BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, LinkState, NewSize, Passive};
+pub use builder::{
+    BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, LinkState, NewSize, Passive, Unsupported,
+};
 pub use census::VcpuReport;
 pub use chipset::chipset;
 pub use config::{CpuKind, MachineConfig};

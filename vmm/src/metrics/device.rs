@@ -61,8 +61,16 @@ enum Count {
     Page(StatsPage),
     /// In its rings, where the backend is not ours.
     Rings(Rings),
-    /// Not at all: the guest drives it by itself.
+    /// In an account that its process keeps for its successors.
+    Account(Arc<dyn Account>),
+    /// Not at all: the guest drives it by itself, or somebody else's process serves its registers.
     Nobody,
+}
+
+/// Completions that a process writes down where the VMM can see them.
+pub trait Account: std::fmt::Debug + Send + Sync {
+    /// Of each queue, since the device is there.
+    fn completed(&self) -> BTreeMap<u16, u64>;
 }
 
 /// Characters of a label that says how a process ended.
@@ -95,6 +103,11 @@ impl DeviceMeter {
     /// Of a device whose requests nobody counts.
     pub(super) fn uncounted(id: &str, kind: DeviceKind) -> Self {
         Self::counting(id, kind, DeviceClass::Other(0), Count::Nobody)
+    }
+
+    /// Of a device whose process keeps an account.
+    pub(super) fn accounted(id: &str, kind: DeviceKind, account: Arc<dyn Account>) -> Self {
+        Self::counting(id, kind, DeviceClass::Other(0), Count::Account(account))
     }
 
     fn counting(id: &str, kind: DeviceKind, class: DeviceClass, count: Count) -> Self {
@@ -132,14 +145,14 @@ impl DeviceMeter {
     pub fn pass(&self) -> io::Result<Option<OwnedFd>> {
         match &self.count {
             Count::Page(page) => page.pass().map(Some),
-            Count::Rings(_) | Count::Nobody => Ok(None),
+            Count::Rings(_) | Count::Account(_) | Count::Nobody => Ok(None),
         }
     }
 
     /// Its rings, where they are what is counted.
     pub(super) fn rings(&self) -> Option<&Rings> {
         match &self.count {
-            Count::Page(_) | Count::Nobody => None,
+            Count::Page(_) | Count::Account(_) | Count::Nobody => None,
             Count::Rings(rings) => Some(rings),
         }
     }
@@ -148,7 +161,7 @@ impl DeviceMeter {
     pub fn counted(&self) -> CountedBy {
         match &self.count {
             Count::Page(_) => CountedBy::Process,
-            Count::Rings(_) => CountedBy::Rings,
+            Count::Rings(_) | Count::Account(_) => CountedBy::Rings,
             Count::Nobody => CountedBy::Nobody,
         }
     }
@@ -194,6 +207,7 @@ impl DeviceMeter {
         let (queues, completed) = match &self.count {
             Count::Page(page) => ((0..page.queues()).map(|n| page.queue(n)).collect(), BTreeMap::new()),
             Count::Rings(rings) => (Vec::new(), rings.completed()),
+            Count::Account(account) => (Vec::new(), account.completed()),
             Count::Nobody => (Vec::new(), BTreeMap::new()),
         };
         let (last_exit, spare) = self.told.lock().unwrap_or_else(PoisonError::into_inner).clone();

@@ -16,7 +16,7 @@ mod rings;
 mod translation;
 mod vcpu;
 
-pub use device::{DeviceMeter, DeviceSnapshot, Phase, QueueSnapshot};
+pub use device::{Account, DeviceMeter, DeviceSnapshot, Phase, QueueSnapshot};
 pub use histogram::Histogram;
 pub use page::{QueueFigures, StatsPage};
 pub use registry::{MetricsError, Registry, Snapshot};

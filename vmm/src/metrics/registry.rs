@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use atoll_protocol::sidecar::DeviceClass;
 use thiserror::Error;
 
-use super::device::{DeviceMeter, DeviceSnapshot};
+use super::device::{Account, DeviceMeter, DeviceSnapshot};
 use super::page::StatsPage;
 use super::prometheus;
 use super::rings;
@@ -94,6 +94,21 @@ impl Registry {
             rings::watch(&self.0).map_err(|source| MetricsError::Thread { device: id.to_owned(), source })?;
             known.rings_watched = true;
         }
+        Ok(meter)
+    }
+
+    /// Begins to show what the process of a device counts for its successors.
+    ///
+    /// # Errors
+    /// [`MetricsError::Full`].
+    pub fn accounted(
+        &self,
+        id: &str,
+        kind: DeviceKind,
+        account: Arc<dyn Account>,
+    ) -> Result<Arc<DeviceMeter>, MetricsError> {
+        let meter = Arc::new(DeviceMeter::accounted(id, kind, account));
+        drop(self.know(&meter)?);
         Ok(meter)
     }
 

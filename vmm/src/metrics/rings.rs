@@ -31,7 +31,8 @@ const INDEX_AT: u64 = 2;
 pub enum CountedBy {
     /// Its process: requests, bytes, errors, latencies.
     Process,
-    /// The VMM, which sees in the rings how many requests each queue has completed. Bytes, errors and latencies are not
+    /// The VMM, which sees in the rings (of an NVMe disk: in the account of its queues) how many requests each queue has
+    /// completed. Bytes, errors and latencies are not
     /// counted.
     Rings,
     /// Nobody: the guest drives it by itself.

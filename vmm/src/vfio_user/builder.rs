@@ -9,14 +9,20 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::device::{Connected, Request, UserDevice, Wanted};
 use super::function::UserFunction;
-use super::source::{NvmeHost, NvmeServers, PROGRAM, Record};
+use super::record::{Record, RecordAccount};
+use super::source::{NvmeHost, NvmeServers, PROGRAM};
 use crate::backend::{PolicyConfig, Spawner, beside_this_binary};
 use crate::config::{DeviceKind, NvmeConfig, OnFailure, UserDeviceConfig};
 use crate::lifecycle::{DeviceReport, DeviceState as ReportedState, RecoveryClass, Story};
-use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, Ground, LifeError, Withdrawal};
-use crate::metrics::Registry;
+use crate::machine::{
+    Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, Ground, LifeError, NewSize, Unsupported, Withdrawal,
+};
+use crate::metrics::{CountedBy, Registry};
 use crate::vhost::recovery::Rules;
-use crate::vhost::{BackendSource, Care, DeviceParts, DeviceState, Ending, ExternalSocket, Fault, Limits, Recovery};
+use crate::vhost::{
+    BackendSource, Care, DeviceParts, DeviceState, Ending, ExternalSocket, Fault, Limits, Recovery, UpgradeOrder,
+    UpgradeOutcome,
+};
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -75,8 +81,6 @@ impl Described {
     pub(super) fn connect(self, ground: &Ground, ending: Ending) -> Result<Connected, Cause> {
         let limits = Limits::default();
         let (kind, mut policy) = (self.served.kind(), self.care.policy);
-        let class = atoll_protocol::sidecar::DeviceClass::Other(0);
-        let meter = self.registry.device(&self.name, kind, class, None)?;
         let (source, record): (Box<dyn BackendSource>, _) = match &self.served {
             Served::Nvme(nvme) => {
                 let exe = match &self.backend_dir {
@@ -95,6 +99,14 @@ impl Described {
                 policy = none;
                 (Box::new(ExternalSocket::new(&device.socket)), None)
             }
+        };
+        let meter = match &record {
+            Some(record) => {
+                let account = Arc::new(RecordAccount::new(Arc::clone(record)));
+                self.registry.accounted(&self.name, kind, account)?
+            }
+            // What it does is between the guest and somebody else's process.
+            None => self.registry.uncounted(&self.name, kind)?,
         };
         let rules = Rules {
             policy,
@@ -191,6 +203,14 @@ impl UserLife {
         LifeError { device: self.name.clone(), step, source: source.into() }
     }
 
+    fn unsupported(&self, instead: &'static str) -> Unsupported {
+        let what = match self.kind {
+            DeviceKind::Nvme => "NVMe over vfio-user",
+            _ => "devices over vfio-user",
+        };
+        Unsupported { what, instead }
+    }
+
     fn hurt(&self, fault: Fault, seed: u64) -> Result<(), Cause> {
         let status = self.device.shared.status();
         let process = || -> Result<_, Cause> {
@@ -252,6 +272,25 @@ impl DeviceLife for UserLife {
             }
         }
     }
+    fn resize(&mut self, _size: NewSize) -> Result<(), LifeError> {
+        let instead = match self.kind {
+            DeviceKind::Nvme => {
+                "atoll remove, change the image's size, atoll add-nvme; a virtio disk (--disk) can be resized as it is"
+            }
+            _ => "its size is its server's affair",
+        };
+        Err(self.failed("resize", self.unsupported(instead)))
+    }
+    fn upgrade(&mut self, _order: UpgradeOrder) -> Result<UpgradeOutcome, LifeError> {
+        let instead = match self.kind {
+            DeviceKind::Nvme => {
+                "put the new program where the old one is and end the device's process (its PID is in atoll info): the \
+                 successor is of the new one, and the guest does not notice"
+            }
+            _ => "end its server and start another one at its socket; the device comes back as after a reset",
+        };
+        Err(self.failed("take the upgrade", self.unsupported(instead)))
+    }
     fn report(&self) -> Option<DeviceReport> {
         let status = self.device.shared.status();
         let (state, reason) = match status.state {
@@ -277,7 +316,7 @@ impl DeviceLife for UserLife {
                 // What a server of somebody else's knows goes with it.
                 Recovery::IdleOnly => RecoveryClass::None,
             },
-            counted: None,
+            counted: self.device.shared.record.as_ref().map(|_| CountedBy::Rings),
             pid: status.pid,
             exe: status.exe.map(|exe| exe.display().to_string()),
             standby: None,
@@ -285,7 +324,7 @@ impl DeviceLife for UserLife {
             jail: status.jail.iter().map(|layer| (layer.layer.to_string(), layer.outcome.to_string())).collect(),
             last_exit: status.last_exit,
             last_lines: status.last_lines,
-            queues: Vec::new(),
+            queues: self.device.shared.record.as_ref().map(|record| record.queues()).unwrap_or_default(),
         })
     }
     fn survive(mut self: Box<Self>, deadline: Instant) -> Option<Box<dyn DeviceBuilder>> {

@@ -33,7 +33,10 @@ pub enum TalkError {
         source: ChannelError,
     },
     /// It says nothing.
-    #[error("{command:?} was not answered within {waited:?}")]
+    #[error(
+        "{command:?} was not answered within {waited:?}: if the server is stopped (SIGSTOP, a debugger), let it go on; if it \
+         serves another client, end that one; else end it and start it again"
+    )]
     Late {
         /// What was asked.
         command: Command,
@@ -171,7 +174,11 @@ impl Conversation {
         self.next_id = self.next_id.wrapping_add(1);
         let header =
             Header { id: self.next_id, command: command as u16, payload: 0, kind: Kind::Command { reply: true } };
-        self.channel.send(header, &request.encode(), beside, limit).map_err(gone)?;
+        self.channel.send(header, &request.encode(), beside, limit).map_err(|error| match error {
+            // It does not even read.
+            ChannelError::Timeout(_) => TalkError::Late { command, waited: limit },
+            other => gone(other),
+        })?;
         let deadline = Instant::now() + limit;
         let mut theirs = 0;
         loop {

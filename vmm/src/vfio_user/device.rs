@@ -15,7 +15,7 @@ use rustix::event::EventfdFlags;
 use super::doorbells::Doorbells;
 use super::greeting::Shape;
 use super::next::{ConnectError, Makers, Session, greet};
-use super::source::Record;
+use super::record::Record;
 use super::worker::{Past, Worker};
 use crate::actor::{ActorReport, Clock, Post};
 use crate::irq::VectorTable;
@@ -26,7 +26,7 @@ use crate::seccomp::{self, ThreadClass};
 use crate::vhost::gate::{Closed, Gate};
 use crate::vhost::recovery::Rules;
 use crate::vhost::{
-    BackendSource, DeviceState, DeviceStatus, Ending, Fence, Limits, PauseError, Recovery, Spare, tell_jail,
+    BackendSource, DeviceState, DeviceStatus, Ending, Fence, InFlight, Limits, PauseError, Recovery, Spare, tell_jail,
 };
 
 /// Requests that may wait; one of each vCPU, and the few of the operator's.
@@ -82,6 +82,8 @@ pub(super) struct Shared {
     pub(super) gate: Gate,
     pub(super) doorbells: Mutex<Arc<Doorbells>>,
     meter: Option<Arc<DeviceMeter>>,
+    /// What its processes know, where they are ours.
+    pub(super) record: Option<Arc<Record>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -247,6 +249,7 @@ impl Connected {
             gate: Gate::default(),
             doorbells: Mutex::default(),
             meter: parts.meter.clone(),
+            record: parts.record.clone(),
         });
         shared.update(|_| {});
         let worker = Worker::new(Arc::clone(&shared), parts, past, vectors);
@@ -296,7 +299,8 @@ impl UserDevice {
                     let (answer, _) = sync_channel(1);
                     self.shared.send(Request::Resume { answer });
                 }
-                Err(PauseError::Late { waited: began.elapsed(), in_flight: 0 })
+                let in_flight = self.shared.record.as_ref().map(|record| record.in_flight());
+                Err(PauseError::Silent { waited: began.elapsed(), in_flight: InFlight(in_flight) })
             }
         }
     }

@@ -25,6 +25,10 @@ const AFTER_THE_END: Duration = Duration::from_millis(250);
 /// Configuration space: command register, with memory and bus mastering on and the pin off.
 const COMMAND: (u64, [u8; 2]) = (4, [0x06, 0x04]);
 
+/// What it means that somebody else's server is back.
+pub(super) const CAME_ANEW: &str = "no recovery: what the server knew went with it, so the device came back as after a reset; \
+                         requests that were in flight are lost, and the guest's driver finds out by its own timeout";
+
 /// Looks for the proof that nothing of the dead is under way.
 pub(super) struct FenceWatch {
     since: Instant,
@@ -293,7 +297,15 @@ impl Worker {
         let Some(session) = &mut self.past.session else { return Err(TalkError::Ending) };
         if !continued || self.past.forsaken {
             session.talk.ask(&Request::Reset, &[])?;
+        } else if session.generation > 1 && !session.begun && self.parts.record.is_none() {
+            // Whatever somebody else's server had kept over the end of the connection is not what the guest knows.
+            match session.talk.ask(&Request::Reset, &[]) {
+                // It comes new by itself, then.
+                Ok(_) | Err(TalkError::Refused { .. }) => self.estranged.begin(),
+                Err(error) => return Err(error),
+            }
         }
+        session.begun = true;
         if std::mem::take(&mut self.past.forsaken) && continued {
             let why = "the guest has gone on without its answers: it begins as after power-on";
             tracing::warn!(device = self.shared.name, why, "device reset");
@@ -354,7 +366,8 @@ impl Worker {
             Tale::Crashed { generation } => self.tell("crashed", Some(generation), self.shared.status().last_exit),
             Tale::Restarted { generation } => {
                 tracing::warn!(device, generation, "server is back");
-                self.tell("restarted", Some(generation), None);
+                let anew = self.parts.record.is_none().then(|| CAME_ANEW.to_owned());
+                self.tell("restarted", Some(generation), anew);
             }
             Tale::StartFailed { generation, times, why } => {
                 tracing::warn!(device, generation, times, why, "no server yet");

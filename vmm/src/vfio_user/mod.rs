@@ -8,7 +8,7 @@
 //! A server may die at any moment. The device's thread ([`worker`]) hears of it and goes by the same machine as the
 //! vhost-user devices do (`vhost::recovery`): kill, reap, fence, successor, hand over. What is handed over here is
 //! guest memory and vectors instead of rings. What a successor of a process of ours has to know is in the *record*, a memfd
-//! of this process ([`source`]) which each incarnation is started with; a guest's register access waits for the
+//! of this process ([`record`]) which each incarnation is started with; a guest's register access waits for the
 //! successor meanwhile, its doorbells are put into the record.
 
 mod bare;
@@ -16,10 +16,12 @@ mod builder;
 mod conversation;
 mod device;
 mod doorbells;
+mod estranged;
 mod function;
 mod greeting;
 mod hands;
 mod next;
+mod record;
 mod source;
 #[cfg(test)]
 mod tests;

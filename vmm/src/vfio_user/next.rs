@@ -37,6 +37,8 @@ pub(super) struct Session {
     pub(super) doorbells: Arc<Doorbells>,
     /// It may reach guest memory, or some of it.
     pub(super) has_memory: bool,
+    /// It has had some.
+    pub(super) begun: bool,
     /// The process at the other end, where it is somebody else's and could be found.
     peer: Option<OwnedFd>,
 }
@@ -126,7 +128,7 @@ pub(super) fn greet(makers: &Makers, generation: u64, ending: &Ending) -> Result
     let mut process = process;
     match asked {
         Ok((shape, doorbells)) => {
-            Ok(Box::new(Session { generation, talk, process, shape, doorbells, has_memory: false, peer }))
+            Ok(Box::new(Session { generation, talk, process, shape, doorbells, has_memory: false, begun: false, peer }))
         }
         Err(source) => {
             talk.hang_up();

@@ -2,16 +2,12 @@
 //! socket.
 
 use std::ffi::OsString;
-use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use atoll_protocol::DeviceId;
 use atoll_protocol::sidecar::DeviceClass;
-use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::doorbells::Mapping;
+use super::record::Record;
 use crate::backend::{ImageAccess, ImageHandle, PassedFd, Spawner};
 use crate::config::NvmeConfig;
 use crate::vhost::{BackendSource, Build, Fence, Incarnation, Lone, Patience, SourceError, SpawnedBackend, open_image};
@@ -20,53 +16,8 @@ use crate::vhost::{BackendSource, Build, Fence, Incarnation, Lone, Patience, Sou
 pub(super) const PROGRAM: &str = "atoll-nvme";
 /// What it says that it serves: the class of its function.
 const CLASS: u32 = 0x0001_0802;
-/// Bytes of a record: more than a process of ours needs, and nothing where it writes nothing.
-const RECORD_LEN: u64 = 1 << 20;
-/// In a record: how many commands were completed, how many are under way, the doorbells as they were rung and as they
-/// were seen.
-const COMPLETED_AT: usize = 8;
-const UNDER_WAY_AT: usize = 16;
-const RUNG_AT: usize = 0x1000;
-const SEEN_AT: usize = 0x2000;
-const DOORBELLS_LEN: usize = 0x1000;
 /// Where the bytes begin by which incarnations are told apart, as for every image.
 const LOCK_BYTES_AT: i64 = 1 << 40;
-
-/// What outlives the processes of a device.
-#[derive(Debug)]
-pub(super) struct Record {
-    file: OwnedFd,
-    map: Mapping,
-}
-
-/// How far a device is, as its record says. It is written by the device's own process: whatever it says, nothing but that
-/// device depends on it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Progress {
-    pub(super) completed: u64,
-    pub(super) waiting: bool,
-}
-
-impl Record {
-    pub(super) fn new() -> io::Result<Self> {
-        let file = rustix::fs::memfd_create("atoll-record", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        rustix::fs::ftruncate(&file, RECORD_LEN)?;
-        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let map = Mapping::new(&file).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { file, map })
-    }
-
-    pub(super) fn progress(&self) -> Progress {
-        let long = |at| self.map.long(at).map_or(0, |word| word.load(Ordering::Relaxed));
-        let word = |at| self.map.word(at).map_or(0, |word| word.load(Ordering::Acquire));
-        let unseen = (0..DOORBELLS_LEN).step_by(4).any(|at| word(RUNG_AT + at) != word(SEEN_AT + at));
-        Progress { completed: long(COMPLETED_AT), waiting: unseen || long(UNDER_WAY_AT) > 0 }
-    }
-
-    fn pass(&self) -> io::Result<PassedFd> {
-        Ok(PassedFd { flag: "--record-fd".into(), fd: self.file.try_clone()? })
-    }
-}
 
 /// What the processes of an NVMe disk are started with.
 pub(super) struct NvmeHost {

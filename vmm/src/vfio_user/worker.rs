@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::device::{Access, Parts, Request, Shared};
+use super::estranged::Estranged;
 use super::greeting::Shape;
 use super::hands::FenceWatch;
 use super::next::{Preparation, Session};
@@ -67,6 +68,8 @@ pub(super) struct Worker {
     pub(super) completed_before: u64,
     /// Nobody answers: registers read as those of a device that is gone.
     pub(super) substituted: bool,
+    /// Whether the guest's driver takes the device for what it is not any more.
+    pub(super) estranged: Estranged,
     leaving: Option<Leaving>,
     /// How long a drain may take.
     pub(super) drain: Duration,
@@ -77,6 +80,7 @@ impl Worker {
         Self {
             shared,
             drain: parts.limits.drain,
+            estranged: Estranged::new(past.shown.identity.class),
             parts,
             past,
             vectors,
@@ -213,6 +217,9 @@ impl Worker {
                 return;
             };
             let Some(access) = self.accesses.pop_front() else { return };
+            if access.data.is_some() {
+                self.estranged.written(access.region, access.offset, access.len);
+            }
             let asked = match &access.data {
                 Some(data) => session.talk.write(access.region, access.offset, data).map(|()| 0),
                 None => {
@@ -222,7 +229,10 @@ impl Worker {
                 }
             };
             match asked {
-                Ok(value) => access.completion.complete(value),
+                Ok(value) => {
+                    let Access { region, offset, len, .. } = access;
+                    access.completion.complete(self.estranged.read(region, offset, len, value));
+                }
                 // It lives, and does not want this: the guest reads what is not there.
                 Err(super::TalkError::Refused { command, errno }) => {
                     tracing::debug!(device = self.shared.name, ?command, errno, "an access is refused");

@@ -78,9 +78,35 @@ pub enum PauseError {
         /// Requests that it has not completed.
         in_flight: u32,
     },
+    /// A vfio-user server does not say that it has let go of guest memory. The device goes on as if it had not been asked.
+    #[error(
+        "its server has not answered within {} that it lets go of guest memory; {in_flight}: if its process is stopped (SIGSTOP, a \
+         debugger) or stuck, let it go on or end it, else try again when it is less busy",
+        Lasted(*.waited)
+    )]
+    Silent {
+        /// How long it had.
+        waited: Duration,
+        /// What it had not completed.
+        in_flight: InFlight,
+    },
     /// The device's thread has ended.
     #[error("the device has been stopped")]
     Stopped,
+}
+
+/// Requests that a server has not completed, where anybody but the server knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InFlight(pub Option<u32>);
+
+impl std::fmt::Display for InFlight {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(1) => formatter.write_str("1 request is in flight, as its record says"),
+            Some(count) => write!(formatter, "{count} requests are in flight, as its record says"),
+            None => formatter.write_str("how many requests are in flight is not known"),
+        }
+    }
 }
 
 /// A call's way could not be switched.

@@ -52,6 +52,7 @@ pub use call::Transport;
 pub use class::{ConfigWish, DeviceClass};
 pub(crate) use device::tell_jail;
 pub use device::{ConnectError, Connected, PauseError, SwitchError, VhostDevice, VhostFrontend};
+pub(crate) use device_error::InFlight;
 pub use error::{ConversationError, Step};
 pub use factory::{DeviceFactory, FactoryError, FactoryParts};
 pub use fault::{Fault, FaultError};

@@ -19,11 +19,11 @@ use super::fake::{Character, LIES, Lie, Servers, register};
 use crate::backend::PolicyConfig;
 use crate::config::OnFailure;
 use crate::irq::{EventRoute, InterruptFabric, IrqError, VectorTable};
-use crate::lifecycle::Story;
+use crate::lifecycle::{Heard, Story, Subscription};
 use crate::machine::layout::ram;
 use crate::memory::GuestMemory;
 use crate::vhost::recovery::Rules;
-use crate::vhost::{DeviceParts, DeviceState, Ending, Limits};
+use crate::vhost::{DeviceParts, DeviceState, Ending, InFlight, Limits, PauseError};
 
 /// Nothing of this takes longer, on however busy a machine.
 const WHOLE: Duration = Duration::from_secs(60);
@@ -56,6 +56,7 @@ struct Rig {
     device: UserDevice,
     function: Mutex<UserFunction>,
     resets: Arc<AtomicU32>,
+    story: Subscription,
 }
 
 /// A device whose servers are of these characters, one after the other, and honest behind them.
@@ -78,6 +79,8 @@ fn rig(characters: impl IntoIterator<Item = Character>) -> Rig {
         trial: limits.trial,
     };
     let resets = Arc::new(AtomicU32::new(0));
+    let story = Story::default();
+    let heard = story.subscribe();
     let wanted = Wanted {
         name: "device".into(),
         source: Box::new(Servers(characters.into_iter().collect::<VecDeque<_>>(), Arc::clone(&resets))),
@@ -85,7 +88,7 @@ fn rig(characters: impl IntoIterator<Item = Character>) -> Rig {
         memory: GuestMemory::new(&ram(16 << 20).unwrap()).unwrap(),
         rules,
         limits,
-        story: Story::default(),
+        story,
         meter: None,
         clock: DeviceParts::real_time(),
     };
@@ -94,7 +97,7 @@ fn rig(characters: impl IntoIterator<Item = Character>) -> Rig {
     let vectors = Arc::new(VectorTable::new(&Fabric, shape.vectors).unwrap());
     let device = connected.attach(Arc::clone(&vectors)).unwrap();
     let function = UserFunction::new(&shape, Arc::new(Fabric), vectors, Arc::clone(&device.shared)).unwrap();
-    Rig { device, function: Mutex::new(function), resets }
+    Rig { device, function: Mutex::new(function), resets, story: heard }
 }
 
 impl Rig {
@@ -206,4 +209,34 @@ fn a_device_that_the_guest_has_given_up_begins_anew() {
     rig.device.resume().unwrap();
     assert!(rig.settles());
     assert_eq!(rig.resets.load(Ordering::SeqCst), first + 1, "and once is enough");
+}
+
+/// Events said `restarted` of somebody else's server that was killed, and no more: as if nothing had been lost.
+#[test]
+fn a_server_that_keeps_nothing_comes_back_anew_and_says_so() {
+    let rig = rig([Some((Command::RegionRead, Lie::HangUp))]);
+    assert!(rig.settles());
+    assert_eq!(rig.resets.load(Ordering::SeqCst), 2, "the first one at the start, its successor whatever it had kept");
+    let told = loop {
+        match rig.story.next(WHOLE) {
+            Heard::Event(event) if event.event == "restarted" => break format!("{event:?}"),
+            Heard::Event(_) => {}
+            other => panic!("nothing is told: {other:?}"),
+        }
+    };
+    for words in ["no recovery", "after a reset", "requests that were in flight are lost", "its own timeout"] {
+        assert!(told.contains(words), "{told}");
+    }
+}
+
+/// A pause that a stopped server held up said that no request was in flight, which nobody knows.
+#[test]
+fn a_silent_server_is_not_said_to_be_idle() {
+    let rig = rig([Some((Command::DmaUnmap, Lie::Silence))]);
+    assert!(rig.settles());
+    let late = rig.device.pause(Instant::now() + Duration::from_millis(30)).unwrap_err();
+    assert!(matches!(late, PauseError::Silent { in_flight: InFlight(None), .. }), "{late:?}");
+    let told = late.to_string();
+    assert!(told.contains("in flight is not known") && told.contains("SIGSTOP"), "{told}");
+    assert!(rig.settles(), "it goes on, with another server if need be");
 }
