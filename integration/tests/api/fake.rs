@@ -12,6 +12,7 @@ use atoll_vmm::lifecycle::{
     DeviceReport, DeviceState, ErrorKind, Plugged, RecoveryClass, Story, VmControl, VmError, VmInfo, VmState,
 };
 use atoll_vmm::machine::{LinkState, NewSize};
+use atoll_vmm::screen::DisplayLine;
 use atoll_vmm::vhost::{Fault, UpgradeOrder};
 
 /// What the machine was asked and what it has.
@@ -161,6 +162,9 @@ impl VmControl for Fake {
             true => Ok(()),
             false => Err(error(ErrorKind::NotFound, &format!("there is no device '{id}'"))),
         }
+    }
+    fn display(&self) -> Result<Arc<DisplayLine>, VmError> {
+        Err(VmError::new(ErrorKind::NotFound, "there is no display"))
     }
     fn info(&self) -> Result<VmInfo, VmError> {
         let book = self.created("info")?;

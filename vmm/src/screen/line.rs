@@ -146,7 +146,9 @@ fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
     let most = SECRET_MAX as u64 + 3;
     file.take(most).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
     let word = text.trim_end_matches(['\r', '\n']);
-    if !(1..=SECRET_MAX).contains(&word.len()) || !word.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter)) {
+    if !(1..=SECRET_MAX).contains(&word.len())
+        || !word.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter))
+    {
         return Err(wrong(format!("it is one line of 1 to {SECRET_MAX} letters, digits, - and _")));
     }
     Ok(word.to_owned())
