@@ -182,7 +182,7 @@ fn what_is_typed_comes_to_the_guest() -> Result<()> {
     screen.shows_it()?;
     let names = screen.console().run("cat /sys/class/input/event*/device/name", STEP)?;
     ensure!(names.to_lowercase().contains("keyboard") && names.to_lowercase().contains("tablet"), "{names}");
-    let find = "for E in /sys/class/input/event*; do grep -qi $K $E/device/name && echo /dev/input/${E##*/}; done";
+    let find = "for E in /sys/class/input/event*; do grep -qi $K $E/device/name && echo /dev/input/${E##*/}; done; true";
     for (round, victim) in [None, Some("atoll-input"), Some("atoll-display")].into_iter().enumerate() {
         if let Some(victim) = victim {
             screen.kill(victim)?;
