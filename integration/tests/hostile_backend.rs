@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use atoll_integration::hostile::calls::CONTROL;
 
 /// The kinds of processes that have a jail of their own.
-const PROFILES: [&str; 10] = ["blk", "probe", "net", "net-tap", "rng", "console", "vsock", "gpu", "uart", "generic"];
+const PROFILES: [&str; 12] =
+    ["blk", "probe", "net", "net-tap", "rng", "console", "vsock", "gpu", "input", "display", "uart", "generic"];
 
 /// What a kind of process needs for its work, and may do therefore: the other layers hold what would come of it.
 const NEEDED: [(&str, &str); 3] = [

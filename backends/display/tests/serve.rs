@@ -8,9 +8,13 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Result, bail, ensure};
 use atoll_display::rfb::encoding;
+use atoll_kit::driver::process::{command, with_fds};
 use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
 use atoll_protocol::display::{CURSOR_BYTES, CursorPosition, Features, Rect, Reply, Request};
 use atoll_protocol::input::{Frame, Hearer, InputKind};
+use atoll_protocol::jail::JailLayer;
+use atoll_protocol::sidecar::{DeviceClass, GoodbyeReason, SidecarOrder, SidecarReport};
+use atoll_protocol::{FrameSocket, Generation};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use screen::{Gpu, PATIENCE, SECRET, Screen, decode_png, picture, rgb, text};
 
@@ -266,5 +270,28 @@ fn heads_are_apart() -> Result<()> {
     let mut rest = Vec::new();
     drop(screen);
     viewer.stream.read_to_end(&mut rest).ok();
+    Ok(())
+}
+
+/// Under a supervisor it says who it is and how its jail came out, waits to be told to start, and ends when it is told to.
+#[test]
+fn a_supervisor_is_obeyed() -> Result<()> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut command = command(screen::PROGRAM);
+    let mut child = with_fds(&mut command, &[("--sidecar-fd", theirs.into())]).spawn()?;
+    let mut sidecar = FrameSocket::new(ours.into());
+    let hear = |sidecar: &mut FrameSocket| sidecar.reader.receive_message::<SidecarReport>(Some(PATIENCE));
+    ensure!(matches!(hear(&mut sidecar)?, SidecarReport::Hello { class: DeviceClass::Display, .. }));
+    let SidecarReport::Jailed { layers } = hear(&mut sidecar)? else { bail!("not a word about its jail") };
+    let stands = |wanted| layers.iter().any(|jailed| jailed.layer == wanted && jailed.stands());
+    ensure!(stands(JailLayer::Calls) && stands(JailLayer::Capabilities), "{layers:?}");
+    let generation = Generation(3);
+    sidecar.writer.send(&SidecarOrder::Start { generation, progress_ms: 0 }, &[], PATIENCE)?;
+    ensure!(hear(&mut sidecar)? == SidecarReport::Ready { generation });
+    sidecar.writer.send(&SidecarOrder::Ping { nonce: 5 }, &[], PATIENCE)?;
+    ensure!(hear(&mut sidecar)? == SidecarReport::Pong { nonce: 5 });
+    sidecar.writer.send(&SidecarOrder::Exit, &[], PATIENCE)?;
+    ensure!(hear(&mut sidecar)? == SidecarReport::Goodbye { reason: GoodbyeReason::Asked });
+    ensure!(child.wait()?.success());
     Ok(())
 }

@@ -22,7 +22,7 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "hostile-backend")]
 struct Cli {
-    /// Whose jail: blk, probe, net, net-tap, rng, console, vsock, uart or generic
+    /// Whose jail: blk, probe, net, net-tap, rng, console, vsock, gpu, input, display, uart or generic
     #[arg(long)]
     profile: String,
     /// A file that it must not reach
@@ -79,7 +79,7 @@ fn print(profile: &'static Profile, victim: &Victim) -> Result<()> {
         tell("ring", &name, outcome);
     }
     // With the filter, which a ring walks around: the same, for those that have one.
-    if !["uart", "probe"].contains(&profile.name) {
+    if !["uart", "display", "probe"].contains(&profile.name) {
         for (name, outcome) in cell::ring(profile, Wall::Whole, victim)? {
             tell("ring+filter", &name, outcome);
         }

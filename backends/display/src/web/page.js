@@ -51,7 +51,8 @@ class Terminal {
                 const sequence = /^\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]+[0-~]|[0-Z\\^-~])/.exec(text.slice(i, i + 4096));
                 if (!sequence) {
                     // The rest of it has not come, or it is none.
-                    if (text.length - i < 4096) { this.pending = text.slice(i); break; }
+                    const rest = text.slice(i);
+                    if (rest.length < 4096 && /^\x1b(?:\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?|[ -/]*)$/.test(rest)) { this.pending = rest; break; }
                     i += 1;
                     continue;
                 }
