@@ -108,7 +108,10 @@ impl Recorder<'_> {
                 Ok(_) => {}
                 Err(_) if !bytes.is_empty() => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-                Err(_) => return Ok(self.done.unreadable.push(from)),
+                Err(_) => {
+                    self.done.unreadable.push(from);
+                    return Ok(());
+                }
             }
         } else if !from.exists() {
             return Ok(());
