@@ -40,7 +40,7 @@ pub const CONFIG_MAX: usize = 0x1000;
 
 const COMMON_OFFSET: u64 = 0;
 const ISR_OFFSET: u64 = 0x1000;
-const DEVICE_OFFSET: u64 = 0x2000;
+pub(super) const DEVICE_OFFSET: u64 = 0x2000;
 const TABLE_OFFSET: u64 = 0x4000;
 const PENDING_OFFSET: u64 = 0xc000;
 const BLOCK_LEN: u64 = 0x1000;

@@ -13,7 +13,7 @@ use crate::table::bytes;
 /// Open files that a machine with some devices needs.
 const NOFILE_MIN: u64 = 1024;
 /// Device processes of ours.
-const BACKENDS: [(&str, &str); 7] = [
+const BACKENDS: [(&str, &str); 10] = [
     ("atoll-blk", "disks"),
     ("atoll-net", "networks"),
     ("atoll-uart", "the second serial port"),
@@ -21,6 +21,9 @@ const BACKENDS: [(&str, &str); 7] = [
     ("atoll-nvme", "NVMe disks"),
     ("atoll-console", "virtio consoles"),
     ("atoll-vsock", "sockets to the guest"),
+    ("atoll-gpu", "pictures"),
+    ("atoll-display", "screens for people"),
+    ("atoll-input", "keyboards and pointers"),
 ];
 
 fn meminfo(text: &str, key: &str) -> Option<u64> {
