@@ -114,7 +114,6 @@ fn a_foreign_disk_comes_back_anew() -> Result<()> {
     console.expect("written", STEP)?;
     console.expect(images::PROMPT, STEP)?;
     let log = console.run("dmesg | grep -i nvme", STEP)?;
-    eprintln!("{log}");
     ensure!(log.contains("controller is down; will reset: CSTS=0x2"), "{log}");
     ensure!(!log.contains("aborting"), "it has not waited twice: {log}");
     ensure!(begins_with(&second, b"over again")?, "what was lost was written again");
