@@ -5,11 +5,14 @@ use super::flags::named;
 use super::keyvalue::{Bytes, FlagError, KeyError, OptionValue, Options};
 use super::{ConfigError, DeviceConfig, DisplayConfig, GpuConfig, InputConfig, InputKind, Mode};
 
-impl OptionValue for Mode {
-    const EXPECTED: &'static str = "WIDTHxHEIGHT, as in 1280x800,";
-    fn read(text: &str) -> Option<Self> {
-        text.parse().ok()
-    }
+/// The modes of a list, where one that is none is told by itself.
+fn modes(options: &Options) -> Result<Vec<Mode>, KeyError> {
+    let texts: Vec<String> = options.get("modes")?.unwrap_or_default();
+    let read = |text: String| {
+        let expected = "WIDTHxHEIGHT, each from 64 to 8192, as in [1280x800],";
+        text.parse().map_err(|_| KeyError::Value { key: "modes", value: text, expected })
+    };
+    texts.into_iter().map(read).collect()
 }
 
 impl OptionValue for InputKind {
@@ -33,7 +36,7 @@ impl GpuConfig {
                 id: options.get("id")?,
                 socket: options.get("socket")?,
                 scanouts: options.get("scanouts")?,
-                modes: options.get("modes")?.unwrap_or_default(),
+                modes: modes(&options)?,
                 memory: options.get::<Bytes>("memory")?.map(|bytes| bytes.0),
                 stall_timeout: options.get("stall_timeout")?,
                 start_attempts: options.get("start_attempts")?,
