@@ -6,6 +6,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::kind::DeviceKind;
 use super::limits::RateLimiterConfig;
 use super::screen::{GpuConfig, InputConfig};
 use super::user_device::{NvmeConfig, UserDeviceConfig};
@@ -490,62 +491,6 @@ pub enum DeviceConfig {
     Generic(GenericVhostUserConfig),
     /// A PCI function of the host.
     Passthrough(PassthroughConfig),
-}
-
-/// Kind of a device: what it is called where a name must be made up, and in lists.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DeviceKind {
-    /// Disk.
-    Disk,
-    /// Network card.
-    Net,
-    /// Shared folder.
-    Fs,
-    /// Sockets.
-    Vsock,
-    /// Entropy.
-    Rng,
-    /// Console.
-    Console,
-    /// A serial port that is a process; nobody plugs it.
-    Uart,
-    /// NVMe disk.
-    Nvme,
-    /// PCI device of another process.
-    User,
-    /// GPU.
-    Gpu,
-    /// Keyboard, tablet or mouse.
-    Input,
-    /// What shows the GPU's pictures; nobody plugs it.
-    Display,
-    /// Any other.
-    Generic,
-    /// A PCI function of the host.
-    Vfio,
-}
-
-impl DeviceKind {
-    /// In lower case.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Disk => "disk",
-            Self::Net => "net",
-            Self::Fs => "fs",
-            Self::Vsock => "vsock",
-            Self::Rng => "rng",
-            Self::Console => "console",
-            Self::Uart => "uart",
-            Self::Nvme => "nvme",
-            Self::User => "user",
-            Self::Gpu => "gpu",
-            Self::Input => "input",
-            Self::Display => "display",
-            Self::Generic => "generic",
-            Self::Vfio => "vfio",
-        }
-    }
 }
 
 impl DeviceConfig {

@@ -10,6 +10,7 @@ mod device_flags;
 mod file;
 mod flags;
 mod keyvalue;
+mod kind;
 mod limits;
 mod payload;
 mod screen;
@@ -18,11 +19,12 @@ mod user_device;
 
 pub use check::{ConfigError, QUEUE_SIZE_BEHIND_MAX};
 pub use device::{
-    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DeviceKind, DiskConfig, FsConfig, GenericVhostUserConfig,
-    ImageType, Isolation, NetConfig, OnFailure, PassthroughConfig, RngConfig, Track, VsockConfig,
+    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType,
+    Isolation, NetConfig, OnFailure, PassthroughConfig, RngConfig, Track, VsockConfig,
 };
 pub use file::{FileError, MachineFile, RunWords};
 pub use keyvalue::{FlagError, KeyError, PathOrFd, bytes_of};
+pub use kind::DeviceKind;
 pub use limits::{RateLimiterConfig, TokenBucketConfig};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
 pub use screen::{DisplayConfig, GpuConfig, InputConfig, InputKind, Mode, ViewersAt};
