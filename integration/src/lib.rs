@@ -15,6 +15,7 @@ pub mod net_bench;
 pub mod peers;
 pub mod plugs;
 pub mod restarts;
+pub mod screen;
 pub mod track_bench;
 pub mod verify;
 pub use xtask::processes;

@@ -11,18 +11,40 @@ use atoll_integration::chaos::sabotage::{Caught, commit, is_committed_by};
 use atoll_integration::chaos::scene::{Class, Image, Plan};
 use atoll_integration::chaos::upgrades::Builds;
 use atoll_integration::chaos::{power, strata, tap};
+use atoll_integration::screen::{self, campaign::Victim};
 use atoll_kit::bad_build::Bad;
 use atoll_kit::step::Sabotage;
 use atoll_vmm::config::Isolation;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use xtask::place;
+
+/// What is killed.
+#[derive(Clone, Copy)]
+enum Device {
+    /// Has rings that the campaign itself drives.
+    Rings(Class),
+    /// Stands between a guest and a person.
+    Screen(Victim),
+}
+
+impl Device {
+    fn read(name: &str) -> Result<Self, String> {
+        let rings = Class::from_str(name, false).map(Self::Rings);
+        rings.or_else(|_| Victim::from_str(name, false).map(Self::Screen)).map_err(|_| {
+            let rings = Class::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+            let names = rings.chain(Victim::value_variants().iter().filter_map(ValueEnum::to_possible_value));
+            let names: Vec<String> = names.map(|value| value.get_name().to_owned()).collect();
+            format!("it is one of {}", names.join(", "))
+        })
+    }
+}
 
 /// Kills devices under load.
 #[derive(Parser)]
 struct Cli {
-    /// Class of the device.
-    #[arg(long, value_enum, default_value = "blk")]
-    device: Class,
+    /// Class of the device: blk, nvme, net, rng, console; gpu, display or input of a guest with a screen.
+    #[arg(long, value_parser = Device::read, default_value = "blk")]
+    device: Device,
     /// How many kills.
     #[arg(long, default_value_t = 200)]
     kills: u64,
@@ -112,6 +134,20 @@ fn main() -> Result<ExitCode> {
         upgrades,
         bad_builds,
     } = Cli::parse();
+    let device = match device {
+        Device::Rings(class) => class,
+        Device::Screen(victim) => {
+            ensure!(
+                fault.is_none()
+                    && !(power_loss || stall || copies || direct || upgrades.is_some())
+                    && image == Image::Raw,
+                "a screen's processes are killed as they are shipped: give --kills and --seed only"
+            );
+            let outcome = screen::campaign::run(victim, kills, seed)?;
+            println!("{}", serde_json::to_string(&outcome)?);
+            return Ok(if outcome.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    };
     if device == Class::Nvme && (power_loss || stall || upgrades.is_some() || image != Image::Raw || direct) {
         bail!(
             "--device nvme has raw images and kills: no --power-loss, --stall, --upgrades, --image qcow2 or --direct"

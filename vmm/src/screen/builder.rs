@@ -46,9 +46,8 @@ impl Attachment for OnLine {
     fn give_up(&self) {
         self.line.leave();
     }
-    /// That it runs is what it does.
     fn done(&self) -> u64 {
-        0
+        self.line.obeyed()
     }
 }
 

@@ -8,6 +8,7 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -130,6 +131,8 @@ pub struct DisplayLine {
     modes: Vec<Mode>,
     control: Mutex<Option<FrameSocket>>,
     joint: Arc<Joint>,
+    /// Orders that all processes have carried out.
+    obeyed: AtomicU64,
 }
 
 /// The password that viewers over TCP are asked for.
@@ -182,7 +185,7 @@ impl DisplayLine {
         let asked = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(_)));
         let secret = if asked || display.password_file.is_some() { Some(secret(display)?) } else { None };
         let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
-        Ok(Some(Self { vnc, web, config, secret, inputs, modes, control, joint }))
+        Ok(Some(Self { vnc, web, config, secret, inputs, modes, control, joint, obeyed: AtomicU64::new(0) }))
     }
 
     /// The configuration, with the ports that the kernel has chosen.
@@ -255,6 +258,11 @@ impl DisplayLine {
         *self.lock() = None;
     }
 
+    /// How many orders all processes so far have answered: one that does has not died for nothing.
+    pub(crate) fn obeyed(&self) -> u64 {
+        self.obeyed.load(Ordering::Relaxed)
+    }
+
     /// Orders something and waits for the answer, and for what comes beside it.
     fn order(&self, order: &DisplayOrder, beside: &[&OwnedFd]) -> Result<(DisplayReport, Vec<OwnedFd>), DisplayError> {
         let mut control = self.lock();
@@ -273,8 +281,14 @@ impl DisplayLine {
             }
         };
         match frame.decode().map_err(|error| DisplayError::Silent(error.into()))? {
-            DisplayReport::Refused { reason } => Err(DisplayError::Refused(reason)),
-            report => Ok((report, frame.descriptors)),
+            DisplayReport::Refused { reason } => {
+                self.obeyed.fetch_add(1, Ordering::Relaxed);
+                Err(DisplayError::Refused(reason))
+            }
+            report => {
+                self.obeyed.fetch_add(1, Ordering::Relaxed);
+                Ok((report, frame.descriptors))
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! `atoll-gpu` behind QEMU's vhost-user-gpu front end, and QEMU's own device in its place: a stock guest's picture, pixel by pixel.
 
 use crate::console::Console;
-use crate::painting::{HEIGHT, WIDTH};
+use crate::painting::Painting;
 use crate::qemu::Qemu;
 use crate::{full_kernel, painting, place};
 use anyhow::{Context, Result, bail, ensure};
@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use super::{BOOT_LIMIT, Device, STEP_LIMIT, machine};
 
+/// What is painted.
+const PICTURE: Painting = Painting::USUAL;
 /// How long a picture may take to be there.
 const PICTURE_LIMIT: Duration = Duration::from_secs(60);
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -72,7 +74,7 @@ fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
     let folder = tempfile::tempdir()?;
     let (socket, monitor) = (folder.path().join("gpu.sock"), folder.path().join("qmp.sock"));
     let _device = if ours { Some(Device::start("atoll-gpu", &socket, &[])?) } else { None };
-    let archive = painting::initramfs(folder.path())?;
+    let archive = PICTURE.initramfs(folder.path())?;
     let mut command = machine(qemu);
     command
         .args([
@@ -94,14 +96,14 @@ fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
     }
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
-    painting::ready(&mut console)?;
+    PICTURE.ready(&mut console)?;
     let begin = Instant::now();
-    painting::paint(&mut console)?;
+    painting::paint(&mut console, 0)?;
     let mut monitor = Monitor::connect(&monitor)?;
     let file = folder.path().join("screen.ppm");
     let shown = loop {
         let (width, height, pixels) = monitor.picture(&file)?;
-        let left = painting::wrong(width, height, &pixels);
+        let left = PICTURE.wrong(0, (width, height), &pixels);
         if left == 0 {
             break begin.elapsed();
         }
@@ -127,7 +129,7 @@ pub fn run() -> Result<()> {
     let ours = painted(&qemu, true).context("atoll-gpu")?;
     let report = json!({
         "interop": "gpu", "ok": true, "front_end": format!("QEMU {} vhost-user-gpu-pci", qemu.version()?),
-        "pixels": WIDTH * HEIGHT, "wrong": 0, "shown_ms": { "atoll-gpu": ours, "qemu": theirs },
+        "pixels": PICTURE.width * PICTURE.height, "wrong": 0, "shown_ms": { "atoll-gpu": ours, "qemu": theirs },
     });
     println!("{report}");
     Ok(())

@@ -1,0 +1,167 @@
+//! A guest with Debian's full kernel whose screen is painted.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use atoll_vmm::api::{Client, Method};
+use rustix::process::Signal;
+use serde_json::Value;
+use xtask::console::Console;
+use xtask::demo::BOOT_LIMIT;
+use xtask::operated::Operated;
+use xtask::painting::{self, Painting};
+use xtask::{full_kernel, place};
+
+use crate::processes;
+
+const STEP: Duration = Duration::from_secs(60);
+/// A picture is there this soon after what brings it.
+const PICTURE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a screen shows: columns, rows, and three bytes for each pixel.
+pub type Picture = ((usize, usize), Vec<u8>);
+
+/// The guest.
+pub struct Screen {
+    /// Its machine.
+    pub machine: Operated,
+    /// Where its operator is heard.
+    pub api: PathBuf,
+    painting: Painting,
+    _folder: tempfile::TempDir,
+}
+
+/// The pixels of a PNG.
+///
+/// # Errors
+/// It is none, or none of three colours.
+pub fn pixels(bytes: &[u8]) -> Result<Picture> {
+    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info()?;
+    let mut pixels = vec![0; reader.output_buffer_size().context("a picture has a size")?];
+    let info = reader.next_frame(&mut pixels)?;
+    ensure!(info.color_type == png::ColorType::Rgb, "the picture is {:?}", info.color_type);
+    Ok(((info.width as usize, info.height as usize), pixels))
+}
+
+/// A machine's operator.
+///
+/// # Errors
+/// Nobody listens.
+pub fn operator(api: &Path) -> Result<Client> {
+    Ok(Client::connect(api)?)
+}
+
+/// What the first head shows.
+///
+/// # Errors
+/// Nobody can say at the moment.
+pub fn screenshot(client: &mut Client) -> Result<Picture> {
+    let response = client.request(Method::Get, "/api/v1/vm.screenshot/0", None)?;
+    ensure!(response.status == 200, "{}", String::from_utf8_lossy(&response.body));
+    pixels(&response.body)
+}
+
+impl Screen {
+    /// A guest with these pictures, of which it has painted the first, and a display of these keys.
+    ///
+    /// # Errors
+    /// It does not come so far.
+    pub fn painted(painting: Painting, display: &str) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let mut command = Command::new(place::program("atoll")?);
+        command
+            .arg("--kernel")
+            .arg(full_kernel::image()?)
+            .arg("--initramfs")
+            .arg(painting.initramfs(folder.path())?)
+            .args(["--cmdline", "console=ttyS0 panic=-1 quiet", "--memory", "size=512M", "--cpu", "soft"])
+            .args(["--gpu", &format!("modes=[{}x{}]", painting.width, painting.height)])
+            .args(["--display", display]);
+        let mut machine = Operated::spawn(&mut command, folder.path())?;
+        machine.console.prompt(BOOT_LIMIT)?;
+        painting.ready(&mut machine.console)?;
+        painting::paint(&mut machine.console, 0)?;
+        Ok(Self { machine, api: folder.path().join("api.sock"), painting, _folder: folder })
+    }
+
+    /// Its serial port.
+    pub fn console(&mut self) -> &mut Console {
+        &mut self.machine.console
+    }
+
+    /// Waits until all of a picture is there.
+    ///
+    /// # Errors
+    /// It does not come.
+    pub fn shows(&self, frame: u8) -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            let seen = operator(&self.api).and_then(|mut client| screenshot(&mut client));
+            let left = seen.map(|(size, pixels)| self.painting.wrong(frame, size, &pixels));
+            match left {
+                Ok(0) => return Ok(()),
+                other => ensure!(begin.elapsed() < PICTURE_LIMIT, "pixels that are wrong: {other:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Kills the device process of this name, and gives when and which it was.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn strike(&self, program: &str) -> Result<(Instant, u32)> {
+        let victim = processes::child_named(self.machine.console.pid(), program, STEP)?;
+        processes::signal(victim, Signal::KILL)?;
+        Ok((Instant::now(), victim))
+    }
+
+    /// The same, and waits until another one is there.
+    ///
+    /// # Errors
+    /// None comes.
+    pub fn kill(&self, program: &str) -> Result<()> {
+        let (begin, victim) = self.strike(program)?;
+        while processes::child_named(self.machine.console.pid(), program, STEP)? == victim {
+            ensure!(begin.elapsed() < STEP, "{program} has no successor");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// The device of this kind, as its operator is told of it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn device(&self, kind: &str) -> Result<Value> {
+        let devices = self.machine.get("devices")?;
+        let found = devices.as_array().and_then(|all| all.iter().find(|device| device["kind"] == kind));
+        found.cloned().with_context(|| format!("no {kind} in {devices}"))
+    }
+
+    /// Where the guest has an input device whose name has this word in it.
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn input(&mut self, word: &str) -> Result<String> {
+        let find =
+            "for E in /sys/class/input/event*; do grep -qi $K $E/device/name && echo /dev/input/${E##*/}; done; true";
+        let place = self.console().run(&format!("K={word}; {find}"), STEP)?;
+        ensure!(place.starts_with("/dev/input/event"), "the guest has no {word}: {place}");
+        Ok(place)
+    }
+
+    /// Switches it off; its kernel has found nothing wrong with its GPU.
+    ///
+    /// # Errors
+    /// Or it has.
+    pub fn end(mut self) -> Result<()> {
+        painting::nobody_complains(self.console())?;
+        self.console().send("poweroff -f\n")?;
+        let (status, errors) = self.machine.console.wait(STEP)?;
+        ensure!(status.success(), "{status}: {errors}");
+        Ok(())
+    }
+}
