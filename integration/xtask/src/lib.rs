@@ -28,6 +28,7 @@ pub mod place;
 pub mod processes;
 pub mod progress;
 pub mod qemu;
+pub mod screen_demo;
 pub mod soak;
 pub mod suite;
 pub mod tidy;

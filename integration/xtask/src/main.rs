@@ -8,7 +8,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use xtask::demo::{Demo, KernelForm};
-use xtask::{bench, chaos, fuzz, interop, lab, soak, suite, tidy, tour, verify};
+use xtask::{bench, chaos, fuzz, interop, lab, screen_demo, soak, suite, tidy, tour, verify};
 
 /// Atoll's chores. On a fresh Debian machine with Rust, `demo` and `test` set up all they need.
 #[derive(Parser)]
@@ -28,6 +28,9 @@ enum Task {
         /// hotplug; JSON on the last line.
         #[arg(long)]
         check: bool,
+        /// A guest with a screen: prints the address of the page that shows it. With --check, ends when it shows something.
+        #[arg(long, conflicts_with_all = ["kernel", "form", "cpu", "plugs"])]
+        gpu: bool,
         /// With --check: how often a disk and a card are plugged in and out under I/O.
         #[arg(long, default_value_t = 100)]
         plugs: u32,
@@ -319,7 +322,8 @@ enum Verify {
 fn main() -> Result<ExitCode> {
     match Arguments::parse().task {
         Task::Setup => suite::set_up()?,
-        Task::Demo { check, kernel, form, cpu, plugs } => {
+        Task::Demo { check, gpu: true, .. } => screen_demo::run(check)?,
+        Task::Demo { check, gpu: false, kernel, form, cpu, plugs } => {
             let demo = Demo { series: kernel, form, cpu };
             if !check {
                 demo.interactive()?;

@@ -55,6 +55,14 @@ pub const FULL_KERNEL: Package = Package {
     successor: "linux-image-amd64",
 };
 
+/// VNC in a browser.
+pub const NOVNC: Package = Package {
+    name: "novnc",
+    version: "1:1.3.0-1",
+    sha256: "5ff8b8c93c1c6cc911e01bfa77d12d4098e1904f738a996040c8095e02492ebb",
+    successor: "novnc",
+};
+
 impl Package {
     fn folder(&self, packages: &Path) -> PathBuf {
         packages.join(format!("{}_{}", self.name, self.version.replace(':', "%3a")))

@@ -1,0 +1,90 @@
+//! `cargo xtask demo --gpu`: a guest with a screen, and the address of the page that shows it.
+//!
+//! The guest is Debian's full kernel, because the cloud kernels have no GPU's driver. Its console is on the screen, with a shell
+//! that hears the page's keyboard.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::demo::BOOT_LIMIT;
+use crate::operated::Operated;
+use crate::packages::{self, NOVNC};
+use crate::painting::Painting;
+use crate::{full_kernel, place};
+use anyhow::{Context, Result, ensure};
+
+const STEP: Duration = Duration::from_secs(60);
+/// What the shell on the screen says first.
+const GREETING: &str = "This is the screen of a guest of Atoll. Type here.";
+
+/// noVNC's folder, fetched once.
+///
+/// # Errors
+/// The package cannot be had.
+pub fn novnc() -> Result<PathBuf> {
+    Ok(packages::unpacked(&NOVNC)?.join("usr/share/novnc"))
+}
+
+/// A guest with a page and a shell on its screen; `more` is said of its display besides.
+///
+/// # Errors
+/// It cannot be had.
+pub fn guest(folder: &Path, more: &str) -> Result<Operated> {
+    let mut command = Command::new(place::program("atoll")?);
+    command
+        .arg("--kernel")
+        .arg(full_kernel::image()?)
+        .arg("--initramfs")
+        .arg(Painting::USUAL.initramfs(folder)?)
+        .args(["--cmdline", "console=tty0 console=ttyS0 panic=-1 quiet", "--memory", "size=512M", "--gpu", "on"])
+        .arg("--display")
+        .arg(format!("web=127.0.0.1:0,novnc={}{more}", novnc()?.display()));
+    let mut machine = Operated::spawn(&mut command, folder)?;
+    machine.console.prompt(BOOT_LIMIT)?;
+    let console = &mut machine.console;
+    console.run("for M in /modules/full/*.ko; do insmod $M || exit 1; done", STEP)?;
+    console.run("until [ -e /sys/class/graphics/fb0 ]; do sleep 0.1; done; mdev -s; [ -c /dev/tty1 ]", STEP)?;
+    let shell = format!("clear; echo '{GREETING}'; PS1='screen# ' exec sh");
+    console.run(&format!("echo \"{shell}\" > /shell"), STEP)?;
+    console.run("(setsid sh -c 'exec sh /shell </dev/tty1 >/dev/tty1 2>&1' &)", STEP)?;
+    Ok(machine)
+}
+
+/// Shows it until the guest ends or the person does; with `check`, ends as soon as a picture is there.
+///
+/// # Errors
+/// It cannot be had, or shows nothing.
+pub fn run(check: bool) -> Result<()> {
+    place::build_programs()?;
+    let folder = tempfile::tempdir()?;
+    let mut machine = guest(folder.path(), "")?;
+    let place = machine.get("vm.display")?;
+    let url = place["url"].as_str().context("the display has no page")?.to_owned();
+    let out = folder.path().join("screen.png");
+    let begin = Instant::now();
+    let mut picture = 0;
+    // A screen with letters is not as small a file as an empty one.
+    while picture < 4096 {
+        let mut shoot = Command::new(place::program("atoll")?);
+        shoot.arg("screenshot").arg(folder.path().join("api.sock")).arg(&out);
+        picture = if shoot.output()?.status.success() { std::fs::metadata(&out)?.len() } else { 0 };
+        ensure!(begin.elapsed() < STEP, "the screen stays empty");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let mut said = std::io::stdout();
+    if check {
+        machine.console.send("poweroff -f\n")?;
+        let (status, errors) = machine.console.wait(STEP)?;
+        ensure!(status.success(), "{status}: {errors}");
+        writeln!(said, "{}", serde_json::json!({ "demo": "gpu", "ok": true, "screenshot_bytes": picture }))?;
+        return Ok(());
+    }
+    writeln!(said, "The guest's screen: {url}\nType `poweroff -f` there, or press Ctrl-C here, to end it.")?;
+    // The guest says nothing more on its serial port; the VMM's end is the end.
+    while crate::processes::alive(machine.console.pid()) {
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
