@@ -1,6 +1,6 @@
 //! `cargo xtask test`: set everything up, then every test.
 
-use crate::{images, lab, packages, place, tidy};
+use crate::{full_kernel, images, lab, packages, place, tidy};
 use anyhow::Result;
 use std::process::Command;
 use std::time::Instant;
@@ -11,6 +11,7 @@ pub fn set_up() -> Result<()> {
     packages::ensure_peers(&wanted)?;
     eprintln!("user land: {}", crate::userland::disk()?.display());
     eprintln!("passt with vhost-user: {}", crate::passt::with_vhost_user()?.display());
+    eprintln!("kernel with all drivers: {}", full_kernel::image()?.display());
     for guest in images::all()? {
         eprintln!("guest {}: {}", guest.series, guest.bzimage.display());
     }
