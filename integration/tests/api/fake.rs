@@ -2,6 +2,7 @@
 //! its own.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use atoll_vmm::lifecycle::{
     DeviceReport, DeviceState, ErrorKind, Plugged, RecoveryClass, Story, VmControl, VmError, VmInfo, VmState,
 };
 use atoll_vmm::machine::{LinkState, NewSize};
-use atoll_vmm::screen::DisplayLine;
+use atoll_vmm::screen::WhereToLook;
 use atoll_vmm::vhost::{Fault, UpgradeOrder};
 
 /// What the machine was asked and what it has.
@@ -163,8 +164,21 @@ impl VmControl for Fake {
             false => Err(error(ErrorKind::NotFound, &format!("there is no device '{id}'"))),
         }
     }
-    fn display(&self) -> Result<Arc<DisplayLine>, VmError> {
-        Err(VmError::new(ErrorKind::NotFound, "there is no display"))
+    fn where_to_look(&self) -> Result<WhereToLook, VmError> {
+        self.created("where_to_look")
+            .map(|_| WhereToLook { vnc: Some("127.0.0.1:5900".into()), ..WhereToLook::default() })
+    }
+    fn screenshot(&self, _head: u32) -> Result<Vec<u8>, VmError> {
+        self.created("screenshot").map(|_| b"a picture".to_vec())
+    }
+    fn resize_display(&self, _head: u32, _width: u32, _height: u32) -> Result<(), VmError> {
+        self.created("resize_display").map(drop)
+    }
+    fn record(&self, _head: u32, _file: OwnedFd) -> Result<(), VmError> {
+        self.created("record").map(drop)
+    }
+    fn stop_record(&self, _head: u32) -> Result<u32, VmError> {
+        self.created("stop_record").map(|_| 7)
     }
     fn info(&self) -> Result<VmInfo, VmError> {
         let book = self.created("info")?;

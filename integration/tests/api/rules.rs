@@ -35,8 +35,9 @@ impl Tour {
         // Kata gives info, pause, resize and ping a second, libvirt gives add-net half of one.
         let budget = Duration::from_millis(if path.ends_with("vm.add-net") { 500 } else { 1000 });
         assert!(answer.took < budget, "{path} took {:?}", answer.took);
-        let path = if path.starts_with("/api/v1/inspect/") { "/api/v1/inspect/{path}" } else { path };
-        self.seen.insert((path.to_owned(), status));
+        let trees = ["/api/v1/inspect/", "/api/v1/vm.screenshot/"].into_iter().find(|tree| path.starts_with(tree));
+        let path = &trees.map_or_else(|| path.to_owned(), |tree| format!("{tree}{{path}}"));
+        self.seen.insert((path.clone(), status));
         answer
     }
 
@@ -61,7 +62,8 @@ impl Tour {
 /// What needs a machine, and no body.
 const ACTIONS: [&str; 8] =
     ["vm.boot", "vm.pause", "vm.resume", "vm.reboot", "vm.power-button", "vm.nmi", "vmm.nmi", "vm.shutdown"];
-const READS: [&str; 5] = ["vm.info", "vm.counters", "devices", "inspect", "inspect/devices/gr%C3%BCn%2F1"];
+const READS: [&str; 6] =
+    ["vm.display", "vm.info", "vm.counters", "devices", "inspect", "inspect/devices/gr%C3%BCn%2F1"];
 
 fn additions() -> [(&'static str, Value); 8] {
     [
@@ -84,6 +86,7 @@ fn every_resource_and_every_refusal() {
     a_life(&mut tour);
     mistakes(&mut tour);
     faults(&mut tour);
+    screens(&mut tour);
     too_many_listeners(&mut tour);
     let document = openapi_document();
     let mut promised = BTreeSet::new();
@@ -277,6 +280,40 @@ fn faults(tour: &mut Tour) {
     // It is asked when the answer has been sent; the next request is looked at after that.
     tour.get("/api/v1/vmm.ping", 200);
     assert_eq!(tour.house.fake.book().done.last(), Some(&"shutdown_vmm"));
+}
+
+/// What there is to see. A recording's file comes beside its request.
+fn screens(tour: &mut Tour) {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let head = json!({ "head": 1 });
+    let size = json!({ "width": 800, "height": 600 });
+    let all = |tour: &mut Tour, [picture, resized, recorded, stopped]: [u16; 4]| {
+        let answer = tour.get("/api/v1/vm.screenshot/0", picture);
+        tour.put("vm.resize-display", &size, resized);
+        let put = tour.client.put_with("/api/v1/vm.record", &head.to_string(), &[file.as_fd()]);
+        tour.note("/api/v1/vm.record", recorded, put);
+        tour.put("vm.stop-record", &head, stopped);
+        answer
+    };
+    all(tour, [404; 4]);
+    tour.put("vm.create", &config(), 204);
+    let picture = all(tour, [200, 204, 204, 200]);
+    assert_eq!((picture.headers["Content-Type"].as_str(), picture.body.as_str()), ("image/png", "a picture"));
+    assert!(tour.get("/api/v1/vm.screenshot/first", 400).why().contains("vm.screenshot/0"));
+    assert!(tour.put("vm.record", &head, 400).why().contains("SCM_RIGHTS"));
+    assert!(tour.put("vm.resize-display", &json!({ "width": 800 }), 400).why().contains("height"));
+    assert!(tour.put("vm.stop-record", &json!({ "haed": 1 }), 400).why().contains("haed"));
+    for name in ["vm.screenshot/0", "vm.resize-display", "vm.record", "vm.stop-record"] {
+        tour.house.fake.book().fault = Some(ErrorKind::Failed);
+        let path = format!("{V1}/{name}");
+        let answer = match name {
+            "vm.screenshot/0" => tour.client.get(&path),
+            "vm.resize-display" => tour.client.put(&path, &size.to_string()),
+            _ => tour.client.put_with(&path, &head.to_string(), &[file.as_fd()]),
+        };
+        assert!(tour.note(&path, 500, answer).why().contains("as the test wanted"));
+    }
+    tour.act("vm.delete", 204);
 }
 
 fn too_many_listeners(tour: &mut Tour) {

@@ -301,29 +301,38 @@ pub fn sha256(path: &Path) -> Result<String> {
 }
 
 /// Programs that some tests and benchmarks set beside Atoll, with the Debian package that holds each.
-pub const PEERS: [(&str, &str); 6] = [
+pub const PEERS: [(&str, &str); 7] = [
     ("passt", "passt"),
     ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
     ("qemu-storage-daemon", "qemu-utils"),
     ("qemu-x86_64", "qemu-user"),
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
 ];
 
+/// Packages are installed at most this often, until nothing is missing.
+const PASSES: usize = 3;
+
 /// Installs the peers that are missing, if this user may; says what to install otherwise.
 pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
-    let missing: Vec<&str> = PEERS
-        .iter()
-        .filter(|(program, _)| wanted.contains(program) && place::on_path(program).is_none())
-        .map(|(_, package)| *package)
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
+    let missing = || -> Vec<&str> {
+        let absent = |program: &str| wanted.contains(&program) && place::on_path(program).is_none();
+        let mut packages: Vec<&str> =
+            PEERS.iter().filter(|(program, _)| absent(program)).map(|(_, package)| *package).collect();
+        packages.dedup();
+        packages
+    };
+    // A package of another release that is there may have to go when its neighbour comes, and what it had is missing then.
+    for _ in 0..PASSES {
+        let packages = missing();
+        if packages.is_empty() {
+            return Ok(());
+        }
+        install(&packages)?;
     }
-    install(&missing)?;
-    for program in wanted {
-        ensure!(place::on_path(program).is_some(), "{program} is installed, but in no folder of PATH");
-    }
+    let packages = missing();
+    ensure!(packages.is_empty(), "{} installed, but its programs are in no folder of PATH", packages.join(", "));
     Ok(())
 }
 

@@ -1,7 +1,6 @@
 //! What there is to see: where viewers connect, pictures and recordings of a head, another size for one.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -11,8 +10,7 @@ use super::machine::{done, said};
 use super::reply::{Reply, Status};
 use super::routes::{Asked, Good, Route, Served, get, of, put};
 use super::server::Api;
-use crate::lifecycle::{ErrorKind, VmError};
-use crate::screen::{DisplayError, DisplayLine, WhereToLook};
+use crate::screen::WhereToLook;
 
 /// A head.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
@@ -49,7 +47,7 @@ pub(super) fn routes() -> Vec<Route> {
     const MISTAKES: &[Status] = &[Status::BadRequest, Status::NotFound];
     vec![
         get("/api/v1/vm.display", "Where people look at the machine.", Good::Json(of::<WhereToLook>), |api, _, _| {
-            said(line(api).map(|line| line.where_to_look()))
+            said(api.control.where_to_look())
         })
         .refuses(GONE),
         get("/api/v1/vm.screenshot/{path}", "What a head shows, by its number.", Good::Picture, screenshot)
@@ -60,7 +58,7 @@ pub(super) fn routes() -> Vec<Route> {
             Good::Nothing,
             |api, _, asked| {
                 let NewMode { head, width, height } = body::decode(asked.body)?;
-                done(line(api).and_then(|line| line.resize(head, width, height).map_err(failed)))
+                done(api.control.resize_display(head, width, height))
             },
         )
         .takes::<NewMode>()
@@ -75,24 +73,11 @@ pub(super) fn routes() -> Vec<Route> {
         .refuses(MISTAKES),
         put("/api/v1/vm.stop-record", "Ends a recording.", Good::Json(of::<Recorded>), |api, _, asked| {
             let OfHead { head } = body::decode(asked.body)?;
-            let frames = line(api).and_then(|line| line.stop_record(head).map_err(failed));
-            said(frames.map(|frames| Recorded { frames }))
+            said(api.control.stop_record(head).map(|frames| Recorded { frames }))
         })
         .takes::<OfHead>()
         .refuses(MISTAKES),
     ]
-}
-
-fn failed(error: DisplayError) -> VmError {
-    let kind = match error {
-        DisplayError::Refused(_) => ErrorKind::Bad,
-        _ => ErrorKind::Failed,
-    };
-    VmError::new(kind, error)
-}
-
-fn line(api: &Api) -> Result<Arc<DisplayLine>, VmError> {
-    api.control.display()
 }
 
 fn screenshot(api: &Api, head: &str, _: &mut Asked<'_>) -> Served {
@@ -100,8 +85,7 @@ fn screenshot(api: &Api, head: &str, _: &mut Asked<'_>) -> Served {
         let why = format!("'{head}' is no number of a head: vm.screenshot/0 is the first");
         return Err(Reply::refused(Status::BadRequest, &[why]));
     };
-    let picture = line(api).and_then(|line| line.screenshot(head).map_err(failed))?;
-    Ok(Reply::picture(picture).into())
+    Ok(Reply::picture(api.control.screenshot(head)?).into())
 }
 
 fn record(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
@@ -112,5 +96,5 @@ fn record(api: &Api, _: &str, asked: &mut Asked<'_>) -> Served {
             "the file's descriptor comes beside the request, with its first bytes (SCM_RIGHTS), and no other".into();
         return Err(Reply::refused(Status::BadRequest, &[why]));
     };
-    done(line(api).and_then(|line| line.record(head, &file).map_err(failed)))
+    done(api.control.record(head, file))
 }

@@ -1,7 +1,7 @@
 //! What can be asked of a virtual machine.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::error::{ErrorKind, VmError};
 use super::report::{DeviceReport, VmInfo};
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{LinkState, NewSize};
-use crate::screen::DisplayLine;
+use crate::screen::WhereToLook;
 use crate::vhost::{Fault, UpgradeOrder};
 
 /// Name of a device: the user's, or one that Atoll made up.
@@ -64,8 +64,16 @@ pub trait VmControl: Send + Sync {
     fn upgrade_device(&self, id: &str, order: UpgradeOrder) -> Result<u64, VmError>;
     /// Does to a device what the world may do; only where the machine was started with leave for it.
     fn fault_device(&self, id: &str, fault: Fault, seed: u64) -> Result<(), VmError>;
-    /// Where the display is, for pictures and recordings.
-    fn display(&self) -> Result<Arc<DisplayLine>, VmError>;
+    /// Where people look at the machine.
+    fn where_to_look(&self) -> Result<WhereToLook, VmError>;
+    /// What a head shows, as a PNG.
+    fn screenshot(&self, head: u32) -> Result<Vec<u8>, VmError>;
+    /// Gives a head another size; the guest is told.
+    fn resize_display(&self, head: u32, width: u32, height: u32) -> Result<(), VmError>;
+    /// Records what a head shows to a file (animated PNG), until [`stop_record`](Self::stop_record).
+    fn record(&self, head: u32, file: OwnedFd) -> Result<(), VmError>;
+    /// Ends a recording; how many pictures are in it.
+    fn stop_record(&self, head: u32) -> Result<u32, VmError>;
     /// The configuration as it is now, and the state.
     fn info(&self) -> Result<VmInfo, VmError>;
     /// Every device with the state of its process.

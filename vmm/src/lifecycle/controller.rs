@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -20,7 +21,7 @@ use super::story::Story;
 use crate::backend::Household;
 use crate::config::{DeviceConfig, VmConfig};
 use crate::machine::{EventSender, LinkState, MachineEnd, MachineEvent, MachineFigures, NewSize, StopCause};
-use crate::screen::DisplayLine;
+use crate::screen::{DisplayError, DisplayLine, WhereToLook};
 use crate::vhost::{Fault, UPGRADE_MAX, UpgradeOrder, await_outcome};
 
 /// Requests that touch no device.
@@ -127,6 +128,20 @@ impl Drop for Controller {
     }
 }
 
+impl From<DisplayError> for VmError {
+    fn from(error: DisplayError) -> Self {
+        let kind = if matches!(error, DisplayError::Refused(_)) { ErrorKind::Bad } else { ErrorKind::Failed };
+        Self::new(kind, error)
+    }
+}
+
+impl Controller {
+    /// The display's line. What is asked of it then, the machine's thread does not wait for.
+    fn display(&self) -> Result<Arc<DisplayLine>, VmError> {
+        self.mailbox.ask("looking for the display", Waits::Never, QUICK, |keeper| keeper.display())
+    }
+}
+
 impl VmControl for Controller {
     fn create(&self, config: VmConfig) -> Result<(), VmError> {
         self.mailbox.ask("vm.create", Waits::Never, QUICK, move |keeper| keeper.create(config))
@@ -191,8 +206,20 @@ impl VmControl for Controller {
         self.mailbox
             .ask("vm.fault-device", Waits::ForBoot, DEVICES, move |keeper| keeper.fault_device(&id, fault, seed))
     }
-    fn display(&self) -> Result<Arc<DisplayLine>, VmError> {
-        self.mailbox.ask("looking for the display", Waits::Never, QUICK, |keeper| keeper.display())
+    fn where_to_look(&self) -> Result<WhereToLook, VmError> {
+        Ok(self.display()?.where_to_look())
+    }
+    fn screenshot(&self, head: u32) -> Result<Vec<u8>, VmError> {
+        Ok(self.display()?.screenshot(head)?)
+    }
+    fn resize_display(&self, head: u32, width: u32, height: u32) -> Result<(), VmError> {
+        Ok(self.display()?.resize(head, width, height)?)
+    }
+    fn record(&self, head: u32, file: OwnedFd) -> Result<(), VmError> {
+        Ok(self.display()?.record(head, &file)?)
+    }
+    fn stop_record(&self, head: u32) -> Result<u32, VmError> {
+        Ok(self.display()?.stop_record(head)?)
     }
     fn info(&self) -> Result<VmInfo, VmError> {
         self.view.info().ok_or_else(no_machine)
