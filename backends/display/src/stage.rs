@@ -39,6 +39,8 @@ struct Head {
     picture: Picture,
     /// The guest shows something.
     lit: bool,
+    /// Pixels have been told since the picture has its size: before that it is no picture of the guest's, only black.
+    told: bool,
     cursor: Option<Cursor>,
     wanted: Screen,
     /// It was larger than anything that is shown: said once.
@@ -150,6 +152,7 @@ impl Heads {
             Request::Update { scanout, rect, pixels } => {
                 let Some(head) = self.heads.get_mut(scanout as usize).filter(|head| head.lit) else { return };
                 if let Some(part) = head.picture.draw(rect, pixels) {
+                    head.told = true;
                     self.tell(scanout as usize, |watch| watch.damage.add(part));
                 }
             }
@@ -174,6 +177,7 @@ impl Heads {
             }
             if std::mem::take(&mut head.lit) {
                 head.picture = Picture::black(now);
+                head.told = false;
                 self.tell(number, |watch| watch.damage.add(damage::whole(now)));
             }
             return;
@@ -182,6 +186,7 @@ impl Heads {
         // A device that was started again says the size that it had: what is shown is right until it says more.
         if size != now {
             head.picture = Picture::black(size);
+            head.told = false;
             self.tell(number, |watch| {
                 watch.resized = true;
                 watch.damage.clear();
@@ -237,10 +242,11 @@ impl Heads {
         self.heads.get(head).map_or((0, 0), |head| head.picture.size())
     }
 
-    /// The picture of a head that shows something.
+    /// The picture of a head that shows something, once there is one: a display that was started again has been told a size before
+    /// it is told pixels.
     #[must_use]
     pub fn shown(&self, head: usize) -> Option<&Picture> {
-        self.heads.get(head).filter(|head| head.lit).map(|head| &head.picture)
+        self.heads.get(head).filter(|head| head.lit && head.told).map(|head| &head.picture)
     }
 
     /// Puts a part of a head's picture into `out`.
@@ -313,6 +319,7 @@ mod tests {
         assert!(heads.shown(0).is_none() && heads.size(0) == (640, 480));
         let viewer = heads.watch(0, Arc::default());
         heads.hear(&Request::Scanout { scanout: 0, width: 2, height: 2 });
+        assert!(heads.shown(0).is_none(), "a size is no picture");
         heads.hear(&Request::Update { scanout: 0, rect: WHOLE, pixels: &[7; 16] });
         let news = heads.news(viewer).unwrap();
         assert!(news.resized && news.damage.take(WHOLE) == [WHOLE]);

@@ -37,7 +37,7 @@ pub enum Victim {
     Gpu,
     /// `atoll-display`.
     Display,
-    /// The keyboard's `atoll-input`.
+    /// An `atoll-input`, the keyboard's or the tablet's.
     Input,
 }
 
@@ -149,10 +149,8 @@ impl Campaign {
         if self.victim == Victim::Input {
             let keyboard = self.screen.input("keyboard")?;
             let console = self.screen.console();
-            console.run(&format!("exec 3< {keyboard}"), STEP)?;
-            // Type, code and value of each event.
-            let tell = "set -- $(od -A n -t u2 -j 16 -N 6 /k); [ $1 = 1 ] && echo \"k\"$2.$3.";
-            console.send(&format!("(while dd bs=24 count=1 of=/k <&3 2>/dev/null; do {tell}; done) &\n"))?;
+            // Each event as twelve numbers on a line: the time, then type, code and value. The echo of what is typed has none.
+            console.send(&format!("od -A n -t u2 -w24 -v {keyboard} &\n"))?;
         } else {
             let frames = (0..PAINTING.frames).map(|frame| frame.to_string()).collect::<Vec<_>>().join(" ");
             let paint = format!("(while :; do for F in {frames}; do cat /frame$F > /dev/fb0; done; done) &\n");
@@ -244,15 +242,16 @@ impl Campaign {
         let deadline = Instant::now() + within;
         while self.down.contains(&wanted.0) != wanted.1 {
             let left = deadline.saturating_duration_since(Instant::now());
-            if self.screen.console().expect("k", left).is_err() {
-                return Ok(false);
+            let Ok(line) = self.screen.console().expect("\n", left) else { return Ok(false) };
+            let numbers: Vec<u16> = line.split_whitespace().map_while(|word| word.parse().ok()).collect();
+            // EV_KEY is 1.
+            let [.., 1, code, value, 0] = numbers[..] else { continue };
+            if numbers.len() != 12 {
+                continue;
             }
-            let code = self.screen.console().expect(".", STEP)?;
-            let value = self.screen.console().expect(".", STEP)?;
-            let Ok(code) = code.parse::<u16>() else { continue };
-            let fresh = match value.as_str() {
-                "1" => self.down.insert(code),
-                "0" => self.down.remove(&code),
+            let fresh = match value {
+                1 => self.down.insert(code),
+                0 => self.down.remove(&code),
                 // The guest's own repetition.
                 _ => true,
             };
@@ -300,8 +299,7 @@ impl Campaign {
     }
 
     fn finish(mut self, before: &Belongings, begin: Instant) -> Result<Outcome> {
-        let device = self.screen.device(self.victim.name())?;
-        self.outcome.restarts = device["restarts"].as_u64().unwrap_or_default();
+        self.outcome.restarts = self.screen.restarts(self.victim.name())?;
         self.viewer = None;
         if self.victim != Victim::Input {
             // The last word of the guest is what is seen in the end.

@@ -141,6 +141,16 @@ impl Screen {
         found.cloned().with_context(|| format!("no {kind} in {devices}"))
     }
 
+    /// How many processes of devices of this kind were started again.
+    ///
+    /// # Errors
+    /// The machine does not say.
+    pub fn restarts(&self, kind: &str) -> Result<u64> {
+        let devices = self.machine.get("devices")?;
+        let of_kind = devices.as_array().into_iter().flatten().filter(|device| device["kind"] == kind);
+        Ok(of_kind.filter_map(|device| device["restarts"].as_u64()).sum())
+    }
+
     /// Where the guest has an input device whose name has this word in it.
     ///
     /// # Errors
