@@ -164,7 +164,11 @@ fn names_and_sockets_that_are_taken() {
     check(user.run(&["--api-socket", &long]), 2, &["107", "shorter"]);
     check(user.run(&["--api-socket", "fd=77"]), 2, &["77", "not open"]);
     check(user.run(&["--disk", "path=a,id=x", "path=b,id=x"]), 2, &["two devices have the id 'x'"]);
-    check(user.run(&["--net", "fd=[77]"]), 2, &["--net fd=77", "no such descriptor"]);
+    check(
+        user.run(&["--net", "fd=[77]"]),
+        2,
+        &["--net fd=77", "atoll was started without a descriptor of that number"],
+    );
     check(user.run(&["--firmware", "x"]), 2, &["--firmware", "not supported", "--kernel"]);
     let rundirs = fs::read_dir(user.folder.path().join("atoll")).unwrap();
     let machines = rundirs.filter(|entry| entry.as_ref().unwrap().path().is_dir()).count();

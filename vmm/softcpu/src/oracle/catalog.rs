@@ -59,6 +59,21 @@ fn belongs(code: Code, family: Family, features: Features) -> bool {
     {
         return false;
     }
+    // Prefetches by their bytes, and with a register nothing at all or, on newer AMD processors, an invalid instruction.
+    if matches!(
+        code,
+        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+    ) {
+        return false;
+    }
+    // Of memory, Intel's processors read two bytes and AMD's four.
+    if code == Code::Movsxd_r16_rm16 {
+        return false;
+    }
+    // The image holds which bits of MXCSR there are, and hosts with misaligned SSE have one more than the model.
+    if matches!(code.mnemonic(), Mnemonic::Fxsave | Mnemonic::Fxsave64) && has_misaligned_sse() {
+        return false;
+    }
     // Processors disagree about an operand-size prefix on near branches in 64-bit mode.
     if op.operand_size() == 16 && matches!(op.op0_kind(), OpCodeOperandKind::br64_1 | OpCodeOperandKind::br64_4) {
         return false;
@@ -67,6 +82,13 @@ fn belongs(code: Code, family: Family, features: Features) -> bool {
         return false;
     }
     family_of(code, features) == Some(family)
+}
+
+/// Whether the host has AMD's misaligned SSE mode (CPUID Fn8000_0001, ECX bit 7).
+fn has_misaligned_sse() -> bool {
+    const MISALIGNED: u32 = 1 << 7;
+    std::arch::x86_64::__cpuid(0x8000_0000).eax > 0x8000_0000
+        && std::arch::x86_64::__cpuid(0x8000_0001).ecx & MISALIGNED != 0
 }
 
 /// Family by the CPUID features that the encoding needs; `None` if the model lacks one.

@@ -45,6 +45,13 @@ impl Slot {
         self.instructions.iter().any(|instruction| loads(instruction.mnemonic()))
     }
 
+    /// Whether flags may be those of a part of an instruction that faults: AMD's processors keep what the last comparison of a
+    /// repeated one has left, Intel's what was there before.
+    pub(super) fn may_flag_before_fault(&self) -> bool {
+        let repeated = |instruction: &Instruction| instruction.has_rep_prefix() || instruction.has_repne_prefix();
+        self.instructions.iter().any(repeated)
+    }
+
     /// Whether an instruction computes several results one from another.
     pub(super) fn has_dot_product(&self) -> bool {
         self.instructions.iter().any(|instruction| matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd))
