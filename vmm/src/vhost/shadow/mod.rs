@@ -417,9 +417,10 @@ fn serve(mut lanes: Vec<Lane>, shared: &Shared, order: &EventFd, alarm: &OwnedFd
         // An error (a signal) is a wake-up like any other.
         let _ = poll(&mut fds, more.then_some(&at_once));
         drop(fds);
+        // The signal first: one that comes after the look at what it announces must stay.
+        take(order);
         if shared.ending.load(Ordering::SeqCst) {
             return lanes;
         }
-        take(order);
     }
 }

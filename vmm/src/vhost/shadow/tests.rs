@@ -211,6 +211,28 @@ fn backends_may_die_at_any_time() {
     }
 }
 
+/// The end of a shadow was lost now and then, and whoever waited for its thread waited for ever: the signal was taken with a
+/// kick that came at the same moment. It is heard whatever comes with it.
+#[test]
+fn an_end_among_kicks_is_heard() {
+    let (told, heard) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let rig = Rig::new(0, 0);
+        let mut dice = Dice(0x5eed_0002);
+        for _ in 0..3000 {
+            let (shadow, _backend) = rig.shadow(Stock::default());
+            signal(&rig.kick, 1);
+            for _ in 0..dice.below(4000) {
+                std::hint::spin_loop();
+            }
+            signal(&rig.kick, 1);
+            drop(shadow);
+        }
+        told.send(()).unwrap();
+    });
+    heard.recv_timeout(Duration::from_secs(60)).expect("a shadow did not hear its end");
+}
+
 fn fault(rig: &Rig, shadow: &Shadow) -> ShadowFault {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
