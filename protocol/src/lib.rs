@@ -23,6 +23,7 @@ pub mod saved;
 pub mod sidecar;
 pub mod socket;
 pub mod stats;
+mod stream;
 pub mod vfio_user;
 
 pub use access::{Access, AccessKind, Exit, Space, Width};

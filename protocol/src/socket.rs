@@ -1,31 +1,20 @@
 //! Frames over a stream socket that somebody else opened: UNIX (with descriptors) or TCP (without).
 //!
-//! Each wait has a timeout, made with poll, so the socket's own flags stay as they are: the other holders of the open
-//! file description are not surprised. A reader that times out in the middle of a frame goes on there the next time; a
-//! writer that does has torn the stream and refuses to write again.
-//!
-//! A reader takes exactly one header, then exactly one body: the kernel joins data with and without descriptors in one
-//! receive, so reading ahead would hand a frame the descriptors of the next.
+//! A reader that times out in the middle of a frame goes on there the next time; a writer that does has torn the stream and
+//! refuses to write again.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
-};
+use rustix::net::{Shutdown, shutdown};
 use thiserror::Error;
 
 use crate::frame::{self, FrameError, FrameHeader, HEADER_LEN};
 use crate::message::{Kind, Message};
-
-/// Room for the descriptors of any one frame.
-const DESCRIPTORS_MAX: usize = 8;
+use crate::stream::{self, DESCRIPTORS_MAX, Deadline, Incoming, Outgoing, StreamError};
 
 /// Why a frame could not be moved.
 #[derive(Debug, Error)]
@@ -54,7 +43,11 @@ impl SocketError {
     /// Whether the peer is gone, rather than slow or wrong.
     #[must_use]
     pub fn is_hang_up(&self) -> bool {
-        matches!(self, Self::Closed | Self::Cut | Self::Io(Errno::CONNRESET | Errno::PIPE | Errno::NOTCONN))
+        match self {
+            Self::Closed | Self::Cut => true,
+            Self::Io(errno) => stream::is_gone(*errno),
+            _ => false,
+        }
     }
 }
 
@@ -83,17 +76,16 @@ impl Frame {
 #[derive(Debug)]
 pub struct FrameReader {
     socket: Arc<OwnedFd>,
-    /// Bytes of the frame that is coming in: header first, then body.
-    partial: Vec<u8>,
+    /// The frame that is coming in: header first, then body.
+    incoming: Incoming,
     header: Option<FrameHeader>,
-    descriptors: Vec<OwnedFd>,
 }
 
 /// The sending half.
 #[derive(Debug)]
 pub struct FrameWriter {
     socket: Arc<OwnedFd>,
-    torn: bool,
+    outgoing: Outgoing,
 }
 
 /// Both halves of one connection.
@@ -122,13 +114,8 @@ impl FrameSocket {
     pub fn new(socket: OwnedFd) -> Self {
         let socket = Arc::new(socket);
         Self {
-            reader: FrameReader {
-                socket: Arc::clone(&socket),
-                partial: Vec::new(),
-                header: None,
-                descriptors: Vec::new(),
-            },
-            writer: FrameWriter { socket, torn: false },
+            reader: FrameReader { socket: Arc::clone(&socket), incoming: Incoming::with_descriptors(), header: None },
+            writer: FrameWriter { socket, outgoing: Outgoing::default() },
         }
     }
 
@@ -160,24 +147,20 @@ impl FrameReader {
     /// # Errors
     /// All of [`SocketError`]; after [`SocketError::Timeout`] it may be called again.
     pub fn receive(&mut self, timeout: Option<Duration>) -> Result<Frame, SocketError> {
-        let deadline = timeout.map(|timeout| (timeout, Instant::now() + timeout));
+        let deadline = Deadline::after(timeout);
         loop {
-            if self.header.is_none()
-                && let Ok(bytes) = <&[u8; HEADER_LEN]>::try_from(self.partial.as_slice())
-            {
-                self.header = Some(FrameHeader::decode(bytes)?);
-                self.partial.clear();
-            }
-            let wanted = match self.header {
-                None => HEADER_LEN,
-                Some(header) if self.partial.len() == header.length() => return self.finish(header),
-                Some(header) => header.length(),
+            let wanted = self.header.map_or(HEADER_LEN, |header| header.length());
+            let whole = match self.incoming.fill(self.socket.as_fd(), wanted) {
+                Ok(whole) => whole,
+                Err(error) => return Err(self.name(error)),
             };
-            match self.take_some(wanted) {
-                Ok(()) => {}
-                Err(SocketError::Io(Errno::AGAIN)) => wait(self.socket.as_fd(), PollFlags::IN, deadline)?,
-                Err(SocketError::Io(Errno::INTR)) => {}
-                Err(error) => return Err(error),
+            if !whole {
+                deadline.wait(self.socket.as_fd(), PollFlags::IN).map_err(|error| self.name(error))?;
+            } else if let Some(header) = self.header.take() {
+                return self.finish(header);
+            } else if let Ok(bytes) = self.incoming.bytes().try_into() {
+                self.header = Some(FrameHeader::decode(bytes)?);
+                self.incoming.clear();
             }
         }
     }
@@ -190,41 +173,23 @@ impl FrameReader {
         Ok(self.receive(timeout)?.decode()?)
     }
 
-    fn take_some(&mut self, wanted: usize) -> Result<(), SocketError> {
-        let have = self.partial.len();
-        self.partial.resize(wanted, 0);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(
-            self.socket.as_fd(),
-            &mut [IoSliceMut::new(self.partial.get_mut(have..).unwrap_or_default())],
-            &mut ancillary,
-            RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
-        );
-        // Taken before anything else, so that they are closed whatever comes next.
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-                self.descriptors.extend(descriptors);
+    /// What a failure of the stream is to the frame that was coming.
+    fn name(&self, error: StreamError) -> SocketError {
+        match error {
+            StreamError::Closed if self.header.is_none() && self.incoming.bytes().is_empty() => SocketError::Closed,
+            StreamError::Closed => SocketError::Cut,
+            StreamError::Descriptors => {
+                let kind = self.header.map_or(Kind::SidecarOrder, |header| header.kind());
+                FrameError::Descriptors { kind, found: DESCRIPTORS_MAX + 1, allowed: DESCRIPTORS_MAX }.into()
             }
+            StreamError::Timeout(limit) => SocketError::Timeout(limit),
+            StreamError::Torn => SocketError::Torn,
+            StreamError::Io(errno) => errno.into(),
         }
-        let moved = received.as_ref().map_or(0, |message| message.bytes);
-        self.partial.truncate(have.saturating_add(moved));
-        let message = received?;
-        if message.flags.contains(ReturnFlags::CTRUNC) || self.descriptors.len() > DESCRIPTORS_MAX {
-            let kind = self.header.map_or(Kind::SidecarOrder, |header| header.kind());
-            return Err(FrameError::Descriptors { kind, found: DESCRIPTORS_MAX + 1, allowed: DESCRIPTORS_MAX }.into());
-        }
-        if moved == 0 {
-            let between = self.header.is_none() && self.partial.is_empty();
-            return Err(if between { SocketError::Closed } else { SocketError::Cut });
-        }
-        Ok(())
     }
 
     fn finish(&mut self, header: FrameHeader) -> Result<Frame, SocketError> {
-        self.header = None;
-        let body = std::mem::take(&mut self.partial);
-        let descriptors = std::mem::take(&mut self.descriptors);
+        let (body, descriptors) = (self.incoming.take_bytes(), self.incoming.take_descriptors());
         if descriptors.len() != header.descriptors() {
             return Err(FrameError::Descriptors {
                 kind: header.kind(),
@@ -260,55 +225,13 @@ impl FrameWriter {
         descriptors: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> Result<(), SocketError> {
-        if self.torn {
-            return Err(SocketError::Torn);
-        }
         let bytes = frame::encode(message, descriptors.len())?;
-        let deadline = Some((timeout, Instant::now() + timeout));
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let whole = rest.len() == bytes.len();
-            match send_some(self.socket.as_fd(), rest, if whole { descriptors } else { &[] }) {
-                Ok(moved) => rest = rest.get(moved..).unwrap_or_default(),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    if let Err(error) = wait(self.socket.as_fd(), PollFlags::OUT, deadline) {
-                        self.torn = !whole;
-                        return Err(error);
-                    }
-                }
-                Err(errno) => {
-                    self.torn = true;
-                    return Err(errno.into());
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn send_some(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
-        return Err(Errno::TOOBIG);
-    }
-    sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-}
-
-fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Option<(Duration, Instant)>) -> Result<(), SocketError> {
-    let left = match deadline {
-        None => None,
-        Some((timeout, deadline)) => {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(SocketError::Timeout(timeout));
-            }
-            Some(Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 }))
-        }
-    };
-    match poll(&mut [PollFd::from_borrowed_fd(socket, events)], left.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
+        self.outgoing.send(self.socket.as_fd(), &bytes, descriptors, timeout).map_err(|error| match error {
+            StreamError::Timeout(limit) => SocketError::Timeout(limit),
+            StreamError::Torn => SocketError::Torn,
+            StreamError::Io(errno) => errno.into(),
+            // What only a reader is told.
+            StreamError::Closed | StreamError::Descriptors => SocketError::Closed,
+        })
     }
 }

@@ -5,17 +5,14 @@
 //! message here brings descriptors: the kernel closes those that come.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
 use thiserror::Error;
 
 use super::{HEADER_LEN, Header, WireError};
-
-/// Bytes that are asked for at a time: memory for a picture is taken as it comes, not as it is announced.
-const PIECE: usize = 256 << 10;
+use crate::stream::{self, Deadline, Incoming, Outgoing, StreamError};
 
 /// Why a message could not be moved.
 #[derive(Debug, Error)]
@@ -41,7 +38,24 @@ impl ChannelError {
     /// Whether the peer is gone, rather than slow or wrong.
     #[must_use]
     pub fn is_hang_up(&self) -> bool {
-        matches!(self, Self::Closed | Self::Io(Errno::CONNRESET | Errno::PIPE | Errno::NOTCONN))
+        match self {
+            Self::Closed => true,
+            Self::Io(errno) => stream::is_gone(*errno),
+            _ => false,
+        }
+    }
+}
+
+impl From<StreamError> for ChannelError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Closed => Self::Closed,
+            StreamError::Timeout(limit) => Self::Timeout(limit),
+            StreamError::Torn => Self::Torn,
+            // No message has any, and none are taken.
+            StreamError::Descriptors => Self::Io(Errno::TOOBIG),
+            StreamError::Io(errno) => Self::Io(errno),
+        }
     }
 }
 
@@ -59,17 +73,18 @@ pub struct Message {
 pub struct Channel {
     socket: OwnedFd,
     payload_max: u32,
-    /// Bytes of the message that is coming in: header first, then the rest.
-    partial: Vec<u8>,
+    /// The message that is coming in: header first, then the rest.
+    incoming: Incoming,
     header: Option<Header>,
-    torn: bool,
+    outgoing: Outgoing,
 }
 
 impl Channel {
     /// Takes a connected stream socket, for an end that takes `payload_max` bytes behind a header.
     #[must_use]
     pub fn new(socket: impl Into<OwnedFd>, payload_max: u32) -> Self {
-        Self { socket: socket.into(), payload_max, partial: Vec::new(), header: None, torn: false }
+        let (incoming, outgoing) = (Incoming::bytes_alone(), Outgoing::default());
+        Self { socket: socket.into(), payload_max, incoming, header: None, outgoing }
     }
 
     /// Ends the connection: both ends see it at once.
@@ -83,28 +98,7 @@ impl Channel {
     /// # Errors
     /// [`ChannelError`].
     pub fn send(&mut self, messages: &[u8], limit: Duration) -> Result<(), ChannelError> {
-        if self.torn {
-            return Err(ChannelError::Torn);
-        }
-        let deadline = Instant::now() + limit;
-        let mut rest = messages;
-        while !rest.is_empty() {
-            match send(&self.socket, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(moved) => rest = rest.get(moved..).unwrap_or_default(),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    if let Err(error) = wait(self.socket.as_fd(), PollFlags::OUT, limit, deadline) {
-                        self.torn = rest.len() < messages.len();
-                        return Err(error);
-                    }
-                }
-                Err(errno) => {
-                    self.torn = true;
-                    return Err(errno.into());
-                }
-            }
-        }
-        Ok(())
+        Ok(self.outgoing.send(self.socket.as_fd(), messages, &[], limit)?)
     }
 
     /// Waits for a whole message, `limit` at most.
@@ -112,12 +106,12 @@ impl Channel {
     /// # Errors
     /// [`ChannelError`]; after [`ChannelError::Timeout`] it may be called again.
     pub fn receive(&mut self, limit: Duration) -> Result<Message, ChannelError> {
-        let deadline = Instant::now() + limit;
+        let deadline = Deadline::after(limit);
         loop {
             if let Some(message) = self.try_receive()? {
                 return Ok(message);
             }
-            wait(self.socket.as_fd(), PollFlags::IN, limit, deadline)?;
+            deadline.wait(self.socket.as_fd(), PollFlags::IN)?;
         }
     }
 
@@ -127,52 +121,23 @@ impl Channel {
     /// [`ChannelError`].
     pub fn try_receive(&mut self) -> Result<Option<Message>, ChannelError> {
         loop {
-            if self.header.is_none()
-                && let Ok(bytes) = <&[u8; HEADER_LEN]>::try_from(self.partial.as_slice())
-            {
-                self.header = Some(Header::decode(bytes, self.payload_max)?);
-                self.partial.clear();
+            let wanted = self.header.map_or(HEADER_LEN, |header| header.payload as usize);
+            if !self.incoming.fill(self.socket.as_fd(), wanted)? {
+                return Ok(None);
             }
-            let wanted = match self.header {
-                None => HEADER_LEN,
-                Some(header) if self.partial.len() == header.payload as usize => {
-                    self.header = None;
-                    return Ok(Some(Message { header, payload: std::mem::take(&mut self.partial) }));
-                }
-                Some(header) => header.payload as usize,
-            };
-            match self.take_some(wanted) {
-                Ok(()) | Err(ChannelError::Io(Errno::INTR)) => {}
-                Err(ChannelError::Io(Errno::AGAIN)) => return Ok(None),
-                Err(error) => return Err(error),
+            if let Some(header) = self.header.take() {
+                return Ok(Some(Message { header, payload: self.incoming.take_bytes() }));
+            }
+            if let Ok(bytes) = self.incoming.bytes().try_into() {
+                self.header = Some(Header::decode(bytes, self.payload_max)?);
+                self.incoming.clear();
             }
         }
-    }
-
-    fn take_some(&mut self, wanted: usize) -> Result<(), ChannelError> {
-        let have = self.partial.len();
-        self.partial.resize(wanted.min(have.saturating_add(PIECE)), 0);
-        let room = self.partial.get_mut(have..).unwrap_or_default();
-        let received = recv(&self.socket, room, RecvFlags::DONTWAIT).map(|(moved, _)| moved);
-        self.partial.truncate(have.saturating_add(received.unwrap_or(0)));
-        if received? == 0 { Err(ChannelError::Closed) } else { Ok(()) }
     }
 }
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-fn wait(socket: BorrowedFd<'_>, events: PollFlags, limit: Duration, deadline: Instant) -> Result<(), ChannelError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(ChannelError::Timeout(limit));
-    }
-    let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-    match poll(&mut [PollFd::from_borrowed_fd(socket, events)], Some(&left)) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
     }
 }

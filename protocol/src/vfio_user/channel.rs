@@ -3,20 +3,15 @@
 //! Each wait has a time limit, made with poll, so the socket's own flags stay as they are. A reader that times out in the
 //! middle of a message goes on there the next time; a writer that does has torn the stream and refuses to write again.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
-};
 use thiserror::Error;
 
 use super::{DESCRIPTORS_MAX, HEADER_LEN, Header, PAYLOAD_MAX, WireError};
+use crate::stream::{self, Deadline, Incoming, Outgoing, StreamError};
 
 /// Why a message could not be moved.
 #[derive(Debug, Error)]
@@ -45,7 +40,23 @@ impl ChannelError {
     /// Whether the peer is gone, rather than slow or wrong.
     #[must_use]
     pub fn is_hang_up(&self) -> bool {
-        matches!(self, Self::Closed | Self::Io(Errno::CONNRESET | Errno::PIPE | Errno::NOTCONN))
+        match self {
+            Self::Closed => true,
+            Self::Io(errno) => stream::is_gone(*errno),
+            _ => false,
+        }
+    }
+}
+
+impl From<StreamError> for ChannelError {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Closed => Self::Closed,
+            StreamError::Timeout(limit) => Self::Timeout(limit),
+            StreamError::Torn => Self::Torn,
+            StreamError::Descriptors => Self::Descriptors,
+            StreamError::Io(errno) => Self::Io(errno),
+        }
     }
 }
 
@@ -64,25 +75,18 @@ pub struct Message {
 #[derive(Debug)]
 pub struct Channel {
     socket: OwnedFd,
-    /// Bytes of the message that is coming in: header first, then the rest.
-    partial: Vec<u8>,
+    /// The message that is coming in: header first, then the rest.
+    incoming: Incoming,
     header: Option<Header>,
-    descriptors: Vec<OwnedFd>,
-    torn: bool,
-}
-
-type Deadline = Option<(Duration, Instant)>;
-
-fn deadline(limit: Option<Duration>) -> Deadline {
-    limit.map(|limit| (limit, Instant::now() + limit))
+    outgoing: Outgoing,
 }
 
 impl Channel {
     /// Takes a connected stream socket.
     #[must_use]
     pub fn new(socket: impl Into<OwnedFd>) -> Self {
-        let (partial, descriptors) = (Vec::new(), Vec::new());
-        Self { socket: socket.into(), partial, header: None, descriptors, torn: false }
+        let (incoming, outgoing) = (Incoming::with_descriptors(), Outgoing::default());
+        Self { socket: socket.into(), incoming, header: None, outgoing }
     }
 
     /// Ends the connection: both ends see it at once.
@@ -102,9 +106,6 @@ impl Channel {
         descriptors: &[BorrowedFd<'_>],
         limit: Duration,
     ) -> Result<(), ChannelError> {
-        if self.torn {
-            return Err(ChannelError::Torn);
-        }
         let len = u32::try_from(payload.len()).ok().filter(|len| *len <= PAYLOAD_MAX);
         let len = len.ok_or(WireError::Length(u32::MAX))?;
         if descriptors.len() > DESCRIPTORS_MAX {
@@ -112,26 +113,7 @@ impl Channel {
         }
         let mut bytes = Header { payload: len, ..header }.encode().to_vec();
         bytes.extend(payload);
-        let deadline = deadline(Some(limit));
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let whole = rest.len() == bytes.len();
-            match send_some(self.socket.as_fd(), rest, if whole { descriptors } else { &[] }) {
-                Ok(moved) => rest = rest.get(moved..).unwrap_or_default(),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    if let Err(error) = wait(self.socket.as_fd(), PollFlags::OUT, deadline) {
-                        self.torn = !whole;
-                        return Err(error);
-                    }
-                }
-                Err(errno) => {
-                    self.torn = true;
-                    return Err(errno.into());
-                }
-            }
-        }
-        Ok(())
+        Ok(self.outgoing.send(self.socket.as_fd(), &bytes, descriptors, limit)?)
     }
 
     /// Waits for a whole message, `limit` at most.
@@ -139,12 +121,12 @@ impl Channel {
     /// # Errors
     /// [`ChannelError`]; after [`ChannelError::Timeout`] it may be called again.
     pub fn receive(&mut self, limit: Duration) -> Result<Message, ChannelError> {
-        let deadline = deadline(Some(limit));
+        let deadline = Deadline::after(limit);
         loop {
-            if let Some(message) = self.take_whole()? {
+            if let Some(message) = self.try_receive()? {
                 return Ok(message);
             }
-            wait(self.socket.as_fd(), PollFlags::IN, deadline)?;
+            deadline.wait(self.socket.as_fd(), PollFlags::IN)?;
         }
     }
 
@@ -153,94 +135,25 @@ impl Channel {
     /// # Errors
     /// [`ChannelError`].
     pub fn try_receive(&mut self) -> Result<Option<Message>, ChannelError> {
-        self.take_whole()
-    }
-
-    /// Takes what is there until a message is whole or nothing more comes.
-    fn take_whole(&mut self) -> Result<Option<Message>, ChannelError> {
         loop {
-            if self.header.is_none()
-                && let Ok(bytes) = <&[u8; HEADER_LEN]>::try_from(self.partial.as_slice())
-            {
+            let wanted = self.header.map_or(HEADER_LEN, |header| header.payload as usize);
+            if !self.incoming.fill(self.socket.as_fd(), wanted)? {
+                return Ok(None);
+            }
+            if let Some(header) = self.header.take() {
+                let (payload, descriptors) = (self.incoming.take_bytes(), self.incoming.take_descriptors());
+                return Ok(Some(Message { header, payload, descriptors }));
+            }
+            if let Ok(bytes) = self.incoming.bytes().try_into() {
                 self.header = Some(Header::decode(bytes)?);
-                self.partial.clear();
-            }
-            let wanted = match self.header {
-                None => HEADER_LEN,
-                Some(header) if self.partial.len() == header.payload as usize => {
-                    self.header = None;
-                    let payload = std::mem::take(&mut self.partial);
-                    let descriptors = std::mem::take(&mut self.descriptors);
-                    return Ok(Some(Message { header, payload, descriptors }));
-                }
-                Some(header) => header.payload as usize,
-            };
-            match self.take_some(wanted) {
-                Ok(()) | Err(ChannelError::Io(Errno::INTR)) => {}
-                Err(ChannelError::Io(Errno::AGAIN)) => return Ok(None),
-                Err(error) => return Err(error),
+                self.incoming.clear();
             }
         }
-    }
-
-    fn take_some(&mut self, wanted: usize) -> Result<(), ChannelError> {
-        let have = self.partial.len();
-        self.partial.resize(wanted, 0);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = recvmsg(
-            &self.socket,
-            &mut [IoSliceMut::new(self.partial.get_mut(have..).unwrap_or_default())],
-            &mut ancillary,
-            RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
-        );
-        // Taken before anything else, so that they are closed whatever comes next.
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-                self.descriptors.extend(descriptors);
-            }
-        }
-        let moved = received.as_ref().map_or(0, |message| message.bytes);
-        self.partial.truncate(have.saturating_add(moved));
-        let message = received?;
-        if message.flags.contains(ReturnFlags::CTRUNC) || self.descriptors.len() > DESCRIPTORS_MAX {
-            return Err(ChannelError::Descriptors);
-        }
-        if moved == 0 {
-            return Err(ChannelError::Closed);
-        }
-        Ok(())
     }
 }
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-fn send_some(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors)) {
-        return Err(Errno::TOOBIG);
-    }
-    sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-}
-
-fn wait(socket: BorrowedFd<'_>, events: PollFlags, deadline: Deadline) -> Result<(), ChannelError> {
-    let left = match deadline {
-        None => None,
-        Some((limit, deadline)) => {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(ChannelError::Timeout(limit));
-            }
-            Some(Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 }))
-        }
-    };
-    match poll(&mut [PollFd::from_borrowed_fd(socket, events)], left.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(errno) => Err(errno.into()),
     }
 }

@@ -29,7 +29,7 @@ use thiserror::Error;
 /// Largest piece of data in one message that both ends here take (`max_data_xfer_size`).
 pub const DATA_MAX: u32 = 1 << 20;
 /// Most descriptors beside one message that both ends here take (`max_msg_fds`).
-pub const DESCRIPTORS_MAX: usize = 8;
+pub const DESCRIPTORS_MAX: usize = crate::stream::DESCRIPTORS_MAX;
 
 /// Regions of a PCI device, by VFIO's numbers.
 pub mod region {
