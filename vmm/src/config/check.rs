@@ -149,11 +149,6 @@ impl VmConfig {
                 },
                 _ => {}
             }
-            let served =
-                name != "serial2" || matches!(port.mode, ConsoleMode::Off | ConsoleMode::File | ConsoleMode::Pty);
-            if !served {
-                return wrong(name, "the second serial port leads to a file, a pty or is off".into());
-            }
         }
         Ok(())
     }
