@@ -95,7 +95,7 @@ impl Plan {
         let (cpu, choice) = choose_cpu(&config.platform);
         // A machine whose user says nothing about it has a port that leads nowhere.
         let nowhere = ConsoleConfig { mode: ConsoleMode::Null, ..ConsoleConfig::default() };
-        let serial = SerialLine::open(config.serial.as_ref().unwrap_or(&nowhere)).map_err(failed)?;
+        let mut serial = SerialLine::open(config.serial.as_ref().unwrap_or(&nowhere)).map_err(failed)?;
         let machine = MachineConfig {
             boot: BootSource {
                 kernel,
@@ -119,7 +119,9 @@ impl Plan {
             story: story.clone(),
         })
         .debugging(config.platform.debug_devices.clone());
-        let line = DisplayLine::open(config, factory.joint()).map_err(failed)?.map(Arc::new);
+        let has_page = config.display.as_ref().is_some_and(|display| display.web.is_some());
+        let branch = serial.as_mut().filter(|_| has_page).map(SerialLine::branch).transpose().map_err(failed)?;
+        let line = DisplayLine::open(config, factory.joint(), branch).map_err(failed)?.map(Arc::new);
         Ok(Self {
             config: machine,
             choice,

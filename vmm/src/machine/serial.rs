@@ -22,6 +22,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::layout::{COM1, COM1_GSI};
+use super::serial_branch::SerialBranch;
 use super::serial_peer::{Came, Peer, PeerOutput};
 use super::{
     Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, EventSender, LifeError, MachineEvent, StopCause,
@@ -90,12 +91,13 @@ pub enum SerialEnd {
 /// Builds COM1.
 pub struct SerialBuilder {
     end: SerialEnd,
+    branch: Option<Arc<SerialBranch>>,
 }
 
 impl SerialBuilder {
-    /// A port that leads to `end`.
-    pub fn new(end: SerialEnd) -> Self {
-        Self { end }
+    /// A port that leads to `end`, and to `branch` besides.
+    pub fn new(end: SerialEnd, branch: Option<Arc<SerialBranch>>) -> Self {
+        Self { end, branch }
     }
 }
 
@@ -110,7 +112,7 @@ impl DeviceBuilder for SerialBuilder {
         board
             .add_shared_registers("serial", Space::Pio, COM1, Arc::clone(&port) as _)
             .map_err(|error| BuildError::new(&name, error))?;
-        let life = SerialLife { end: Some(self.end), port, link, running: None };
+        let life = SerialLife { end: Some(self.end), branch: self.branch, port, link, running: None };
         Ok(BuiltDevice { name, place: None, life: Box::new(life) })
     }
 }
@@ -155,6 +157,7 @@ impl SerialHost for Link {
 enum Input {
     Terminal(File, EventSender),
     Peer(Arc<Peer>),
+    Branch(Arc<SerialBranch>),
 }
 
 /// The threads of a started port.
@@ -162,11 +165,12 @@ struct Running {
     /// Disconnected when the writer has written everything.
     drained: Receiver<()>,
     writer: JoinHandle<()>,
-    reader: Option<(JoinHandle<()>, EventFd)>,
+    readers: Vec<(JoinHandle<()>, EventFd)>,
 }
 
 struct SerialLife {
     end: Option<SerialEnd>,
+    branch: Option<Arc<SerialBranch>>,
     port: Port,
     link: Arc<Link>,
     running: Option<Running>,
@@ -184,33 +188,34 @@ impl SerialLife {
         };
         let (done, drained) = sync_channel::<()>(0);
         let writer = {
-            let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
+            let (port, link, branch) = (Arc::clone(&self.port), Arc::clone(&self.link), self.branch.clone());
             std::thread::Builder::new().name("serial-out".into()).spawn(move || {
                 seccomp::enter(ThreadClass::Line);
-                write_output(&port, &link, output.as_mut());
+                write_output(&port, &link, output.as_mut(), branch.as_deref());
                 drop(done);
             })?
         };
         let _ = self.link.writer.set(writer.thread().clone());
         // What was printed before the thread was known has woken nobody.
         writer.thread().unpark();
-        let reader = match input {
-            Some(input) => {
-                let end = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-                let seen = end.try_clone()?;
-                let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
-                let thread = std::thread::Builder::new().name("serial-in".into()).spawn(move || {
-                    seccomp::enter(ThreadClass::Line);
-                    match input {
-                        Input::Terminal(input, events) => read_input(&port, &link, input, &seen, &events),
-                        Input::Peer(peer) => read_peer(&port, &link, &peer, &seen),
+        let mut readers = Vec::new();
+        for input in input.into_iter().chain(self.branch.clone().map(Input::Branch)) {
+            let end = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+            let seen = end.try_clone()?;
+            let (port, link) = (Arc::clone(&self.port), Arc::clone(&self.link));
+            let thread = std::thread::Builder::new().name("serial-in".into()).spawn(move || {
+                seccomp::enter(ThreadClass::Line);
+                match input {
+                    Input::Terminal(input, events) => read_input(&port, &link, input, &seen, &events),
+                    Input::Peer(peer) => read_far_end(&port, &link, &seen, |end, room, to| peer.wait(end, room, to)),
+                    Input::Branch(branch) => {
+                        read_far_end(&port, &link, &seen, |end, room, to| branch.wait(end, room, to));
                     }
-                })?;
-                Some((thread, end))
-            }
-            None => None,
-        };
-        self.running = Some(Running { drained, writer, reader });
+                }
+            })?;
+            readers.push((thread, end));
+        }
+        self.running = Some(Running { drained, writer, readers });
         Ok(())
     }
 }
@@ -223,7 +228,7 @@ impl DeviceLife for SerialLife {
     fn stop(&mut self, deadline: Instant) -> Result<(), LifeError> {
         self.link.end();
         let Some(running) = self.running.take() else { return Ok(()) };
-        if let Some((thread, end)) = running.reader {
+        for (thread, end) in running.readers {
             let _ = end.write(1);
             let _ = thread.join();
         }
@@ -242,7 +247,7 @@ impl DeviceLife for SerialLife {
 }
 
 /// Writes what the guest prints until the port has ended and everything is out.
-fn write_output(port: &Port, link: &Link, output: &mut dyn Write) {
+fn write_output(port: &Port, link: &Link, output: &mut dyn Write, branch: Option<&SerialBranch>) {
     let mut bytes = Vec::new();
     let mut broken = false;
     loop {
@@ -255,6 +260,9 @@ fn write_output(port: &Port, link: &Link, output: &mut dyn Write) {
             }
             std::thread::park();
             continue;
+        }
+        if let Some(branch) = branch {
+            branch.print(&bytes);
         }
         // Output that nobody takes must not stop the guest.
         if !broken && let Err(error) = output.write_all(&bytes).and_then(|()| output.flush()) {
@@ -356,7 +364,7 @@ fn read_input(port: &Port, link: &Link, mut input: File, end: &EventFd, events: 
 }
 
 /// Reads what people at the far end type until the port ends.
-fn read_peer(port: &Port, link: &Link, peer: &Peer, end: &EventFd) {
+fn read_far_end(port: &Port, link: &Link, end: &EventFd, wait: impl Fn(BorrowedFd<'_>, bool, &mut [u8]) -> Came) {
     // SAFETY: the descriptor belongs to `end`, which outlives this borrow.
     let end = unsafe { BorrowedFd::borrow_raw(end.as_raw_fd()) };
     let mut chunk = [0; INPUT_CHUNK];
@@ -364,7 +372,7 @@ fn read_peer(port: &Port, link: &Link, peer: &Peer, end: &EventFd) {
     while !link.has_ended() {
         typed.feed(port);
         // A port that takes nothing must not be asked without end.
-        match peer.wait(end, typed.waiting.is_empty(), &mut chunk) {
+        match wait(end, typed.waiting.is_empty(), &mut chunk) {
             Came::Bytes(count) => typed.add(chunk.get(..count).unwrap_or_default()),
             Came::Nothing => {}
             Came::End => return,

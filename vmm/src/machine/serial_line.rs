@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::serial_branch::SerialBranch;
 use super::serial_peer::Peer;
 use super::transcript::Transcript;
 use super::{DeviceBuilder, EventSender, SerialBuilder, SerialEnd, SerialError};
@@ -21,6 +22,7 @@ enum Target {
 /// The host's end of COM1.
 pub struct SerialLine {
     target: Target,
+    branch: Option<Arc<SerialBranch>>,
     told: ConsoleConfig,
 }
 
@@ -51,7 +53,15 @@ impl SerialLine {
                 Target::Peer(Arc::new(Peer::socket(socket)?))
             }
         };
-        Ok(Some(Self { target, told }))
+        Ok(Some(Self { target, branch: None, told }))
+    }
+
+    /// A second end of it.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn branch(&mut self) -> Result<Arc<SerialBranch>, SerialError> {
+        Ok(Arc::clone(self.branch.insert(Arc::new(SerialBranch::new()?))))
     }
 
     /// The configuration, with the name of the pseudo terminal in `file`.
@@ -79,6 +89,6 @@ impl SerialLine {
             Target::Null => SerialEnd::Null,
             Target::Peer(peer) => SerialEnd::Peer(Arc::clone(peer)),
         };
-        Ok(Box::new(SerialBuilder::new(end)))
+        Ok(Box::new(SerialBuilder::new(end, self.branch.clone())))
     }
 }

@@ -26,7 +26,7 @@ const STUCK_MAX: Duration = Duration::from_secs(1);
 /// How often to look whether somebody has opened the pseudo terminal: the kernel does not tell.
 const COME_LOOK: Duration = Duration::from_millis(200);
 /// How often to look whether the port has room for more input.
-const ROOM_LOOK: Duration = Duration::from_millis(5);
+pub(super) const ROOM_LOOK: Duration = Duration::from_millis(5);
 
 enum Way {
     Pty(OwnedFd),
@@ -58,7 +58,7 @@ pub(super) enum Came {
     End,
 }
 
-fn timespec(duration: Duration) -> Timespec {
+pub(super) fn timespec(duration: Duration) -> Timespec {
     Timespec::try_from(duration).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 })
 }
 
@@ -71,7 +71,7 @@ fn ready(fd: BorrowedFd<'_>, wanted: PollFlags, limit: Duration) -> PollFlags {
     }
 }
 
-fn would_block(error: &io::Error) -> bool {
+pub(super) fn would_block(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 

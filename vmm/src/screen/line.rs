@@ -23,6 +23,7 @@ use thiserror::Error;
 use super::Joint;
 use crate::backend::PassedFd;
 use crate::config::{DisplayConfig, InputKind, Mode, ViewersAt, VmConfig};
+use crate::machine::SerialBranch;
 use crate::unix_socket::{BoundSocket, SocketError as BindError};
 
 /// How long the display's process may take for an order.
@@ -131,6 +132,8 @@ pub struct DisplayLine {
     modes: Vec<Mode>,
     control: Mutex<Option<FrameSocket>>,
     joint: Arc<Joint>,
+    /// The guest's serial console, for the page.
+    serial: Option<Arc<SerialBranch>>,
     /// Orders that all processes have carried out.
     obeyed: AtomicU64,
 }
@@ -168,11 +171,15 @@ fn sealed(bytes: &[u8]) -> std::io::Result<OwnedFd> {
 }
 
 impl DisplayLine {
-    /// Binds what viewers come to.
+    /// Binds what viewers come to; its page shows `serial` beside the picture.
     ///
     /// # Errors
     /// What is taken, or cannot be read.
-    pub fn open(config: &VmConfig, joint: &Arc<Joint>) -> Result<Option<Self>, DisplayError> {
+    pub fn open(
+        config: &VmConfig,
+        joint: &Arc<Joint>,
+        serial: Option<Arc<SerialBranch>>,
+    ) -> Result<Option<Self>, DisplayError> {
         let Some(display) = &config.display else { return Ok(None) };
         let inputs = config.input.iter().flatten().map(|input| input.kind).collect();
         let modes = config.gpu.iter().flat_map(|gpu| &gpu.modes).copied().collect();
@@ -185,7 +192,8 @@ impl DisplayLine {
         let asked = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(_)));
         let secret = if asked || display.password_file.is_some() { Some(secret(display)?) } else { None };
         let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
-        Ok(Some(Self { vnc, web, config, secret, inputs, modes, control, joint, obeyed: AtomicU64::new(0) }))
+        let obeyed = AtomicU64::new(0);
+        Ok(Some(Self { vnc, web, config, secret, inputs, modes, control, joint, serial, obeyed }))
     }
 
     /// The configuration, with the ports that the kernel has chosen.
@@ -233,6 +241,9 @@ impl DisplayLine {
         for kind in &self.inputs {
             let flag = format!("--events-fd={}:", kind.name());
             fds.push(PassedFd { flag, fd: self.joint.speaker(*kind)? });
+        }
+        if let Some(serial) = &self.serial {
+            fds.push(PassedFd { flag: "--serial-fd".into(), fd: serial.join()? });
         }
         if let Some(secret) = &self.secret {
             fds.push(PassedFd { flag: "--secret-fd".into(), fd: sealed(secret.as_bytes())? });
