@@ -104,6 +104,15 @@ pub const LIBC_13: Pooled = Pooled {
     path: "pool/main/g/glibc/libc6_2.41-12+deb13u4_amd64.deb",
 };
 
+/// The archives that this machine is set up for, mirrors and all.
+pub fn archives() -> Vec<String> {
+    let output = Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]).output();
+    let listed = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let mut sites: Vec<String> = listed.lines().map(|site| site.trim_end_matches('/').to_owned()).collect();
+    sites.dedup();
+    sites
+}
+
 /// Fetches (once) and unpacks a package of a later Debian; gives the folder with its files.
 pub fn unpacked_from_pool(pooled: &Pooled) -> Result<PathBuf> {
     const HELPER: &str = "/usr/lib/apt/apt-helper";
@@ -116,12 +125,7 @@ pub fn unpacked_from_pool(pooled: &Pooled) -> Result<PathBuf> {
     std::fs::create_dir_all(&packages)?;
     eprintln!("fetching {} {}", package.name, package.version);
     let archive = packages.join(format!("{}-{}.deb", package.name, &package.sha256[..16]));
-    // The archives that this machine is set up for, mirrors and all.
-    let output = Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]).output();
-    let listed = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let mut sites: Vec<&str> = listed.lines().map(|site| site.trim_end_matches('/')).collect();
-    sites.push("http://deb.debian.org/debian");
-    sites.dedup();
+    let sites = archives();
     let fetched = sites.iter().any(|site| {
         let status = Command::new(HELPER)
             .args(["-qq", "download-file", &format!("{site}/{path}")])
@@ -301,7 +305,7 @@ pub fn sha256(path: &Path) -> Result<String> {
 }
 
 /// Programs that some tests and benchmarks set beside Atoll, with the Debian package that holds each.
-pub const PEERS: [(&str, &str); 7] = [
+pub const PEERS: [(&str, &str); 8] = [
     ("passt", "passt"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
@@ -309,6 +313,7 @@ pub const PEERS: [(&str, &str); 7] = [
     ("qemu-x86_64", "qemu-user"),
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
+    ("chromium", "chromium"),
 ];
 
 /// Packages are installed at most this often, until nothing is missing.

@@ -2,7 +2,7 @@
 //! backports, unpacked without root and run with the loader and the libraries that it was linked with. apt finds what belongs to it,
 //! by lists of its own, and checks what it fetches against the archive's signatures.
 
-use crate::place;
+use crate::{packages, place};
 use anyhow::{Context, Result, ensure};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -18,14 +18,6 @@ const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 #[derive(Clone, Debug)]
 pub struct Qemu {
     root: PathBuf,
-}
-
-/// The archives that this machine is set up for, else Debian's.
-fn archive() -> String {
-    let output = Command::new("apt-get").args(["indextargets", "--format", "$(REPO_URI)"]).output();
-    let listed = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let mut sites = listed.lines().map(|site| site.trim_end_matches('/')).filter(|site| site.ends_with("/debian"));
-    sites.next().unwrap_or("http://deb.debian.org/debian").to_owned()
 }
 
 /// apt with lists, state and a cache in `folder`, as on a machine with nothing installed.
@@ -68,7 +60,8 @@ impl Qemu {
             std::fs::create_dir_all(work.path().join(folder))?;
         }
         std::fs::write(work.path().join("status"), "")?;
-        let archive = archive();
+        let archive = packages::archives().into_iter().find(|site| site.ends_with("/debian"));
+        let archive = archive.context("apt knows no archive of Debian's: give it one in /etc/apt/sources.list")?;
         let sources = format!("deb {archive} {RELEASE} main\ndeb {archive} {BACKPORTS} main\n");
         std::fs::write(work.path().join("sources.list"), sources)?;
         place::run(apt(work.path()).arg("update")).with_context(|| {
