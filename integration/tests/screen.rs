@@ -4,7 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use atoll_integration::screen::guest::{Screen, operator, pixels, screenshot};
+use atoll_integration::screen::guest::{Screen, operator, pixels, screenshot, screenshot_of};
 use atoll_integration::screen::viewer::Viewer;
 use xtask::painting::{self, Painting};
 use xtask::place;
@@ -77,5 +77,51 @@ fn what_is_typed_comes_to_the_guest() -> Result<()> {
         let kind = screen.console().run(&format!("od -A n -t u2 -j 16 -N 2 /at{round}"), STEP)?;
         ensure!(kind.trim() == "3", "EV_ABS is 3, and the guest has {kind}");
     }
+    screen.end()
+}
+
+/// Two heads of different size show the guest's frame buffer, each as far as it goes, and go on doing so when what draws has
+/// died; a head that is resized is a new first choice among the guest's modes, and the other head's stay as they are.
+#[test]
+fn heads_are_told_apart_and_resized() -> Result<()> {
+    const SECOND: (usize, usize) = (1024, 768);
+    const MODES: &str = "head -1 /sys/class/drm/card0-Virtual-1/modes /sys/class/drm/card0-Virtual-2/modes | xargs";
+    let mut screen = Screen::painted_on("scanouts=2,modes=[1280x800,1024x768]", PICTURE, "on")?;
+    let corner = |screen: &Screen| -> Result<()> {
+        let begin = Instant::now();
+        loop {
+            let seen = operator(&screen.api).and_then(|mut client| screenshot_of(&mut client, 1));
+            let right = seen.as_ref().is_ok_and(|(size, pixels)| {
+                let places = (0..SECOND.1).flat_map(|y| (0..SECOND.0).map(move |x| (x, y)));
+                *size == SECOND && places.zip(pixels.chunks(3)).all(|((x, y), seen)| Painting::pixel(0, x, y) == *seen)
+            });
+            if right {
+                return Ok(());
+            }
+            ensure!(begin.elapsed() < STEP, "the second head shows something else: {:?}", seen.map(|(size, _)| size));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    screen.shows(0)?;
+    corner(&screen)?;
+    screen.kill("atoll-gpu")?;
+    screen.shows(0)?;
+    corner(&screen)?;
+
+    let before = screen.console().run(MODES, STEP)?;
+    ensure!(before.contains("1280x800") && before.contains("1024x768"), "the guest's first choices: {before}");
+    let resize = |mode: &str, head: &str| {
+        let mut order = Command::new(place::program("atoll")?);
+        order.arg("resize-display").arg(&screen.api).arg(mode).args(["--head", head]);
+        place::run(&mut order)
+    };
+    resize("1600x900", "1")?;
+    let begin = Instant::now();
+    let mut now = String::new();
+    while !now.contains("1600x900") {
+        ensure!(begin.elapsed() < STEP, "the guest does not hear of the new size: {now}");
+        now = screen.console().run(MODES, STEP)?;
+    }
+    ensure!(now.contains("1280x800") && !now.contains("1024x768"), "the guest's first choices: {now}");
     screen.end()
 }

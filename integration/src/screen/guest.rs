@@ -58,7 +58,15 @@ pub fn operator(api: &Path) -> Result<Client> {
 /// # Errors
 /// Nobody can say at the moment.
 pub fn screenshot(client: &mut Client) -> Result<Picture> {
-    let response = client.request(Method::Get, "/api/v1/vm.screenshot/0", None)?;
+    screenshot_of(client, 0)
+}
+
+/// What a head shows.
+///
+/// # Errors
+/// Nobody can say at the moment.
+pub fn screenshot_of(client: &mut Client, head: u32) -> Result<Picture> {
+    let response = client.request(Method::Get, &format!("/api/v1/vm.screenshot/{head}"), None)?;
     ensure!(response.status == 200, "{}", String::from_utf8_lossy(&response.body));
     pixels(&response.body)
 }
@@ -69,6 +77,14 @@ impl Screen {
     /// # Errors
     /// It does not come so far.
     pub fn painted(painting: Painting, display: &str) -> Result<Self> {
+        Self::painted_on(&format!("modes=[{}x{}]", painting.width, painting.height), painting, display)
+    }
+
+    /// The same, on a GPU of these keys.
+    ///
+    /// # Errors
+    /// It does not come so far.
+    pub fn painted_on(gpu: &str, painting: Painting, display: &str) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut command = Command::new(place::program("atoll")?);
         command
@@ -77,8 +93,7 @@ impl Screen {
             .arg("--initramfs")
             .arg(painting.initramfs(folder.path())?)
             .args(["--cmdline", "console=ttyS0 panic=-1 quiet", "--memory", "size=512M", "--cpu", "soft"])
-            .args(["--gpu", &format!("modes=[{}x{}]", painting.width, painting.height)])
-            .args(["--display", display]);
+            .args(["--gpu", gpu, "--display", display]);
         let mut machine = Operated::spawn(&mut command, folder.path())?;
         machine.console.prompt(BOOT_LIMIT)?;
         painting.ready(&mut machine.console)?;

@@ -8,6 +8,7 @@
 
 pub mod archive;
 pub mod bench;
+pub mod browser;
 pub mod chaos;
 pub mod console;
 pub mod demo;

@@ -1,6 +1,6 @@
 //! `cargo xtask test`: set everything up, then every test.
 
-use crate::{full_kernel, images, lab, packages, place, tidy};
+use crate::{full_kernel, images, lab, packages, place, screen_demo, tidy};
 use anyhow::Result;
 use std::process::Command;
 use std::time::Instant;
@@ -12,6 +12,7 @@ pub fn set_up() -> Result<()> {
     eprintln!("user land: {}", crate::userland::disk()?.display());
     eprintln!("passt with vhost-user: {}", crate::passt::with_vhost_user()?.display());
     eprintln!("kernel with all drivers: {}", full_kernel::image()?.display());
+    eprintln!("VNC in a browser: {}", screen_demo::novnc()?.display());
     for guest in images::all()? {
         eprintln!("guest {}: {}", guest.series, guest.bzimage.display());
     }
