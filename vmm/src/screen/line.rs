@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -80,7 +80,8 @@ pub enum DisplayError {
 #[derive(Debug)]
 enum Listener {
     Unix(BoundSocket),
-    Tcp(TcpListener),
+    /// With its address, which the threads that are asked for it may not ask the kernel for.
+    Tcp(TcpListener, SocketAddr),
 }
 
 impl Listener {
@@ -89,20 +90,22 @@ impl Listener {
             ViewersAt::Path(path) => Ok(Self::Unix(BoundSocket::bind(path)?)),
             ViewersAt::Tcp(address) => {
                 let refused = |source| DisplayError::Port { place: address.to_string(), source };
-                Ok(Self::Tcp(TcpListener::bind(address).map_err(refused)?))
+                let listener = TcpListener::bind(address).map_err(refused)?;
+                let address = listener.local_addr()?;
+                Ok(Self::Tcp(listener, address))
             }
         }
     }
     fn pass(&self) -> std::io::Result<OwnedFd> {
         match self {
             Self::Unix(socket) => socket.listener().try_clone().map(OwnedFd::from),
-            Self::Tcp(listener) => listener.try_clone().map(OwnedFd::from),
+            Self::Tcp(listener, _) => listener.try_clone().map(OwnedFd::from),
         }
     }
     fn port(&self) -> Option<String> {
         match self {
             Self::Unix(_) => None,
-            Self::Tcp(listener) => listener.local_addr().ok().map(|address| address.to_string()),
+            Self::Tcp(_, address) => Some(address.to_string()),
         }
     }
 }
@@ -189,7 +192,7 @@ impl DisplayLine {
             place.as_ref().map(Listener::open).transpose()
         };
         let (vnc, web) = (place(&display.vnc)?, place(&display.web)?);
-        let asked = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(_)));
+        let asked = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(..)));
         let secret = if asked || display.password_file.is_some() { Some(secret(display)?) } else { None };
         let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
         let obeyed = AtomicU64::new(0);
