@@ -352,6 +352,12 @@ pub fn on_two_guests(guests: &Guests, seed: u64, seconds: u64) -> Result<Vec<Tal
             eprintln!("the log of guest {me}: {complaint}");
             verdict.ok = false;
         }
+        if !verdict.ok {
+            // Where a frame was last seen.
+            let counted = console.run("cd /sys/class/net/eth0/statistics; grep . *; cd /", STEP)?;
+            let counted: Vec<&str> = counted.lines().map(str::trim).filter(|line| !line.ends_with(":0")).collect();
+            eprintln!("the card of guest {me}: {}", counted.join(", "));
+        }
         console.run("mount -o remount,ro /", STEP)?;
         console.send("poweroff -f\n")?;
         let (status, errors) = console.wait(STEP)?;
