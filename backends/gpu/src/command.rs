@@ -1,15 +1,19 @@
 //! The words of the control and the cursor queue (virtio 1.2, 5.7.6): commands are read as hostile input, answers are written.
 //!
-//! What stands here is what 2D needs. Everything else (contexts, capability sets, blobs, UUIDs) belongs to features that are
-//! not offered and is refused as unknown.
+//! What stands here is what 2D needs, and what is answered; what 3D adds is in [`command3d`](crate::command3d). Everything else
+//! (blobs, UUIDs) belongs to features that are not offered and is refused as unknown.
+
+use std::sync::Arc;
 
 use atoll_protocol::display::{CursorPosition, DisplayInfo, Edid, Rect};
 use thiserror::Error;
 
+use crate::render::Failed;
+
 /// Bytes of a control header.
 pub const HEADER_LEN: usize = 24;
 /// Bytes of the longest command; the entries of ATTACH_BACKING follow the command.
-pub const COMMAND_LEN_MAX: usize = 56;
+pub const COMMAND_LEN_MAX: usize = 96;
 /// Bytes of ATTACH_BACKING before its entries.
 pub const ATTACH_LEN: u64 = 32;
 /// Bytes of an entry of it.
@@ -28,10 +32,12 @@ const UPDATE_CURSOR: u32 = 0x0300;
 const MOVE_CURSOR: u32 = 0x0301;
 
 const OK_DISPLAY_INFO: u32 = 0x1101;
+const OK_CAPSET_INFO: u32 = 0x1102;
+const OK_CAPSET: u32 = 0x1103;
 const OK_EDID: u32 = 0x1104;
 
 /// VIRTIO_GPU_FLAG_FENCE: who asks wants its number back.
-const FENCE: u32 = 1;
+pub const FENCE: u32 = 1;
 
 /// What stands before every command.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -185,6 +191,38 @@ pub enum Refusal {
     /// A cursor of another size.
     #[error("a cursor of {0} by {1} pixels")]
     CursorSize(u32, u32),
+    /// No such context.
+    #[error("there is no context {0}")]
+    NoContext(u32),
+    /// There is one already, or it may not be called so.
+    #[error("a context cannot be called {0}")]
+    ContextName(u32),
+    /// No resource is so.
+    #[error("no resource has that target, size or number of levels, elements or samples")]
+    Shape,
+    /// A box that does not lie within its level.
+    #[error("the box is not within level {level} of resource {id}")]
+    Box {
+        /// The resource.
+        id: u32,
+        /// Its level.
+        level: u32,
+    },
+    /// Longer than any stream, or no whole number of words.
+    #[error("a stream of {0} bytes")]
+    Stream(u32),
+    /// No such set of abilities.
+    #[error("there is no capability set {0}")]
+    Capset(u32),
+    /// Memory that comes and goes cannot be lent to a renderer.
+    #[error("the backing of resource {0} is not in memory that can be lent to a renderer")]
+    Lent(u32),
+    /// What a 2D resource is not for, or a 3D one.
+    #[error("resource {0} is not of the kind that this is for")]
+    Kind(u32),
+    /// The renderer said no.
+    #[error(transparent)]
+    Renderer(#[from] Failed),
 }
 
 /// What the guest hears: VIRTIO_GPU_RESP_*.
@@ -201,6 +239,8 @@ pub enum Status {
     Scanout = 0x1202,
     /// No such resource.
     Resource = 0x1203,
+    /// No such context.
+    Context = 0x1204,
     /// A number that cannot be right.
     Parameter = 0x1205,
 }
@@ -208,9 +248,8 @@ pub enum Status {
 impl Status {
     /// By its number.
     pub fn from_number(number: u32) -> Option<Self> {
-        [Self::Ok, Self::Unspecified, Self::OutOfMemory, Self::Scanout, Self::Resource, Self::Parameter]
-            .into_iter()
-            .find(|status| *status as u32 == number)
+        let errors = [Self::OutOfMemory, Self::Scanout, Self::Resource, Self::Context, Self::Parameter];
+        [Self::Ok, Self::Unspecified].into_iter().chain(errors).find(|status| *status as u32 == number)
     }
 }
 
@@ -218,7 +257,11 @@ impl Refusal {
     /// What the guest hears.
     pub fn status(&self) -> Status {
         match self {
-            Self::Command(_) | Self::Short(_) | Self::Backed(_) | Self::Unbacked(_) => Status::Unspecified,
+            Self::Command(_) | Self::Short(_) | Self::Backed(_) | Self::Unbacked(_) | Self::Lent(_) => {
+                Status::Unspecified
+            }
+            Self::Renderer(_) => Status::Unspecified,
+            Self::NoContext(_) | Self::ContextName(_) => Status::Context,
             Self::Budget(_) | Self::Count(_) | Self::Entries(_) => Status::OutOfMemory,
             Self::Scanout(_) => Status::Scanout,
             Self::NoResource(_) | Self::Name(_) => Status::Resource,
@@ -227,6 +270,11 @@ impl Refusal {
             | Self::Size(..)
             | Self::Rect(_)
             | Self::Beyond(_)
+            | Self::Shape
+            | Self::Box { .. }
+            | Self::Stream(_)
+            | Self::Capset(_)
+            | Self::Kind(_)
             | Self::CursorSize(..) => Status::Parameter,
         }
     }
@@ -241,6 +289,10 @@ pub enum Answer {
     DisplayInfo(Box<DisplayInfo>),
     /// To [`Command::GetEdid`].
     Edid(Edid),
+    /// What a capability set is: its number, its newest version, its bytes.
+    CapsetInfo([u32; 3]),
+    /// What it says.
+    Capset(Arc<[u8]>),
 }
 
 impl Answer {
@@ -250,6 +302,8 @@ impl Answer {
             Self::Status(status) => *status as u32,
             Self::DisplayInfo(_) => OK_DISPLAY_INFO,
             Self::Edid(_) => OK_EDID,
+            Self::CapsetInfo(_) => OK_CAPSET_INFO,
+            Self::Capset(_) => OK_CAPSET,
         }
     }
 
@@ -261,6 +315,8 @@ impl Answer {
                 Self::Status(_) => 0,
                 Self::DisplayInfo(_) => DisplayInfo::LEN,
                 Self::Edid(_) => Edid::LEN,
+                Self::CapsetInfo(_) => 16,
+                Self::Capset(bytes) => bytes.len(),
             };
         if room < HEADER_LEN as u64 {
             return Vec::new();
@@ -282,27 +338,35 @@ impl Answer {
             Self::Status(_) => {}
             Self::DisplayInfo(info) => info.put(&mut out),
             Self::Edid(edid) => edid.put(&mut out),
+            Self::CapsetInfo(words) => {
+                out.extend([words.as_slice(), &[0]].concat().iter().flat_map(|w| w.to_le_bytes()))
+            }
+            Self::Capset(bytes) => out.extend_from_slice(bytes),
         }
         out
     }
 }
 
 /// A cursor over a command's bytes.
-struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     whole: u64,
     rest: &'a [u8],
 }
 
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], Refusal> {
+impl<'a> Fields<'a> {
+    /// Over what follows a header.
+    pub(crate) fn of(body: &'a [u8]) -> Self {
+        Self { whole: (HEADER_LEN + body.len()) as u64, rest: body }
+    }
+    pub(crate) fn take<const N: usize>(&mut self) -> Result<[u8; N], Refusal> {
         let (bytes, rest) = self.rest.split_first_chunk::<N>().ok_or(Refusal::Short(self.whole))?;
         self.rest = rest;
         Ok(*bytes)
     }
-    fn u32(&mut self) -> Result<u32, Refusal> {
+    pub(crate) fn u32(&mut self) -> Result<u32, Refusal> {
         self.take().map(u32::from_le_bytes)
     }
-    fn u64(&mut self) -> Result<u64, Refusal> {
+    pub(crate) fn u64(&mut self) -> Result<u64, Refusal> {
         self.take().map(u64::from_le_bytes)
     }
     fn rect(&mut self) -> Result<Rect, Refusal> {
@@ -330,7 +394,7 @@ impl Command {
     /// # Errors
     /// [`Refusal::Command`] and [`Refusal::Short`].
     pub fn read(header: &Header, body: &[u8]) -> Result<Self, Refusal> {
-        let mut fields = Fields { whole: (HEADER_LEN + body.len()) as u64, rest: body };
+        let mut fields = Fields::of(body);
         Ok(match header.kind {
             GET_DISPLAY_INFO => Self::GetDisplayInfo,
             RESOURCE_CREATE_2D => {
@@ -354,7 +418,7 @@ impl CursorCommand {
     /// # Errors
     /// [`Refusal::Command`] and [`Refusal::Short`].
     pub fn read(header: &Header, body: &[u8]) -> Result<Self, Refusal> {
-        let mut fields = Fields { whole: (HEADER_LEN + body.len()) as u64, rest: body };
+        let mut fields = Fields::of(body);
         if !matches!(header.kind, UPDATE_CURSOR | MOVE_CURSOR) {
             return Err(Refusal::Command(header.kind));
         }

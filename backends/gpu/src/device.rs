@@ -17,11 +17,16 @@ use vm_memory::GuestMemory;
 use crate::command::{Answer, HEADER_LEN, Header, Refusal, Status};
 use crate::display;
 use crate::record::Record;
+use crate::render::RingRam;
 use crate::shared::Shared;
-use crate::state::{Gpu, Wishes};
+use crate::state::{Begun, Gpu, Wishes};
+use crate::virgl::library::Library;
+use crate::virgl::thread::Renderer;
 
 /// Entries of a queue at most; the record remembers as many answers.
 const QUEUE_SIZE_MAX: u16 = 256;
+/// VIRTIO_GPU_F_VIRGL.
+const VIRGL: u64 = 1;
 /// VIRTIO_GPU_F_EDID.
 const EDID: u64 = 1 << 1;
 /// Bytes of the configuration space: events to read, events to clear, scanouts, capability sets.
@@ -36,6 +41,10 @@ pub struct GpuDevice {
     shared: Arc<Shared>,
     /// The record is a supervisor's, for whom it is kept when the front end goes.
     kept: bool,
+    /// 3D is served.
+    virgl: bool,
+    /// What will draw it, before its thread is started.
+    library: Option<Library>,
 }
 
 impl GpuDevice {
@@ -44,7 +53,26 @@ impl GpuDevice {
     /// # Errors
     /// Without descriptors.
     pub fn new(record: Record, kept: bool, wishes: &Wishes) -> io::Result<Self> {
-        Ok(Self { shared: Arc::new(Shared::new(Gpu::new(record, wishes))?), kept })
+        let shared = Arc::new(Shared::new(Gpu::new(record, wishes))?);
+        Ok(Self { shared, kept, virgl: false, library: None })
+    }
+
+    /// The same with 3D.
+    #[must_use]
+    pub fn with_virgl(self, library: Library) -> Self {
+        Self { virgl: true, library: Some(library), ..self }
+    }
+
+    /// Starts the renderer, once the process has left what it must not reach, and before it can make no more threads.
+    fn start_renderer(&mut self) {
+        let Some(library) = self.library.take() else { return };
+        match Renderer::start(library) {
+            Ok(renderer) => self.shared.lock().gpu.serve(Arc::new(renderer)),
+            Err(error) => {
+                tracing::error!(%error, "3D cannot be served");
+                std::process::exit(1);
+            }
+        }
     }
 }
 
@@ -55,13 +83,15 @@ impl Device for GpuDevice {
         QueueLayout { queues: 2, size_max: QUEUE_SIZE_MAX }
     }
     fn features(&self) -> u64 {
-        EDID
+        if self.virgl { EDID | VIRGL } else { EDID }
     }
-    fn features_acked(&mut self, _features: u64) {}
+    fn features_acked(&mut self, features: u64) {
+        self.shared.lock().gpu.agree(features & VIRGL != 0);
+    }
     fn read_config(&self, offset: u32, out: &mut [u8]) {
         let words = {
             let gpu = &self.shared.lock().gpu;
-            [gpu.events(), 0, gpu.scanouts() as u32, 0]
+            [gpu.events(), 0, gpu.scanouts() as u32, gpu.capsets() as u32]
         };
         let bytes = words.map(u32::to_le_bytes);
         let config = bytes.as_flattened();
@@ -103,6 +133,7 @@ impl Device for GpuDevice {
         }
     }
     fn queue(&mut self, index: u16) -> Queue {
+        self.start_renderer();
         let shared = Arc::clone(&self.shared);
         Queue { shared, is_control: index == 0, position: 0, executed: 0, begun: false, continues: false }
     }
@@ -139,16 +170,24 @@ impl Queue {
         if header(mem, chain).kind == GET_DISPLAY_INFO {
             desk = self.shared.ask(desk);
         }
-        let done = if replayed {
-            desk.gpu.control(mem, said, false)
-        } else {
-            // The first one after those was under way.
-            let again = std::mem::take(&mut self.begun);
+        // The first one after those was under way.
+        let again = !replayed && std::mem::take(&mut self.begun);
+        if !replayed {
             desk.gpu.record().begin(position);
-            let done = desk.gpu.control(mem, said, again);
-            desk.gpu.record().end(position, done.answer.kind());
-            done
+        }
+        let done = match desk.gpu.begin(mem, said, again) {
+            Begun::Done(done) => done,
+            // What may take long is done without the lock: others want to know the configuration, or where the cursor is.
+            Begun::Job(mut job) => {
+                drop(desk);
+                job.run();
+                desk = self.shared.lock();
+                desk.gpu.end(job)
+            }
         };
+        if !replayed {
+            desk.gpu.record().end(position, done.answer.kind());
+        }
         self.shared.has_changed(&mut desk);
         drop(desk);
         match &done.answer {
@@ -160,7 +199,16 @@ impl Queue {
 
     fn cursor<M: GuestMemory>(&self, io: &Io<'_>, mem: &M, chain: &Chain) -> u32 {
         let mut desk = self.shared.lock();
-        let done = desk.gpu.cursor(mem, chain.readable());
+        let done = match desk.gpu.begin_cursor(mem, chain.readable()) {
+            Ok(Some(mut reading)) => {
+                drop(desk);
+                reading.job.run();
+                desk = self.shared.lock();
+                desk.gpu.end_cursor(reading)
+            }
+            Ok(None) => Ok(()),
+            Err(refusal) => Err(refusal),
+        };
         self.shared.has_changed(&mut desk);
         drop(desk);
         if let Err(refusal) = &done {
@@ -192,6 +240,11 @@ impl QueueHandler for Queue {
     }
     fn completes_in_order(&self) -> bool {
         true
+    }
+    fn memory<M: GuestMemory + Send + Sync + 'static>(&mut self, mem: &Arc<M>) {
+        if self.is_control {
+            self.shared.lock().gpu.memory(Arc::new(RingRam(Arc::clone(mem))));
+        }
     }
     fn started(&mut self, _size: u16) {
         // Only now is it certain that no other process writes the record.

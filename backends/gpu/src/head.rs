@@ -12,7 +12,7 @@ use vm_memory::Bytes;
 
 use crate::geometry;
 use crate::record::{CursorWords, Record};
-use crate::resource::Resources;
+use crate::resource::{Resource, Resources};
 
 /// The time between two frames of a scanout, at least.
 pub const FRAME: Duration = Duration::from_micros(16_667);
@@ -86,7 +86,8 @@ impl Head {
         let [id, x, y, width, height] = record.scanout(self.number);
         let view = View { id, rect: Rect { x, y, width, height } };
         let fits = |view: &View| {
-            resources.get(view.id).is_ok_and(|resource| geometry::is_within(view.rect, resource.width, resource.height))
+            let within = |r: &Resource| r.is_visible() && geometry::is_within(view.rect, r.width, r.height);
+            resources.get(view.id).is_ok_and(within)
         };
         self.view = Some(view).filter(fits);
         self.cursor = record.cursor(self.number);
@@ -121,6 +122,15 @@ impl Head {
             self.damage = view.map(|view| geometry::whole(view.rect.width, view.rect.height));
             self.flushed = false;
         }
+    }
+
+    /// What the screen will be told of a resource if this part of it is flushed: with it all that has changed before.
+    pub fn tells(&self, id: u32, rect: Rect) -> Option<Rect> {
+        let view = self.view.filter(|view| view.id == id)?;
+        let part = geometry::shared(rect, view.rect)?;
+        let moved = |damage: Rect| Rect { x: damage.x + view.rect.x, y: damage.y + view.rect.y, ..damage };
+        let all = self.damage.map_or(part, |damage| geometry::around(moved(damage), part));
+        geometry::shared(all, view.rect)
     }
 
     /// A part of a resource is to be seen.

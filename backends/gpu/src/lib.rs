@@ -3,6 +3,7 @@
 //! `state` is the device without queues and sockets; begin there.
 
 pub mod command;
+pub mod command3d;
 pub mod device;
 pub mod display;
 pub mod edid;
@@ -10,6 +11,10 @@ pub mod format;
 pub mod geometry;
 pub mod head;
 pub mod record;
+pub mod render;
 pub mod resource;
+pub mod scene;
 pub mod shared;
 pub mod state;
+pub mod texel;
+pub mod virgl;

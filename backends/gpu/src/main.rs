@@ -7,6 +7,7 @@ use atoll_gpu::device::GpuDevice;
 use atoll_gpu::edid::{MODE_MAX, MODE_MIN};
 use atoll_gpu::record::{ARENA_MAX, ARENA_MIN, Record};
 use atoll_gpu::state::Wishes;
+use atoll_gpu::virgl::library::Library;
 use atoll_kit::fence::{Fence, NoFence};
 use atoll_kit::jail::Profile;
 use atoll_kit::program::{self, Program, ServeArgs, StartError};
@@ -19,7 +20,7 @@ use clap::Parser;
 /// Columns and rows of a screen that says nothing.
 const MODE: (u32, u32) = (1280, 800);
 
-/// A display for a guest (virtio-gpu, 2D), in a process of its own, served over vhost-user.
+/// A display for a guest (virtio-gpu: 2D, and 3D with --virgl), in a process of its own, served over vhost-user.
 ///
 /// What it shows goes to whoever has the screen, over the socket that the front end hands over (VHOST_USER_GPU_SET_SOCKET).
 /// Without one everything works and nothing is shown. With QEMU: --socket PATH here, and there
@@ -42,6 +43,9 @@ struct Cli {
     /// memory there is for pictures
     #[arg(long, value_name = "N")]
     record_fd: Option<RawFd>,
+    /// Serve 3D, too, drawn on this host's processors by libvirglrenderer and Mesa, which have to be installed
+    #[arg(long)]
+    virgl: bool,
 }
 
 fn parse_mode(text: &str) -> Result<(u32, u32), String> {
@@ -65,7 +69,7 @@ impl Program for Cli {
         self.record_fd.into_iter().collect()
     }
     fn profile(&self) -> &'static Profile {
-        &Profile::GPU
+        if self.virgl { &Profile::GPU_VIRGL } else { &Profile::GPU }
     }
     fn writes_files(&self) -> bool {
         false
@@ -85,7 +89,9 @@ impl Program for Cli {
         let modes = (0..usize::from(self.scanouts)).map(|number| self.mode.get(number).copied().unwrap_or(MODE));
         // As a machine's first screen is on and the others are plugged in.
         let wishes = Wishes { modes: modes.collect(), enabled: self.mode.len().max(1) };
-        Ok((GpuDevice::new(record, self.record_fd.is_some(), &wishes)?, Box::new(NoFence)))
+        let device = GpuDevice::new(record, self.record_fd.is_some(), &wishes)?;
+        let device = if self.virgl { device.with_virgl(Library::load()?) } else { device };
+        Ok((device, Box::new(NoFence)))
     }
 }
 

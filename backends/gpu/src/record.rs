@@ -3,6 +3,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | 0 | magic; which command of the control queue was begun, how many were executed; events; what the screens want |
+//! | 0x240 | ids of contexts |
 //! | 0x400 | what the last 256 commands were answered |
 //! | 0x800 | what each scanout shows |
 //! | 0x1000 | where each cursor is |
@@ -40,6 +41,9 @@ const BEGUN_AT: u64 = 8;
 const EXECUTED_AT: u64 = 12;
 const EVENTS_AT: u64 = 16;
 const SCREENS_AT: u64 = 0x40;
+const CONTEXTS_AT: u64 = 0x240;
+/// Most contexts.
+pub const CONTEXTS: usize = 96;
 const ANSWERS_AT: u64 = 0x400;
 const ANSWERS: u16 = 256;
 const SCANOUTS_AT: u64 = 0x800;
@@ -52,6 +56,9 @@ const ENTRY: u64 = 32;
 const SLOT: u64 = 64;
 /// Bytes of a cursor's picture.
 const PICTURE: u64 = 0x4000;
+/// First word of a resource of 2D, and of 3D.
+const FLAT: u32 = 1;
+const SOLID: u32 = 2;
 /// Tells a number from nothing.
 const SET: u32 = 1 << 16;
 
@@ -92,6 +99,9 @@ pub struct Slot {
     pub entries_at: u64,
     /// How many.
     pub entries: u32,
+    /// Set for a resource of 3D: its target, number of its last level and samples; bind flags; slices; elements; flags.
+    /// Such a one has pixels only once a screen has shown it; `pixels_at` is 0 until then.
+    pub solid: Option<[u32; 5]>,
 }
 
 /// A cursor, without its picture.
@@ -208,12 +218,14 @@ impl Record {
     /// The resource in a slot, if there is one.
     pub fn slot(&self, number: usize) -> Option<Slot> {
         let at = Self::slot_at(number)?;
-        if self.load::<u32>(at) == 0 {
-            return None;
-        }
+        let solid = match self.load::<u32>(at) {
+            0 => return None,
+            SOLID => Some(self.words(at + 40)),
+            _ => None,
+        };
         let [id, format, width, height, entries] = self.words(at + 4);
         let (pixels_at, entries_at) = (self.load(at + 24), self.load(at + 32));
-        Some(Slot { id, format, width, height, pixels_at, entries_at, entries })
+        Some(Slot { id, format, width, height, pixels_at, entries_at, entries, solid })
     }
     /// Writes a resource down: it is there when this is done.
     pub fn set_slot(&self, number: usize, slot: &Slot) {
@@ -221,7 +233,16 @@ impl Record {
         self.set_words(at + 4, &[slot.id, slot.format, slot.width, slot.height, slot.entries]);
         self.store(at + 24, slot.pixels_at);
         self.store(at + 32, slot.entries_at);
-        self.store(at, 1_u32);
+        if let Some(words) = &slot.solid {
+            self.set_words(at + 40, words);
+        }
+        self.store(at, if slot.solid.is_some() { SOLID } else { FLAT });
+    }
+    /// Writes down where the pixels of a resource of 3D are.
+    pub fn set_pixels(&self, number: usize, pixels_at: u64) {
+        if let Some(at) = Self::slot_at(number) {
+            self.store(at + 24, pixels_at);
+        }
     }
     /// Writes down that it has a backing, when its entries are written, or that it has none.
     pub fn set_backing(&self, number: usize, entries_at: u64, entries: u32) {
@@ -273,6 +294,17 @@ impl Record {
         self.piece(PICTURES_AT + PICTURE * number as u64, PICTURE)
     }
 
+    /// The context in a place; 0 for none.
+    pub fn context(&self, number: usize) -> u32 {
+        if number < CONTEXTS { self.load(CONTEXTS_AT + 4 * number as u64) } else { 0 }
+    }
+    /// Writes it down.
+    pub fn set_context(&self, number: usize, id: u32) {
+        if number < CONTEXTS {
+            self.store(CONTEXTS_AT + 4 * number as u64, id);
+        }
+    }
+
     /// Events that the guest has not taken note of.
     pub fn events(&self) -> u32 {
         self.load(EVENTS_AT)
@@ -315,18 +347,30 @@ mod tests {
     #[test]
     fn what_was_written_is_there_for_who_maps_it_next() {
         const { assert!(SLOTS_AT + SLOT * SLOTS as u64 == PICTURES_AT && PICTURES_AT + 16 * PICTURE == ARENA_AT) };
-        const { assert!(SCREENS_AT + 16 * ENTRY <= ANSWERS_AT && SCANOUTS_AT + 16 * ENTRY <= CURSORS_AT) };
+        const {
+            assert!(
+                SCREENS_AT + 16 * ENTRY <= CONTEXTS_AT
+                    && CONTEXTS_AT + 4 * CONTEXTS as u64 <= ANSWERS_AT
+                    && SCANOUTS_AT + 16 * ENTRY <= CURSORS_AT
+            )
+        };
         let record = Record::new(ARENA_MIN).unwrap();
         assert!(record.is_fresh());
         record.clear();
-        let slot = Slot { id: 7, format: 2, width: 3, height: 4, pixels_at: ARENA_AT, entries_at: 0, entries: 0 };
+        let slot =
+            Slot { id: 7, format: 2, width: 3, height: 4, pixels_at: ARENA_AT, entries_at: 0, entries: 0, solid: None };
         record.set_slot(9, &slot);
         record.set_backing(9, ARENA_AT + PAGE, 2);
+        record.set_slot(10, &Slot { id: 8, pixels_at: 0, solid: Some([2, 3, 4, 5, 6]), ..slot });
+        record.set_pixels(10, ARENA_AT + 2 * PAGE);
+        record.set_context(95, 12);
         record.set_scanout(15, [7, 0, 0, 3, 4]);
         record.piece(ARENA_AT, 4).unwrap().copy_from(&[1_u8, 2, 3, 4]);
         let same = Record::map(record.file.try_clone().unwrap()).unwrap();
         assert!(!same.is_fresh());
         assert_eq!(same.slot(9), Some(Slot { entries_at: ARENA_AT + PAGE, entries: 2, ..slot }));
+        let solid = Slot { id: 8, pixels_at: ARENA_AT + 2 * PAGE, solid: Some([2, 3, 4, 5, 6]), ..slot };
+        assert_eq!((same.slot(10), same.context(95), same.context(94)), (Some(solid), 12, 0));
         assert_eq!((same.slot(8), same.scanout(15)), (None, [7, 0, 0, 3, 4]));
         record.give_back(Place { at: ARENA_AT, len: PAGE });
         let mut bytes = [9_u8; 4];

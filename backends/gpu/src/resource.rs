@@ -1,4 +1,5 @@
-//! 2D resources: pictures in the record's pages, and where the guest has its copy of each.
+//! Resources: pictures in the record's pages, and where the guest has its copy of each. What those of 3D have besides is in
+//! [`solid`].
 //!
 //! All that a guest may ask for comes out of one budget, the record's pages, and a bounded number of resources and of entries
 //! of backings. A resource is written down ([`record`](crate::record)) before it is answered for; a successor reads all of
@@ -15,6 +16,10 @@ use crate::command::{ATTACH_LEN, ENTRY_LEN, Refusal};
 use crate::format::Format;
 use crate::geometry;
 use crate::record::{ARENA_AT, PAGE, Place, Record, SLOTS, Slot};
+
+mod solid;
+
+pub use solid::{SOLID_MAX, Solid};
 
 /// Most columns and rows of a picture.
 pub const SIDE_MAX: u32 = 16_384;
@@ -47,19 +52,38 @@ struct Backing {
 pub struct Resource {
     slot: usize,
     number: u32,
-    /// Its format.
-    pub format: Format,
+    /// Its format, if it is one that a screen can show: one of 2D has no other.
+    format: Option<Format>,
     /// Columns.
     pub width: u32,
     /// Rows.
     pub height: u32,
-    pixels: Place,
+    /// Where its pixels are; one of 3D has some once a screen shows it.
+    pixels: Option<Place>,
     backing: Option<Backing>,
+    /// What it is besides, if it is one of 3D.
+    pub solid: Option<Solid>,
 }
 
 impl Resource {
+    /// Without pixels and backing.
+    fn new(slot: usize, words: &Slot, format: Option<Format>) -> Self {
+        let Slot { format: number, width, height, .. } = *words;
+        Self { slot, number, format, width, height, pixels: None, backing: None, solid: None }
+    }
+
+    /// Number of its format.
+    pub fn number(&self) -> u32 {
+        self.number
+    }
+
+    /// A screen can show it.
+    pub fn is_visible(&self) -> bool {
+        self.pixels.is_some() && self.format.is_some()
+    }
+
     /// Bytes from one row to the next.
-    fn stride(&self) -> u64 {
+    pub(crate) fn stride(&self) -> u64 {
         u64::from(self.width) * PIXEL_BYTES as u64
     }
 }
@@ -71,6 +95,8 @@ pub struct Resources {
     pages: AddressAllocator,
     arena: u64,
     entries: usize,
+    /// What those of 3D take of the host's memory, about.
+    solid_bytes: u64,
 }
 
 /// What `width` by `height` pixels take; none for what no picture has.
@@ -88,16 +114,22 @@ impl Resources {
     /// None, with so many bytes of pages for them.
     pub fn new(arena: u64) -> Self {
         let pages = AddressAllocator::new(ARENA_AT, arena).expect("pages that do not wrap around");
-        Self { table: HashMap::new(), free: (0..SLOTS).rev().collect(), pages, arena, entries: 0 }
+        Self { table: HashMap::new(), free: (0..SLOTS).rev().collect(), pages, arena, entries: 0, solid_bytes: 0 }
     }
 
-    /// Those that stand in the record; what cannot be right is dropped from it. Pages that nobody has are given back.
-    pub fn load(record: &Record) -> Self {
+    /// Those that stand in the record, those of 3D if there is who `renders`; what cannot be right is dropped from it. Pages that
+    /// nobody has are given back.
+    pub fn load(record: &Record, renders: bool) -> Self {
         let mut loaded = Self::new(record.arena());
         let mut taken = vec![false; SLOTS];
         for (number, taken) in taken.iter_mut().enumerate() {
             let Some(slot) = record.slot(number) else { continue };
-            match loaded.adopt(record, number, &slot) {
+            let adopted = match &slot.solid {
+                None => loaded.adopt(record, number, &slot),
+                Some(words) if renders => loaded.adopt_solid(record, number, &slot, words),
+                Some(_) => None,
+            };
+            match adopted {
                 Some(resource) => {
                     *taken = true;
                     loaded.table.insert(slot.id, resource);
@@ -119,25 +151,24 @@ impl Resources {
             return None;
         }
         let pixels = self.occupy(slot.pixels_at, pages(len))?;
-        let mut resource = Resource {
-            slot: number,
-            number: slot.format,
-            format,
-            width: slot.width,
-            height: slot.height,
-            pixels,
-            backing: None,
-        };
-        if slot.entries_at != 0 {
-            resource.backing = self.adopt_backing(record, slot);
-            if resource.backing.is_none() {
-                record.set_backing(number, 0, 0);
-            }
-        }
+        let mut resource = Resource::new(number, slot, Some(format));
+        resource.pixels = Some(pixels);
+        resource.backing = self.adopt_backing(record, number, slot);
         Some(resource)
     }
 
-    fn adopt_backing(&mut self, record: &Record, slot: &Slot) -> Option<Backing> {
+    fn adopt_backing(&mut self, record: &Record, number: usize, slot: &Slot) -> Option<Backing> {
+        if slot.entries_at == 0 {
+            return None;
+        }
+        let backing = self.read_backing(record, slot);
+        if backing.is_none() {
+            record.set_backing(number, 0, 0);
+        }
+        backing
+    }
+
+    fn read_backing(&mut self, record: &Record, slot: &Slot) -> Option<Backing> {
         let count = slot.entries as usize;
         if slot.entries > ENTRIES_MAX || self.entries + count > ENTRIES_IN_ALL_MAX {
             return None;
@@ -179,7 +210,7 @@ impl Resources {
 
     /// Gives back what nobody has: a predecessor may have died before it did.
     fn sweep(&self, record: &Record) {
-        let places = self.table.values().flat_map(|r| [Some(r.pixels), r.backing.as_ref().map(|b| b.place)]);
+        let places = self.table.values().flat_map(|r| [r.pixels, r.backing.as_ref().map(|b| b.place)]);
         let mut places: Vec<Place> = places.flatten().collect();
         places.sort_by_key(|place| place.at);
         let mut at = ARENA_AT;
@@ -217,7 +248,7 @@ impl Resources {
         let format = Format::from_number(number).ok_or(Refusal::Format(number))?;
         let len = bytes(width, height).ok_or(Refusal::Size(width, height))?;
         if let Some(there) = self.table.get(&id) {
-            let same = (there.number, there.width, there.height) == (number, width, height);
+            let same = (there.number, there.width, there.height) == (number, width, height) && there.solid.is_none();
             return if again && same && there.backing.is_none() { Ok(()) } else { Err(Refusal::Name(id)) };
         }
         if id == 0 {
@@ -225,12 +256,12 @@ impl Resources {
         }
         let slot = *self.free.last().ok_or(Refusal::Count(SLOTS))?;
         let pixels = self.take(pages(len))?;
-        record.set_slot(
-            slot,
-            &Slot { id, format: number, width, height, pixels_at: pixels.at, entries_at: 0, entries: 0 },
-        );
+        let words =
+            Slot { id, format: number, width, height, pixels_at: pixels.at, entries_at: 0, entries: 0, solid: None };
+        record.set_slot(slot, &words);
         self.free.pop();
-        self.table.insert(id, Resource { slot, number, format, width, height, pixels, backing: None });
+        let resource = Resource { pixels: Some(pixels), ..Resource::new(slot, &words, Some(format)) };
+        self.table.insert(id, resource);
         Ok(())
     }
 
@@ -243,7 +274,10 @@ impl Resources {
             return if again { Ok(()) } else { Err(Refusal::NoResource(id)) };
         };
         record.free(resource.slot);
-        self.release(record, resource.pixels);
+        self.solid_bytes -= resource.solid.map_or(0, |solid| solid.bytes);
+        if let Some(pixels) = resource.pixels {
+            self.release(record, pixels);
+        }
         if let Some(backing) = resource.backing {
             self.entries -= backing.entries.len();
             self.release(record, backing.place);
@@ -326,6 +360,7 @@ impl Resources {
     ) -> Result<u64, Refusal> {
         let resource = self.get(id)?;
         let backing = resource.backing.as_ref().ok_or(Refusal::Unbacked(id))?;
+        let Some(pixels) = resource.pixels.filter(|_| resource.solid.is_none()) else { return Err(Refusal::Kind(id)) };
         if !geometry::is_within(rect, resource.width, resource.height) {
             return Err(Refusal::Rect(rect));
         }
@@ -334,7 +369,7 @@ impl Resources {
         if end.is_none_or(|end| end > backing.bytes) {
             return Err(Refusal::Beyond(id));
         }
-        let first = resource.pixels.at + u64::from(rect.y) * stride + u64::from(rect.x) * PIXEL_BYTES as u64;
+        let first = pixels.at + u64::from(rect.y) * stride + u64::from(rect.x) * PIXEL_BYTES as u64;
         // Whole rows follow each other without a gap.
         let (rows, len) =
             if rect.width == resource.width { (1, row * u64::from(rect.height)) } else { (rect.height, row) };
@@ -348,11 +383,12 @@ impl Resources {
     /// Appends the pixels of a part of a picture to `out`, as the display wire carries them. Nothing, when it does not lie
     /// within.
     pub fn read(&self, record: &Record, resource: &Resource, rect: Rect, out: &mut Vec<u8>) {
+        let (Some(pixels), Some(format)) = (resource.pixels, resource.format) else { return };
         if !geometry::is_within(rect, resource.width, resource.height) {
             return;
         }
         let (stride, row) = (resource.stride(), rect.width as usize * PIXEL_BYTES);
-        let first = resource.pixels.at + u64::from(rect.y) * stride + u64::from(rect.x) * PIXEL_BYTES as u64;
+        let first = pixels.at + u64::from(rect.y) * stride + u64::from(rect.x) * PIXEL_BYTES as u64;
         let whole = rect.width == resource.width;
         let (rows, len) = if whole { (1, row * rect.height as usize) } else { (rect.height, row) };
         let start = out.len();
@@ -363,7 +399,7 @@ impl Resources {
                 piece.copy_to(target);
             }
         }
-        resource.format.convert(room);
+        format.convert(room);
     }
 }
 

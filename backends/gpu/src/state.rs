@@ -1,5 +1,6 @@
 //! The device without queues and sockets: commands in, answers out, and what a screen is to be told.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use atoll_kit::memory::Segments;
@@ -7,14 +8,20 @@ use atoll_protocol::display::{CURSOR_BYTES, CURSOR_SIDE, CursorPosition, Display
 use vm_memory::GuestMemory;
 
 use crate::command::{Answer, COMMAND_LEN_MAX, Command, CursorCommand, Header, Refusal, Status};
+use crate::command3d::Command3d;
 use crate::edid::{self, MODE_MAX, MODE_MIN};
 use crate::geometry;
 use crate::head::{Head, Turn, View};
 use crate::record::Record;
+use crate::render::{Box3, Ram, Render, Transfer};
 use crate::resource::Resources;
+use crate::scene::{Job, Next, Scene};
 
 /// VIRTIO_GPU_EVENT_DISPLAY: what the screens want has changed.
 const EVENT_DISPLAY: u32 = 1;
+
+/// What is kept of the room for pixels that are read back.
+const ROOM_KEPT: usize = 16 << 20;
 
 /// The modes that screens want before one has said so.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +37,8 @@ pub struct Gpu {
     record: Record,
     loaded: bool,
     resources: Resources,
+    /// 3D, where it is served.
+    scene: Option<Scene>,
     heads: Vec<Head>,
     events: u32,
     /// The record is a predecessor's, and the control queue has not started since it was read.
@@ -47,6 +56,23 @@ pub struct Done {
     pub read: u64,
 }
 
+/// How far a command has come.
+pub enum Begun {
+    /// To its end.
+    Done(Done),
+    /// There is something to be drawn, without a lock; then comes [`Gpu::end`].
+    Job(Job),
+}
+
+/// A cursor whose picture is read back.
+pub struct CursorJob {
+    /// The reading.
+    pub job: Job,
+    position: CursorPosition,
+    id: u32,
+    hot: (u32, u32),
+}
+
 impl Gpu {
     /// A device whose state is in `record`; what stands there is not looked at before [`Gpu::load`].
     pub fn new(record: Record, wishes: &Wishes) -> Self {
@@ -58,7 +84,28 @@ impl Gpu {
         });
         let heads = heads.collect();
         let resources = Resources::new(record.arena());
-        Self { record, loaded: false, resources, heads, events: 0, takes_over: false }
+        Self { record, loaded: false, resources, scene: None, heads, events: 0, takes_over: false }
+    }
+
+    /// Serves 3D from now on; before any front end.
+    pub fn serve(&mut self, render: Arc<dyn Render>) {
+        self.scene = Some(Scene::new(render));
+    }
+    /// How many capability sets of 3D there are; 0 where it is not served.
+    pub fn capsets(&self) -> usize {
+        self.scene.as_ref().map_or(0, Scene::capsets)
+    }
+    /// Whether the driver has agreed to 3D.
+    pub fn agree(&mut self, agreed: bool) {
+        if let Some(scene) = &mut self.scene {
+            scene.agree(agreed);
+        }
+    }
+    /// Commands point into this memory from now on.
+    pub fn memory(&mut self, ram: Arc<dyn Ram>) {
+        if let Some(scene) = &mut self.scene {
+            scene.memory(ram, &self.resources);
+        }
     }
 
     /// Goes on from what a predecessor has written down, once. Whether there is anything.
@@ -70,7 +117,10 @@ impl Gpu {
             self.record.clear();
             return false;
         }
-        self.resources = Resources::load(&self.record);
+        self.resources = Resources::load(&self.record, self.scene.is_some());
+        if let Some(scene) = &mut self.scene {
+            scene.load(&self.record, &mut self.resources);
+        }
         for head in &mut self.heads {
             head.load(&self.record, &self.resources);
         }
@@ -88,6 +138,9 @@ impl Gpu {
     /// As no driver has touched it. What screens want stays.
     pub fn reset(&mut self) {
         (self.loaded, self.takes_over) = (true, false);
+        if let Some(scene) = &mut self.scene {
+            scene.clear(&self.resources);
+        }
         self.record.clear();
         self.resources = Resources::new(self.record.arena());
         self.events = 0;
@@ -159,17 +212,48 @@ impl Gpu {
         next.map_or(Turn::Nothing, Turn::At)
     }
 
-    /// Executes what stands in `said`, a request of the control queue. Said `again`, it is one that a predecessor may have
-    /// executed already, as the last thing that it did.
+    /// Executes what stands in `said`, a request of the control queue, to its end. Said `again`, it is one that a predecessor
+    /// may have executed already, as the last thing that it did.
     pub fn control<M: GuestMemory>(&mut self, mem: &M, said: Segments<'_>, again: bool) -> Done {
+        match self.begin(mem, said, again) {
+            Begun::Done(done) => done,
+            Begun::Job(mut job) => {
+                job.run();
+                self.end(job)
+            }
+        }
+    }
+
+    /// The same up to where it takes its time.
+    pub fn begin<M: GuestMemory>(&mut self, mem: &M, said: Segments<'_>, again: bool) -> Begun {
         let mut header = Header::default();
         let mut read = 0;
-        let answer = self.try_control((mem, said), again, &mut header, &mut read).unwrap_or_else(|refusal| {
-            // The guest decides how often: it is told of it, nobody else needs to be.
-            tracing::debug!(kind = header.kind, %refusal, "a command is refused");
-            Answer::Status(refusal.status())
-        });
-        Done { header, answer, read }
+        let next = self.try_control((mem, said), again, &mut header, &mut read);
+        match next.unwrap_or_else(|refusal| Next::Answer(refused(&header, &refusal))) {
+            Next::Answer(answer) => Begun::Done(Done { header, answer, read }),
+            Next::Job(job) => Begun::Job(job),
+        }
+    }
+
+    /// The rest of it, when the job has run.
+    pub fn end(&mut self, job: Job) -> Done {
+        let header = job.header;
+        if let Some(scene) = &self.scene {
+            scene.done(&job, &self.resources);
+        }
+        let answer = match job.end() {
+            Ok(None) => Answer::Status(Status::Ok),
+            Ok(Some((id, rect, pixels))) => {
+                self.resources.paint(&self.record, id, rect, &pixels);
+                self.heads.iter_mut().for_each(|head| head.flush(id, rect));
+                if let Some(scene) = &mut self.scene {
+                    scene.give_back(pixels, ROOM_KEPT);
+                }
+                Answer::Status(Status::Ok)
+            }
+            Err(failed) => refused(&header, &failed.into()),
+        };
+        Done { header, answer, read: 0 }
     }
 
     fn try_control<M: GuestMemory>(
@@ -178,23 +262,30 @@ impl Gpu {
         again: bool,
         header: &mut Header,
         read: &mut u64,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<Next, Refusal> {
         let mut room = [0; COMMAND_LEN_MAX];
         let bytes = take(mem, said, &mut room)?;
         let (said_header, body) = Header::read(bytes)?;
         *header = said_header;
-        let Self { record, resources, heads, .. } = self;
-        let command = Command::read(header, body)?;
+        let Self { record, resources, heads, scene, .. } = self;
+        let command = match (Command::read(header, body), scene.as_mut().filter(|scene| scene.is_agreed())) {
+            (Err(Refusal::Command(_)), Some(scene)) => {
+                let command = Command3d::read(header, body)?;
+                tracing::trace!(?command);
+                return scene.control((record, resources), (mem, said), again, header, command);
+            }
+            (command, _) => command?,
+        };
         tracing::trace!(?command);
         match command {
             Command::GetDisplayInfo => {
                 let mut info = DisplayInfo::default();
                 info.screens.iter_mut().zip(heads).for_each(|(screen, head)| *screen = head.wanted);
-                return Ok(Answer::DisplayInfo(Box::new(info)));
+                return Ok(Next::Answer(Answer::DisplayInfo(Box::new(info))));
             }
             Command::GetEdid { scanout } => {
                 let Rect { width, height, .. } = head(heads, scanout)?.wanted.rect;
-                return Ok(Answer::Edid(edid::edid(scanout, width, height)));
+                return Ok(Next::Answer(Answer::Edid(edid::edid(scanout, width, height))));
             }
             Command::Create { id, format, width, height } => {
                 resources.create(record, again, [id, format, width, height])?;
@@ -202,6 +293,9 @@ impl Gpu {
             Command::Unref { id } => {
                 for head in heads.iter_mut().filter(|head| head.view().is_some_and(|view| view.id == id)) {
                     head.show(record, None);
+                }
+                if let Some(scene) = scene {
+                    scene.unref(resources, id);
                 }
                 resources.unref(record, again, id)?;
             }
@@ -212,6 +306,7 @@ impl Gpu {
                 if !geometry::is_within(rect, resource.width, resource.height) {
                     return Err(Refusal::Rect(rect));
                 }
+                resources.make_visible(record, id)?;
                 head.show(record, Some(View { id, rect }));
             }
             Command::Flush { rect, id } => {
@@ -219,41 +314,113 @@ impl Gpu {
                 if !geometry::is_within(rect, resource.width, resource.height) {
                     return Err(Refusal::Rect(rect));
                 }
+                let told = heads.iter().filter_map(|head| head.tells(id, rect)).reduce(geometry::around);
+                // What was lost is shown as it was last.
+                if let (Some(scene), Some(told)) = (scene, told)
+                    && resource.solid.is_some_and(|solid| !solid.lost)
+                {
+                    return Ok(scene.read(header, id, told));
+                }
                 heads.iter_mut().for_each(|head| head.flush(id, rect));
             }
-            Command::Transfer { rect, offset, id } => *read = resources.transfer((record, mem), id, rect, offset)?,
-            Command::Attach { id, entries } => resources.attach((record, mem), again, id, entries, said)?,
-            Command::Detach { id } => resources.detach(record, again, id)?,
+            Command::Transfer { rect, offset, id } => match scene {
+                Some(scene) if resources.get(id)?.solid.is_some() => {
+                    let transfer =
+                        Transfer { id, area: Box3::from(rect), offset, to_host: true, ..Transfer::default() };
+                    return scene.transfer(header, resources, transfer);
+                }
+                scene => {
+                    *read = resources.transfer((record, mem), id, rect, offset)?;
+                    if let Some(scene) = scene {
+                        scene.changed(id, rect);
+                    }
+                }
+            },
+            Command::Attach { id, entries } => {
+                resources.attach((record, mem), again, id, entries, said)?;
+                if let Some(scene) = scene.as_ref().filter(|_| resources.get(id).is_ok_and(|r| r.solid.is_some())) {
+                    // Said again, there is an old one.
+                    scene.take_back(resources, id);
+                    if let Err(refusal) = scene.lend(resources, id) {
+                        resources.detach(record, true, id)?;
+                        return Err(refusal);
+                    }
+                }
+            }
+            Command::Detach { id } => {
+                if let Some(scene) = scene.as_ref().filter(|_| resources.get(id).is_ok_and(|r| r.solid.is_some())) {
+                    scene.take_back(resources, id);
+                }
+                resources.detach(record, again, id)?;
+            }
         }
-        Ok(Answer::Status(Status::Ok))
+        Ok(Next::Answer(Answer::Status(Status::Ok)))
     }
 
-    /// Executes what stands in `said`, a request of the cursor queue.
+    /// Executes what stands in `said`, a request of the cursor queue, to its end.
     ///
     /// # Errors
     /// [`Refusal`].
     pub fn cursor<M: GuestMemory>(&mut self, mem: &M, said: Segments<'_>) -> Result<(), Refusal> {
+        match self.begin_cursor(mem, said)? {
+            None => Ok(()),
+            Some(mut reading) => {
+                reading.job.run();
+                self.end_cursor(reading)
+            }
+        }
+    }
+
+    /// The same up to where its picture is to be read back.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn begin_cursor<M: GuestMemory>(&mut self, mem: &M, said: Segments<'_>) -> Result<Option<CursorJob>, Refusal> {
         let mut room = [0; COMMAND_LEN_MAX];
         let (header, body) = Header::read(take(mem, said, &mut room)?)?;
         match CursorCommand::read(&header, body)? {
             CursorCommand::Move { position, id } => {
                 head(&mut self.heads, position.scanout)?.move_cursor(&self.record, position, id != 0);
-                Ok(())
+                Ok(None)
             }
             CursorCommand::Update { position, id: 0, .. } => {
                 head(&mut self.heads, position.scanout)?.move_cursor(&self.record, position, false);
-                Ok(())
+                Ok(None)
             }
-            CursorCommand::Update { position, id, hot_x, hot_y } => self.draw_cursor(position, id, (hot_x, hot_y)),
+            CursorCommand::Update { position, id, hot_x, hot_y } => {
+                let hot = (hot_x, hot_y);
+                head(&mut self.heads, position.scanout)?;
+                let resource = self.resources.get(id)?;
+                if (resource.width, resource.height) != (CURSOR_SIDE, CURSOR_SIDE) {
+                    return Err(Refusal::CursorSize(resource.width, resource.height));
+                }
+                let lost = resource.solid.map(|solid| solid.lost);
+                self.resources.make_visible(&self.record, id)?;
+                if let (Some(scene), Some(false)) = (&mut self.scene, lost)
+                    && let Next::Job(job) = scene.read(&header, id, geometry::whole(CURSOR_SIDE, CURSOR_SIDE))
+                {
+                    return Ok(Some(CursorJob { job, position, id, hot }));
+                }
+                self.draw_cursor(position, id, hot).map(|()| None)
+            }
         }
+    }
+
+    /// The rest of it, when the job has run.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub fn end_cursor(&mut self, reading: CursorJob) -> Result<(), Refusal> {
+        let CursorJob { job, position, id, hot } = reading;
+        if let Some((id, rect, pixels)) = job.end()? {
+            self.resources.paint(&self.record, id, rect, &pixels);
+        }
+        self.draw_cursor(position, id, hot)
     }
 
     fn draw_cursor(&mut self, position: CursorPosition, id: u32, hot: (u32, u32)) -> Result<(), Refusal> {
         let head = head(&mut self.heads, position.scanout)?;
         let resource = self.resources.get(id)?;
-        if (resource.width, resource.height) != (CURSOR_SIDE, CURSOR_SIDE) {
-            return Err(Refusal::CursorSize(resource.width, resource.height));
-        }
         let mut picture = Vec::with_capacity(CURSOR_BYTES);
         self.resources.read(&self.record, resource, geometry::whole(CURSOR_SIDE, CURSOR_SIDE), &mut picture);
         if let Ok(picture) = <&[u8; CURSOR_BYTES]>::try_from(picture.as_slice()) {
@@ -261,6 +428,12 @@ impl Gpu {
         }
         Ok(())
     }
+}
+
+fn refused(header: &Header, refusal: &Refusal) -> Answer {
+    // The guest decides how often: it is told of it, nobody else needs to be.
+    tracing::debug!(kind = header.kind, %refusal, "a command is refused");
+    Answer::Status(refusal.status())
 }
 
 fn head(heads: &mut [Head], scanout: u32) -> Result<&mut Head, Refusal> {

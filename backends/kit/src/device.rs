@@ -157,6 +157,11 @@ pub trait QueueHandler: Send + 'static {
     /// io_uring opcodes that this handler pushes; the ring refuses all others.
     fn opcodes(&self) -> &'static [u8];
 
+    /// What requests point into from now on: said before a ring starts and when memory is exchanged under one that runs, and
+    /// nothing is in flight then. For a handler that keeps addresses beyond a request: what it made of the memory before is of
+    /// no use from now on, and stays mapped for as long as it holds that.
+    fn memory<M: GuestMemory + Send + Sync + 'static>(&mut self, _mem: &Arc<M>) {}
+
     /// A ring of `size` entries starts.
     fn started(&mut self, size: u16);
 

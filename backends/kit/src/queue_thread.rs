@@ -111,7 +111,7 @@ pub(crate) struct QueueThread<H, M: GuestMemory> {
     toll: Toll,
 }
 
-impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
+impl<H: QueueHandler, M: GuestMemory + Send + Sync + 'static> QueueThread<H, M> {
     pub(crate) fn new(
         index: u16,
         uring: Uring,
@@ -431,7 +431,7 @@ impl<H: QueueHandler, M: GuestMemory> QueueThread<H, M> {
     }
 }
 
-impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
+impl<H: QueueHandler, M: GuestMemory + Send + Sync + 'static> RingOwner<M> for QueueThread<H, M> {
     fn mailbox(&self) -> &Arc<Mailbox<M>> {
         &self.mailbox
     }
@@ -439,11 +439,13 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
     fn start(&mut self, start: RingStart<M>) -> Result<Result<(), RingError>, UringError> {
         self.stop()?;
         let recorded = start.config.tracker.is_some();
+        let mem = Arc::clone(&start.mem);
         let mut ring = match Ring::start(start.mem, start.config) {
             Ok(ring) => ring,
             Err(e) => return Ok(Err(e)),
         };
         ring.call = start.call;
+        self.handler.memory(&mem);
         self.handler.started(ring.size());
         self.handler.goes_on_at(ring.next_avail(), recorded.then(|| ring.continued()));
         self.meter.ring(ring.size());
@@ -481,6 +483,7 @@ impl<H: QueueHandler, M: GuestMemory> RingOwner<M> for QueueThread<H, M> {
     fn set_memory(&mut self, mem: Arc<M>) -> Result<(), UringError> {
         self.drain()?;
         if let Some(running) = &mut self.running {
+            self.handler.memory(&mem);
             running.ring.set_memory(mem);
         }
         Ok(())

@@ -15,6 +15,8 @@ use atoll_protocol::display::{
     Channel, CursorPosition, DisplayInfo, Features, REQUEST_MAX, Rect, Reply, Request, Screen as Wanted,
 };
 
+pub(crate) mod scene;
+
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_atoll-gpu");
 /// Guest addresses: commands, answers, pictures.
@@ -27,6 +29,7 @@ pub(crate) const UNSPECIFIED: u32 = 0x1200;
 pub(crate) const OUT_OF_MEMORY: u32 = 0x1201;
 pub(crate) const NO_SCANOUT: u32 = 0x1202;
 pub(crate) const NO_RESOURCE: u32 = 0x1203;
+pub(crate) const NO_CONTEXT: u32 = 0x1204;
 pub(crate) const PARAMETER: u32 = 0x1205;
 
 pub(crate) fn words(words: &[u32]) -> Vec<u8> {
@@ -36,6 +39,8 @@ pub(crate) fn words(words: &[u32]) -> Vec<u8> {
 /// A guest.
 pub(crate) struct Guest {
     pub(crate) driver: Driver,
+    /// Whose commands these are.
+    pub(crate) context: u32,
     fence: u64,
 }
 
@@ -54,7 +59,7 @@ impl Guest {
     }
 
     pub(crate) fn with(options: Options) -> Result<Self> {
-        Ok(Self { driver: Driver::new(options)?, fence: 0 })
+        Ok(Self { driver: Driver::new(options)?, context: 0, fence: 0 })
     }
 
     pub(crate) fn connected(process: &mut Process) -> Result<Self> {
@@ -69,7 +74,7 @@ impl Guest {
         let (queue, guest) = self.driver.queue(0)?;
         let slot = self.fence % 16;
         let (said, heard) = (SAID + slot * 0x1_0000, HEARD + slot * 0x1000);
-        let mut bytes = words(&[kind, 1, self.fence as u32, 0, 0, 0]);
+        let mut bytes = words(&[kind, 1, self.fence as u32, 0, self.context, 0]);
         bytes.extend(body);
         ensure!(bytes.len() <= 0x1_0000, "a long command");
         guest.write(said, &bytes);
@@ -241,7 +246,17 @@ impl Screen {
 
     /// Waits until this picture is shown.
     pub(crate) fn shows(&mut self, scanout: u32, width: u32, height: u32, pixels: &[u8]) -> Result<()> {
-        self.until(|screen| screen.shown.get(&scanout).is_some_and(|s| (s.0, s.1) == (width, height) && s.2 == pixels))
+        let is_shown =
+            |screen: &Self| screen.shown.get(&scanout).is_some_and(|s| (s.0, s.1) == (width, height) && s.2 == pixels);
+        let shown = self.until(is_shown);
+        shown.with_context(|| match self.shown.get(&scanout) {
+            Some((has_width, has_height, has)) => {
+                let wrong = has.iter().zip(pixels).position(|(a, b)| a != b).unwrap_or(0) / 4 * 4;
+                let [has, wanted] = [has.as_slice(), pixels].map(|all| all.get(wrong..wrong + 4));
+                format!("{has_width} by {has_height} are shown; pixel {} is {has:?} and not {wanted:?}", wrong / 4)
+            }
+            None => "nothing is shown".into(),
+        })
     }
 
     pub(crate) fn say(&mut self, reply: &Reply) -> Result<()> {

@@ -16,6 +16,8 @@ pub struct Profile {
     pub ioctls: &'static [u64],
     /// io_uring opcodes besides polls.
     pub opcodes: &'static [u8],
+    /// It translates programs while it serves: memory may become code.
+    pub makes_code: bool,
     /// Most bytes of its heap and stacks. What it maps of a guest is shared and does not count.
     pub heap_bytes_max: u64,
 }
@@ -111,6 +113,7 @@ impl Profile {
             // A turn of its own for a request that waits for others of its batch.
             opcode::Nop::CODE,
         ],
+        makes_code: false,
         // Bounce buffers of 64 queues.
         heap_bytes_max: 2048 * MIB,
     };
@@ -124,6 +127,7 @@ impl Profile {
         calls: &[libc::SYS_lseek, libc::SYS_pread64, libc::SYS_preadv],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         heap_bytes_max: 64 * MIB,
     };
 
@@ -133,6 +137,7 @@ impl Profile {
         calls: vhost_user![libc::SYS_readv, libc::SYS_pwrite64],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         heap_bytes_max: 512 * MIB,
     };
 
@@ -146,6 +151,7 @@ impl Profile {
         calls: vhost_user![],
         ioctls: &[],
         opcodes: &[opcode::Read::CODE],
+        makes_code: false,
         heap_bytes_max: 64 * MIB,
     };
 
@@ -155,6 +161,7 @@ impl Profile {
         calls: vhost_user![libc::SYS_accept4],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         heap_bytes_max: 128 * MIB,
     };
 
@@ -173,6 +180,7 @@ impl Profile {
         ],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         // 192 connections with 256 KiB of room each.
         heap_bytes_max: 256 * MIB,
     };
@@ -183,13 +191,30 @@ impl Profile {
         calls: vhost_user![libc::SYS_fallocate],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         // One update of the largest picture, and what resources stand on.
         heap_bytes_max: 256 * MIB,
     };
 
+    /// The same with a renderer: threads of Mesa's that exist, and its compiler, whose output becomes code.
+    pub const GPU_VIRGL: Self = Self {
+        name: "gpu-virgl",
+        calls: vhost_user![libc::SYS_fallocate],
+        makes_code: true,
+        // Resources of 3D, what Mesa makes of them, stacks of its threads, its compiler.
+        heap_bytes_max: 6144 * MIB,
+        ..Self::GPU
+    };
+
     /// A keyboard or a pointer: events come over one socket.
-    pub const INPUT: Self =
-        Self { name: "input", calls: vhost_user![], ioctls: &[], opcodes: &[], heap_bytes_max: 64 * MIB };
+    pub const INPUT: Self = Self {
+        name: "input",
+        calls: vhost_user![],
+        ioctls: &[],
+        opcodes: &[],
+        makes_code: false,
+        heap_bytes_max: 64 * MIB,
+    };
 
     /// A screen: viewers come to sockets that were bound for it. No ring and no guest memory. What takes pictures makes
     /// memfds for them, and files that it is told to record to are open already.
@@ -212,6 +237,7 @@ impl Profile {
         ],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         // Pictures of the guest, and for each viewer what it has not read yet.
         heap_bytes_max: 1024 * MIB,
     };
@@ -222,6 +248,7 @@ impl Profile {
         calls: &[libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_pwait, libc::SYS_fstat],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         heap_bytes_max: 64 * MIB,
     };
 
@@ -243,11 +270,12 @@ impl Profile {
         ],
         ioctls: &[],
         opcodes: &[],
+        makes_code: false,
         heap_bytes_max: 2048 * MIB,
     };
 
     /// All of them.
-    pub const ALL: [&'static Self; 13] = [
+    pub const ALL: [&'static Self; 14] = [
         &Self::BLK,
         &Self::NVME,
         &Self::PROBE,
@@ -257,6 +285,7 @@ impl Profile {
         &Self::CONSOLE,
         &Self::VSOCK,
         &Self::GPU,
+        &Self::GPU_VIRGL,
         &Self::INPUT,
         &Self::DISPLAY,
         &Self::UART,
