@@ -304,8 +304,9 @@ pub fn sha256(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Programs that some tests and benchmarks set beside Atoll, with the Debian package that holds each.
-pub const PEERS: [(&str, &str); 8] = [
+/// Programs that some tests and benchmarks set beside Atoll, and libraries that a device loads if they are there (their names end
+/// as names of libraries do), with the Debian package that holds each.
+pub const PEERS: [(&str, &str); 12] = [
     ("passt", "passt"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
@@ -314,7 +315,23 @@ pub const PEERS: [(&str, &str); 8] = [
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
     ("chromium", "chromium"),
+    ("libvirglrenderer.so.1", "libvirglrenderer1"),
+    ("libEGL.so.1", "libegl1"),
+    ("libGL.so.1", "libgl1"),
+    ("dri/swrast_dri.so", "libgl1-mesa-dri"),
 ];
+
+/// Where this machine has its libraries.
+const LIBRARIES: [&str; 4] = ["/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"];
+
+/// Whether a program is in PATH, or a library where libraries are.
+fn is_there(peer: &str) -> bool {
+    if peer.contains(".so") {
+        LIBRARIES.iter().any(|folder| Path::new(folder).join(peer).exists())
+    } else {
+        place::on_path(peer).is_some()
+    }
+}
 
 /// Packages are installed at most this often, until nothing is missing.
 const PASSES: usize = 3;
@@ -322,9 +339,9 @@ const PASSES: usize = 3;
 /// Installs the peers that are missing, if this user may; says what to install otherwise.
 pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
     let missing = || -> Vec<&str> {
-        let absent = |program: &str| wanted.contains(&program) && place::on_path(program).is_none();
+        let absent = |peer: &str| wanted.contains(&peer) && !is_there(peer);
         let mut packages: Vec<&str> =
-            PEERS.iter().filter(|(program, _)| absent(program)).map(|(_, package)| *package).collect();
+            PEERS.iter().filter(|(peer, _)| absent(peer)).map(|(_, package)| *package).collect();
         packages.dedup();
         packages
     };
@@ -337,7 +354,7 @@ pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
         install(&packages)?;
     }
     let packages = missing();
-    ensure!(packages.is_empty(), "{} installed, but its programs are in no folder of PATH", packages.join(", "));
+    ensure!(packages.is_empty(), "{} installed, but what it holds is not where it is looked for", packages.join(", "));
     Ok(())
 }
 

@@ -64,7 +64,7 @@ impl std::fmt::Display for Mode {
     }
 }
 
-/// A GPU: 2D, in a process of ours, or whatever somebody else's vhost-user backend is.
+/// A GPU: 2D, or 3D as well, in a process of ours, or whatever somebody else's vhost-user backend is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GpuConfig {
@@ -80,9 +80,12 @@ pub struct GpuConfig {
     /// What the first screens are before anybody resizes them; 1280x800 when left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub modes: Vec<Mode>,
-    /// Bytes for the guest's pictures; 256 MiB when left out.
+    /// Bytes for the guest's pictures; 256 MiB when left out. With 3D its resources may take as much again, at most 2 GiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
+    /// 3D, too, drawn on the host's processors by libvirglrenderer and Mesa, which have to be installed there.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub virgl: bool,
     /// What becomes of it when its backend cannot be had again.
     #[serde(default, skip_serializing_if = "OnFailure::is_default")]
     pub on_failure: OnFailure,
@@ -110,8 +113,8 @@ impl GpuConfig {
 
     pub(super) fn check_kind(&self) -> Wrong {
         if let Some(socket) = &self.socket {
-            if self.memory.is_some() || !self.modes.is_empty() {
-                return Err("memory and modes are those of the backend at the socket: give them there".into());
+            if self.memory.is_some() || !self.modes.is_empty() || self.virgl {
+                return Err("memory, modes and virgl are those of the backend at the socket: give them there".into());
             }
             check_socket(socket)?;
         }
@@ -120,6 +123,11 @@ impl GpuConfig {
         }
         if self.modes.len() > usize::from(self.scanouts()) {
             return Err(format!("{} modes for {} screens: give scanouts", self.modes.len(), self.scanouts()));
+        }
+        if self.virgl && self.iommu {
+            return Err("virgl=on and iommu=on do not go together: memory behind an IOMMU comes and goes, and cannot be lent to \
+                        the renderer; leave one out"
+                .into());
         }
         if !MEMORY.contains(&self.memory()) {
             return Err("memory is from 16M to 4G".into());

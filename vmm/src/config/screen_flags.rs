@@ -23,13 +23,23 @@ impl OptionValue for InputKind {
 }
 
 impl GpuConfig {
-    /// Reads `scanouts=2,modes=[1920x1080,1280x800],memory=256M`, all of which may be left out with `on`.
+    /// Reads `scanouts=2,modes=[1920x1080,1280x800],memory=256M,virgl=on`, all of which may be left out with `on`.
     ///
     /// # Errors
     /// What is wrong with it, naming `option`.
     pub fn from_flag(option: &'static str, text: &str) -> Result<Self, FlagError> {
-        let keys =
-            ["socket", "scanouts", "modes", "memory", "stall_timeout", "start_attempts", "on_failure", "iommu", "id"];
+        let keys = [
+            "socket",
+            "scanouts",
+            "modes",
+            "memory",
+            "virgl",
+            "stall_timeout",
+            "start_attempts",
+            "on_failure",
+            "iommu",
+            "id",
+        ];
         let read = || {
             let options = Options::parse(if text == "on" { "scanouts=1" } else { text }, &keys, &[])?;
             Ok(Self {
@@ -38,6 +48,7 @@ impl GpuConfig {
                 scanouts: options.get("scanouts")?,
                 modes: modes(&options)?,
                 memory: options.get::<Bytes>("memory")?.map(|bytes| bytes.0),
+                virgl: options.on("virgl")?,
                 stall_timeout: options.get("stall_timeout")?,
                 start_attempts: options.get("start_attempts")?,
                 on_failure: on_failure(&options)?,
@@ -104,7 +115,9 @@ mod tests {
         let gpu = GpuConfig::from_flag("--gpu", "scanouts=2,modes=[1920x1080,800x600],memory=64M").unwrap();
         assert_eq!((gpu.scanouts(), gpu.memory()), (2, 64 << 20));
         assert_eq!(gpu.modes, [Mode { width: 1920, height: 1080 }, Mode { width: 800, height: 600 }]);
-        assert_eq!(GpuConfig::from_flag("--gpu", "on").unwrap().scanouts(), 1);
+        let plain = GpuConfig::from_flag("--gpu", "on").unwrap();
+        assert_eq!((plain.scanouts(), plain.virgl, gpu.virgl), (1, false, false));
+        assert!(GpuConfig::from_flag("--gpu", "virgl=on").unwrap().virgl);
         assert_eq!(InputConfig::from_flag("--input", "mouse").unwrap().kind, InputKind::Mouse);
         let display = DisplayConfig::from_flag("--display", "web=127.0.0.1:0,vnc=unix:/run/vnc").unwrap();
         assert_eq!(display.vnc.as_deref(), Some("unix:/run/vnc"));
@@ -118,6 +131,8 @@ mod tests {
             (GpuConfig::from_flag("--gpu", "modes=[1x1]").unwrap_err(), "1280x800"),
             (GpuConfig::from_flag("--gpu", "modes=[640x480,640x480]").unwrap_err(), "give scanouts"),
             (GpuConfig::from_flag("--gpu", "memory=1K").unwrap_err(), "16M"),
+            (GpuConfig::from_flag("--gpu", "virgl=on,iommu=on").unwrap_err(), "leave one out"),
+            (GpuConfig::from_flag("--gpu", "socket=/run/gpu,virgl=on").unwrap_err(), "give them there"),
             (InputConfig::from_flag("--input", "joystick").unwrap_err(), "kind"),
             (DisplayConfig::from_flag("--display", "vnc=0.0.0.0:5900").unwrap_err(), "ssh -L"),
             (DisplayConfig::from_flag("--display", "vnc=5900").unwrap_err(), "127.0.0.1:5900"),

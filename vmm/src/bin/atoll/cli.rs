@@ -494,7 +494,7 @@ pub(crate) struct RunArgs {
     /// Any vhost-user device: device_type=N,socket=PATH,queue_sizes=[256,256][,id=NAME].
     #[arg(long, value_name = "KEYS", num_args = 1..)]
     pub(crate) generic_vhost_user: Vec<String>,
-    /// A GPU in 2D: on, or scanouts=N, modes=[1920x1080,…], memory=256M; or another's backend, socket=PATH[,scanouts=N].
+    /// A GPU: on, or scanouts=N, modes=[1920x1080,…], memory=256M, virgl=on (3D); or another's backend, socket=PATH[,scanouts=N].
     #[arg(long, value_name = "KEYS")]
     pub(crate) gpu: Option<String>,
     /// What shows the GPU's pictures: on (screenshots only), or web=127.0.0.1:8006 (browsers), vnc=127.0.0.1:5900 or

@@ -1,4 +1,4 @@
-//! A GPU (virtio 1.2, 5.7), served by `atoll-gpu` in 2D or by somebody else's vhost-user backend.
+//! A GPU (virtio 1.2, 5.7), served by `atoll-gpu` or by somebody else's vhost-user backend.
 //!
 //! What survives the death of a process of ours is in a sealed memfd that is made once and passed to each incarnation.
 
@@ -60,6 +60,9 @@ impl Kind for Gpu {
         })?;
         let mut args = vec!["--scanouts".into(), self.config.scanouts().to_string().into()];
         args.extend(self.config.modes.iter().flat_map(|mode: &Mode| ["--mode".into(), mode.to_string().into()]));
+        if self.config.virgl {
+            args.push("--virgl".into());
+        }
         let descriptors = move || Ok(vec![PassedFd { flag: "--record-fd".into(), fd: record.try_clone()? }]);
         host.process("atoll-gpu", self.sidecar(), args, Box::new(descriptors))
     }
