@@ -128,6 +128,9 @@ pub struct Scene {
     contexts: BTreeMap<u32, Context>,
     mirrors: BTreeMap<u32, Mirror>,
     ram: Option<Arc<dyn Ram>>,
+    /// Resources whose backings could not be lent when memory was exchanged. To ask for one of these would be held against the
+    /// context.
+    unlent: BTreeSet<u32>,
     /// The driver has agreed to it.
     agreed: bool,
     /// Room for pixels that are read back.
@@ -140,7 +143,7 @@ impl Scene {
     /// Nothing yet.
     pub fn new(render: Arc<dyn Render>) -> Self {
         let (contexts, mirrors) = (BTreeMap::new(), BTreeMap::new());
-        Self { render, contexts, mirrors, ram: None, agreed: false, room: Vec::new(), lost: 0 }
+        Self { render, contexts, mirrors, ram: None, unlent: BTreeSet::new(), agreed: false, room: Vec::new(), lost: 0 }
     }
 
     /// How many capability sets there are.
@@ -197,6 +200,7 @@ impl Scene {
         }
         std::mem::take(&mut self.mirrors).into_iter().filter(|(_, m)| m.made).for_each(|(id, _)| self.render.unref(id));
         resources.solids().for_each(|(id, _)| self.render.unref(id));
+        self.unlent.clear();
     }
 
     /// Another memory: what was lent of the old one is taken back.
@@ -214,15 +218,19 @@ impl Scene {
     ///
     /// # Errors
     /// [`Refusal::Lent`] and the renderer's.
-    pub fn lend(&self, resources: &Resources, id: u32) -> Result<(), Refusal> {
+    pub fn lend(&mut self, resources: &Resources, id: u32) -> Result<(), Refusal> {
         let Some(mut ranges) = resources.ranges(id) else { return Ok(()) };
+        self.unlent.insert(id);
         let pinned = self.ram.as_ref().and_then(|ram| ram.pin(&mut ranges)).ok_or(Refusal::Lent(id))?;
-        Ok(self.render.attach(id, pinned)?)
+        self.render.attach(id, pinned)?;
+        self.unlent.remove(&id);
+        Ok(())
     }
 
     /// Takes it back; before the entries of the backing are forgotten.
-    pub fn take_back(&self, resources: &Resources, id: u32) {
+    pub fn take_back(&mut self, resources: &Resources, id: u32) {
         self.render.detach(id);
+        self.unlent.remove(&id);
         // What is kept in the guest's memory only is written there now.
         self.mark(resources, id);
     }
@@ -301,6 +309,9 @@ impl Scene {
         let solid = resources.get(id)?.solid.ok_or(Refusal::Kind(id))?;
         if resources.ranges(id).is_none() {
             return Err(Refusal::Unbacked(id));
+        }
+        if self.unlent.contains(&id) {
+            return Err(Refusal::Lent(id));
         }
         if !solid.shape.has(&transfer.area, level) {
             return Err(Refusal::Box { id, level });
@@ -460,7 +471,10 @@ impl Scene {
             if !mirror.made {
                 let Ok(resource) = resources.get(*id) else { continue };
                 let shape = Shape::flat(resource.number(), resource.width, resource.height);
-                self.render.create(*id, &shape)?;
+                if self.render.create(*id, &shape).is_err() {
+                    // The stream will find that it is not there.
+                    continue;
+                }
                 mirror.made = true;
                 let users = self.contexts.iter().filter(|(_, context)| !context.lost && context.flat.contains(id));
                 users.for_each(|(context, _)| self.render.join(*context, *id));

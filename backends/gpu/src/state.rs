@@ -338,7 +338,7 @@ impl Gpu {
             },
             Command::Attach { id, entries } => {
                 resources.attach((record, mem), again, id, entries, said)?;
-                if let Some(scene) = scene.as_ref().filter(|_| resources.get(id).is_ok_and(|r| r.solid.is_some())) {
+                if let Some(scene) = scene.as_mut().filter(|_| resources.get(id).is_ok_and(|r| r.solid.is_some())) {
                     // Said again, there is an old one.
                     scene.take_back(resources, id);
                     if let Err(refusal) = scene.lend(resources, id) {
@@ -348,7 +348,7 @@ impl Gpu {
                 }
             }
             Command::Detach { id } => {
-                if let Some(scene) = scene.as_ref().filter(|_| resources.get(id).is_ok_and(|r| r.solid.is_some())) {
+                if let Some(scene) = scene.as_mut().filter(|_| resources.get(id).is_ok_and(|r| r.solid.is_some())) {
                     scene.take_back(resources, id);
                 }
                 resources.detach(record, again, id)?;
