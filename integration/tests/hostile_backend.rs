@@ -8,11 +8,26 @@ use anyhow::{Context, Result, ensure};
 use atoll_integration::hostile::calls::CONTROL;
 
 /// The kinds of processes that have a jail of their own.
-const PROFILES: [&str; 12] =
-    ["blk", "probe", "net", "net-tap", "rng", "console", "vsock", "gpu", "input", "display", "uart", "generic"];
+const PROFILES: [&str; 13] = [
+    "blk",
+    "probe",
+    "net",
+    "net-tap",
+    "rng",
+    "console",
+    "vsock",
+    "gpu",
+    "gpu-virgl",
+    "input",
+    "display",
+    "uart",
+    "generic",
+];
 
 /// What a kind of process needs for its work, and may do therefore: the other layers hold what would come of it.
-const NEEDED: [(&str, &str); 3] = [
+const NEEDED: [(&str, &str); 4] = [
+    // Its renderer has a compiler.
+    ("gpu-virgl", "make memory code"),
     // It reaches programs of the host at paths of one folder, which is entered by a descriptor.
     ("vsock", "fchdir to a stray directory"),
     ("vsock", "socket, local"),

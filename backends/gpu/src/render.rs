@@ -126,12 +126,14 @@ impl Shape {
         }
         let side = |len: u32| if self.target == Self::BUFFER { len } else { (len >> level).max(1) };
         let fits = |at: u32, len: u32, size: u32| len > 0 && at.checked_add(len).is_some_and(|end| end <= size);
+        // What is compressed has whole blocks.
+        let texel = texel::of(self.format);
+        let (columns, rows) = (side(self.width), side(self.height).next_multiple_of(texel.rows));
+        let columns = if self.target == Self::BUFFER { columns } else { columns.next_multiple_of(texel.columns) };
         // Elements of an array are counted as slices, or as rows where there is one dimension.
-        let rows = side(self.height).max(self.array_size);
+        let rows = rows.max(self.array_size);
         let slices = side(self.depth).max(self.array_size);
-        fits(area.x, area.width, side(self.width))
-            && fits(area.y, area.height, rows)
-            && fits(area.z, area.depth, slices)
+        fits(area.x, area.width, columns) && fits(area.y, area.height, rows) && fits(area.z, area.depth, slices)
     }
 }
 
@@ -339,6 +341,10 @@ mod tests {
         );
         assert!(!shape.has(&area(u32::MAX, 0, 2, 1), 0) && !shape.has(&area(0, 0, 0, 1), 0));
         assert!(!shape.has(&Box3 { depth: 2, ..area(0, 0, 1, 1) }, 0));
+        assert!(Shape { format: 105, ..shape }.has(&area(0, 0, 8, 4), 3));
+        assert!(
+            !shape.has(&area(0, 0, 1, 33), 0) && Shape { format: 105, height: 33, ..shape }.has(&area(0, 0, 1, 36), 0)
+        );
         assert!(Shape { array_size: 6, ..shape }.has(&Box3 { z: 5, ..area(0, 0, 1, 1) }, 0));
     }
 }

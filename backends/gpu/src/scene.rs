@@ -485,3 +485,6 @@ impl Scene {
         Ok(self.job(header, Task::Submit { context, stream, uploads }))
     }
 }
+
+#[cfg(test)]
+mod tests;

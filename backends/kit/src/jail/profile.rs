@@ -16,7 +16,7 @@ pub struct Profile {
     pub ioctls: &'static [u64],
     /// io_uring opcodes besides polls.
     pub opcodes: &'static [u8],
-    /// It translates programs while it serves: memory may become code.
+    /// It translates programs while it serves: memory that was written may become code, which cannot be written any more.
     pub makes_code: bool,
     /// Most bytes of its heap and stacks. What it maps of a guest is shared and does not count.
     pub heap_bytes_max: u64,
@@ -196,10 +196,9 @@ impl Profile {
         heap_bytes_max: 256 * MIB,
     };
 
-    /// The same with a renderer: threads of Mesa's that exist, and its compiler, whose output becomes code.
+    /// The same with a renderer, whose libraries are loaded and whose threads are there by then, and its compiler.
     pub const GPU_VIRGL: Self = Self {
         name: "gpu-virgl",
-        calls: vhost_user![libc::SYS_fallocate],
         makes_code: true,
         // Resources of 3D, what Mesa makes of them, stacks of its threads, its compiler.
         heap_bytes_max: 6144 * MIB,

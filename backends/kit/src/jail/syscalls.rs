@@ -46,14 +46,15 @@ fn one_of(argument: u8, values: impl IntoIterator<Item = u64>) -> Result<Vec<Sec
 fn program(profile: &Profile, listens: bool) -> Result<BpfProgram, BackendError> {
     let freely = EVERYBODY.iter().chain(profile.calls).chain(if listens { LISTENING } else { &[] });
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = freely.map(|call| (*call, Vec::new())).collect();
-    // Memory never becomes code, where nobody has a compiler.
+    // Memory never becomes code; where there is a compiler, what it has written does, and cannot be written any more.
+    let code = |mask: i32, is: i32| condition(2, SeccompCmpOp::MaskedEq(mask as u64), is as u64);
+    let not_code = code(libc::PROT_EXEC, 0)?;
+    let mut protections = vec![not_code.clone()];
     if profile.makes_code {
-        rules.extend([(libc::SYS_mmap, Vec::new()), (libc::SYS_mprotect, Vec::new())]);
-    } else {
-        let not_code = condition(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?;
-        rules.insert(libc::SYS_mmap, vec![not_code.clone()]);
-        rules.insert(libc::SYS_mprotect, vec![not_code]);
+        protections.push(code(libc::PROT_EXEC | libc::PROT_WRITE, libc::PROT_EXEC)?);
     }
+    rules.insert(libc::SYS_mmap, vec![not_code]);
+    rules.insert(libc::SYS_mprotect, protections);
     rules.insert(libc::SYS_madvise, one_of(2, MADVICES.iter().map(|advice| *advice as u64))?);
     rules.insert(libc::SYS_fcntl, one_of(1, FCNTLS.iter().map(|command| *command as u64))?);
     // A starting thread sets its name; who asks for the time the first time asks where the code for that is.
