@@ -339,7 +339,7 @@ impl Answer {
             Self::DisplayInfo(info) => info.put(&mut out),
             Self::Edid(edid) => edid.put(&mut out),
             Self::CapsetInfo(words) => {
-                out.extend([words.as_slice(), &[0]].concat().iter().flat_map(|w| w.to_le_bytes()))
+                out.extend([words.as_slice(), &[0]].concat().iter().flat_map(|w| w.to_le_bytes()));
             }
             Self::Capset(bytes) => out.extend_from_slice(bytes),
         }

@@ -352,7 +352,7 @@ mod tests {
                 SCREENS_AT + 16 * ENTRY <= CONTEXTS_AT
                     && CONTEXTS_AT + 4 * CONTEXTS as u64 <= ANSWERS_AT
                     && SCANOUTS_AT + 16 * ENTRY <= CURSORS_AT
-            )
+            );
         };
         let record = Record::new(ARENA_MIN).unwrap();
         assert!(record.is_fresh());

@@ -10,6 +10,7 @@
 //! A resource of 2D that a context may use, too, is mirrored: the renderer has a texture of the same id, which is filled
 //! from the record when a stream of that context comes.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -166,10 +167,11 @@ impl Scene {
             if id == 0 {
                 continue;
             }
-            if self.contexts.contains_key(&id) {
-                record.set_context(place, 0);
-            } else {
-                self.contexts.insert(id, Context { place, lost: true, flat: BTreeSet::new() });
+            match self.contexts.entry(id) {
+                Entry::Occupied(_) => record.set_context(place, 0),
+                Entry::Vacant(vacant) => {
+                    vacant.insert(Context { place, lost: true, flat: BTreeSet::new() });
+                }
             }
         }
         let solids: Vec<(u32, Shape)> = resources.solids().map(|(id, solid)| (id, solid.shape)).collect();

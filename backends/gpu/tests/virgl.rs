@@ -149,6 +149,35 @@ fn what_a_context_draws_is_shown() -> Result<()> {
     screen.shows(0, 640, 480, &pixels)
 }
 
+/// Programs that a guest brings are translated in the jail, whose compiler was never asked for these.
+#[test]
+fn a_triangle_is_translated_in_the_jail() -> Result<()> {
+    if !has_renderer()? {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let mut process = start(folder.path(), &["--jail=strict"], &[])?;
+    let mut guest = Guest::connected(&mut process)?;
+    let mut screen = guest.screen(Features::EDID, &[(800, 600)])?;
+    for (context, blue) in [(1, 0.25), (2, 0.75)] {
+        ensure!(guest.begin(context)? == OK);
+        guest.canvas(context, 256, 64)?;
+        let stream = Stream::default().onto(1, context).clear([0.0, 1.0, 0.0, 1.0]).triangle(256, 64, blue);
+        ensure!(guest.submit(&stream)? == OK);
+        let whole = Rect { x: 0, y: 0, width: 256, height: 64 };
+        ensure!(guest.set_scanout(0, context, whole)? == OK && guest.flush(context, whole)? == OK);
+        screen.until(|screen| screen.shown.get(&0).is_some_and(|shown| shown.2[1] == 0 && shown.2[3] == 255))?;
+        for (at, pixel) in screen.shown[&0].2.as_chunks::<4>().0.iter().enumerate() {
+            let (red, wanted) = (i32::from(pixel[2]), (at % 256) as i32);
+            let right = (red - wanted).abs() <= 1 && i32::from(pixel[0]).abs_diff((blue * 255.0) as i32) <= 1;
+            ensure!(right && pixel[1] == 0 && pixel[3] == 255, "pixel {at} is {pixel:?}");
+        }
+        ensure!(guest.set_scanout(0, 0, whole)? == OK);
+        screen.until(|screen| screen.shown.is_empty())?;
+    }
+    Ok(())
+}
+
 fn record() -> Result<OwnedFd> {
     let file = rustix::fs::memfd_create("record", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&file, 64 << 20)?;

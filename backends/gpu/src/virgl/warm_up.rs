@@ -28,7 +28,7 @@ fn shader(out: &mut Vec<u32>, handle: u32, kind: u32, text: &str) {
     command(out, 31, 0, &[handle, kind]);
 }
 
-/// A triangle from one point, without vertices: what counts is that shaders are translated.
+/// A green triangle over all of it, whose corners are made of their numbers.
 fn stream() -> Vec<u32> {
     let mut out = Vec::new();
     // A surface of the resource, which is drawn on.
@@ -47,9 +47,11 @@ fn stream() -> Vec<u32> {
     command(&mut out, 2, 2, &[4]);
     command(&mut out, 1, 5, &[5]);
     command(&mut out, 2, 5, &[5]);
-    let vertex = "VERT\nDCL SV[0], VERTEXID\nDCL OUT[0], POSITION\nDCL TEMP[0]\nIMM[0] FLT32 { -1.0, 4.0, 0.0, 1.0 }\n\
-                  0: I2F TEMP[0].x, SV[0].xxxx\n1: MAD OUT[0].xy, TEMP[0].xxxx, IMM[0].yyyy, IMM[0].xxxx\n\
-                  2: MOV OUT[0].zw, IMM[0].zwww\n3: END\n";
+    let vertex = "VERT\nDCL SV[0], VERTEXID\nDCL OUT[0], POSITION\nDCL TEMP[0..1]\n\
+                  IMM[0] FLT32 { 4.0, -1.0, 0.0, 1.0 }\nIMM[1] FLT32 { 1.0, 2.0, 0.0, 0.0 }\n\
+                  0: U2F TEMP[0].x, SV[0].xxxx\n1: SEQ TEMP[1].x, TEMP[0].xxxx, IMM[1].xxxx\n\
+                  2: SEQ TEMP[1].y, TEMP[0].xxxx, IMM[1].yyyy\n3: MAD OUT[0].xy, TEMP[1].xyyy, IMM[0].xxxx, IMM[0].yyyy\n\
+                  4: MOV OUT[0].zw, IMM[0].zwww\n5: END\n";
     let fragment = "FRAG\nDCL OUT[0], COLOR\nIMM[0] FLT32 { 0.0, 1.0, 0.0, 1.0 }\n0: MOV OUT[0], IMM[0]\n1: END\n";
     shader(&mut out, 6, 0, vertex);
     shader(&mut out, 7, 1, fragment);
@@ -67,6 +69,9 @@ fn draw(virgl: &mut Virgl) -> Result<(), Failed> {
     let mut pixels = vec![0; (SIDE * SIDE * 4) as usize];
     let whole = Rect { x: 0, y: 0, width: SIDE, height: SIDE };
     virgl.read(ID, whole, &mut pixels)?;
+    if pixels.first_chunk() != Some(&[0, 255, 0, 255]) {
+        tracing::debug!("the first picture is not as it was meant");
+    }
     virgl.write(ID, whole, &mut pixels)?;
     drawn
 }

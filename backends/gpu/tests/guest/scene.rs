@@ -32,6 +32,44 @@ impl Stream {
         self.command(7, 0, &[4, r, g, b, a, 0, 0, 0])
     }
 
+    /// A shader, in the renderer's text: 0 for vertices, 1 for pixels.
+    pub(crate) fn shader(self, handle: u32, kind: u32, text: &str) -> Self {
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.push(0);
+        let len = bytes.len() as u32;
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        let mut words = vec![handle, kind, len, 300, 0];
+        words.extend(bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)));
+        self.command(1, 4, &words).command(31, 0, &[handle, kind])
+    }
+
+    /// One triangle over all of a canvas of this size, whose red grows with the columns and whose blue is this much.
+    pub(crate) fn triangle(self, width: u32, height: u32, blue: f32) -> Self {
+        let [half_width, half_height, half, one] =
+            [width as f32 / 2.0, height as f32 / 2.0, 0.5, 1.0].map(f32::to_bits);
+        let vertex = "VERT\nDCL SV[0], VERTEXID\nDCL OUT[0], POSITION\nDCL OUT[1], GENERIC[0]\nDCL TEMP[0..1]\n\
+                      IMM[0] FLT32 { 4.0, -1.0, 0.0, 1.0 }\nIMM[1] FLT32 { 1.0, 2.0, 0.5, 0.0 }\n\
+                      0: U2F TEMP[0].x, SV[0].xxxx\n1: SEQ TEMP[1].x, TEMP[0].xxxx, IMM[1].xxxx\n\
+                      2: SEQ TEMP[1].y, TEMP[0].xxxx, IMM[1].yyyy\n3: MAD TEMP[0].xy, TEMP[1].xyyy, IMM[0].xxxx, IMM[0].yyyy\n\
+                      4: MOV TEMP[0].zw, IMM[0].zwww\n5: MOV OUT[0], TEMP[0]\n6: MAD OUT[1], TEMP[0], IMM[1].zzzz, IMM[1].zzzz\n7: END\n";
+        let fragment = format!(
+            "FRAG\nDCL IN[0], GENERIC[0], PERSPECTIVE\nDCL OUT[0], COLOR\nIMM[0] FLT32 {{ 0.0, {blue:?}, 1.0, 0.0 }}\n\
+             0: MOV OUT[0].x, IN[0].xxxx\n1: MOV OUT[0].yzw, IMM[0].xxyz\n2: END\n"
+        );
+        self.command(4, 0, &[0, half_width, half_height, half, half_width, half_height, half])
+            .command(1, 1, &[102, 0, 0, 0xf << 27, 0, 0, 0, 0, 0, 0, 0])
+            .command(2, 1, &[102])
+            .command(1, 3, &[103, 0, 0, 0, 0])
+            .command(2, 3, &[103])
+            .command(1, 2, &[104, 1 << 1 | 1 << 29, one, 0, 0, one, 0, 0, 0])
+            .command(2, 2, &[104])
+            .command(1, 5, &[105])
+            .command(2, 5, &[105])
+            .shader(106, 0, vertex)
+            .shader(107, 1, &fragment)
+            .command(8, 0, &[0, 3, 4, 0, 1, 0, 0, 0, 0, 0, 2, 0])
+    }
+
     /// A part of one resource goes to another, without a change.
     pub(crate) fn copy(self, to: u32, (x, y): (u32, u32), from: u32, (width, height): (u32, u32)) -> Self {
         self.command(17, 0, &[to, 0, x, y, 0, from, 0, 0, 0, 0, width, height, 1])
