@@ -30,18 +30,17 @@ impl Header {
         bytes
     }
 
-    /// From bytes, for an end that takes `payload_max` bytes behind it.
+    /// From bytes, for an end that takes `payload_max` bytes behind it. Only the flag of answers is looked at: the others have no
+    /// meaning, and QEMU's `vhost-user-gpu` does not write the field of an update at all, so that anything is there. For that reason
+    /// an end that is never answered must not trust that flag either.
     ///
     /// # Errors
-    /// [`WireError::Length`] and [`WireError::Flags`].
+    /// [`WireError::Length`].
     pub fn decode(bytes: &[u8; HEADER_LEN], payload_max: u32) -> Result<Self, WireError> {
         let [c0, c1, c2, c3, f0, f1, f2, f3, p0, p1, p2, p3] = *bytes;
         let code = u32::from_le_bytes([c0, c1, c2, c3]);
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);
         let payload = u32::from_le_bytes([p0, p1, p2, p3]);
-        if flags & !REPLY != 0 {
-            return Err(WireError::Flags(flags));
-        }
         if payload > payload_max {
             return Err(WireError::Length(payload, payload_max));
         }

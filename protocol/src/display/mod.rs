@@ -118,9 +118,6 @@ pub enum WireError {
     /// Longer than anything that this end is told.
     #[error("a message of {0} bytes; this end takes {1}")]
     Length(u32, u32),
-    /// Bits that mean nothing.
-    #[error("message flags {0:#x} have no meaning")]
-    Flags(u32),
     /// Nobody has such a message, or not in this direction.
     #[error("message {0} is unknown here")]
     Code(u32),

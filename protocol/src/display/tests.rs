@@ -108,7 +108,8 @@ fn what_cannot_be_is_refused() {
     let scanout = |words: [u32; 3]| Request::decode(code::SCANOUT, &words.map(u32::to_le_bytes).concat()).is_ok();
     assert!(scanout([0, 1, 1]) && !scanout([0, 0, 1]) && !scanout([99, 1, 1]));
     let head = |flags: u32, payload: u32| [1, flags, payload].map(u32::to_le_bytes).concat().try_into().unwrap();
-    assert_eq!(Header::decode(&head(1, 0), 9), Err(WireError::Flags(1)));
+    // QEMU's vhost-user-gpu does not write the flags of an update: whatever is there, it is heard.
+    assert_eq!(Header::decode(&head(0x7fa2, 0), 9), Ok(Header { code: 1, reply: false, payload: 0 }));
     assert_eq!(Header::decode(&head(4, 10), 9), Err(WireError::Length(10, 9)));
     let mut bytes = Vec::new();
     replies()[2].put(&mut bytes);

@@ -40,7 +40,7 @@ impl Kind for Gpu {
         self.config.socket.as_ref().map_or_else(|| "--gpu".into(), |socket| format!("--gpu {}", socket.display()))
     }
     fn class(&self) -> Box<dyn DeviceClass> {
-        Box::new(GpuClass { scanouts: self.config.socket.is_none().then(|| self.config.scanouts()) })
+        Box::new(GpuClass { scanouts: self.config.scanouts(), ours: self.config.socket.is_none() })
     }
     fn sidecar(&self) -> SidecarClass {
         SidecarClass::Gpu
@@ -78,9 +78,14 @@ fn record(pictures: u64) -> std::io::Result<OwnedFd> {
 }
 
 struct GpuClass {
-    /// Screens of a process of ours.
-    scanouts: Option<u16>,
+    /// Screens that were asked for.
+    scanouts: u16,
+    /// A process of ours serves it, and was told how many.
+    ours: bool,
 }
+
+/// Where the configuration space says how many screens there are.
+const SCANOUTS_AT: std::ops::Range<usize> = 8..12;
 
 impl DeviceClass for GpuClass {
     fn device_type(&self) -> u16 {
@@ -94,18 +99,50 @@ impl DeviceClass for GpuClass {
             return Err(too_few_queues(QUEUES.into(), has));
         }
         let absurd = |what: String| ConversationError::Absurd { step: Step::GetConfig, what };
-        let has = backend.config.get(8..12).and_then(|bytes| bytes.first_chunk::<4>());
-        let has = has.map(|bytes| u32::from_le_bytes(*bytes)).filter(|has| (1..=16).contains(has));
+        let mut config = backend.config.clone();
+        let field = config.get_mut(SCANOUTS_AT).ok_or_else(|| absurd("a GPU's that is too short".into()))?;
+        // To QEMU's backend screens are the front end's: it has none to tell.
+        if !self.ours && field == [0; 4] {
+            field.copy_from_slice(&u32::from(self.scanouts).to_le_bytes());
+        }
+        let has = field.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes));
+        let has = has.filter(|has| (1..=16).contains(has));
         let has = has.ok_or_else(|| absurd("a GPU without a screen, or with more than 16".into()))?;
-        if let Some(asked) = self.scanouts.filter(|asked| u32::from(*asked) != has) {
-            return Err(absurd(format!("{has} screens, where {asked} were asked for")));
+        if self.ours && u32::from(self.scanouts) != has {
+            return Err(absurd(format!("{has} screens, where {} were asked for", self.scanouts)));
         }
         Ok(DeviceOffer {
             device_type: GPU,
             features: backend.features,
             queue_sizes: QUEUE_SIZES.to_vec(),
-            config: backend.config.clone(),
+            config,
             pages: Pages::default(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vhost::features::Protocol;
+
+    fn offered(scanouts: u16, ours: bool, told: u32) -> Option<u32> {
+        let mut config = vec![0; CONFIG_LEN as usize];
+        config[SCANOUTS_AT].copy_from_slice(&told.to_le_bytes());
+        let backend =
+            Capabilities { features: 0, protocol: Protocol::default(), queues: None, config, pages: Pages::default() };
+        let offer = GpuClass { scanouts, ours }.offer(&backend).ok()?;
+        offer.config[SCANOUTS_AT].first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
+    }
+
+    /// QEMU's vhost-user-gpu says in its configuration space that it has no screen, and leaves their number to who drives it. A
+    /// guest that is shown that has no display: "num_scanouts is zero".
+    #[test]
+    fn a_foreign_backend_without_screens_gets_those_that_were_asked_for() {
+        assert_eq!(offered(2, false, 0), Some(2));
+        assert_eq!(offered(1, false, 3), Some(3), "one that knows better is believed");
+        assert_eq!(offered(1, false, 17), None);
+        assert_eq!(offered(2, true, 2), Some(2));
+        assert_eq!(offered(2, true, 0), None, "ours was told");
     }
 }
