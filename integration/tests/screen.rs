@@ -4,10 +4,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use atoll_integration::screen::guest::{Screen, operator, pixels, screenshot, screenshot_of};
-use atoll_integration::screen::viewer::Viewer;
+use atoll_integration::screen::guest::{Screen, operator, screenshot, screenshot_of};
 use xtask::painting::{self, Painting};
-use xtask::place;
+use xtask::viewer::Viewer;
+use xtask::{picture, place};
 
 const STEP: Duration = Duration::from_secs(60);
 const PICTURE: Painting = Painting::USUAL;
@@ -33,7 +33,7 @@ fn a_picture_outlives_who_draws_and_who_shows_it() -> Result<()> {
     let out = folder.path().join("out.png");
     let mut shoot = Command::new(place::program("atoll")?);
     place::run(shoot.arg("screenshot").arg(&screen.api).arg(&out))?;
-    let (size, seen) = pixels(&std::fs::read(&out)?)?;
+    let (size, seen) = picture::of_png(&std::fs::read(&out)?)?;
     ensure!(PICTURE.wrong(0, size, &seen) == 0, "`atoll screenshot` writes something else");
     screen.end()
 }

@@ -15,9 +15,10 @@ use atoll_verify::dice::Dice;
 use serde::Serialize;
 use xtask::operated::Belongings;
 use xtask::painting::{self, Painting};
+use xtask::picture::Picture;
+use xtask::viewer::Viewer;
 
-use super::guest::{Picture, Screen, operator, screenshot};
-use super::viewer::Viewer;
+use super::guest::{Screen, operator, screenshot};
 use crate::chaos::stall::Spread;
 
 /// What is painted: small, so that a picture is soon looked at.

@@ -12,6 +12,7 @@ use xtask::console::Console;
 use xtask::demo::BOOT_LIMIT;
 use xtask::operated::Operated;
 use xtask::painting::{self, Painting};
+use xtask::picture::{self, Picture};
 use xtask::{full_kernel, place};
 
 use crate::processes;
@@ -19,9 +20,6 @@ use crate::processes;
 const STEP: Duration = Duration::from_secs(60);
 /// A picture is there this soon after what brings it.
 const PICTURE_LIMIT: Duration = Duration::from_secs(10);
-
-/// What a screen shows: columns, rows, and three bytes for each pixel.
-pub type Picture = ((usize, usize), Vec<u8>);
 
 /// The guest.
 pub struct Screen {
@@ -31,18 +29,6 @@ pub struct Screen {
     pub api: PathBuf,
     painting: Painting,
     _folder: tempfile::TempDir,
-}
-
-/// The pixels of a PNG.
-///
-/// # Errors
-/// It is none, or none of three colours.
-pub fn pixels(bytes: &[u8]) -> Result<Picture> {
-    let mut reader = png::Decoder::new(std::io::Cursor::new(bytes)).read_info()?;
-    let mut pixels = vec![0; reader.output_buffer_size().context("a picture has a size")?];
-    let info = reader.next_frame(&mut pixels)?;
-    ensure!(info.color_type == png::ColorType::Rgb, "the picture is {:?}", info.color_type);
-    Ok(((info.width as usize, info.height as usize), pixels))
 }
 
 /// A machine's operator.
@@ -68,7 +54,7 @@ pub fn screenshot(client: &mut Client) -> Result<Picture> {
 pub fn screenshot_of(client: &mut Client, head: u32) -> Result<Picture> {
     let response = client.request(Method::Get, &format!("/api/v1/vm.screenshot/{head}"), None)?;
     ensure!(response.status == 200, "{}", String::from_utf8_lossy(&response.body));
-    pixels(&response.body)
+    picture::of_png(&response.body)
 }
 
 impl Screen {

@@ -55,23 +55,31 @@ fn load(name: &str, found: &BTreeMap<String, PathBuf>, order: &mut Vec<(String, 
     Ok(())
 }
 
-/// An archive with these drivers and what they need as `modules/full/NN-NAME.ko`, in the order in which they are loaded, and
-/// with `files` besides.
+/// Adds these drivers and what they need to an archive as `modules/full/NN-NAME.ko`, in the order in which they are loaded.
 ///
 /// # Errors
 /// The package cannot be had, or has no such driver.
-pub fn archive(names: &[&str], files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+pub fn add(archive: &mut Archive<Vec<u8>>, names: &[&str]) -> Result<()> {
     let mut found = BTreeMap::new();
     drivers(&packages::unpacked(&FULL_KERNEL)?.join("lib/modules"), &mut found)?;
     let mut order = Vec::new();
     for name in names {
         load(name, &found, &mut order)?;
     }
-    let mut archive = Archive::behind(Vec::new(), 1);
     archive.folder("modules/full")?;
     for (position, (name, driver)) in order.iter().enumerate() {
         archive.file(&format!("modules/full/{position:02}-{name}.ko"), driver)?;
     }
+    Ok(())
+}
+
+/// An archive with these drivers, and with `files` besides.
+///
+/// # Errors
+/// As above.
+pub fn archive(names: &[&str], files: &[(&str, &[u8])]) -> Result<Vec<u8>> {
+    let mut archive = Archive::behind(Vec::new(), 1);
+    add(&mut archive, names)?;
     for (name, contents) in files {
         archive.file(name, contents)?;
     }

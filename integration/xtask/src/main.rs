@@ -105,6 +105,8 @@ enum Interop {
     Nvme,
     /// `atoll-gpu` behind QEMU's `vhost-user-gpu-pci`, beside QEMU's own device.
     Gpu,
+    /// `modetest`'s colour bars: our front end and QEMU's, each with its own device and with QEMU's `vhost-user-gpu`.
+    Smpte,
 }
 
 #[derive(Subcommand)]
@@ -123,6 +125,12 @@ enum Bench {
         /// Passed on.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
+    },
+    /// A screen of 1280 by 800 that scrolls, beside QEMU's virtio-gpu and VNC server: how soon a viewer sees it, and what it costs.
+    Gpu {
+        /// Pairs of guests.
+        #[arg(long, default_value = "3")]
+        rounds: NonZeroUsize,
     },
     /// Memory of a running VM besides its RAM, as PSS.
     Memory,
@@ -351,6 +359,11 @@ fn main() -> Result<ExitCode> {
                     return Ok(ExitCode::FAILURE);
                 }
             }
+            Bench::Gpu { rounds } => {
+                if !bench::gpu::run(rounds.get())? {
+                    return Ok(ExitCode::FAILURE);
+                }
+            }
             Bench::Wire { rounds } => {
                 if !bench::wire::run(rounds.get())? {
                     return Ok(ExitCode::FAILURE);
@@ -388,6 +401,7 @@ fn main() -> Result<ExitCode> {
         Task::Lab { what, arguments } => lab::run(&what, &arguments)?,
         Task::Interop { what: Interop::Nvme } => interop::nvme::run()?,
         Task::Interop { what: Interop::Gpu } => interop::gpu::run()?,
+        Task::Interop { what: Interop::Smpte } => interop::smpte::run()?,
         Task::Fuzz { target, seconds } => {
             if !fuzz::run(target.as_deref(), seconds)? {
                 return Ok(ExitCode::FAILURE);

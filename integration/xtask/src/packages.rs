@@ -63,6 +63,22 @@ pub const NOVNC: Package = Package {
     successor: "novnc",
 };
 
+/// QEMU's `vhost-user-gpu`, among much that is not run.
+pub const QEMU_GUI: Package = Package {
+    name: "qemu-system-gui",
+    version: "1:7.2+dfsg-7+deb12u18+b3",
+    sha256: "933a89743d2b1551f118c3d911c57682cb21e8a0429da3032c220cedd0805d19",
+    successor: "qemu-system-gui",
+};
+
+/// What it is linked with.
+pub const QEMU_GPU_PEERS: &[&str] =
+    &["libvirglrenderer.so.1", "libepoxy.so.0", "libgbm.so.1", "libpixman-1.so.0", "libglib-2.0.so.0", "libnuma.so.1"];
+
+/// What 3D is drawn with on a host without a GPU, and what programs of the host draw with.
+pub const RENDERER_PEERS: &[&str] =
+    &["libvirglrenderer.so.1", "libEGL.so.1", "libGLESv2.so.2", "libGL.so.1", "dri/swrast_dri.so"];
+
 impl Package {
     fn folder(&self, packages: &Path) -> PathBuf {
         packages.join(format!("{}_{}", self.name, self.version.replace(':', "%3a")))
@@ -306,7 +322,7 @@ pub fn sha256(path: &Path) -> Result<String> {
 
 /// Programs that some tests and benchmarks set beside Atoll, and libraries that a device loads if they are there (their names end
 /// as names of libraries do), with the Debian package that holds each.
-pub const PEERS: [(&str, &str); 12] = [
+pub const PEERS: [(&str, &str); 18] = [
     ("passt", "passt"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
@@ -319,6 +335,12 @@ pub const PEERS: [(&str, &str); 12] = [
     ("libEGL.so.1", "libegl1"),
     ("libGL.so.1", "libgl1"),
     ("dri/swrast_dri.so", "libgl1-mesa-dri"),
+    ("libGLESv2.so.2", "libgles2"),
+    ("libepoxy.so.0", "libepoxy0"),
+    ("libgbm.so.1", "libgbm1"),
+    ("libpixman-1.so.0", "libpixman-1-0"),
+    ("libglib-2.0.so.0", "libglib2.0-0"),
+    ("libnuma.so.1", "libnuma1"),
 ];
 
 /// Where this machine has its libraries.
@@ -336,15 +358,17 @@ fn is_there(peer: &str) -> bool {
 /// Packages are installed at most this often, until nothing is missing.
 const PASSES: usize = 3;
 
+/// Packages of those peers that are missing.
+pub fn missing_peers(wanted: &[&str]) -> Vec<&'static str> {
+    let absent = |peer: &str| wanted.contains(&peer) && !is_there(peer);
+    let mut packages: Vec<&str> = PEERS.iter().filter(|(peer, _)| absent(peer)).map(|(_, package)| *package).collect();
+    packages.dedup();
+    packages
+}
+
 /// Installs the peers that are missing, if this user may; says what to install otherwise.
 pub fn ensure_peers(wanted: &[&str]) -> Result<()> {
-    let missing = || -> Vec<&str> {
-        let absent = |peer: &str| wanted.contains(&peer) && !is_there(peer);
-        let mut packages: Vec<&str> =
-            PEERS.iter().filter(|(peer, _)| absent(peer)).map(|(_, package)| *package).collect();
-        packages.dedup();
-        packages
-    };
+    let missing = || missing_peers(wanted);
     // A package of another release that is there may have to go when its neighbour comes, and what it had is missing then.
     for _ in 0..PASSES {
         let packages = missing();

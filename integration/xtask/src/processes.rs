@@ -1,6 +1,7 @@
 //! What the kernel says of processes: who is alive, who is whose child, what memory is theirs.
 
 use anyhow::{Context, Result, bail};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Process ids of the children of `parent`, all threads' children included.
@@ -34,12 +35,20 @@ pub fn child_named(parent: u32, name: &str, within: Duration) -> Result<u32> {
 
 /// Processor time so far of a process and of all that descend from it, as far as they live, in nanoseconds.
 pub fn processor_ns(pid: u32) -> u64 {
+    processor_ns_of(pid, &|_| true)
+}
+
+/// The same of those threads whose name `counts`.
+pub fn processor_ns_of(pid: u32, counts: &dyn Fn(&str) -> bool) -> u64 {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let named = |folder: &Path| std::fs::read_to_string(folder.join("comm")).is_ok_and(|name| counts(name.trim_end()));
     let own: u64 = tasks
-        .filter_map(|task| std::fs::read_to_string(task.path().join("schedstat")).ok())
+        .map(|task| task.path())
+        .filter(|task| named(task))
+        .filter_map(|task| std::fs::read_to_string(task.join("schedstat")).ok())
         .filter_map(|stat| stat.split_whitespace().next()?.parse::<u64>().ok())
         .sum();
-    own + children(pid).into_iter().map(processor_ns).sum::<u64>()
+    own + children(pid).into_iter().map(|child| processor_ns_of(child, counts)).sum::<u64>()
 }
 
 /// Whether the process runs (a zombie does not).

@@ -10,6 +10,8 @@ pub fn set_up() -> Result<()> {
     let wanted: Vec<&str> = packages::PEERS.iter().map(|(program, _)| *program).collect();
     packages::ensure_peers(&wanted)?;
     eprintln!("user land: {}", crate::userland::disk()?.display());
+    eprintln!("user land with graphics: {}", crate::graphics_land::disk()?.display());
+    eprintln!("QEMU's GPU: {}", packages::unpacked(&packages::QEMU_GUI)?.display());
     eprintln!("passt with vhost-user: {}", crate::passt::with_vhost_user()?.display());
     eprintln!("kernel with all drivers: {}", full_kernel::image()?.display());
     eprintln!("VNC in a browser: {}", screen_demo::novnc()?.display());

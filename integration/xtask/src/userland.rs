@@ -1,94 +1,17 @@
-//! A glibc user land on a disk: the packages of a minimal Debian 12 (bash, coreutils, perl, iproute2, iperf3, …), pinned,
-//! unpacked side by side into one ext4 image. No maintainer script runs, so no root is needed: what programs need to start
-//! is there, accounts and services are not.
+//! A glibc user land on a disk: the packages of a minimal Debian 12 (bash, coreutils, perl, iproute2, iperf3, …), pinned.
 
-use crate::packages::{self, Package};
-use crate::place;
-use anyhow::{Context, Result};
-use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-
-/// Changes when the contents of the disk change.
-const EDITION: u32 = 3;
-/// Folders at the top that are links into `/usr`.
-const MERGED: [&str; 4] = ["bin", "sbin", "lib", "lib64"];
-
-const INIT: &str = r#"#!/bin/bash
-mount -t devtmpfs dev /dev
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t tmpfs tmp /tmp
-export HOME=/root PATH=/usr/sbin:/usr/bin PS1='atoll# ' LC_ALL=C
-cd /root
-echo 1 > /proc/sys/kernel/printk
-exec setsid --ctty bash --norc --noediting
-"#;
-
-const fn debian(name: &'static str, version: &'static str, sha256: &'static str) -> Package {
-    Package { name, version, sha256, successor: name }
-}
+use crate::debian_disk::{Contents, debian};
+use crate::packages::Package;
+use anyhow::Result;
+use std::path::PathBuf;
 
 /// The disk; made on first use. Copy it before use.
 pub fn disk() -> Result<PathBuf> {
-    let folder = place::cache()?.join(format!("userland-{EDITION}"));
-    std::fs::create_dir_all(&folder)?;
-    let path = folder.join("debian.ext4");
-    crate::images::made(&path, write)?;
-    Ok(path)
+    Contents { name: "userland", edition: 3, packages: &[PACKAGES], size: "384M" }.disk()
 }
 
-fn write(path: &Path) -> Result<()> {
-    let tree = tempfile::tempdir()?;
-    let root = tree.path();
-    for folder in ["usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "dev", "proc", "sys", "tmp", "mnt", "root", "etc"] {
-        std::fs::create_dir_all(root.join(folder))?;
-    }
-    for name in MERGED {
-        symlink(format!("usr/{name}"), root.join(name))?;
-    }
-    for folder in packages::all_unpacked(PACKAGES)? {
-        for entry in std::fs::read_dir(&folder)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let merged = MERGED.iter().find(|merged| name == **merged);
-            let to = merged.map_or_else(|| root.join(&name), |merged| root.join("usr").join(merged));
-            if entry.file_type()?.is_dir() {
-                std::fs::create_dir_all(&to)?;
-                place::run(Command::new("cp").arg("-a").arg(entry.path().join(".")).arg(&to))?;
-            }
-        }
-    }
-    for unused in
-        ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/lib/x86_64-linux-gnu/gconv"]
-    {
-        let _ = std::fs::remove_dir_all(root.join(unused));
-    }
-    // There is no init system: what powers the machine off and gets it an address comes from busybox.
-    let busybox = packages::unpacked(&packages::BUSYBOX)?.join("bin/busybox");
-    std::fs::copy(busybox, root.join("usr/bin/busybox"))?;
-    for applet in ["poweroff", "reboot", "udhcpc", "wget"] {
-        symlink("../bin/busybox", root.join("usr/sbin").join(applet))?;
-    }
-    crate::images::write_lease_script(root)?;
-    std::fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/bash\n")?;
-    std::fs::write(root.join("etc/group"), "root:x:0:\n")?;
-    std::fs::write(root.join("etc/hosts"), "127.0.0.1 localhost\n")?;
-    let init = root.join("usr/sbin/init");
-    std::fs::write(&init, INIT)?;
-    std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755))?;
-    let mkfs = place::on_path("mkfs.ext4").context("mkfs.ext4 is missing: install e2fsprogs")?;
-    place::run(
-        Command::new(mkfs)
-            .args(["-q", "-F", "-L", "debian", "-E", "root_owner=0:0,lazy_itable_init=0", "-d"])
-            .arg(root)
-            .arg(path)
-            .arg("384M")
-            .stdin(Stdio::null()),
-    )
-}
-
-const PACKAGES: &[Package] = &[
+/// What every disk has.
+pub(crate) const PACKAGES: &[Package] = &[
     debian("adduser", "3.134", "c24fe4eb8e60d8632d72ed104cce7c92cff200847c897dc8ba764b6c47b519e0"),
     debian("base-files", "12.4+deb12u15", "3eb1ea6d85488f488cc2a163b98ad640ef88cee4c79287cf14e361aaf6206f47"),
     debian("bash", "5.2.15-2+b13", "82130bb6a560cd2a7234d8018baf73f188f5dd56413d5aa0accc987b2197a6a1"),

@@ -4,70 +4,17 @@ use crate::console::Console;
 use crate::painting::Painting;
 use crate::qemu::Qemu;
 use crate::{full_kernel, painting, place};
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use std::time::{Duration, Instant};
 
+use super::monitor::Monitor;
 use super::{BOOT_LIMIT, Device, STEP_LIMIT, machine};
 
 /// What is painted.
 const PICTURE: Painting = Painting::USUAL;
 /// How long a picture may take to be there.
 const PICTURE_LIMIT: Duration = Duration::from_secs(60);
-const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-
-/// QEMU's monitor.
-struct Monitor {
-    reader: BufReader<UnixStream>,
-}
-
-impl Monitor {
-    fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("no monitor at {}", path.display()))?;
-        stream.set_read_timeout(Some(ANSWER_LIMIT))?;
-        let mut monitor = Self { reader: BufReader::new(stream) };
-        monitor.answer()?;
-        monitor.ask(&json!({ "execute": "qmp_capabilities" }))?;
-        Ok(monitor)
-    }
-    fn answer(&mut self) -> Result<Value> {
-        let mut line = String::new();
-        ensure!(self.reader.read_line(&mut line)? > 0, "the monitor has hung up");
-        Ok(serde_json::from_str(&line)?)
-    }
-    fn ask(&mut self, question: &Value) -> Result<Value> {
-        writeln!(self.reader.get_mut(), "{question}")?;
-        loop {
-            let answer = self.answer()?;
-            // Events come in between.
-            if answer.get("error").is_some() {
-                bail!("{question}: {answer}");
-            }
-            if let Some(value) = answer.get("return") {
-                return Ok(value.clone());
-            }
-        }
-    }
-    /// The pixels of the screen, and how wide and high it is.
-    fn picture(&mut self, file: &Path) -> Result<(usize, usize, Vec<u8>)> {
-        self.ask(&json!({ "execute": "screendump", "arguments": { "filename": file } }))?;
-        let bytes = std::fs::read(file)?;
-        let mut words = bytes.splitn(4, |byte| byte.is_ascii_whitespace());
-        let mut word = || words.next().context("a PPM has a header of four words");
-        ensure!(word()? == b"P6", "no PPM");
-        let (width, height) = (text(word()?)?, text(word()?)?);
-        let rest = word()?;
-        let at = rest.iter().position(u8::is_ascii_whitespace).context("a PPM says its depth")?;
-        Ok((width, height, rest[at + 1..].to_vec()))
-    }
-}
-
-fn text(word: &[u8]) -> Result<usize> {
-    Ok(std::str::from_utf8(word)?.parse()?)
-}
 
 /// A guest on QEMU paints; milliseconds until all of the picture is there.
 fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
@@ -77,12 +24,8 @@ fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
     let archive = PICTURE.initramfs(folder.path())?;
     let mut command = machine(qemu);
     command
-        .args([
-            "-append",
-            "console=ttyS0 panic=-1 quiet",
-            "-qmp",
-            &format!("unix:{},server=on,wait=off", monitor.display()),
-        ])
+        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        .args(Monitor::arguments(&monitor))
         .arg("-kernel")
         .arg(full_kernel::image()?)
         .arg("-initrd")
@@ -102,7 +45,7 @@ fn painted(qemu: &Qemu, ours: bool) -> Result<u64> {
     let mut monitor = Monitor::connect(&monitor)?;
     let file = folder.path().join("screen.ppm");
     let shown = loop {
-        let (width, height, pixels) = monitor.picture(&file)?;
+        let ((width, height), pixels) = monitor.picture(&file)?;
         let left = PICTURE.wrong(0, (width, height), &pixels);
         if left == 0 {
             break begin.elapsed();

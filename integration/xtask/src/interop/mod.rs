@@ -1,7 +1,9 @@
 //! `cargo xtask interop`: our device processes behind the newest foreign front end, which Debian 12 does not have.
 
 pub mod gpu;
+mod monitor;
 pub mod nvme;
+pub mod smpte;
 
 use crate::place;
 use crate::qemu::Qemu;
