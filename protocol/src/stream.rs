@@ -25,7 +25,7 @@ pub(crate) const DESCRIPTORS_MAX: usize = 8;
 const PIECE: usize = 256 << 10;
 
 /// Why bytes could not be moved.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum StreamError {
     /// The peer closed its end.
     Closed,
