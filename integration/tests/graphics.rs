@@ -44,7 +44,7 @@ fn a_triangle_of_the_guest_is_the_hosts() -> Result<()> {
     let initramfs = graphics_land::initramfs(folder.path(), &[Path::new(&program)])?;
     let mut console = Console::spawn(&mut graphics_land::atoll(&initramfs, "virgl=on", "on")?)?;
     console.prompt(BOOT_LIMIT)?;
-    let said = console.run("/mnt/triangle /tmp/triangle.rgba", STEP)?;
+    let said = console.run("HOME=/tmp /mnt/triangle /tmp/triangle.rgba 2>/tmp/errors", STEP)?;
     ensure!(said.to_lowercase().starts_with("virgl (llvmpipe"), "the guest's renderer is {said}");
     let there = console.run("sha256sum < /tmp/triangle.rgba", STEP)?;
     let there = there.split_whitespace().next().unwrap_or_default();

@@ -1,7 +1,7 @@
 //! `cargo xtask demo --gpu`: a guest with a screen, and the address of the page that shows it.
 //!
-//! The guest is Debian's full kernel, because the cloud kernels have no GPU's driver. Its console is on the screen, with a shell
-//! that hears the page's keyboard.
+//! The guest is Debian's full kernel, because the cloud kernels have no GPU's driver. Where this host can draw in 3D, a cube of the
+//! guest's Mesa turns on the screen; else its console is there, with a shell that hears the page's keyboard.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use crate::demo::BOOT_LIMIT;
 use crate::operated::Operated;
 use crate::packages::{self, NOVNC};
 use crate::painting::Painting;
-use crate::{full_kernel, place};
+use crate::{full_kernel, graphics_land, place};
 use anyhow::{Context, Result, ensure};
 
 const STEP: Duration = Duration::from_secs(60);
@@ -52,6 +52,16 @@ pub fn guest(folder: &Path, more: &str) -> Result<Operated> {
     Ok(machine)
 }
 
+/// A guest with a page, and a cube that turns on its screen, drawn by `atoll-gpu` with the processors of this host.
+fn cube(folder: &Path) -> Result<Operated> {
+    let initramfs = graphics_land::initramfs(folder, &[])?;
+    let display = format!("web=127.0.0.1:0,novnc={}", novnc()?.display());
+    let mut machine = Operated::spawn(&mut graphics_land::atoll(&initramfs, "virgl=on", &display)?, folder)?;
+    machine.console.prompt(BOOT_LIMIT)?;
+    machine.console.run("(HOME=/tmp kmscube > /tmp/kmscube 2>&1 &)", STEP)?;
+    Ok(machine)
+}
+
 /// Shows it until the guest ends or the person does; with `check`, ends as soon as a picture is there.
 ///
 /// # Errors
@@ -59,13 +69,15 @@ pub fn guest(folder: &Path, more: &str) -> Result<Operated> {
 pub fn run(check: bool) -> Result<()> {
     place::build_programs()?;
     let folder = tempfile::tempdir()?;
-    let mut machine = guest(folder.path(), "")?;
+    let missing = packages::missing_peers(packages::RENDERER_PEERS);
+    let in_3d = missing.is_empty();
+    let mut machine = if in_3d { cube(folder.path())? } else { guest(folder.path(), "")? };
     let place = machine.get("vm.display")?;
     let url = place["url"].as_str().context("the display has no page")?.to_owned();
     let out = folder.path().join("screen.png");
     let begin = Instant::now();
     let mut picture = 0;
-    // A screen with letters is not as small a file as an empty one.
+    // A screen with letters or a cube is not as small a file as an empty one.
     while picture < 4096 {
         let mut shoot = Command::new(place::program("atoll")?);
         shoot.arg("screenshot").arg(folder.path().join("api.sock")).arg(&out);
@@ -78,10 +90,20 @@ pub fn run(check: bool) -> Result<()> {
         machine.console.send("poweroff -f\n")?;
         let (status, errors) = machine.console.wait(STEP)?;
         ensure!(status.success(), "{status}: {errors}");
-        writeln!(said, "{}", serde_json::json!({ "demo": "gpu", "ok": true, "screenshot_bytes": picture }))?;
+        writeln!(
+            said,
+            "{}",
+            serde_json::json!({ "demo": "gpu", "ok": true, "cube": in_3d, "screenshot_bytes": picture })
+        )?;
         return Ok(());
     }
-    writeln!(said, "The guest's screen: {url}\nType `poweroff -f` there, or press Ctrl-C here, to end it.")?;
+    writeln!(said, "The guest's screen: {url}")?;
+    if in_3d {
+        writeln!(said, "A cube of the guest's turns there. Press Ctrl-C here to end it.")?;
+    } else {
+        writeln!(said, "It is in 2D; with {} installed a cube would turn there.", missing.join(", "))?;
+        writeln!(said, "Type `poweroff -f` there, or press Ctrl-C here, to end it.")?;
+    }
     // The guest says nothing more on its serial port; the VMM's end is the end.
     while crate::processes::alive(machine.console.pid()) {
         std::thread::sleep(Duration::from_millis(200));
