@@ -31,6 +31,9 @@ enum Task {
         /// A guest with a screen: prints the address of the page that shows it. With --check, ends when it shows something.
         #[arg(long, conflicts_with_all = ["kernel", "form", "cpu", "plugs"])]
         gpu: bool,
+        /// With --gpu --check: what a browser shows of the page is written here, as a PNG.
+        #[arg(long, requires_all = ["gpu", "check"], value_name = "FILE")]
+        picture: Option<PathBuf>,
         /// With --check: how often a disk and a card are plugged in and out under I/O.
         #[arg(long, default_value_t = 100)]
         plugs: u32,
@@ -330,8 +333,8 @@ enum Verify {
 fn main() -> Result<ExitCode> {
     match Arguments::parse().task {
         Task::Setup => suite::set_up()?,
-        Task::Demo { check, gpu: true, .. } => screen_demo::run(check)?,
-        Task::Demo { check, gpu: false, kernel, form, cpu, plugs } => {
+        Task::Demo { check, gpu: true, picture, .. } => screen_demo::run(check, picture.as_deref())?,
+        Task::Demo { check, gpu: false, kernel, form, cpu, plugs, .. } => {
             let demo = Demo { series: kernel, form, cpu };
             if !check {
                 demo.interactive()?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::browser::Browser;
 use crate::demo::BOOT_LIMIT;
 use crate::operated::Operated;
 use crate::packages::{self, NOVNC};
@@ -16,6 +17,8 @@ use crate::{full_kernel, graphics_land, place};
 use anyhow::{Context, Result, ensure};
 
 const STEP: Duration = Duration::from_secs(60);
+/// Size of the browser's window.
+const WINDOW: (u32, u32) = (1360, 600);
 /// What the shell on the screen says first.
 const GREETING: &str = "This is the screen of a guest of Atoll. Type here.";
 
@@ -62,11 +65,24 @@ fn cube(folder: &Path) -> Result<Operated> {
     Ok(machine)
 }
 
-/// Shows it until the guest ends or the person does; with `check`, ends as soon as a picture is there.
+/// What a browser shows of the page at `url`, after somebody has asked the guest for its name on the serial console.
+fn page(url: &str) -> Result<Vec<u8>> {
+    let mut browser = Browser::open(url, WINDOW)?;
+    browser.until("document.getElementById('status').textContent === 'connected'", STEP)?;
+    browser.evaluate("document.getElementById('lines').focus()")?;
+    browser.enter("uname -srm\n")?;
+    browser.until("document.getElementById('lines').textContent.includes('Linux ')", STEP)?;
+    // So that the picture has come, too.
+    std::thread::sleep(Duration::from_secs(2));
+    browser.picture()
+}
+
+/// Shows it until the guest ends or the person does; with `check`, ends as soon as a picture is there, and writes what a browser
+/// shows of the page to `page_picture`.
 ///
 /// # Errors
 /// It cannot be had, or shows nothing.
-pub fn run(check: bool) -> Result<()> {
+pub fn run(check: bool, page_picture: Option<&Path>) -> Result<()> {
     place::build_programs()?;
     let folder = tempfile::tempdir()?;
     let missing = packages::missing_peers(packages::RENDERER_PEERS);
@@ -86,6 +102,9 @@ pub fn run(check: bool) -> Result<()> {
         std::thread::sleep(Duration::from_millis(100));
     }
     let mut said = std::io::stdout();
+    if let Some(path) = page_picture {
+        std::fs::write(path, page(&url)?).with_context(|| format!("cannot write {}", path.display()))?;
+    }
     if check {
         machine.console.send("poweroff -f\n")?;
         let (status, errors) = machine.console.wait(STEP)?;
