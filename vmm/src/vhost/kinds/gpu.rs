@@ -124,13 +124,13 @@ impl DeviceClass for GpuClass {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vhost::features::Protocol;
+    use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
     fn offered(scanouts: u16, ours: bool, told: u32) -> Option<u32> {
         let mut config = vec![0; CONFIG_LEN as usize];
         config[SCANOUTS_AT].copy_from_slice(&told.to_le_bytes());
         let backend =
-            Capabilities { features: 0, protocol: Protocol::default(), queues: None, config, pages: Pages::default() };
+            Capabilities { features: 0, protocol: Protocol::empty(), queues: None, config, pages: Pages::default() };
         let offer = GpuClass { scanouts, ours }.offer(&backend).ok()?;
         offer.config[SCANOUTS_AT].first_chunk().map(|bytes| u32::from_le_bytes(*bytes))
     }
