@@ -1,6 +1,4 @@
 //! A guest with Mesa on a GPU of ours with 3D: what it draws is what the host's own renderer draws, to the last bit.
-#![allow(clippy::print_stderr, reason = "a test that skips says so")]
-
 #![allow(clippy::print_stderr, reason = "a test that is skipped says so")]
 
 use std::path::Path;
