@@ -19,7 +19,8 @@ const DRIVERS: [&str; 7] =
 /// How long a step of the guest may take.
 const STEP_LIMIT: Duration = Duration::from_secs(120);
 
-const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
+/// The kernel's command line.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 
 const INIT: &str = r#"#!/bin/sh
 mount -t devtmpfs dev /dev
