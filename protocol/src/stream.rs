@@ -23,6 +23,8 @@ use rustix::net::{
 pub(crate) const DESCRIPTORS_MAX: usize = 8;
 /// Bytes that are asked for at a time: memory for a picture is taken as it comes, not as it is announced.
 const PIECE: usize = 256 << 10;
+/// Bytes that are kept from one message to the next, at most.
+const KEPT_MAX: usize = 16 << 20;
 
 /// Why bytes could not be moved.
 #[derive(Clone, Copy, Debug)]
@@ -80,9 +82,14 @@ impl Deadline {
 }
 
 /// What has come of the next message.
+///
+/// Memory grows by a piece when what is there is full. Bytes that are given back are received into again: they are filled
+/// with zeroes once, not for each message.
 #[derive(Debug)]
 pub(crate) struct Incoming {
-    bytes: Vec<u8>,
+    room: Vec<u8>,
+    /// How much of the room is the message's.
+    filled: usize,
     descriptors: Vec<OwnedFd>,
     takes_descriptors: bool,
 }
@@ -90,27 +97,40 @@ pub(crate) struct Incoming {
 impl Incoming {
     /// With the descriptors that come beside it.
     pub(crate) const fn with_descriptors() -> Self {
-        Self { bytes: Vec::new(), descriptors: Vec::new(), takes_descriptors: true }
+        Self { room: Vec::new(), filled: 0, descriptors: Vec::new(), takes_descriptors: true }
     }
 
     /// Bytes alone: the kernel closes the descriptors that come.
     pub(crate) const fn bytes_alone() -> Self {
-        Self { bytes: Vec::new(), descriptors: Vec::new(), takes_descriptors: false }
+        Self { room: Vec::new(), filled: 0, descriptors: Vec::new(), takes_descriptors: false }
     }
 
     /// What is there of it.
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
+        self.room.get(..self.filled).unwrap_or_default()
     }
 
     /// Hands out what is there, and begins anew.
     pub(crate) fn take_bytes(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.bytes)
+        let filled = std::mem::take(&mut self.filled);
+        if filled < self.room.len() / 2 {
+            // The room stays for one that needs it.
+            return self.room.get(..filled).unwrap_or_default().to_vec();
+        }
+        self.room.truncate(filled);
+        std::mem::take(&mut self.room)
+    }
+
+    /// Takes bytes that nobody needs any more, to receive into.
+    pub(crate) fn give_back(&mut self, bytes: Vec<u8>) {
+        if self.filled == 0 && self.room.len() < bytes.len() && bytes.len() <= KEPT_MAX {
+            self.room = bytes;
+        }
     }
 
     /// Forgets the bytes: what they said is known.
     pub(crate) fn clear(&mut self) {
-        self.bytes.clear();
+        self.filled = 0;
     }
 
     /// Hands out the descriptors.
@@ -120,7 +140,7 @@ impl Incoming {
 
     /// Takes what has come without waiting, up to `wanted` bytes in all; whether they are complete.
     pub(crate) fn fill(&mut self, socket: BorrowedFd<'_>, wanted: usize) -> Result<bool, StreamError> {
-        while self.bytes.len() < wanted {
+        while self.filled < wanted {
             match self.take_some(socket, wanted) {
                 Ok(()) | Err(StreamError::Io(Errno::INTR)) => {}
                 Err(StreamError::Io(Errno::AGAIN)) => return Ok(false),
@@ -131,14 +151,18 @@ impl Incoming {
     }
 
     fn take_some(&mut self, socket: BorrowedFd<'_>, wanted: usize) -> Result<(), StreamError> {
-        let have = self.bytes.len();
-        self.bytes.resize(wanted.min(have.saturating_add(PIECE)), 0);
+        let have = self.filled;
+        let least = wanted.min(have.saturating_add(PIECE));
+        if self.room.len() < least {
+            self.room.resize(least, 0);
+        }
+        let end = wanted.min(self.room.len());
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut none = [];
         let mut ancillary = RecvAncillaryBuffer::new(if self.takes_descriptors { &mut space } else { &mut none });
         let received = recvmsg(
             socket,
-            &mut [IoSliceMut::new(self.bytes.get_mut(have..).unwrap_or_default())],
+            &mut [IoSliceMut::new(self.room.get_mut(have..end).unwrap_or_default())],
             &mut ancillary,
             RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC,
         );
@@ -149,7 +173,7 @@ impl Incoming {
             }
         }
         let moved = received.as_ref().map_or(0, |message| message.bytes);
-        self.bytes.truncate(have.saturating_add(moved));
+        self.filled = have.saturating_add(moved).min(end);
         let cut = received?.flags.contains(ReturnFlags::CTRUNC) && self.takes_descriptors;
         if cut || self.descriptors.len() > DESCRIPTORS_MAX {
             return Err(StreamError::Descriptors);

@@ -89,7 +89,7 @@ async fn converse(stage: &Stage, socket: OwnedFd) -> Result<(), End> {
 /// Hears what there is; whether there may be more.
 fn hear(stage: &Stage, channel: &mut Channel) -> Result<bool, End> {
     for _ in 0..TURN_MAX {
-        let Some(message) = channel.try_receive()? else { return Ok(false) };
+        let Some(mut message) = channel.try_receive()? else { return Ok(false) };
         // It is asked nothing, so that this is no answer, whatever its header says: QEMU's backend leaves the flags to chance.
         let request = Request::decode(message.header.code, &message.payload)?;
         match request {
@@ -105,6 +105,11 @@ fn hear(stage: &Stage, channel: &mut Channel) -> Result<bool, End> {
             Request::GetEdid { scanout } => {
                 let (width, height) = stage.lock().wanted(scanout as usize);
                 say(channel, &Reply::Edid(edid(scanout, width, height)))?;
+            }
+            Request::Update { scanout, rect, pixels } => {
+                let from = message.payload.len() - pixels.len();
+                stage.lock().update(scanout, rect, &mut message.payload, from);
+                channel.give_back(message.payload);
             }
             request => stage.lock().hear(&request),
         }

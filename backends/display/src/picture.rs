@@ -5,18 +5,20 @@ use atoll_protocol::display::{PIXEL_BYTES, Rect};
 use crate::damage;
 
 /// A picture.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Picture {
     width: u32,
     height: u32,
-    pixels: Vec<u8>,
+    /// The pixels, behind what stood before them in the message that brought them.
+    bytes: Vec<u8>,
+    from: usize,
 }
 
 impl Picture {
     /// A black one.
     #[must_use]
     pub fn black((width, height): (u32, u32)) -> Self {
-        Self { width, height, pixels: vec![0; bytes((width, height))] }
+        Self { width, height, bytes: vec![0; bytes((width, height))], from: 0 }
     }
 
     /// Columns and rows.
@@ -28,7 +30,19 @@ impl Picture {
     /// All pixels.
     #[must_use]
     pub fn pixels(&self) -> &[u8] {
-        &self.pixels
+        self.bytes.get(self.from..).unwrap_or_default()
+    }
+
+    /// Takes a message whose bytes from `from` on are the pixels of `rect`. One of the whole picture becomes the picture as it
+    /// is, without a copy. What has changed, if anything; the bytes that are not needed any more are left in `message`.
+    pub fn take(&mut self, rect: Rect, message: &mut Vec<u8>, from: usize) -> Option<Rect> {
+        let whole = damage::whole(self.size());
+        if rect == whole && message.len().checked_sub(from) == Some(bytes(self.size())) {
+            std::mem::swap(&mut self.bytes, message);
+            self.from = from;
+            return Some(whole);
+        }
+        self.draw(rect, message.get(from..).unwrap_or_default())
     }
 
     /// Takes the pixels of `rect`, row by row; what lies outside is left out. What has changed, if anything.
@@ -39,26 +53,39 @@ impl Picture {
         let len = part.width as usize * PIXEL_BYTES;
         let rows = pixels.chunks_exact(from_row).skip((part.y - rect.y) as usize);
         for (from, y) in rows.zip(part.y..part.y + part.height) {
-            let at = self.at(part.x, y);
-            if let (Some(to), Some(from)) = (self.pixels.get_mut(at..at + len), from.get(left..left + len)) {
+            let at = self.from + self.at(part.x, y);
+            if let (Some(to), Some(from)) = (self.bytes.get_mut(at..at + len), from.get(left..left + len)) {
                 to.copy_from_slice(from);
             }
         }
         Some(part)
     }
 
-    /// Puts the pixels of `rect` into `out`; those that are not there are black.
-    pub fn read(&self, rect: Rect, out: &mut Vec<u8>) {
-        out.clear();
-        out.resize(bytes((rect.width, rect.height)), 0);
-        let Some(part) = damage::shared(rect, damage::whole(self.size())) else { return };
-        let to_row = rect.width as usize * PIXEL_BYTES;
+    /// Appends the pixels of `rect` to `out`, row by row; those that are not there are black.
+    pub fn append(&self, rect: Rect, out: &mut Vec<u8>) {
+        let (pixels, row) = (self.pixels(), rect.width as usize * PIXEL_BYTES);
+        let part = damage::shared(rect, damage::whole(self.size()));
+        out.reserve(bytes((rect.width, rect.height)));
+        if part == Some(rect) {
+            // Rows without gaps are one.
+            let (rows, len) =
+                if rect.width == self.width { (1, row * rect.height as usize) } else { (rect.height, row) };
+            for y in rect.y..rect.y + rows {
+                let at = self.at(rect.x, y);
+                out.extend_from_slice(pixels.get(at..at + len).unwrap_or_default());
+            }
+            return;
+        }
+        let start = out.len();
+        out.resize(start + bytes((rect.width, rect.height)), 0);
+        let Some(part) = part else { return };
         let left = (part.x - rect.x) as usize * PIXEL_BYTES;
         let len = part.width as usize * PIXEL_BYTES;
-        let rows = out.chunks_exact_mut(to_row).skip((part.y - rect.y) as usize);
+        let room = out.get_mut(start..).unwrap_or_default();
+        let rows = room.chunks_exact_mut(row).skip((part.y - rect.y) as usize);
         for (to, y) in rows.zip(part.y..part.y + part.height) {
             let at = self.at(part.x, y);
-            if let (Some(to), Some(from)) = (to.get_mut(left..left + len), self.pixels.get(at..at + len)) {
+            if let (Some(to), Some(from)) = (to.get_mut(left..left + len), pixels.get(at..at + len)) {
                 to.copy_from_slice(from);
             }
         }
@@ -86,9 +113,31 @@ mod tests {
         let rect = Rect { x: 2, y: 1, width: 2, height: 2 };
         assert_eq!(picture.draw(rect, &pixels), Some(Rect { x: 2, y: 1, width: 1, height: 1 }));
         let mut out = vec![9; 3];
-        picture.read(rect, &mut out);
-        assert_eq!(out, [1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        picture.append(rect, &mut out);
+        assert_eq!(out, [9, 9, 9, 1, 2, 3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(picture.draw(Rect { x: 3, ..rect }, &pixels), None);
         assert_eq!(picture.pixels()[..20], [0; 20]);
+    }
+
+    /// A message of the whole picture becomes the picture, and parts are drawn on it and read from it as on any other.
+    #[test]
+    fn a_whole_picture_is_not_copied() {
+        let mut picture = Picture::black((2, 2));
+        let whole = Rect { x: 0, y: 0, width: 2, height: 2 };
+        let mut message: Vec<u8> = (0..20).collect();
+        let there = message.as_ptr();
+        assert_eq!(picture.take(whole, &mut message, 4), Some(whole));
+        assert_eq!((picture.pixels().as_ptr(), message), (there.wrapping_add(4), vec![0; 16]));
+        let right = Rect { x: 1, width: 1, ..whole };
+        let mut message = vec![1, 2, 3, 91, 92, 93, 94, 95, 96, 97, 98];
+        assert_eq!(picture.take(right, &mut message, 3), Some(right));
+        assert_eq!(picture.pixels(), [4, 5, 6, 7, 91, 92, 93, 94, 12, 13, 14, 15, 95, 96, 97, 98]);
+        let mut out = Vec::new();
+        picture.append(right, &mut out);
+        picture.append(Rect { y: 1, height: 1, ..whole }, &mut out);
+        assert_eq!(out, [91, 92, 93, 94, 95, 96, 97, 98, 12, 13, 14, 15, 95, 96, 97, 98]);
+        let mut short = vec![0; 15];
+        assert_eq!(picture.take(whole, &mut short, 0), Some(whole));
+        assert_eq!(picture.pixels().len(), 16, "what is too short is no picture");
     }
 }

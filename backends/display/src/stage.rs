@@ -149,19 +149,26 @@ impl Heads {
     pub fn hear(&mut self, request: &Request<'_>) {
         match *request {
             Request::Scanout { scanout, width, height } => self.scanout(scanout as usize, (width, height)),
-            Request::Update { scanout, rect, pixels } => {
-                let Some(head) = self.heads.get_mut(scanout as usize).filter(|head| head.lit) else { return };
-                if let Some(part) = head.picture.draw(rect, pixels) {
-                    head.told = true;
-                    self.tell(scanout as usize, |watch| watch.damage.add(part));
-                }
-            }
+            Request::Update { scanout, rect, pixels } => self.draw(scanout, |picture| picture.draw(rect, pixels)),
             Request::CursorPosition(position) => self.cursor(position.scanout as usize, true, None),
             Request::CursorHide(position) => self.cursor(position.scanout as usize, false, None),
             Request::CursorUpdate { position, hot_x, hot_y, picture } => {
                 self.cursor(position.scanout as usize, true, Some(((hot_x, hot_y), picture)));
             }
             Request::GetFeatures | Request::SetFeatures(_) | Request::GetDisplayInfo | Request::GetEdid { .. } => {}
+        }
+    }
+
+    /// The device says an update; `message` has its pixels from `from` on. What is left there is not needed any more.
+    pub fn update(&mut self, scanout: u32, rect: Rect, message: &mut Vec<u8>, from: usize) {
+        self.draw(scanout, |picture| picture.take(rect, message, from));
+    }
+
+    fn draw(&mut self, scanout: u32, on: impl FnOnce(&mut Picture) -> Option<Rect>) {
+        let Some(head) = self.heads.get_mut(scanout as usize).filter(|head| head.lit) else { return };
+        if let Some(part) = on(&mut head.picture) {
+            head.told = true;
+            self.tell(scanout as usize, |watch| watch.damage.add(part));
         }
     }
 
@@ -249,10 +256,10 @@ impl Heads {
         self.heads.get(head).filter(|head| head.lit && head.told).map(|head| &head.picture)
     }
 
-    /// Puts a part of a head's picture into `out`.
+    /// Appends a part of a head's picture to `out`.
     pub fn read(&self, head: usize, rect: Rect, out: &mut Vec<u8>) {
         if let Some(head) = self.heads.get(head) {
-            head.picture.read(rect, out);
+            head.picture.append(rect, out);
         }
     }
 

@@ -325,8 +325,14 @@ impl Viewer {
                 update::put_cursor(&format, cursor, &mut out);
             }
             for part in parts {
-                self.stage.lock().read(self.head, part, &mut pixels);
-                coding.put(&format, part, &pixels, &mut out);
+                if coding.is_plain(&format) {
+                    coding.put_header(part, &mut out);
+                    self.stage.lock().read(self.head, part, &mut out);
+                } else {
+                    pixels.clear();
+                    self.stage.lock().read(self.head, part, &mut pixels);
+                    coding.put(&format, part, &pixels, &mut out);
+                }
                 if out.len() >= PIECE {
                     send(&mut writer, &mut out).await?;
                 }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use atoll_kit::memory::Segments;
 use atoll_protocol::display::{PIXEL_BYTES, Rect};
 use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice, WriteVolatile};
 
 use crate::command::{ATTACH_LEN, ENTRY_LEN, Refusal};
 use crate::format::Format;
@@ -392,13 +392,15 @@ impl Resources {
         let whole = rect.width == resource.width;
         let (rows, len) = if whole { (1, row * rect.height as usize) } else { (rect.height, row) };
         let start = out.len();
-        out.resize(start + row * rect.height as usize, 0);
-        let room = out.get_mut(start..).unwrap_or_default();
-        for (row, target) in (0..u64::from(rows)).zip(room.chunks_exact_mut(len)) {
+        for row in 0..u64::from(rows) {
             if let Some(piece) = record.piece(first + row * stride, len as u64) {
-                piece.copy_to(target);
+                // Appended as it is read: a frame is too large to be filled with zeroes first. A vector takes all of it.
+                let _ = out.write_volatile(&piece);
             }
         }
+        // A message is as long as its header says, whatever the record is like.
+        out.resize(start + row * rect.height as usize, 0);
+        let room = out.get_mut(start..).unwrap_or_default();
         format.convert(room);
     }
 }

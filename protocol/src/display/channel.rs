@@ -101,6 +101,11 @@ impl Channel {
         Ok(self.outgoing.send(self.socket.as_fd(), messages, &[], limit)?)
     }
 
+    /// Takes what followed a header and is read, so that the next message is received into it.
+    pub fn give_back(&mut self, payload: Vec<u8>) {
+        self.incoming.give_back(payload);
+    }
+
     /// Waits for a whole message, `limit` at most.
     ///
     /// # Errors

@@ -118,6 +118,29 @@ fn what_cannot_be_is_refused() {
     assert!(matches!(Reply::decode(&header, payload), Err(WireError::Value { what: "size", .. })));
 }
 
+/// What is given back is received into again; what was there before is not seen in a message that is shorter, or longer.
+#[test]
+fn room_is_kept_for_the_next_message() {
+    let (a, b) = UnixStream::pair().unwrap();
+    let (mut device, mut screen) = (Channel::new(a, REPLY_MAX), Channel::new(b, REQUEST_MAX));
+    let mut room = std::ptr::null();
+    for (side, value) in [(64, 1), (64, 2), (2, 3), (64, 4), (80, 5), (1, 6)] {
+        let pixels = vec![value; (side * side) as usize * PIXEL_BYTES];
+        let said =
+            Request::Update { scanout: 1, rect: Rect { x: 0, y: 0, width: side, height: side }, pixels: &pixels };
+        let mut bytes = Vec::new();
+        said.put(&mut bytes);
+        device.send(&bytes, SOON).unwrap();
+        let message = screen.receive(SOON).unwrap();
+        assert_eq!(Request::decode(message.header.code, &message.payload), Ok(said));
+        if side == 64 {
+            assert!(value == 1 || message.payload.as_ptr() == room, "it is the same room each time");
+            room = message.payload.as_ptr();
+        }
+        screen.give_back(message.payload);
+    }
+}
+
 /// A picture that is longer than any socket's buffer, in pieces; a peer that stops reading, one that stops speaking.
 #[test]
 fn messages_cross_a_socket() {

@@ -33,6 +33,17 @@ impl Coding {
         self.uses_tight = best == Some(&encoding::TIGHT);
     }
 
+    /// Whether pixels are told as a picture has them: what is appended behind [`Coding::put_header`] is all of it.
+    #[must_use]
+    pub fn is_plain(&self, format: &PixelFormat) -> bool {
+        !self.uses_tight && *format == PixelFormat::NATIVE
+    }
+
+    /// Appends the header of a part whose pixels are told as they are.
+    pub fn put_header(&self, rect: Rect, out: &mut Vec<u8>) {
+        header(rect, encoding::RAW, out);
+    }
+
     /// Appends one of the parts that [`parts`] makes, with its header.
     pub fn put(&mut self, format: &PixelFormat, rect: Rect, pixels: &[u8], out: &mut Vec<u8>) {
         if self.uses_tight {
