@@ -140,7 +140,7 @@ fn gpus_that_talk_nonsense_are_given_up() -> Result<()> {
         words(&[8, 0, u32::MAX]),
         words(&[8, 0, 24, 0, 0, 0, 9, 9, 0]),
         words(&[9, 0, 8, 0, 0]),
-        words(&[7, 4, 12, 0, 1, 1]),
+        words(&[7, 4, 12, 16, 1, 1]),
         words(&[2, 0, 8, 2, 0]),
         vec![0xff; 64],
     ];
