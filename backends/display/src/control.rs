@@ -41,7 +41,7 @@ enum Refusal {
     NoHead(u32),
     #[error("this order needs one descriptor beside it; {0} came")]
     Descriptors(usize),
-    #[error("head {0} is being recorded already: stop that first")]
+    #[error("head {0} is being recorded already: stop that first (`atoll record VM --stop`)")]
     Recorded(u32),
     #[error("head {0} is not being recorded")]
     NotRecorded(u32),

@@ -69,8 +69,8 @@ impl Recording {
         if !file.metadata().map_err(RecordError::File)?.is_file() {
             return Err(RecordError::File(io::ErrorKind::InvalidInput.into()));
         }
-        file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(RecordError::File)?;
         let size = stage.lock().shown(head).map(|picture| picture.size()).ok_or(RecordError::Dark(head))?;
+        file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).map_err(RecordError::File)?;
         let mut encoder = Encoder::new(file.try_clone()?, size.0, size.1);
         encoder.set_color(ColorType::Rgb);
         encoder.set_depth(BitDepth::Eight);
@@ -100,6 +100,8 @@ impl Recording {
         let Some(Seen { rect, rgb, at }) = self.seen.take() else { return Ok(()) };
         let shown_ms = now.duration_since(at).as_millis().clamp(1, 65_535) as u16;
         if self.frames > 0 {
+            // Each is judged with what the other is at the moment.
+            self.writer.set_frame_position(0, 0)?;
             self.writer.set_frame_dimension(rect.width, rect.height)?;
             self.writer.set_frame_position(rect.x, rect.y)?;
         }

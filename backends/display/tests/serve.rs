@@ -228,12 +228,21 @@ fn a_head_is_recorded() -> Result<()> {
     screen.gpu.say(Request::Update { scanout: 0, rect, pixels: &second })?;
     screen.gpu.settle()?;
     std::thread::sleep(std::time::Duration::from_millis(200));
+    // All of it, behind a part that was not at the origin.
+    let third = picture(640, 480, 12);
+    screen.gpu.say(Request::Update {
+        scanout: 0,
+        rect: Rect { x: 0, y: 0, width: 640, height: 480 },
+        pixels: &third,
+    })?;
+    screen.gpu.settle()?;
+    std::thread::sleep(std::time::Duration::from_millis(200));
     let (report, _) = screen.ask(&DisplayOrder::StopRecord { head: 0 }, None)?;
-    ensure!(report == DisplayReport::Recorded { head: 0, frames: 2 }, "{report:?}");
+    ensure!(report == DisplayReport::Recorded { head: 0, frames: 3 }, "{report:?}");
     let bytes = std::fs::read(&path)?;
     ensure!(decode_png(&bytes)? == (SIZE, rgb(&first)), "for who knows no animation, the first picture");
     let mut reader = png::Decoder::new(std::io::Cursor::new(&bytes)).read_info()?;
-    ensure!(reader.info().animation_control().map(|control| control.num_frames) == Some(2));
+    ensure!(reader.info().animation_control().map(|control| control.num_frames) == Some(3));
     let mut pixels = vec![0; 640 * 480 * 3];
     reader.next_frame(&mut pixels)?;
     let shown = reader.info().frame_control().map(|frame| frame.delay_num).unwrap_or_default();
@@ -242,6 +251,8 @@ fn a_head_is_recorded() -> Result<()> {
     let frame = *reader.info().frame_control().unwrap_or(&png::FrameControl::default());
     ensure!((frame.x_offset, frame.y_offset, frame.width, frame.height) == (10, 20, 30, 40));
     ensure!(pixels[..30 * 40 * 3] == rgb(&second));
+    reader.next_frame(&mut pixels)?;
+    ensure!(pixels == rgb(&third));
     Ok(())
 }
 

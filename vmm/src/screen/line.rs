@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
 use atoll_protocol::socket::{FrameSocket, SocketError};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, Mode as FileMode, OFlags, SealFlags};
 use rustix::rand::{GetRandomFlags, getrandom};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -133,6 +133,8 @@ pub struct DisplayLine {
     secret: Option<String>,
     inputs: Vec<InputKind>,
     modes: Vec<Mode>,
+    /// How many heads the GPU has.
+    heads: u32,
     control: Mutex<Option<FrameSocket>>,
     joint: Arc<Joint>,
     /// The guest's serial console, for the page.
@@ -151,7 +153,12 @@ fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
     };
     let wrong = |what: String| DisplayError::Secret { path: path.clone(), what };
     let mut text = String::new();
-    let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
+    // A pipe would keep whoever opens it waiting.
+    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, FileMode::empty());
+    let file = File::from(file.map_err(|errno| wrong(std::io::Error::from(errno).to_string()))?);
+    if !file.metadata().is_ok_and(|about| about.is_file()) {
+        return Err(wrong("it is no plain file: give one with a line in it".into()));
+    }
     let most = SECRET_MAX as u64 + 3;
     file.take(most).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
     let word = text.trim_end_matches(['\r', '\n']);
@@ -185,6 +192,7 @@ impl DisplayLine {
     ) -> Result<Option<Self>, DisplayError> {
         let Some(display) = &config.display else { return Ok(None) };
         let inputs = config.input.iter().flatten().map(|input| input.kind).collect();
+        let heads = config.gpu.as_ref().map_or(0, |gpu| gpu.scanouts().into());
         let modes = config.gpu.iter().flat_map(|gpu| &gpu.modes).copied().collect();
         let place = |text: &Option<String>| -> Result<Option<Listener>, DisplayError> {
             let place =
@@ -196,7 +204,7 @@ impl DisplayLine {
         let secret = if asked || display.password_file.is_some() { Some(secret(display)?) } else { None };
         let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
         let obeyed = AtomicU64::new(0);
-        Ok(Some(Self { vnc, web, config, secret, inputs, modes, control, joint, serial, obeyed }))
+        Ok(Some(Self { vnc, web, config, secret, inputs, modes, heads, control, joint, serial, obeyed }))
     }
 
     /// The configuration, with the ports that the kernel has chosen.
@@ -306,11 +314,20 @@ impl DisplayLine {
         }
     }
 
+    fn has(&self, head: u32) -> Result<(), DisplayError> {
+        let all = self.heads;
+        if head < all {
+            return Ok(());
+        }
+        Err(DisplayError::Refused(format!("there is no head {head}: the GPU has {all}, and the first is 0")))
+    }
+
     /// What a head shows, as a PNG.
     ///
     /// # Errors
     /// There is no such head, it shows nothing, or nobody answers.
     pub fn screenshot(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
+        self.has(head)?;
         let (report, mut beside) = self.order(&DisplayOrder::Screenshot { head }, &[])?;
         let (DisplayReport::Screenshot { .. }, Some(picture), None) = (report, beside.pop(), beside.pop()) else {
             return Err(DisplayError::Absurd("no picture"));
@@ -330,6 +347,7 @@ impl DisplayLine {
     /// # Errors
     /// There is no such head, or nobody answers.
     pub fn resize(&self, head: u32, width: u32, height: u32) -> Result<(), DisplayError> {
+        self.has(head)?;
         match self.order(&DisplayOrder::Resize { head, width, height }, &[])? {
             (DisplayReport::Done, _) => Ok(()),
             _ => Err(DisplayError::Absurd("no word of the size")),
@@ -341,6 +359,7 @@ impl DisplayLine {
     /// # Errors
     /// It is being recorded, or nobody answers.
     pub fn record(&self, head: u32, file: &OwnedFd) -> Result<(), DisplayError> {
+        self.has(head)?;
         match self.order(&DisplayOrder::Record { head }, &[file])? {
             (DisplayReport::Done, _) => Ok(()),
             _ => Err(DisplayError::Absurd("no word of the recording")),
@@ -352,6 +371,7 @@ impl DisplayLine {
     /// # Errors
     /// There is none, or nobody answers.
     pub fn stop_record(&self, head: u32) -> Result<u32, DisplayError> {
+        self.has(head)?;
         match self.order(&DisplayOrder::StopRecord { head }, &[])? {
             (DisplayReport::Recorded { frames, .. }, _) => Ok(frames),
             _ => Err(DisplayError::Absurd("no word of the recording")),

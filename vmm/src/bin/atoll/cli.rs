@@ -109,13 +109,17 @@ pub(crate) enum Command {
         #[command(flatten)]
         vm: Target,
         /// Where it goes
-        out: PathBuf,
+        #[arg(required_unless_present = "stop")]
+        out: Option<PathBuf>,
         /// Of which screen
         #[arg(long, value_name = "N", default_value_t = 0)]
         head: u32,
         /// For so long
         #[arg(long, value_name = "S")]
         seconds: Option<u32>,
+        /// Ends a recording whose `atoll record` was killed
+        #[arg(long, conflicts_with_all = ["out", "seconds"])]
+        stop: bool,
     },
     /// Gives a screen of a machine another size; the guest follows.
     #[command(after_help = "Example:\n  atoll resize-display web 1920x1080")]

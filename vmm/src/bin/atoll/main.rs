@@ -187,7 +187,10 @@ fn carry_out(command: &Command) -> Result<u8, RunError> {
         }
         Command::Display { vm, json } => done(screen::display(&vm.name, *json)),
         Command::Screenshot { vm, out, head } => done(screen::screenshot(&vm.name, *head, out)),
-        Command::Record { vm, out, head, seconds } => done(screen::record(&vm.name, *head, *seconds, out)),
+        Command::Record { vm, out: Some(out), head, seconds, .. } => {
+            done(screen::record(&vm.name, *head, *seconds, out))
+        }
+        Command::Record { vm, head, .. } => done(screen::stop_record(&vm.name, *head)),
         Command::ResizeDisplay { vm, mode, head } => done(screen::resize(&vm.name, *head, *mode)),
         Command::AddDisk(device) => plug("add-disk", device),
         Command::AddNet(device) => plug("add-net", device),

@@ -40,8 +40,9 @@ pub(crate) fn screenshot(name: &str, head: u32, out: &Path) -> anyhow::Result<()
 
 /// A recording, until it is long enough or Ctrl-C.
 pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) -> anyhow::Result<()> {
-    // What is written is read again when it is ended.
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(out);
+    // What is written is read again when it is ended. It is emptied when the recording begins: one that is refused leaves the
+    // file as it is.
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(out);
     let file = file.with_context(|| format!("cannot write {}", out.display()))?;
     signals::block()?;
     let mut client = Machine::find(name)?.into_client();
@@ -56,6 +57,11 @@ pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) ->
             break;
         }
     }
+    stop_record(name, head)
+}
+
+/// The end of a recording.
+pub(crate) fn stop_record(name: &str, head: u32) -> anyhow::Result<()> {
     let told = Machine::find(name)?.put("vm.stop-record", Some(&json!({ "head": head })))?.unwrap_or_default();
     print(&format!("{} pictures\n", told["frames"]))
 }

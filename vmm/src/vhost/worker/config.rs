@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use atoll_devices::virtio::device_class;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 use super::translate::Questions;
@@ -15,6 +16,8 @@ use crate::vhost::source::is_readable;
 /// How long a backend that makes requests of its own is not heard again: it can keep its device's thread busy, not the
 /// guest.
 const PAUSE: Duration = Duration::from_millis(10);
+/// Length of a GPU's events_read, at the beginning, and of its events_clear behind it.
+const EVENT_BYTES: usize = 4;
 
 impl Worker {
     pub(super) fn write_config(&mut self, offset: u32, data: Vec<u8>) {
@@ -22,6 +25,7 @@ impl Worker {
         let field = start.checked_add(data.len()).and_then(|end| self.config.get_mut(start..end));
         let Some(field) = field else { return };
         field.copy_from_slice(&data);
+        self.take_note_of_events();
         let Some(session) = &mut self.past.session else { return };
         if !session.protocol().contains(Protocol::CONFIG) {
             return;
@@ -35,6 +39,28 @@ impl Worker {
                 }
                 self.lose(&error);
             }
+        }
+    }
+
+    /// What a GPU's driver writes to events_clear takes those bits from events_read, and stays nowhere (virtio 1.2, 5.7.4): an
+    /// event that is shown for ever hides the next one.
+    fn take_note_of_events(&mut self) {
+        if self.past.shown.device_type != device_class::GPU {
+            return;
+        }
+        let (Some((read, rest)), Some((shown, _))) =
+            (self.config.split_at_mut_checked(EVENT_BYTES), self.past.shown.config.split_at_mut_checked(EVENT_BYTES))
+        else {
+            return;
+        };
+        let mut taken = false;
+        for ((read, shown), clear) in read.iter_mut().zip(shown).zip(rest.iter_mut().take(EVENT_BYTES)) {
+            taken |= *read & *clear != 0;
+            *read &= !*clear;
+            (*shown, *clear) = (*read, 0);
+        }
+        if taken {
+            self.transport.config_changed(&self.config);
         }
     }
 
@@ -133,7 +159,9 @@ impl Worker {
                 changed = true;
             }
         }
-        if changed {
+        // An event that comes while an earlier one stands is one, too.
+        let events = self.past.shown.config.get(..EVENT_BYTES).is_some_and(|events| events != [0; EVENT_BYTES]);
+        if changed || (self.past.shown.device_type == device_class::GPU && events) {
             tracing::debug!(device = self.shared.name, "the configuration has changed");
             self.transport.config_changed(&self.config);
         }
