@@ -19,6 +19,9 @@ const DRIVERS: [&str; 7] =
 /// How long a step of the guest may take.
 const STEP_LIMIT: Duration = Duration::from_secs(120);
 
+/// A screen with fewer colours shows no shaded cube.
+pub const CUBE_COLOURS_MIN: usize = 256;
+
 /// The kernel's command line.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 
@@ -92,6 +95,16 @@ pub fn qemu(initramfs: &Path) -> Result<Command> {
     command.arg("-drive").arg(format!("file={},if=none,id=d,format=raw,readonly=on", disk()?.display()));
     command.args(["-device", "virtio-blk-pci,drive=d", "-device", "virtio-gpu-pci"]);
     Ok(command)
+}
+
+/// Has a cube turn on the screen until the guest ends.
+///
+/// # Errors
+/// The guest does not answer.
+pub fn turn_cube(console: &mut Console) -> Result<()> {
+    // It turns until it reads something.
+    let turn = "(tail -f /dev/null | HOME=/tmp kmscube > /tmp/kmscube 2>&1 &)";
+    console.run(turn, STEP_LIMIT).map(drop)
 }
 
 /// Has `modetest` show its colour bars on the first screen in this mode, until the guest ends.

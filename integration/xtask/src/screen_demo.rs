@@ -3,6 +3,7 @@
 //! The guest is Debian's full kernel, because the cloud kernels have no GPU's driver. Where this host can draw in 3D, a cube of the
 //! guest's Mesa turns on the screen; else its console is there, with a shell that hears the page's keyboard.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,10 +14,13 @@ use crate::demo::BOOT_LIMIT;
 use crate::operated::Operated;
 use crate::packages::{self, NOVNC};
 use crate::painting::Painting;
+use crate::picture::{self, Picture};
 use crate::{full_kernel, graphics_land, place};
 use anyhow::{Context, Result, ensure};
 
 const STEP: Duration = Duration::from_secs(60);
+/// Pixels that a line of letters lights, at least.
+const LETTERS_MIN: usize = 500;
 /// Size of the browser's window.
 const WINDOW: (u32, u32) = (1360, 600);
 /// What the shell on the screen says first.
@@ -61,8 +65,16 @@ fn cube(folder: &Path) -> Result<Operated> {
     let display = format!("web=127.0.0.1:0,novnc={}", novnc()?.display());
     let mut machine = Operated::spawn(&mut graphics_land::atoll(&initramfs, "virgl=on", &display)?, folder)?;
     machine.console.prompt(BOOT_LIMIT)?;
-    machine.console.run("(HOME=/tmp kmscube > /tmp/kmscube 2>&1 &)", STEP)?;
+    graphics_land::turn_cube(&mut machine.console)?;
     Ok(machine)
+}
+
+/// Whether a picture has the colours of a cube, or more light than a cursor.
+fn shows_something((_, pixels): &Picture, in_3d: bool) -> bool {
+    if in_3d {
+        return pixels.chunks(3).collect::<BTreeSet<_>>().len() >= graphics_land::CUBE_COLOURS_MIN;
+    }
+    pixels.chunks(3).filter(|pixel| **pixel != [0; 3]).count() >= LETTERS_MIN
 }
 
 /// What a browser shows of the page at `url`, after somebody has asked the guest for its name on the serial console.
@@ -92,15 +104,16 @@ pub fn run(check: bool, page_picture: Option<&Path>) -> Result<()> {
     let url = place["url"].as_str().context("the display has no page")?.to_owned();
     let out = folder.path().join("screen.png");
     let begin = Instant::now();
-    let mut picture = 0;
-    // A screen with letters or a cube is not as small a file as an empty one.
-    while picture < 4096 {
+    loop {
         let mut shoot = Command::new(place::program("atoll")?);
         shoot.arg("screenshot").arg(folder.path().join("api.sock")).arg(&out);
-        picture = if shoot.output()?.status.success() { std::fs::metadata(&out)?.len() } else { 0 };
-        ensure!(begin.elapsed() < STEP, "the screen stays empty");
+        if shoot.output()?.status.success() && shows_something(&picture::of_png(&std::fs::read(&out)?)?, in_3d) {
+            break;
+        }
+        ensure!(begin.elapsed() < STEP, "the screen shows nothing of what it should");
         std::thread::sleep(Duration::from_millis(100));
     }
+    let size = std::fs::metadata(&out)?.len();
     let mut said = std::io::stdout();
     if let Some(path) = page_picture {
         std::fs::write(path, page(&url)?).with_context(|| format!("cannot write {}", path.display()))?;
@@ -112,7 +125,7 @@ pub fn run(check: bool, page_picture: Option<&Path>) -> Result<()> {
         writeln!(
             said,
             "{}",
-            serde_json::json!({ "demo": "gpu", "ok": true, "cube": in_3d, "screenshot_bytes": picture })
+            serde_json::json!({ "demo": "gpu", "ok": true, "cube": in_3d, "screenshot_bytes": size })
         )?;
         return Ok(());
     }

@@ -15,8 +15,6 @@ use super::{BOOT_LIMIT, Device, STEP_LIMIT, machine};
 
 /// What is painted.
 const PICTURE: Painting = Painting::USUAL;
-/// A screen with fewer colours shows no shaded cube.
-const CUBE_COLOURS_MIN: usize = 256;
 /// How long a picture may take to be there.
 const PICTURE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -92,13 +90,13 @@ fn in_3d(qemu: &Qemu) -> Result<(String, usize)> {
     ensure!(renderer.to_lowercase().starts_with("virgl"), "the guest's renderer is {renderer}");
     let there = console.run("sha256sum < /tmp/triangle.rgba", STEP_LIMIT)?;
     ensure!(there.starts_with(&packages::sha256(&here)?), "the guest's triangle is another: {there}");
-    console.run("(HOME=/tmp kmscube > /tmp/kmscube 2>&1 &)", STEP_LIMIT)?;
+    graphics_land::turn_cube(&mut console)?;
     let mut monitor = Monitor::connect(&monitor)?;
     let begin = Instant::now();
     let colours = loop {
         let (_, pixels) = monitor.picture(&folder.path().join("screen.ppm"))?;
         let colours = pixels.chunks(3).collect::<BTreeSet<_>>().len();
-        if colours >= CUBE_COLOURS_MIN {
+        if colours >= graphics_land::CUBE_COLOURS_MIN {
             break colours;
         }
         ensure!(begin.elapsed() < PICTURE_LIMIT, "no cube is shown: {colours} colours");
