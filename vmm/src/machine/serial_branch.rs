@@ -196,6 +196,8 @@ mod tests {
         let mut seen = Vec::new();
         second.set_nonblocking(true).unwrap();
         while !seen.ends_with(&last) {
+            // Whoever waits has its turn, whether there is something to wait for or not.
+            signal(&branch.joined, 1);
             branch.wait(borrowed(&end), true, &mut chunk);
             let mut piece = vec![0; 1 << 16];
             while let Ok(read) = second.read(&mut piece) {
