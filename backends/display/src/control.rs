@@ -126,7 +126,7 @@ impl Control {
             |head: u32| usize::try_from(head).ok().filter(|head| *head < SCANOUTS_MAX).ok_or(Refusal::NoHead(head));
         let report = match order {
             DisplayOrder::Screenshot { head } => {
-                let picture = self.stage.lock().shown(number(head)?).cloned();
+                let picture = self.stage.lock().shown(number(head)?);
                 let picture = picture.ok_or(ShotError::Dark(head as usize))?;
                 let (width, height) = picture.size();
                 let file = shot::sealed(&shot::png(&picture)?)?;

@@ -33,16 +33,17 @@ impl Picture {
         self.bytes.get(self.from..).unwrap_or_default()
     }
 
-    /// Takes a message whose bytes from `from` on are the pixels of `rect`. One of the whole picture becomes the picture as it
-    /// is, without a copy. What has changed, if anything; the bytes that are not needed any more are left in `message`.
-    pub fn take(&mut self, rect: Rect, message: &mut Vec<u8>, from: usize) -> Option<Rect> {
-        let whole = damage::whole(self.size());
-        if rect == whole && message.len().checked_sub(from) == Some(bytes(self.size())) {
-            std::mem::swap(&mut self.bytes, message);
-            self.from = from;
-            return Some(whole);
-        }
-        self.draw(rect, message.get(from..).unwrap_or_default())
+    /// The picture of this size that a message brings, if its bytes from `from` on are the pixels of all of it: they are taken
+    /// as they are, without a copy.
+    pub fn whole(size: (u32, u32), rect: Rect, message: &mut Vec<u8>, from: usize) -> Option<Self> {
+        let is_whole = rect == damage::whole(size) && message.len().checked_sub(from) == Some(bytes(size));
+        is_whole.then(|| Self { width: size.0, height: size.1, bytes: std::mem::take(message), from })
+    }
+
+    /// The room that it had.
+    #[must_use]
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.bytes
     }
 
     /// Takes the pixels of `rect`, row by row; what lies outside is left out. What has changed, if anything.
@@ -122,22 +123,24 @@ mod tests {
     /// A message of the whole picture becomes the picture, and parts are drawn on it and read from it as on any other.
     #[test]
     fn a_whole_picture_is_not_copied() {
-        let mut picture = Picture::black((2, 2));
-        let whole = Rect { x: 0, y: 0, width: 2, height: 2 };
+        const SIZE: (u32, u32) = (2, 2);
+        let whole = damage::whole(SIZE);
         let mut message: Vec<u8> = (0..20).collect();
         let there = message.as_ptr();
-        assert_eq!(picture.take(whole, &mut message, 4), Some(whole));
-        assert_eq!((picture.pixels().as_ptr(), message), (there.wrapping_add(4), vec![0; 16]));
+        let mut picture = Picture::whole(SIZE, whole, &mut message, 4).unwrap();
+        assert_eq!((picture.pixels().as_ptr(), message.len()), (there.wrapping_add(4), 0));
         let right = Rect { x: 1, width: 1, ..whole };
-        let mut message = vec![1, 2, 3, 91, 92, 93, 94, 95, 96, 97, 98];
-        assert_eq!(picture.take(right, &mut message, 3), Some(right));
+        assert_eq!(picture.draw(right, &[91, 92, 93, 94, 95, 96, 97, 98]), Some(right));
         assert_eq!(picture.pixels(), [4, 5, 6, 7, 91, 92, 93, 94, 12, 13, 14, 15, 95, 96, 97, 98]);
         let mut out = Vec::new();
         picture.append(right, &mut out);
         picture.append(Rect { y: 1, height: 1, ..whole }, &mut out);
         assert_eq!(out, [91, 92, 93, 94, 95, 96, 97, 98, 12, 13, 14, 15, 95, 96, 97, 98]);
-        let mut short = vec![0; 15];
-        assert_eq!(picture.take(whole, &mut short, 0), Some(whole));
-        assert_eq!(picture.pixels().len(), 16, "what is too short is no picture");
+        let room = picture.into_bytes();
+        assert_eq!(room.as_ptr(), there);
+        let mut message = vec![0; 15];
+        assert!(Picture::whole(SIZE, whole, &mut message, 0).is_none(), "what is too short is no picture");
+        assert!(Picture::whole(SIZE, right, &mut vec![0; 8], 0).is_none(), "a part is not all of it");
+        assert_eq!(message.len(), 15);
     }
 }

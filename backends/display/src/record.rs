@@ -90,7 +90,8 @@ impl Recording {
     fn see(&mut self, stage: &Stage, rect: Rect) -> Result<(), RecordError> {
         self.write(Instant::now())?;
         let mut pixels = Vec::new();
-        stage.lock().read(self.head, rect, &mut pixels);
+        let picture = stage.lock().picture(self.head);
+        picture.append(rect, &mut pixels);
         self.seen = Some(Seen { rect, rgb: shot::rgb(&pixels), at: Instant::now() });
         Ok(())
     }

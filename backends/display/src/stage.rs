@@ -1,6 +1,6 @@
 //! What there is to see: the heads of the guest, as the device has told them, and who has not seen what of them.
 //!
-//! One lock, held for as long as a part of a picture is copied. Nothing is queued for a viewer: what has changed is noted for
+//! One lock, held for no longer than a picture is taken over or drawn on; it is told from without the lock. Nothing is queued for a viewer: what has changed is noted for
 //! each, and the newest is told when it asks. When the device's process dies, everything stays as it was.
 
 use std::collections::BTreeMap;
@@ -35,8 +35,9 @@ pub struct Cursor {
 /// A head.
 #[derive(Debug, Default)]
 struct Head {
-    /// What is shown; also what was shown last, where nothing is any more.
-    picture: Picture,
+    /// What is shown; also what was shown last, where nothing is any more. Whoever tells of it holds on to it meanwhile, so that
+    /// what a viewer is told is one moment's picture: the next one is another.
+    picture: Arc<Picture>,
     /// The guest shows something.
     lit: bool,
     /// Pixels have been told since the picture has its size: before that it is no picture of the guest's, only black.
@@ -91,7 +92,7 @@ impl Stage {
         let mut x = 0;
         for (head, (width, height)) in heads.iter_mut().zip(sizes) {
             head.wanted = Screen { rect: Rect { x, y: 0, width: *width, height: *height }, enabled: true, flags: 0 };
-            head.picture = Picture::black((*width, *height));
+            head.picture = Arc::new(Picture::black((*width, *height)));
             x += width;
         }
         let heads = Heads { heads, ..Heads::default() };
@@ -149,7 +150,7 @@ impl Heads {
     pub fn hear(&mut self, request: &Request<'_>) {
         match *request {
             Request::Scanout { scanout, width, height } => self.scanout(scanout as usize, (width, height)),
-            Request::Update { scanout, rect, pixels } => self.draw(scanout, |picture| picture.draw(rect, pixels)),
+            Request::Update { scanout, rect, pixels } => self.draw(scanout, |picture| Arc::make_mut(picture).draw(rect, pixels)),
             Request::CursorPosition(position) => self.cursor(position.scanout as usize, true, None),
             Request::CursorHide(position) => self.cursor(position.scanout as usize, false, None),
             Request::CursorUpdate { position, hot_x, hot_y, picture } => {
@@ -161,10 +162,18 @@ impl Heads {
 
     /// The device says an update; `message` has its pixels from `from` on. What is left there is not needed any more.
     pub fn update(&mut self, scanout: u32, rect: Rect, message: &mut Vec<u8>, from: usize) {
-        self.draw(scanout, |picture| picture.take(rect, message, from));
+        self.draw(scanout, |picture| match Picture::whole(picture.size(), rect, message, from) {
+            // Whoever holds on to the one before keeps it; else its bytes are the room for the next message.
+            Some(next) => {
+                let before = std::mem::replace(picture, Arc::new(next));
+                *message = Arc::try_unwrap(before).map(Picture::into_bytes).unwrap_or_default();
+                Some(rect)
+            }
+            None => Arc::make_mut(picture).draw(rect, message.get(from..).unwrap_or_default()),
+        });
     }
 
-    fn draw(&mut self, scanout: u32, on: impl FnOnce(&mut Picture) -> Option<Rect>) {
+    fn draw(&mut self, scanout: u32, on: impl FnOnce(&mut Arc<Picture>) -> Option<Rect>) {
         let Some(head) = self.heads.get_mut(scanout as usize).filter(|head| head.lit) else { return };
         if let Some(part) = on(&mut head.picture) {
             head.told = true;
@@ -183,7 +192,7 @@ impl Heads {
                 tracing::warn!(head = number, ?size, "a picture is too large and is not shown; choose a smaller mode");
             }
             if std::mem::take(&mut head.lit) {
-                head.picture = Picture::black(now);
+                head.picture = Arc::new(Picture::black(now));
                 head.told = false;
                 self.tell(number, |watch| watch.damage.add(damage::whole(now)));
             }
@@ -192,7 +201,7 @@ impl Heads {
         head.lit = true;
         // A device that was started again says the size that it had: what is shown is right until it says more.
         if size != now {
-            head.picture = Picture::black(size);
+            head.picture = Arc::new(Picture::black(size));
             head.told = false;
             self.tell(number, |watch| {
                 watch.resized = true;
@@ -252,15 +261,14 @@ impl Heads {
     /// The picture of a head that shows something, once there is one: a display that was started again has been told a size before
     /// it is told pixels.
     #[must_use]
-    pub fn shown(&self, head: usize) -> Option<&Picture> {
-        self.heads.get(head).filter(|head| head.lit && head.told).map(|head| &head.picture)
+    pub fn shown(&self, head: usize) -> Option<Arc<Picture>> {
+        self.heads.get(head).filter(|head| head.lit && head.told).map(|head| Arc::clone(&head.picture))
     }
 
-    /// Appends a part of a head's picture to `out`.
-    pub fn read(&self, head: usize, rect: Rect, out: &mut Vec<u8>) {
-        if let Some(head) = self.heads.get(head) {
-            head.picture.append(rect, out);
-        }
+    /// A head's picture as it is at this moment; what comes later does not change it.
+    #[must_use]
+    pub fn picture(&self, head: usize) -> Arc<Picture> {
+        self.heads.get(head).map(|head| Arc::clone(&head.picture)).unwrap_or_default()
     }
 
     /// The pointer of a head, if it is shown.
@@ -341,6 +349,27 @@ mod tests {
         assert!(heads.news(viewer).unwrap().damage.is_empty(), "there is nothing to draw on");
         heads.hear(&Request::Scanout { scanout: 0, width: 16384, height: 2 });
         assert!(heads.shown(0).is_none());
+    }
+
+    /// Who holds on to a picture keeps that moment, and the room of one that nobody holds is used again.
+    #[test]
+    fn a_moment_stays_as_it_was() {
+        let stage = Stage::new(&[(2, 2)]);
+        let mut heads = stage.lock();
+        heads.hear(&Request::Scanout { scanout: 0, width: 2, height: 2 });
+        let tell = |heads: &mut Heads, rect: Rect, value: u8| {
+            let mut message = vec![value; 20 + picture::bytes((rect.width, rect.height))];
+            heads.update(0, rect, &mut message, 20);
+            message.len()
+        };
+        assert_eq!(tell(&mut heads, WHOLE, 1), 16, "the black one's bytes");
+        let moment = heads.picture(0);
+        assert_eq!(tell(&mut heads, WHOLE, 2), 0);
+        assert_eq!(tell(&mut heads, WHOLE, 3), 36);
+        let later = heads.picture(0);
+        tell(&mut heads, Rect { x: 0, y: 0, width: 1, height: 1 }, 4);
+        assert_eq!((moment.pixels(), later.pixels()), (&[1; 16][..], &[3; 16][..]));
+        assert_eq!(heads.picture(0).pixels(), [&[4; 4][..], &[3; 12]].concat());
     }
 
     /// A pointer on the second of two heads is beyond the first.

@@ -7,7 +7,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use atoll_protocol::display::Rect;
+use atoll_protocol::display::{PIXEL_BYTES, Rect};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::damage;
 use crate::keys;
+use crate::picture::Picture;
 use crate::rfb::format::PixelFormat;
 use crate::rfb::hello::{Hello, Security};
 use crate::rfb::message::{Decoder, ViewerMessage};
@@ -37,6 +38,8 @@ const MESSAGES_MAX: u32 = 2000;
 const RESIZE: Duration = Duration::from_millis(200);
 /// Bytes that are sent together.
 const PIECE: usize = 128 << 10;
+/// Bytes of a picture that is held on to while it is told: one of 3840 by 2160 pixels.
+const MOMENT_MAX: usize = 3840 * 2160 * PIXEL_BYTES;
 
 /// Why a viewer is gone.
 #[derive(Debug, Error)]
@@ -169,6 +172,9 @@ struct Plan {
     offers_keys: bool,
     cursor: bool,
     rects: Vec<Rect>,
+    /// What they are told from: one moment's, however long that takes. One that is very large is told from what it is by then, or a
+    /// viewer that reads slowly would cost that much.
+    moment: Option<Arc<Picture>>,
 }
 
 impl Viewer {
@@ -285,6 +291,9 @@ impl Viewer {
         if let Some(area) = damage::shared(area, bounds) {
             plan.rects = news.damage.take(area);
         }
+        if !plan.rects.is_empty() {
+            plan.moment = Some(heads.picture(self.head)).filter(|picture| picture.pixels().len() <= MOMENT_MAX);
+        }
         if !plan.offers_keys && !plan.cursor && plan.rects.is_empty() {
             return None;
         }
@@ -325,20 +334,24 @@ impl Viewer {
                 update::put_cursor(&format, cursor, &mut out);
             }
             for part in parts {
+                let picture = plan.moment.clone().unwrap_or_else(|| self.stage.lock().picture(self.head));
                 if coding.is_plain(&format) {
                     coding.put_header(part, &mut out);
-                    self.stage.lock().read(self.head, part, &mut out);
+                    picture.append(part, &mut out);
                 } else {
                     pixels.clear();
-                    self.stage.lock().read(self.head, part, &mut pixels);
+                    picture.append(part, &mut pixels);
                     coding.put(&format, part, &pixels, &mut out);
                 }
+                drop(picture);
                 if out.len() >= PIECE {
                     send(&mut writer, &mut out).await?;
                 }
                 // Others have something to say, too.
                 tokio::task::yield_now().await;
             }
+            // The room may be wanted for another picture.
+            drop(plan.moment);
             send(&mut writer, &mut out).await?;
             sleep_until(begun + FRAME).await;
         }

@@ -36,7 +36,7 @@ for try in $(seq 200); do
 done
 mount -o ro -t ext4 /dev/vda /root
 mount -t tmpfs programs /root/mnt
-cp /programs/* /root/mnt
+cp -r /programs/. /root/mnt
 exec switch_root /root /sbin/init
 "#;
 

@@ -107,7 +107,7 @@ fn answer(site: &Arc<Site>, mut request: Request<Incoming>) -> Answer {
             None => denied(Denied::Nothing),
         },
         Ok(Wanted::Screenshot(head)) => {
-            let picture = site.stage.lock().shown(head).cloned();
+            let picture = site.stage.lock().shown(head);
             match picture.map(|picture| shot::png(&picture)) {
                 Some(Ok(png)) => with_type("image/png", png.into()),
                 Some(Err(_)) | None => denied(Denied::Nothing),

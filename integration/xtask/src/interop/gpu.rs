@@ -86,7 +86,7 @@ fn in_3d(qemu: &Qemu) -> Result<(String, usize)> {
         .args(["-device", "vhost-user-gpu-pci,chardev=gpu"]);
     let mut console = Console::spawn(&mut command)?;
     console.prompt(BOOT_LIMIT)?;
-    let renderer = console.run("/mnt/triangle /tmp/triangle.rgba", STEP_LIMIT)?;
+    let renderer = console.run("HOME=/tmp /mnt/triangle /tmp/triangle.rgba 2>/tmp/errors", STEP_LIMIT)?;
     ensure!(renderer.to_lowercase().starts_with("virgl"), "the guest's renderer is {renderer}");
     let there = console.run("sha256sum < /tmp/triangle.rgba", STEP_LIMIT)?;
     ensure!(there.starts_with(&packages::sha256(&here)?), "the guest's triangle is another: {there}");
