@@ -150,7 +150,9 @@ impl Heads {
     pub fn hear(&mut self, request: &Request<'_>) {
         match *request {
             Request::Scanout { scanout, width, height } => self.scanout(scanout as usize, (width, height)),
-            Request::Update { scanout, rect, pixels } => self.draw(scanout, |picture| Arc::make_mut(picture).draw(rect, pixels)),
+            Request::Update { scanout, rect, pixels } => {
+                self.draw(scanout, |picture| Arc::make_mut(picture).draw(rect, pixels))
+            }
             Request::CursorPosition(position) => self.cursor(position.scanout as usize, true, None),
             Request::CursorHide(position) => self.cursor(position.scanout as usize, false, None),
             Request::CursorUpdate { position, hot_x, hot_y, picture } => {

@@ -82,18 +82,18 @@ pub fn atoll(initramfs: &Path, gpu: &str, display: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// QEMU's software emulation with the same, and its own virtio-gpu; where its screen is seen is left to say.
+/// QEMU's software emulation with the same, and this virtio-gpu of its own; where its screen is seen is left to say.
 ///
 /// # Errors
 /// A package cannot be had.
-pub fn qemu(initramfs: &Path) -> Result<Command> {
+pub fn qemu(initramfs: &Path, gpu: &str) -> Result<Command> {
     let mut command = Command::new("qemu-system-x86_64");
     command.args(["-M", "q35", "-accel", "tcg", "-m", "512M", "-nodefaults", "-no-reboot", "-monitor", "none"]);
     // Its threads are named after what they do.
     command.args(["-serial", "stdio", "-name", "atoll,debug-threads=on", "-append", CMDLINE]);
     command.arg("-kernel").arg(full_kernel::image()?).arg("-initrd").arg(initramfs);
     command.arg("-drive").arg(format!("file={},if=none,id=d,format=raw,readonly=on", disk()?.display()));
-    command.args(["-device", "virtio-blk-pci,drive=d", "-device", "virtio-gpu-pci"]);
+    command.args(["-device", "virtio-blk-pci,drive=d", "-device", gpu]);
     Ok(command)
 }
 

@@ -75,6 +75,9 @@ pub const QEMU_GUI: Package = Package {
 pub const QEMU_GPU_PEERS: &[&str] =
     &["libvirglrenderer.so.1", "libepoxy.so.0", "libgbm.so.1", "libpixman-1.so.0", "libglib-2.0.so.0", "libnuma.so.1"];
 
+/// What QEMU's own device needs to draw in 3D on a host without a GPU: its window, and an X server in memory to put it on.
+pub const QEMU_GL_PEERS: &[&str] = &["qemu/ui-sdl.so", "Xvfb"];
+
 /// What 3D is drawn with on a host without a GPU, and what programs of the host draw with.
 pub const RENDERER_PEERS: &[&str] =
     &["libvirglrenderer.so.1", "libEGL.so.1", "libGLESv2.so.2", "libGL.so.1", "dri/swrast_dri.so"];
@@ -322,7 +325,7 @@ pub fn sha256(path: &Path) -> Result<String> {
 
 /// Programs that some tests and benchmarks set beside Atoll, and libraries that a device loads if they are there (their names end
 /// as names of libraries do), with the Debian package that holds each.
-pub const PEERS: [(&str, &str); 18] = [
+pub const PEERS: [(&str, &str); 20] = [
     ("passt", "passt"),
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
@@ -341,6 +344,8 @@ pub const PEERS: [(&str, &str); 18] = [
     ("libpixman-1.so.0", "libpixman-1-0"),
     ("libglib-2.0.so.0", "libglib2.0-0"),
     ("libnuma.so.1", "libnuma1"),
+    ("qemu/ui-sdl.so", "qemu-system-gui"),
+    ("Xvfb", "xvfb"),
 ];
 
 /// Where this machine has its libraries.

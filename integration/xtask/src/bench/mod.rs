@@ -1,6 +1,7 @@
 //! Benchmarks: each sets Atoll beside a peer in the same run, in turn, and prints ratios with their spread.
 
 pub mod boot;
+pub mod cube;
 pub mod gpu;
 pub mod memory;
 pub mod reconnect;

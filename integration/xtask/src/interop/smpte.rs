@@ -82,7 +82,7 @@ impl Machine {
         let initramfs = graphics_land::initramfs(folder, &[])?;
         if stand == Stand::Qemu {
             let monitor = folder.join("qmp.sock");
-            let mut command = graphics_land::qemu(&initramfs)?;
+            let mut command = graphics_land::qemu(&initramfs, "virtio-gpu-pci")?;
             command.args(["-display", "none"]).args(Monitor::arguments(&monitor));
             return Ok(Self::Qemu(Console::spawn(&mut command)?, monitor));
         }
