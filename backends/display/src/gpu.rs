@@ -104,7 +104,7 @@ fn hear(stage: &Stage, channel: &mut Channel) -> Result<bool, End> {
             }
             Request::GetEdid { scanout } => {
                 let (width, height) = stage.lock().wanted(scanout as usize);
-                say(channel, &Reply::Edid(edid(scanout, width, height)))?;
+                say(channel, &Reply::Edid(edid(scanout, width, height).filled()))?;
             }
             Request::Update { scanout, rect, pixels } => {
                 let from = message.payload.len() - pixels.len();

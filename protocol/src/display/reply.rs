@@ -68,6 +68,13 @@ impl Edid {
         bytes.truncate(EDID_MAX);
         Self(bytes)
     }
+    /// The same with zeroes behind it up to [`EDID_MAX`] bytes. So large is what QEMU says on the wire, whatever its blocks are, and
+    /// a backend (vhost-device-gpu 0.1) takes nothing else; how many blocks count is in the EDID itself.
+    #[must_use]
+    pub fn filled(mut self) -> Self {
+        self.0.resize(EDID_MAX, 0);
+        self
+    }
     /// Its bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {

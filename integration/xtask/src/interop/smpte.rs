@@ -1,5 +1,8 @@
-//! `modetest`'s colour bars on four stands: our front end and QEMU's, each with its own device and with QEMU's `vhost-user-gpu`, a
-//! backend in C. QEMU is Debian 12's with its own device; with the backend it is the newest, because theirs wants KVM for it. The same kernel, disk and user land throughout; what the screens show must be one picture, byte for byte.
+//! `modetest`'s colour bars on some stands: QEMU with its own device, Atoll with `atoll-gpu`, and Atoll with the devices of others,
+//! QEMU's `vhost-user-gpu` (in C) and `vhost-device-gpu` (in Rust). The same kernel, disk and user land throughout; what the screens
+//! show must be one picture, byte for byte.
+//!
+//! `vhost-device-gpu` takes part where it is installed: no distribution has it, and it wants virglrenderer 1.0 or later.
 
 use super::monitor::Monitor;
 use super::{BOOT_LIMIT, STEP_LIMIT};
@@ -23,6 +26,8 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// How long the bars may take to be there.
 const PICTURE_LIMIT: Duration = Duration::from_secs(60);
 const LISTEN_LIMIT: Duration = Duration::from_secs(20);
+/// The program of others that is looked for.
+const DEVICE_GPU: &str = "vhost-device-gpu";
 
 /// A front end and a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,34 +38,47 @@ enum Stand {
     Atoll,
     /// Atoll and QEMU's `vhost-user-gpu`.
     AtollAndC,
+    /// Atoll and `vhost-device-gpu`.
+    AtollAndRust,
 }
 
 impl Stand {
-    const ALL: [Self; 3] = [Self::Qemu, Self::Atoll, Self::AtollAndC];
+    const ALL: [Self; 4] = [Self::Qemu, Self::Atoll, Self::AtollAndC, Self::AtollAndRust];
 
     fn name(self) -> &'static str {
         match self {
             Self::Qemu => "QEMU, virtio-gpu-pci",
             Self::Atoll => "Atoll, atoll-gpu",
             Self::AtollAndC => "Atoll, QEMU's vhost-user-gpu",
+            Self::AtollAndRust => "Atoll, vhost-device-gpu",
         }
     }
 }
 
-/// QEMU's backend, which ends with its owner.
+/// A backend of others, which ends with its owner.
 struct Backend(Child);
 
 impl Backend {
-    fn start(socket: &Path) -> Result<Self> {
-        let program = packages::unpacked(&packages::QEMU_GUI)?.join("usr/lib/qemu/vhost-user-gpu");
-        let mut command = Command::new(program);
+    /// The backend that this stand has, if it is one of others.
+    fn start(stand: Stand, socket: &Path) -> Result<Option<Self>> {
+        let mut command = match stand {
+            Stand::Qemu | Stand::Atoll => return Ok(None),
+            Stand::AtollAndC => {
+                Command::new(packages::unpacked(&packages::QEMU_GUI)?.join("usr/lib/qemu/vhost-user-gpu"))
+            }
+            Stand::AtollAndRust => {
+                let mut command = Command::new(DEVICE_GPU);
+                command.args(["--gpu-mode", "virglrenderer"]);
+                command
+            }
+        };
         let backend = Self(command.arg("--socket-path").arg(socket).stdout(Stdio::null()).spawn()?);
         let deadline = Instant::now() + LISTEN_LIMIT;
         while !socket.exists() {
-            ensure!(Instant::now() < deadline, "vhost-user-gpu does not listen at {}", socket.display());
+            ensure!(Instant::now() < deadline, "{} does not listen at {}", stand.name(), socket.display());
             std::thread::sleep(Duration::from_millis(5));
         }
-        Ok(backend)
+        Ok(Some(backend))
     }
 }
 
@@ -126,7 +144,7 @@ impl Machine {
 fn bars(stand: Stand) -> Result<Picture> {
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("gpu.sock");
-    let _backend = if stand == Stand::AtollAndC { Some(Backend::start(&socket)?) } else { None };
+    let _backend = Backend::start(stand, &socket)?;
     let mut machine = Machine::start(stand, folder.path(), &socket)?;
     machine.console().prompt(BOOT_LIMIT)?;
     graphics_land::show_bars(machine.console(), SIZE)?;
@@ -157,14 +175,18 @@ pub fn run() -> Result<()> {
     packages::ensure_peers(packages::QEMU_GPU_PEERS)?;
     place::build_programs()?;
     let mut pictures = Vec::new();
-    for stand in Stand::ALL {
+    let has_device_gpu = place::on_path(DEVICE_GPU).is_some();
+    if !has_device_gpu {
+        eprintln!("{DEVICE_GPU} takes no part: it is not in PATH");
+    }
+    let stands = || Stand::ALL.into_iter().filter(|stand| *stand != Stand::AtollAndRust || has_device_gpu);
+    for stand in stands() {
         let begin = Instant::now();
         pictures.push(bars(stand).context(stand.name())?);
         eprintln!("{}: {} s", stand.name(), begin.elapsed().as_secs());
     }
     let first = pictures.first().context("there are stands")?;
-    let rows: Vec<_> = Stand::ALL
-        .iter()
+    let rows: Vec<_> = stands()
         .zip(&pictures)
         .map(|(stand, seen)| json!({ "stand": stand.name(), "differing": picture::differing(first, seen) }))
         .collect();
