@@ -33,7 +33,7 @@ const SOON_FROM: u32 = 0x5a00_0001;
 const PACED_FROM: u32 = 0x5a01_0001;
 const FREE_FROM: u32 = 0x5a02_0001;
 /// Frames whose way to the viewer is timed, and how many of them in a second.
-const SOON: (u32, u32) = (100, 10);
+const SOON: (u32, u32) = (300, 10);
 /// Frames whose cost is counted, and how many of them in a second.
 const PACED: (u32, u32) = (200, 20);
 /// Frames as fast as they go.
