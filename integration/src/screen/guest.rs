@@ -80,10 +80,19 @@ impl Screen {
             .arg(painting.initramfs(folder.path())?)
             .args(["--cmdline", "console=ttyS0 panic=-1 quiet", "--memory", "size=512M", "--cpu", "soft"])
             .args(["--gpu", gpu, "--display", display]);
-        let mut machine = Operated::spawn(&mut command, folder.path())?;
+        let mut screen = Self::of(&mut command, folder, painting)?;
+        painting.ready(screen.console())?;
+        painting::paint(screen.console(), 0)?;
+        Ok(screen)
+    }
+
+    /// The guest of this command, at its first prompt; what it has to paint with is its own affair.
+    ///
+    /// # Errors
+    /// It does not come so far.
+    pub fn of(command: &mut Command, folder: tempfile::TempDir, painting: Painting) -> Result<Self> {
+        let mut machine = Operated::spawn(command, folder.path())?;
         machine.console.prompt(BOOT_LIMIT)?;
-        painting.ready(&mut machine.console)?;
-        painting::paint(&mut machine.console, 0)?;
         Ok(Self { machine, api: folder.path().join("api.sock"), painting, _folder: folder })
     }
 

@@ -16,6 +16,7 @@ const SET_ENCODINGS: u8 = 2;
 const REQUEST: u8 = 3;
 const UPDATE: u8 = 0;
 const RAW: i32 = 0;
+const CURSOR: i32 = -239;
 /// 32 bits, of which 24 count; little endian; true colour; 255 each; red, green and blue above each other.
 const FORMAT: [u8; 16] = [32, 24, 0, 1, 0, 255, 0, 255, 0, 255, 16, 8, 0, 0, 0, 0];
 const PIXEL: usize = 4;
@@ -31,6 +32,21 @@ pub struct Seen {
     size: (usize, usize),
     /// Row by row.
     pub pixels: Vec<u8>,
+    /// What the viewer was told last of the pointer, if it was told of one.
+    pub pointer: Option<Pointer>,
+}
+
+/// What a pointer looks like; one without pixels is not shown.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pointer {
+    /// Columns and rows.
+    pub size: (usize, usize),
+    /// The pixel that points.
+    pub hot: (usize, usize),
+    /// Blue, green and red of each pixel, row by row.
+    pub colours: Vec<[u8; 3]>,
+    /// Which pixels are there.
+    pub mask: Vec<bool>,
 }
 
 impl Viewer {
@@ -96,13 +112,26 @@ impl Viewer {
     /// # Errors
     /// The display is gone.
     pub fn look(&mut self, size: (usize, usize)) -> Result<Seen> {
+        self.look_for(size, &[RAW])
+    }
+
+    /// The same, and wants to be told of the pointer.
+    ///
+    /// # Errors
+    /// The display is gone.
+    pub fn look_with_pointer(&mut self, size: (usize, usize)) -> Result<Seen> {
+        self.look_for(size, &[RAW, CURSOR])
+    }
+
+    fn look_for(&mut self, size: (usize, usize), encodings: &[i32]) -> Result<Seen> {
         let mut message = vec![SET_PIXEL_FORMAT, 0, 0, 0];
         message.extend(FORMAT);
-        message.extend([SET_ENCODINGS, 0, 0, 1]);
-        message.extend(RAW.to_be_bytes());
+        message.extend([SET_ENCODINGS, 0]);
+        message.extend(u16::try_from(encodings.len())?.to_be_bytes());
+        message.extend(encodings.iter().flat_map(|number| number.to_be_bytes()));
         self.0.get_mut().write_all(&message)?;
         self.request(size, false)?;
-        Ok(Seen { size, pixels: vec![0; size.0 * size.1 * PIXEL] })
+        Ok(Seen { size, pixels: vec![0; size.0 * size.1 * PIXEL], pointer: None })
     }
 
     fn request(&mut self, (width, height): (usize, usize), changed_only: bool) -> Result<()> {
@@ -138,6 +167,10 @@ impl Viewer {
             let header: [u8; 12] = self.take()?;
             let number = |at: usize| usize::from(u16::from_be_bytes([header[at], header[at + 1]]));
             let (x, y, width, height) = (number(0), number(2), number(4), number(6));
+            if header[8..] == CURSOR.to_be_bytes() {
+                seen.pointer = Some(self.pointer((x, y), (width, height))?);
+                continue;
+            }
             ensure!(header[8..] == RAW.to_be_bytes(), "a rectangle in another encoding: {header:?}");
             ensure!(x + width <= seen.size.0 && y + height <= seen.size.1, "a rectangle outside the screen");
             for row in y..y + height {
@@ -147,5 +180,18 @@ impl Viewer {
         }
         self.request(seen.size, true)?;
         Ok(true)
+    }
+
+    /// What follows the header of a pointer: its pixels, then a bit for each, of which rows begin with a byte.
+    fn pointer(&mut self, hot: (usize, usize), size: (usize, usize)) -> Result<Pointer> {
+        let (width, height) = size;
+        let (mut pixels, row) = (vec![0; width * height * PIXEL], width.div_ceil(8));
+        self.0.read_exact(&mut pixels)?;
+        let mut bits = vec![0; row * height];
+        self.0.read_exact(&mut bits)?;
+        let colours = pixels.as_chunks::<PIXEL>().0.iter().map(|[blue, green, red, _]| [*blue, *green, *red]).collect();
+        let places = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
+        let mask = places.map(|(x, y)| bits[y * row + x / 8] & (0x80 >> (x % 8)) != 0).collect();
+        Ok(Pointer { size, hot, colours, mask })
     }
 }
