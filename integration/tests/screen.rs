@@ -100,12 +100,14 @@ fn shows_corner(screen: &Screen, head: u32, size: (usize, usize), corner: (usize
 }
 
 /// Two heads of different size show the guest's frame buffer, and go on doing so when what draws has died; a head that is
-/// resized is a new first choice among the guest's modes, and the other head's stay as they are.
+/// resized is a new first choice among the guest's modes, and the other head's stay as they are. A head without a mode is off until
+/// it is given a size, and on from then on.
 #[test]
 fn heads_are_told_apart_and_resized() -> Result<()> {
     const HEADS: [(u32, (usize, usize)); 2] = [(0, (1280, 800)), (1, (1024, 768))];
     const MODES: &str = "head -1 /sys/class/drm/card0-Virtual-1/modes /sys/class/drm/card0-Virtual-2/modes | xargs";
-    let mut screen = Screen::painted_on("scanouts=2,modes=[1280x800,1024x768]", PICTURE, "on")?;
+    const LAST: &str = "cat /sys/class/drm/card0-Virtual-3/status; head -1 /sys/class/drm/card0-Virtual-3/modes";
+    let mut screen = Screen::painted_on("scanouts=3,modes=[1280x800,1024x768]", PICTURE, "on")?;
     for kill in [false, true] {
         if kill {
             screen.kill("atoll-gpu")?;
@@ -131,6 +133,23 @@ fn heads_are_told_apart_and_resized() -> Result<()> {
             now = screen.console().run(MODES, STEP)?;
         }
         ensure!(now.contains("1280x800") && !now.contains("1024x768"), "the guest's first choices: {now}");
+    }
+
+    let last = screen.console().run(LAST, STEP)?;
+    ensure!(last == "disconnected", "a head without a mode is {last}");
+    resize("640x480", "2")?;
+    let begin = Instant::now();
+    while screen.console().run(LAST, STEP)? != "connected\n640x480" {
+        ensure!(begin.elapsed() < STEP, "the head is not switched on: {}", screen.console().run(LAST, STEP)?);
+    }
+    shows_corner(&screen, 2, (640, 480), (640, 480)).context("switched on")?;
+    for victim in ["atoll-gpu", "atoll-display"] {
+        screen.kill(victim)?;
+        // Were a size forgotten, the guest would hear of that in between.
+        std::thread::sleep(Duration::from_secs(1));
+        shows_corner(&screen, 2, (640, 480), (640, 480)).with_context(|| format!("after the death of {victim}"))?;
+        let now = screen.console().run(MODES, STEP)?;
+        ensure!(now.contains("640x480") && !now.contains("1024x768"), "after the death of {victim}: {now}");
     }
     screen.end()
 }

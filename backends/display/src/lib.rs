@@ -3,6 +3,7 @@
 //! [`stage`] is what there is to see, [`gpu`] who tells it, [`viewer`] and [`web`] who looks, [`seat`] what those type. What
 //! viewers say is decoded without sockets, in [`rfb`] and [`web::request`].
 
+pub mod asked;
 pub mod control;
 pub mod damage;
 pub mod gpu;

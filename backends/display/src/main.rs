@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use atoll_display::asked::Asked;
 use atoll_display::control::Control;
 use atoll_display::listen::Place;
 use atoll_display::secret::Secret;
@@ -64,6 +65,10 @@ struct Options {
     /// viewers arrive
     #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = parse_size)]
     size: Vec<(u32, u32)>,
+    /// A memfd of 128 bytes in which sizes that are asked for outlive this process: each start reads there what its predecessors
+    /// were asked for
+    #[arg(long, value_name = "N")]
+    asked_fd: Option<RawFd>,
     /// noVNC's folder
     #[arg(long, value_name = "DIR", default_value = NOVNC)]
     novnc: PathBuf,
@@ -128,9 +133,10 @@ impl Orders for AtOnce {
 impl Options {
     fn descriptors(&self) -> Vec<RawFd> {
         let single = [self.display_fd, self.serial_fd, self.web_fd, self.secret_fd, self.control_fd, self.sidecar_fd];
+        let single = single.into_iter().chain([self.asked_fd]);
         let events = self.events_fd.iter().map(|Events(_, fd)| *fd);
         let places = self.vnc_fd.iter().map(|Vnc(_, fd)| *fd);
-        single.into_iter().flatten().chain(events).chain(places).collect()
+        single.flatten().chain(events).chain(places).collect()
     }
 
     fn take(option: &'static str, fd: Option<RawFd>) -> anyhow::Result<Option<OwnedFd>> {
@@ -178,7 +184,10 @@ fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>)
     // Each head at which somebody can arrive has a size.
     let count = options.vnc_fd.iter().map(|Vnc(head, _)| head + 1).max().unwrap_or(1).max(options.size.len());
     let sizes: Vec<_> = (0..count).map(|head| options.size.get(head).copied().unwrap_or(SIZE)).collect();
-    let stage = Stage::new(&sizes);
+    let stage = match Options::take("--asked-fd", options.asked_fd)? {
+        Some(fd) => Stage::succeeding(&sizes, Asked::read(fd)?),
+        None => Stage::new(&sizes),
+    };
     for Events(kind, fd) in &options.events_fd {
         stage.seat().connect(*kind, inherited("--events-fd", *fd)?);
     }

@@ -1,7 +1,7 @@
 //! What there is to see: the heads of the guest, as the device has told them, and who has not seen what of them.
 //!
-//! One lock, held for no longer than a picture is taken over or drawn on; it is told from without the lock. Nothing is queued for a viewer: what has changed is noted for
-//! each, and the newest is told when it asks. When the device's process dies, everything stays as it was.
+//! One lock, held for no longer than a picture is taken over or drawn on; it is told from without the lock. Nothing is queued for a
+//! viewer: what has changed is noted for each, and the newest is told when it asks. When the device's process dies, everything stays as it was.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,6 +10,7 @@ use atoll_protocol::display::control::HeadInfo;
 use atoll_protocol::display::{CURSOR_BYTES, DisplayInfo, Rect, Request, SCANOUTS_MAX, Screen};
 use tokio::sync::Notify;
 
+use crate::asked::{Asked, Sizes};
 use crate::damage::{self, Damage};
 use crate::picture::{self, Picture};
 use crate::seat::{Seat, ViewerId};
@@ -80,6 +81,8 @@ pub struct Heads {
 pub struct Stage {
     heads: Mutex<Heads>,
     seat: Mutex<Seat>,
+    /// Where other sizes are written down.
+    asked: Option<Asked>,
     /// What is wanted of the device has changed.
     pub wishes: Notify,
 }
@@ -88,15 +91,26 @@ impl Stage {
     /// A stage whose heads want these sizes; the first ones are enabled.
     #[must_use]
     pub fn new(sizes: &[(u32, u32)]) -> Arc<Self> {
+        Self::build(sizes, None, &Sizes::default())
+    }
+
+    /// The same, but for heads of which somebody has asked predecessors for another size; whoever asks from now on is remembered.
+    #[must_use]
+    pub fn succeeding(sizes: &[(u32, u32)], (asked, before): (Asked, Sizes)) -> Arc<Self> {
+        Self::build(sizes, Some(asked), &before)
+    }
+
+    fn build(sizes: &[(u32, u32)], asked: Option<Asked>, before: &Sizes) -> Arc<Self> {
         let mut heads: Vec<Head> = (0..SCANOUTS_MAX).map(|_| Head::default()).collect();
         let mut x = 0;
-        for (head, (width, height)) in heads.iter_mut().zip(sizes) {
-            head.wanted = Screen { rect: Rect { x, y: 0, width: *width, height: *height }, enabled: true, flags: 0 };
-            head.picture = Arc::new(Picture::black((*width, *height)));
+        for (number, (head, before)) in heads.iter_mut().zip(before).enumerate() {
+            let Some((width, height)) = before.or_else(|| sizes.get(number).copied()) else { continue };
+            head.wanted = Screen { rect: Rect { x, y: 0, width, height }, enabled: true, flags: 0 };
+            head.picture = Arc::new(Picture::black((width, height)));
             x += width;
         }
         let heads = Heads { heads, ..Heads::default() };
-        Arc::new(Self { heads: Mutex::new(heads), seat: Mutex::default(), wishes: Notify::new() })
+        Arc::new(Self { heads: Mutex::new(heads), seat: Mutex::default(), asked, wishes: Notify::new() })
     }
 
     /// Takes the lock of the heads.
@@ -114,6 +128,9 @@ impl Stage {
         let mut heads = self.lock();
         let follows = heads.follows;
         let Some(changed) = heads.heads.get_mut(head) else { return false };
+        if let Some(asked) = &self.asked {
+            asked.note(head, (width, height));
+        }
         let rect = Rect { width, height, ..changed.wanted.rect };
         let wanted = Screen { rect, enabled: true, flags: 0 };
         if std::mem::replace(&mut changed.wanted, wanted) != wanted {

@@ -98,6 +98,37 @@ fn sizes_go_both_ways() -> Result<()> {
     Ok(())
 }
 
+/// Sizes that an operator or a viewer has asked for are what a successor asks for: a death does not switch a head off again.
+#[test]
+fn sizes_outlive_the_process() -> Result<()> {
+    let memory = tempfile::tempfile()?;
+    memory.set_len(128)?;
+    let start = || -> Result<Screen> {
+        Screen::start_with(false, &["--size", "1024x768"], vec![("--asked-fd", memory.try_clone()?.into())])
+    };
+    let screens = |screen: &mut Screen| -> Result<Vec<(u32, u32, u32)>> {
+        let Reply::DisplayInfo(info) = screen.gpu.ask(Request::GetDisplayInfo)? else { bail!("no information") };
+        let enabled = info.screens.iter().filter(|screen| screen.enabled);
+        Ok(enabled.map(|screen| (screen.rect.x, screen.rect.width, screen.rect.height)).collect())
+    };
+    let mut screen = start()?;
+    ensure!(screens(&mut screen)? == [(0, 1024, 768)]);
+    let (report, _) = screen.ask(&DisplayOrder::Resize { head: 2, width: 800, height: 600 }, None)?;
+    ensure!(report == DisplayReport::Done && matches!(screen.gpu.hear()?, Reply::Changed));
+    drop(screen);
+    let mut screen = start()?;
+    ensure!(screens(&mut screen)? == [(0, 1024, 768), (1024, 800, 600)]);
+    // And by a viewer.
+    let mut viewer = screen.viewer()?;
+    let mut bytes = vec![251, 0, 2, 128, 1, 224, 1, 0];
+    bytes.extend([0; 16]);
+    viewer.stream.write_all(&bytes)?;
+    ensure!(matches!(screen.gpu.hear()?, Reply::Changed));
+    drop(screen);
+    ensure!(screens(&mut start()?)? == [(0, 640, 480), (640, 800, 600)]);
+    Ok(())
+}
+
 /// The pointer's picture is the viewer's to draw; one that is hidden is nothing.
 #[test]
 fn pointers_are_told_apart_from_pictures() -> Result<()> {

@@ -1,5 +1,5 @@
-//! What a display stands on and what outlives its process: the sockets that viewers come to, their password, and the control
-//! socket of the process that there is.
+//! What a display stands on and what outlives its process: the sockets that viewers come to, their password, the sizes that were
+//! asked for, and the control socket of the process that there is.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use atoll_protocol::display::SCANOUTS_MAX;
 use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
 use atoll_protocol::socket::{FrameSocket, SocketError};
 use rustix::fs::{MemfdFlags, Mode as FileMode, OFlags, SealFlags};
@@ -32,6 +33,8 @@ const ORDER_MAX: Duration = Duration::from_secs(5);
 const SECRET_LEN: usize = 24;
 /// Bytes of one that is given.
 const SECRET_MAX: usize = 256;
+/// Bytes in which a process writes down sizes for its successors: columns and rows of each head.
+const ASKED_LEN: u64 = 8 * SCANOUTS_MAX as u64;
 /// Letters that nobody confuses.
 const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 /// Bytes of a picture that a client takes.
@@ -135,6 +138,8 @@ pub struct DisplayLine {
     modes: Vec<Mode>,
     /// How many heads the GPU has.
     heads: u32,
+    /// Sizes that operators and viewers have asked for, which the process writes and its successor reads.
+    asked: OwnedFd,
     control: Mutex<Option<FrameSocket>>,
     joint: Arc<Joint>,
     /// The guest's serial console, for the page.
@@ -180,6 +185,14 @@ fn sealed(bytes: &[u8]) -> std::io::Result<OwnedFd> {
     Ok(file.into())
 }
 
+/// Memory for sizes, all of them zero, as long as it stays.
+fn memory() -> std::io::Result<OwnedFd> {
+    let memfd = rustix::fs::memfd_create("display-sizes", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&memfd, ASKED_LEN)?;
+    rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(memfd)
+}
+
 impl DisplayLine {
     /// Binds what viewers come to; its page shows `serial` beside the picture.
     ///
@@ -200,11 +213,11 @@ impl DisplayLine {
             place.as_ref().map(Listener::open).transpose()
         };
         let (vnc, web) = (place(&display.vnc)?, place(&display.web)?);
-        let asked = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(..)));
-        let secret = if asked || display.password_file.is_some() { Some(secret(display)?) } else { None };
+        let open = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(..)));
+        let secret = if open || display.password_file.is_some() { Some(secret(display)?) } else { None };
         let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
-        let obeyed = AtomicU64::new(0);
-        Ok(Some(Self { vnc, web, config, secret, inputs, modes, heads, control, joint, serial, obeyed }))
+        let (obeyed, asked) = (AtomicU64::new(0), memory()?);
+        Ok(Some(Self { vnc, web, config, secret, inputs, modes, heads, asked, control, joint, serial, obeyed }))
     }
 
     /// The configuration, with the ports that the kernel has chosen.
@@ -243,7 +256,10 @@ impl DisplayLine {
     /// What an incarnation inherits, and our end of its control socket.
     pub(crate) fn descriptors(&self) -> std::io::Result<(Vec<PassedFd>, FrameSocket)> {
         let (ours, theirs) = UnixStream::pair()?;
-        let mut fds = vec![PassedFd { flag: "--control-fd".into(), fd: theirs.into() }];
+        let mut fds = vec![
+            PassedFd { flag: "--control-fd".into(), fd: theirs.into() },
+            PassedFd { flag: "--asked-fd".into(), fd: self.asked.try_clone()? },
+        ];
         for (flag, listener) in [("--vnc-fd", &self.vnc), ("--web-fd", &self.web)] {
             if let Some(listener) = listener {
                 fds.push(PassedFd { flag: flag.into(), fd: listener.pass()? });
