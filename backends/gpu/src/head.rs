@@ -144,9 +144,12 @@ impl Head {
 
     /// The cursor is elsewhere, or not shown.
     pub fn move_cursor(&mut self, record: &Record, position: CursorPosition, shown: bool) {
+        // A screen that has come while it was hidden does not know what it looks like.
+        let appears = shown && !self.cursor.shown && self.cursor.has_picture;
         (self.cursor.x, self.cursor.y, self.cursor.shown) = (position.x, position.y, shown);
         record.set_cursor(self.number, &self.cursor);
-        self.cursor_news = self.cursor_news.max(CursorNews::Place);
+        let news = if appears { CursorNews::Picture } else { CursorNews::Place };
+        self.cursor_news = self.cursor_news.max(news);
     }
 
     /// The cursor looks otherwise.

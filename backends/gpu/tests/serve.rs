@@ -135,7 +135,7 @@ fn a_screen_of_the_documents_is_asked() -> Result<()> {
     Ok(())
 }
 
-/// The cursor is drawn, moved and hidden; another screen is shown it again.
+/// The cursor is drawn, moved, hidden and seen again; another screen is shown it, too.
 #[test]
 fn the_cursor_is_shown() -> Result<()> {
     let folder = tempfile::tempdir()?;
@@ -157,7 +157,14 @@ fn the_cursor_is_shown() -> Result<()> {
     ensure!(screen.until(|_| false).is_err(), "the first one is hung up on");
     other.until(|screen| screen.cursor_picture == arrow)?;
     guest.cursor(0x300, &[0, 30, 40, 0, 0, 0, 0, 0])?;
-    other.until(|screen| screen.cursor.is_some_and(|(_, shown)| !shown))
+    other.until(|screen| screen.cursor.is_some_and(|(_, shown)| !shown))?;
+    // One that comes while it is hidden is told what it looks like once it is seen again.
+    let mut last = guest.screen(Features(0), &[(800, 600)])?;
+    last.until(|screen| screen.cursor.is_some_and(|(_, shown)| !shown))?;
+    guest.cursor(0x301, &[0, 50, 60, 0, 7, 0, 0, 0])?;
+    last.until(|screen| screen.cursor.is_some_and(|(at, shown)| shown && (at.x, at.y) == (50, 60)))?;
+    ensure!(last.cursor_picture == arrow && last.hot == (3, 4));
+    Ok(())
 }
 
 /// However much the guest draws, the screen gets sixty frames a second at most, and the last of them in the end.
