@@ -168,7 +168,7 @@ impl Heads {
         match *request {
             Request::Scanout { scanout, width, height } => self.scanout(scanout as usize, (width, height)),
             Request::Update { scanout, rect, pixels } => {
-                self.draw(scanout, |picture| Arc::make_mut(picture).draw(rect, pixels))
+                self.draw(scanout, |picture| Arc::make_mut(picture).draw(rect, pixels));
             }
             Request::CursorPosition(position) => self.cursor(position.scanout as usize, true, None),
             Request::CursorHide(position) => self.cursor(position.scanout as usize, false, None),
