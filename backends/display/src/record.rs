@@ -1,6 +1,8 @@
 //! A recording of a head: an animated PNG. Browsers and players know it, the crate that writes screenshots writes it too,
 //! nothing is lost, and a frame is only what has changed, for as long as it was to be seen. The file is right after each
-//! frame but for its last 12 bytes: the number of frames, which stands at its front, is brought up to date each time.
+//! frame: the number of frames, which stands at its front, is brought up to date each time, and the last chunk is put behind the
+//! frame, where the next one begins. So a process that is killed leaves a recording up to the last change, or until some seconds
+//! before where nothing changed.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -20,6 +22,11 @@ use crate::stage::Stage;
 
 /// The time between two frames, at least.
 const FRAME: Duration = Duration::from_millis(33);
+/// How long nothing changes before what is seen is written: that much, at most, is missing from a recording whose process is
+/// killed. It is less than a frame's duration can say.
+const STILL: Duration = Duration::from_secs(5);
+/// A part of the picture to see again, when nothing has changed.
+const CORNER: Rect = Rect { x: 0, y: 0, width: 1, height: 1 };
 /// Frames that a file is announced to have until it is known better.
 const FRAMES_MAX: u32 = 0x7fff_ffff;
 
@@ -40,6 +47,8 @@ pub enum RecordError {
     Io(#[from] io::Error),
 }
 
+/// The last chunk of a PNG.
+const END: [u8; 12] = *b"\0\0\0\0IEND\xae\x42\x60\x82";
 /// Bytes in which the number of frames is.
 const FRONT: usize = 128;
 
@@ -96,6 +105,11 @@ impl Recording {
         Ok(())
     }
 
+    /// When what is seen has been seen for long enough.
+    fn still_at(&self) -> Instant {
+        self.seen.as_ref().map_or_else(Instant::now, |seen| seen.at) + STILL
+    }
+
     /// Writes what was seen until `now`.
     fn write(&mut self, now: Instant) -> Result<(), RecordError> {
         let Some(Seen { rect, rgb, at }) = self.seen.take() else { return Ok(()) };
@@ -109,7 +123,9 @@ impl Recording {
         self.writer.set_frame_delay(shown_ms, 1000)?;
         self.writer.write_image_data(&rgb)?;
         self.frames += 1;
-        self.count()
+        self.count()?;
+        let end = (&self.file).stream_position()?;
+        Ok(self.file.write_all_at(&END, end)?)
     }
 
     /// Says at the front of the file how many frames there are.
@@ -155,9 +171,11 @@ impl Recording {
             tokio::select! {
                 _ = &mut stop => break Ok(()),
                 () = wake.notified() => {}
+                () = tokio::time::sleep_until(self.still_at()) => {}
             }
             let changed = stage.lock().news(id).map(|news| news.damage.take(self.canvas)).unwrap_or_default();
-            if let Some(rect) = changed.into_iter().reduce(damage::around)
+            let again = (self.still_at() <= Instant::now()).then_some(CORNER);
+            if let Some(rect) = changed.into_iter().reduce(damage::around).or(again)
                 && let Err(error) = self.see(&stage, rect)
             {
                 break Err(error);

@@ -287,6 +287,45 @@ fn a_head_is_recorded() -> Result<()> {
     Ok(())
 }
 
+/// A process that is killed leaves a recording that is whole: it has all of its frames up to the last change, and ends as one does.
+#[test]
+fn a_recording_outlives_its_process() -> Result<()> {
+    let mut screen = Screen::start_with(false, &[], Vec::new())?;
+    let path = screen.folder.path().join("film.png");
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path)?;
+    let first = picture(640, 480, 8);
+    screen.gpu.show(0, SIZE, &first)?;
+    ensure!(screen.ask(&DisplayOrder::Record { head: 0 }, Some(file.into()))?.0 == DisplayReport::Done);
+    let rect = Rect { x: 10, y: 20, width: 30, height: 40 };
+    let second = text(30, 40, 9);
+    // Each is written when the next one comes.
+    let frames = || -> Result<u32> {
+        let bytes = std::fs::read(&path)?;
+        let reader = png::Decoder::new(std::io::Cursor::new(&bytes)).read_info()?;
+        Ok(reader.info().animation_control().map_or(0, |control| control.num_frames))
+    };
+    let begin = std::time::Instant::now();
+    while !(2..1000).contains(&frames().unwrap_or(0)) {
+        ensure!(begin.elapsed() < PATIENCE, "no frames");
+        screen.gpu.say(Request::Update { scanout: 0, rect, pixels: &second })?;
+        screen.gpu.settle()?;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    screen.child.kill()?;
+    screen.child.wait()?;
+    let bytes = std::fs::read(&path)?;
+    let mut reader = png::Decoder::new(std::io::Cursor::new(&bytes)).read_info()?;
+    let count = frames()?;
+    let mut pixels = vec![0; 640 * 480 * 3];
+    reader.next_frame(&mut pixels)?;
+    ensure!(pixels == rgb(&first));
+    for _ in 1..count {
+        reader.next_frame(&mut pixels)?;
+        ensure!(pixels[..30 * 40 * 3] == rgb(&second));
+    }
+    Ok(reader.finish()?)
+}
+
 /// Two heads are two pictures, each with its own place to arrive at.
 #[test]
 fn heads_are_apart() -> Result<()> {

@@ -28,7 +28,7 @@ use super::standing::Standing;
 use super::supervisor::{Recovery, SupervisorMail};
 use crate::actor::{Address, Inbox, Outbox, TellError, mailbox};
 use crate::config::DeviceKind;
-use crate::lifecycle::DeviceReport;
+use crate::lifecycle::{DeviceReport, DeviceState};
 use crate::seccomp::{self, ThreadClass};
 
 /// How long an incarnation may take to be attached once it is ready.
@@ -101,6 +101,17 @@ pub enum KeptError {
         #[source]
         source: std::io::Error,
     },
+}
+
+/// Why there is nothing to revive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub(crate) enum NotRevived {
+    /// It serves.
+    #[error("it is well: a process serves it")]
+    Well,
+    /// The supervisor's mailbox is full.
+    #[error("the supervisor has much to do: ask again")]
+    Busy,
 }
 
 enum Order {
@@ -180,6 +191,17 @@ impl Kept {
     /// What an operator is told of it.
     pub(crate) fn report(&self) -> DeviceReport {
         self.standing.report(&self.name, self.kind)
+    }
+
+    /// Starts one that was given up afresh, or one that waits for its next start at once.
+    ///
+    /// # Errors
+    /// It serves, or nobody hears.
+    pub(crate) fn revive(&self) -> Result<(), NotRevived> {
+        if self.report().state == DeviceState::Running {
+            return Err(NotRevived::Well);
+        }
+        self.supervisor.try_tell(SupervisorMail::Revive(self.device)).map_err(|_| NotRevived::Busy)
     }
 
     /// Asks the process to end, kills it at `deadline`, and waits for its end.

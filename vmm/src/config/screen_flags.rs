@@ -69,6 +69,11 @@ impl InputConfig {
             if let Some(kind) = InputKind::read(text) {
                 return Ok(Self { kind, ..Self::default() });
             }
+            if !text.contains('=') {
+                return Err(KeyError::Choice {
+                    valid: "keyboard, tablet or mouse, or kind= with one of them and more",
+                });
+            }
             let options = Options::parse(text, &["kind", "start_attempts", "on_failure", "iommu", "id"], &[])?;
             Ok(Self {
                 id: options.get("id")?,
@@ -133,7 +138,8 @@ mod tests {
             (GpuConfig::from_flag("--gpu", "memory=1K").unwrap_err(), "16M"),
             (GpuConfig::from_flag("--gpu", "virgl=on,iommu=on").unwrap_err(), "leave one out"),
             (GpuConfig::from_flag("--gpu", "socket=/run/gpu,virgl=on").unwrap_err(), "give them there"),
-            (InputConfig::from_flag("--input", "joystick").unwrap_err(), "kind"),
+            (InputConfig::from_flag("--input", "trackball").unwrap_err(), "keyboard, tablet or mouse"),
+            (InputConfig::from_flag("--input", "kind=trackball").unwrap_err(), "keyboard, tablet or mouse"),
             (DisplayConfig::from_flag("--display", "vnc=0.0.0.0:5900").unwrap_err(), "ssh -L"),
             (DisplayConfig::from_flag("--display", "vnc=5900").unwrap_err(), "127.0.0.1:5900"),
             (DisplayConfig::from_flag("--display", "web=unix:/run/web").unwrap_err(), "127.0.0.1:8006"),

@@ -90,6 +90,11 @@ pub(super) fn failed(error: impl std::fmt::Display) -> VmError {
     VmError::new(ErrorKind::Failed, error)
 }
 
+/// What the device named `id` did not do. One that is never asked for such a thing does not say its name.
+fn of(id: &str) -> impl Fn(LifeError) -> LifeError + '_ {
+    |error| LifeError { device: id.to_owned(), ..error }
+}
+
 /// What a device did not do.
 fn refused(error: LifeError) -> VmError {
     let kind = if error.source.is::<Unsupported>() { ErrorKind::Unsupported } else { ErrorKind::Failed };
@@ -414,7 +419,7 @@ impl Keeper {
                     );
                     Err(VmError::new(ErrorKind::Bad, text))
                 }
-                Some(life) => life.resize(size).map_err(|error| {
+                Some(life) => life.resize(size).map_err(of(id)).map_err(|error| {
                     let mistake = error.source.downcast_ref::<ResizeError>().is_some_and(ResizeError::is_mistake);
                     if mistake { VmError::new(ErrorKind::Bad, error) } else { refused(error) }
                 }),
@@ -427,7 +432,7 @@ impl Keeper {
     pub(super) fn set_link(&mut self, id: &str, link: LinkState) -> Result<(), VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
-                Some(life) => life.set_link(link).map_err(|error| {
+                Some(life) => life.set_link(link).map_err(of(id)).map_err(|error| {
                     let late = error.source.downcast_ref::<LinkError>().is_some_and(|error| !error.is_mistake());
                     VmError::new(if late { ErrorKind::Failed } else { ErrorKind::Bad }, error)
                 }),
@@ -440,7 +445,7 @@ impl Keeper {
     pub(super) fn revive_device(&mut self, id: &str) -> Result<(), VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
-                Some(life) => life.revive().map_err(failed),
+                Some(life) => life.revive().map_err(of(id)).map_err(failed),
                 None => Err(no_device(id)),
             },
             other => Err(other.not_running()),
@@ -450,7 +455,7 @@ impl Keeper {
     pub(super) fn upgrade_device(&mut self, id: &str, order: UpgradeOrder) -> Result<UpgradeOutcome, VmError> {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
-                Some(life) => life.upgrade(order).map_err(refused),
+                Some(life) => life.upgrade(order).map_err(of(id)).map_err(refused),
                 None => Err(no_device(id)),
             },
             other => Err(other.not_running()),
@@ -466,7 +471,7 @@ impl Keeper {
         match &mut self.state {
             State::Running(_, live) | State::Paused(_, live) => match live.machine.life_of(id) {
                 Some(life) => {
-                    life.inject(fault, seed).map_err(failed)?;
+                    life.inject(fault, seed).map_err(of(id)).map_err(failed)?;
                     let told = [("id", id.to_owned()), ("fault", fault.name().to_owned()), ("seed", seed.to_string())];
                     self.story.tell("device", "fault", told);
                     Ok(())

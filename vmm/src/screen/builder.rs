@@ -118,6 +118,10 @@ impl DeviceLife for DisplayLife {
         self.0.stop(deadline);
         Ok(())
     }
+    fn revive(&mut self) -> Result<(), LifeError> {
+        let failed = |error| LifeError { device: NAME.into(), step: "revive", source: Box::new(error) };
+        self.0.revive().map_err(failed)
+    }
     fn report(&self) -> Option<DeviceReport> {
         Some(self.0.report())
     }

@@ -1,13 +1,15 @@
 //! What a display stands on and what outlives its process: the sockets that viewers come to, their password, the sizes that were
 //! asked for, and the control socket of the process that there is.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -37,6 +39,10 @@ const SECRET_MAX: usize = 256;
 const ASKED_LEN: u64 = 8 * SCANOUTS_MAX as u64;
 /// Letters that nobody confuses.
 const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
+/// What is in noVNC's folder, and in no other.
+const NOVNC_FILE: &str = "core/rfb.js";
+/// Who may read a file beside its owner.
+const OTHERS_READ: u32 = 0o044;
 /// Bytes of a picture that a client takes.
 const PICTURE_MAX: u64 = 64 << 20;
 
@@ -63,6 +69,12 @@ pub enum DisplayError {
         /// What is wrong with it.
         what: String,
     },
+    /// The folder of noVNC.
+    #[error(
+        "display: novnc={} has no {NOVNC_FILE}: name noVNC's folder, as /usr/share/novnc of the package novnc, or leave novnc out",
+        .0.display()
+    )]
+    Novnc(PathBuf),
     /// No descriptors left.
     #[error("display: {0}")]
     Host(#[from] std::io::Error),
@@ -72,6 +84,12 @@ pub enum DisplayError {
     /// It does not answer.
     #[error("the display's process does not answer ({0}): it is replaced if it is stuck; ask again")]
     Silent(#[from] SocketError),
+    /// Who recorded is gone.
+    #[error(
+        "the display's process has ended, and the recording of head {0} with it: the file is whole and has what was seen until a \
+         few seconds before; begin another, to another file"
+    )]
+    Cut(u32),
     /// It says no.
     #[error("{0}")]
     Refused(String),
@@ -125,6 +143,18 @@ pub struct WhereToLook {
     /// What they are asked for; VNC reads its first eight bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub password: Option<String>,
+    /// Heads that are being recorded.
+    #[serde(default)]
+    pub recorded: Vec<u32>,
+}
+
+/// A recording that somebody has begun and nobody has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tape {
+    /// The process that there is makes it.
+    Running,
+    /// It ended with its process, and whoever wanted it has not heard of that.
+    Cut,
 }
 
 /// The place of a display.
@@ -144,6 +174,7 @@ pub struct DisplayLine {
     joint: Arc<Joint>,
     /// The guest's serial console, for the page.
     serial: Option<Arc<SerialBranch>>,
+    tapes: Mutex<BTreeMap<u32, Tape>>,
     /// Orders that all processes have carried out.
     obeyed: AtomicU64,
 }
@@ -160,9 +191,16 @@ fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
     let mut text = String::new();
     // A pipe would keep whoever opens it waiting.
     let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, FileMode::empty());
-    let file = File::from(file.map_err(|errno| wrong(std::io::Error::from(errno).to_string()))?);
-    if !file.metadata().is_ok_and(|about| about.is_file()) {
+    let remedy =
+        "give a file with a line in it that can be read, or leave password_file out: then a password is made up";
+    let file = File::from(file.map_err(|errno| wrong(format!("{}; {remedy}", std::io::Error::from(errno))))?);
+    let about = file.metadata().map_err(|error| wrong(error.to_string()))?;
+    if !about.is_file() {
         return Err(wrong("it is no plain file: give one with a line in it".into()));
+    }
+    if about.permissions().mode() & OTHERS_READ != 0 {
+        let file = path.display();
+        tracing::warn!(%file, "others may read the file with the display's password: chmod 600 {file}");
     }
     let most = SECRET_MAX as u64 + 3;
     file.take(most).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
@@ -173,6 +211,11 @@ fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
         return Err(wrong(format!("it is one line of 1 to {SECRET_MAX} letters, digits, - and _")));
     }
     Ok(word.to_owned())
+}
+
+/// The folder is noVNC's. The display's process reads it when it starts, and can only tell browsers that nothing is there.
+fn check_novnc(folder: &Path) -> Result<(), DisplayError> {
+    if folder.join(NOVNC_FILE).is_file() { Ok(()) } else { Err(DisplayError::Novnc(folder.into())) }
 }
 
 /// Bytes as a descriptor that nobody changes.
@@ -212,12 +255,13 @@ impl DisplayLine {
                 text.as_ref().map(|text| text.parse::<ViewersAt>().map_err(DisplayError::Refused)).transpose()?;
             place.as_ref().map(Listener::open).transpose()
         };
+        display.novnc.as_deref().map_or(Ok(()), check_novnc)?;
         let (vnc, web) = (place(&display.vnc)?, place(&display.web)?);
         let open = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(..)));
         let secret = if open || display.password_file.is_some() { Some(secret(display)?) } else { None };
         let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
-        let (obeyed, asked) = (AtomicU64::new(0), memory()?);
-        Ok(Some(Self { vnc, web, config, secret, inputs, modes, heads, asked, control, joint, serial, obeyed }))
+        let (tapes, obeyed, asked) = (Mutex::default(), AtomicU64::new(0), memory()?);
+        Ok(Some(Self { vnc, web, config, secret, inputs, modes, heads, asked, control, joint, serial, tapes, obeyed }))
     }
 
     /// The configuration, with the ports that the kernel has chosen.
@@ -239,6 +283,7 @@ impl DisplayLine {
             url: told.web.map(|place| format!("http://{place}/?token={token}")),
             vnc: told.vnc,
             password: self.secret.clone(),
+            recorded: self.tapes().iter().filter(|(_, tape)| **tape == Tape::Running).map(|(head, _)| *head).collect(),
         }
     }
 
@@ -247,6 +292,10 @@ impl DisplayLine {
         let sizes = self.modes.iter().flat_map(|mode| ["--size".into(), mode.to_string().into()]);
         let novnc = self.config.novnc.iter().flat_map(|folder| ["--novnc".into(), folder.into()]);
         sizes.chain(novnc).collect()
+    }
+
+    fn tapes(&self) -> MutexGuard<'_, BTreeMap<u32, Tape>> {
+        self.tapes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<FrameSocket>> {
@@ -294,6 +343,7 @@ impl DisplayLine {
     pub(crate) fn leave(&self) {
         self.joint.shown_by_nobody();
         *self.lock() = None;
+        self.tapes().values_mut().for_each(|tape| *tape = Tape::Cut);
     }
 
     /// How many orders all processes so far have answered: one that does has not died for nothing.
@@ -376,21 +426,113 @@ impl DisplayLine {
     /// It is being recorded, or nobody answers.
     pub fn record(&self, head: u32, file: &OwnedFd) -> Result<(), DisplayError> {
         self.has(head)?;
-        match self.order(&DisplayOrder::Record { head }, &[file])? {
-            (DisplayReport::Done, _) => Ok(()),
-            _ => Err(DisplayError::Absurd("no word of the recording")),
+        // First, so that a process that dies behind its answer leaves it cut.
+        let before = self.tapes().insert(head, Tape::Running);
+        let begun = match self.order(&DisplayOrder::Record { head }, &[file]) {
+            Ok((DisplayReport::Done, _)) => Ok(()),
+            Ok(_) => Err(DisplayError::Absurd("no word of the recording")),
+            Err(error) => Err(error),
+        };
+        match (&begun, before) {
+            (Ok(()), _) | (Err(_), Some(Tape::Running)) => {}
+            (Err(_), Some(Tape::Cut)) => _ = self.tapes().insert(head, Tape::Cut),
+            (Err(_), None) => _ = self.tapes().remove(&head),
         }
+        begun
     }
 
     /// Ends a recording; how many pictures are in it.
     ///
     /// # Errors
-    /// There is none, or nobody answers.
+    /// There is none, or it has ended with the process that made it.
     pub fn stop_record(&self, head: u32) -> Result<u32, DisplayError> {
         self.has(head)?;
-        match self.order(&DisplayOrder::StopRecord { head }, &[])? {
+        let tape = self.tapes().remove(&head);
+        if tape == Some(Tape::Cut) {
+            return Err(DisplayError::Cut(head));
+        }
+        let told = self.order(&DisplayOrder::StopRecord { head }, &[]).map_err(|error| match error {
+            // A process that does not answer is hung up on, and ends what it records.
+            DisplayError::Nobody | DisplayError::Silent(_) if tape.is_some() => DisplayError::Cut(head),
+            error => error,
+        });
+        match told? {
             (DisplayReport::Recorded { frames, .. }, _) => Ok(frames),
             _ => Err(DisplayError::Absurd("no word of the recording")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::GpuConfig;
+
+    fn open(display: DisplayConfig) -> Result<Arc<DisplayLine>, DisplayError> {
+        let config = VmConfig { gpu: Some(GpuConfig::default()), display: Some(display), ..VmConfig::default() };
+        Ok(Arc::new(DisplayLine::open(&config, &Arc::default(), None)?.unwrap()))
+    }
+
+    /// A process of the display's that answers these orders with these reports, one after the other, and ends.
+    fn process(line: &Arc<DisplayLine>, reports: Vec<DisplayReport>) -> std::thread::JoinHandle<()> {
+        let (fds, ours) = line.descriptors().unwrap();
+        line.enter(ours);
+        let control = fds.into_iter().find(|passed| passed.flag == "--control-fd").unwrap();
+        let mut socket = FrameSocket::new(control.fd);
+        std::thread::spawn(move || {
+            for report in reports {
+                socket.reader.receive(Some(ORDER_MAX)).unwrap();
+                socket.writer.send(&report, &[], ORDER_MAX).unwrap();
+            }
+        })
+    }
+
+    /// A stranger ended the display's process while `atoll record` ran, and read ten seconds later that nothing was being recorded.
+    /// Whoever asks hears what has become of it, once, whether the successor is there or not; the next recording is like any.
+    #[test]
+    fn a_recording_ends_with_its_process() {
+        let line = open(DisplayConfig::default()).unwrap();
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let cut =
+            |error: DisplayError| matches!(error, DisplayError::Cut(0)) && error.to_string().contains("begin another");
+
+        let first = process(&line, vec![DisplayReport::Done]);
+        line.record(0, &file).unwrap();
+        first.join().unwrap();
+        assert_eq!(line.where_to_look().recorded, [0]);
+        line.leave();
+        assert_eq!(line.where_to_look().recorded, [0_u32; 0]);
+        let refused = DisplayReport::Refused { reason: "head 0 is not being recorded".into() };
+        let recorded = DisplayReport::Recorded { head: 0, frames: 7 };
+        let successor = process(&line, vec![refused, DisplayReport::Done, recorded, DisplayReport::Done]);
+        assert!(cut(line.stop_record(0).unwrap_err()));
+        assert!(matches!(line.stop_record(0), Err(DisplayError::Refused(_))), "it is told once");
+        line.record(0, &file).unwrap();
+        assert_eq!(line.stop_record(0).unwrap(), 7);
+
+        // The end of the process is seen at the order, before anybody has told of it.
+        line.record(0, &file).unwrap();
+        successor.join().unwrap();
+        assert!(cut(line.stop_record(0).unwrap_err()));
+        assert!(line.tapes().is_empty());
+    }
+
+    /// One line each, with the file's name and the remedy.
+    #[test]
+    fn files_that_are_not_there_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let novnc = DisplayConfig { novnc: Some(folder.path().into()), ..DisplayConfig::default() };
+        let told = open(novnc.clone()).unwrap_err().to_string();
+        assert!(told.contains(&*folder.path().to_string_lossy()) && told.contains("/usr/share/novnc"), "{told}");
+        std::fs::create_dir(folder.path().join("core")).unwrap();
+        std::fs::write(folder.path().join(NOVNC_FILE), "export default 1;").unwrap();
+        open(novnc).unwrap();
+
+        let secret = |path: PathBuf| DisplayConfig { password_file: Some(path), ..DisplayConfig::default() };
+        let told = open(secret("/nope".into())).unwrap_err().to_string();
+        assert!(told.contains("/nope: ") && told.contains("leave password_file out"), "{told}");
+        let file = folder.path().join("secret");
+        std::fs::write(&file, "word\n").unwrap();
+        assert_eq!(open(secret(file)).unwrap().where_to_look().password.as_deref(), Some("word"));
     }
 }

@@ -56,8 +56,19 @@ pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) ->
         if left.is_zero() || signals::wait(Some(left.min(Duration::from_secs(1)))).is_some() {
             break;
         }
+        if !still_recorded(name, head) {
+            break;
+        }
     }
     stop_record(name, head)
+}
+
+/// Whether a recording goes on, as far as the machine says.
+fn still_recorded(name: &str, head: u32) -> bool {
+    let told = Machine::find(name).and_then(|mut machine| machine.get("vm.display"));
+    // One that says nothing of it, or is busy, is asked again: the end of the recording says how it went.
+    let heads = told.ok().and_then(|told| told.get("recorded")?.as_array().cloned());
+    heads.is_none_or(|heads| heads.iter().any(|recorded| *recorded == head))
 }
 
 /// The end of a recording.
