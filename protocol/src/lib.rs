@@ -34,6 +34,7 @@ pub use id::{
 };
 pub use message::{Idempotence, Kind, Message};
 pub use socket::{Frame, FrameReader, FrameSocket, FrameWriter, SocketError};
+pub use stream::ChannelError;
 
 /// Version of the frame and of every message in it. A change of any golden byte changes it.
 pub const PROTOCOL_VERSION: u16 = 6;

@@ -18,6 +18,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
 };
+use thiserror::Error;
 
 /// Most descriptors beside one message, on any wire.
 pub(crate) const DESCRIPTORS_MAX: usize = 8;
@@ -44,6 +45,53 @@ pub(crate) enum StreamError {
 impl From<Errno> for StreamError {
     fn from(errno: Errno) -> Self {
         Self::Io(errno)
+    }
+}
+
+/// Why a message could not be moved; `W` says what of it was none.
+#[derive(Debug, Error)]
+pub enum ChannelError<W: std::error::Error> {
+    /// The peer closed its end.
+    #[error("the peer has hung up")]
+    Closed,
+    /// Not within the time given.
+    #[error("nothing came or went within {0:?}")]
+    Timeout(Duration),
+    /// An earlier write ended in the middle of a message.
+    #[error("an earlier message was only half written: close this connection")]
+    Torn,
+    /// More descriptors than a message has.
+    #[error("more than {DESCRIPTORS_MAX} descriptors beside one message")]
+    Descriptors,
+    /// What came is no message.
+    #[error(transparent)]
+    Wire(W),
+    /// The kernel's error.
+    #[error("the connection failed: {0}")]
+    Io(#[source] Errno),
+}
+
+impl<W: std::error::Error> ChannelError<W> {
+    /// Whether the peer is gone, rather than slow or wrong.
+    #[must_use]
+    pub fn is_hang_up(&self) -> bool {
+        match self {
+            Self::Closed => true,
+            Self::Io(errno) => is_gone(*errno),
+            _ => false,
+        }
+    }
+}
+
+impl<W: std::error::Error> From<StreamError> for ChannelError<W> {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Closed => Self::Closed,
+            StreamError::Timeout(limit) => Self::Timeout(limit),
+            StreamError::Torn => Self::Torn,
+            StreamError::Descriptors => Self::Descriptors,
+            StreamError::Io(errno) => Self::Io(errno),
+        }
     }
 }
 

@@ -8,54 +8,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use rustix::io::Errno;
-use thiserror::Error;
 
 use super::{HEADER_LEN, Header, WireError};
-use crate::stream::{self, Deadline, Incoming, Outgoing, StreamError};
+use crate::stream::{self, Deadline, Incoming, Outgoing};
 
 /// Why a message could not be moved.
-#[derive(Debug, Error)]
-pub enum ChannelError {
-    /// The peer closed its end.
-    #[error("the peer has hung up")]
-    Closed,
-    /// Not within the time given.
-    #[error("nothing came or went within {0:?}")]
-    Timeout(Duration),
-    /// An earlier write ended in the middle of a message.
-    #[error("an earlier message was only half written: close this connection")]
-    Torn,
-    /// What came is no message.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// The kernel's error.
-    #[error("the connection failed: {0}")]
-    Io(#[from] Errno),
-}
+pub type ChannelError = stream::ChannelError<WireError>;
 
-impl ChannelError {
-    /// Whether the peer is gone, rather than slow or wrong.
-    #[must_use]
-    pub fn is_hang_up(&self) -> bool {
-        match self {
-            Self::Closed => true,
-            Self::Io(errno) => stream::is_gone(*errno),
-            _ => false,
-        }
-    }
-}
-
-impl From<StreamError> for ChannelError {
-    fn from(error: StreamError) -> Self {
-        match error {
-            StreamError::Closed => Self::Closed,
-            StreamError::Timeout(limit) => Self::Timeout(limit),
-            StreamError::Torn => Self::Torn,
-            // No message has any, and none are taken.
-            StreamError::Descriptors => Self::Io(Errno::TOOBIG),
-            StreamError::Io(errno) => Self::Io(errno),
-        }
+impl From<WireError> for ChannelError {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
     }
 }
 

@@ -7,56 +7,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::PollFlags;
-use rustix::io::Errno;
-use thiserror::Error;
 
 use super::{DESCRIPTORS_MAX, HEADER_LEN, Header, PAYLOAD_MAX, WireError};
-use crate::stream::{self, Deadline, Incoming, Outgoing, StreamError};
+use crate::stream::{self, Deadline, Incoming, Outgoing};
 
 /// Why a message could not be moved.
-#[derive(Debug, Error)]
-pub enum ChannelError {
-    /// The peer closed its end.
-    #[error("the peer has hung up")]
-    Closed,
-    /// Not within the time given.
-    #[error("nothing came or went within {0:?}")]
-    Timeout(Duration),
-    /// An earlier write ended in the middle of a message.
-    #[error("an earlier message was only half written: close this connection")]
-    Torn,
-    /// More descriptors than a message has.
-    #[error("more than {DESCRIPTORS_MAX} descriptors beside one message")]
-    Descriptors,
-    /// What came is no message.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// The kernel's error.
-    #[error("the connection failed: {0}")]
-    Io(#[from] Errno),
-}
+pub type ChannelError = stream::ChannelError<WireError>;
 
-impl ChannelError {
-    /// Whether the peer is gone, rather than slow or wrong.
-    #[must_use]
-    pub fn is_hang_up(&self) -> bool {
-        match self {
-            Self::Closed => true,
-            Self::Io(errno) => stream::is_gone(*errno),
-            _ => false,
-        }
-    }
-}
-
-impl From<StreamError> for ChannelError {
-    fn from(error: StreamError) -> Self {
-        match error {
-            StreamError::Closed => Self::Closed,
-            StreamError::Timeout(limit) => Self::Timeout(limit),
-            StreamError::Torn => Self::Torn,
-            StreamError::Descriptors => Self::Descriptors,
-            StreamError::Io(errno) => Self::Io(errno),
-        }
+impl From<WireError> for ChannelError {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
     }
 }
 
