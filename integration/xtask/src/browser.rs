@@ -1,7 +1,8 @@
 //! A real browser without a window: Chromium, asked over its debugging pipe (the DevTools protocol: JSON, each message ended
 //! by a zero byte).
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -12,6 +13,8 @@ use crate::place;
 use anyhow::{Context, Result, bail, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
@@ -35,6 +38,26 @@ pub struct Browser {
 fn program() -> Result<PathBuf> {
     let found = ["chromium", "chromium-browser", "google-chrome"].iter().find_map(|name| place::on_path(name));
     found.context("no Chromium on PATH: install `chromium`")
+}
+
+/// Writes all of it to a pipe that does not wait by itself.
+fn write_until(mut pipe: impl Write + AsFd, mut bytes: &[u8], deadline: Instant) -> Result<()> {
+    while !bytes.is_empty() {
+        match pipe.write(bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                ensure!(!left.is_zero(), "nothing reads what is written");
+                match poll(&mut [PollFd::new(&pipe, PollFlags::OUT)], Some(&left.try_into()?)) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 impl Browser {
@@ -62,6 +85,8 @@ impl Browser {
         let mut child = command.spawn().context("cannot start the browser")?;
         let (requests, answers) = (child.stdin.take(), child.stdout.take());
         let (requests, answers) = requests.zip(answers).context("a browser without pipes")?;
+        // Our end alone: the browser's is another open file.
+        rustix::io::ioctl_fionbio(&requests, true)?;
         let (tell, messages) = sync_channel(MESSAGES_MAX);
         std::thread::spawn(move || {
             let mut answers = BufReader::new(answers);
@@ -95,8 +120,8 @@ impl Browser {
         }
         let mut bytes = serde_json::to_vec(&request)?;
         bytes.push(0);
-        self.requests.write_all(&bytes).with_context(|| format!("the browser is gone before {method}"))?;
         let deadline = Instant::now() + ANSWER_LIMIT;
+        write_until(&self.requests, &bytes, deadline).with_context(|| format!("the browser does not take {method}"))?;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let message = self.messages.recv_timeout(left);
@@ -204,5 +229,24 @@ impl Drop for Browser {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A browser that reads no more keeps nobody for ever, and one that is slow gets all of it.
+    #[test]
+    fn writing_has_an_end() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        let bytes = vec![7; 4 << 20];
+        let stuck = write_until(&writer, &bytes, Instant::now() + Duration::from_millis(100));
+        assert!(stuck.unwrap_err().to_string().contains("nothing reads"));
+        let read = std::thread::spawn(move || BufReader::new(reader).lines().count());
+        write_until(&writer, &bytes, Instant::now() + ANSWER_LIMIT).unwrap();
+        drop(writer);
+        read.join().unwrap();
     }
 }
