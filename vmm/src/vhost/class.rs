@@ -94,6 +94,24 @@ pub(super) fn changeable(device_type: u16) -> Range<usize> {
     }
 }
 
+/// Where a configuration space tells of events, and where a driver says which of them it knows of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct EventFields {
+    /// A bit for each event that nobody has taken note of.
+    pub(super) told: Range<usize>,
+    /// The driver writes the bits that it has seen here. They leave the other field, and stay nowhere.
+    pub(super) acknowledged: Range<usize>,
+}
+
+/// The fields for events of a device type that has such (virtio 1.2, section 5).
+pub(super) fn event_fields(device_type: u16) -> Option<EventFields> {
+    match device_type {
+        // events_read, events_clear
+        device_class::GPU => Some(EventFields { told: 0..4, acknowledged: 4..8 }),
+        _ => None,
+    }
+}
+
 /// How long a device type's configuration space is; for types that are not known here, what lengths are worth a try.
 pub(super) fn config_lengths(device_type: u16) -> &'static [u32] {
     match device_type {

@@ -1,17 +1,19 @@
 //! A backend in a thread: it records every message, and misbehaves where it is told to.
 
 use std::fs::File;
-use std::io::{Read as _, Write};
+use std::io::{IoSliceMut, Read as _, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 use vhost::vhost_user::message::{
-    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
-    VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg, VhostUserSingleMemoryRegion,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    BackendReq, FrontendReq, VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserInflight, VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
     BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut, VhostUserProtocolFeatures as Protocol,
@@ -87,6 +89,10 @@ pub(super) struct Seen {
     pub(super) kicks: Vec<(u8, File)>,
     pub(super) calls: Vec<(u8, File)>,
     pub(super) inflight: Option<File>,
+    /// The channel for requests of its own.
+    pub(super) requests: Option<UnixStream>,
+    /// What its configuration space has become.
+    pub(super) config: Option<Vec<u8>>,
     /// The state that it was given, and what it keeps open.
     pub(super) state: Option<File>,
     pub(super) open: Vec<File>,
@@ -214,7 +220,8 @@ impl VhostUserBackendReqHandlerMut for Fake {
     }
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
         self.hear(format!("GET_CONFIG {offset} {size}"))?;
-        Ok(self.character.config.clone())
+        let now = self.seen.lock().unwrap().config.clone();
+        Ok(now.unwrap_or_else(|| self.character.config.clone()))
     }
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         self.hear(format!("SET_CONFIG {offset} {buf:?}"))
@@ -341,6 +348,16 @@ impl Life {
     pub(super) fn die(&self) {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+    /// Its configuration space becomes another; it says nothing of that.
+    pub(super) fn has_config(&self, config: &[u8]) {
+        self.seen.lock().unwrap().config = Some(config.to_vec());
+    }
+    /// Its configuration space becomes another, and it says so.
+    pub(super) fn tells_config(&self, config: &[u8]) {
+        self.has_config(config);
+        let request = [BackendReq::CONFIG_CHANGE_MSG.into(), 1, 0].map(u32::to_le_bytes).concat();
+        self.seen.lock().unwrap().requests.as_ref().unwrap().write_all(&request).unwrap();
+    }
     /// Takes a kick of ring `index`, waiting for it.
     pub(super) fn await_kick(&self, index: u8) -> u64 {
         let file = {
@@ -371,6 +388,30 @@ pub(super) fn start(character: Character) -> (UnixStream, Life) {
     (front, serve(back, character))
 }
 
+/// Takes the channel for requests of the backend's own, if that is what comes next: the `vhost` crate keeps it to itself, and cannot
+/// say there that a configuration has changed.
+fn take_channel(socket: &UnixStream, seen: &Mutex<Seen>) -> Option<bool> {
+    let mut request = [0; 4];
+    let (_, peeked) = recv(socket, &mut request, RecvFlags::PEEK | RecvFlags::WAITALL).ok()?;
+    if peeked < request.len() || u32::from_le_bytes(request) != u32::from(FrontendReq::SET_BACKEND_REQ_FD) {
+        return (peeked > 0).then_some(false);
+    }
+    let (mut header, mut beside) = ([0; 12], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
+    let mut beside = RecvAncillaryBuffer::new(&mut beside);
+    recvmsg(socket, &mut [IoSliceMut::new(&mut header)], &mut beside, RecvFlags::CMSG_CLOEXEC).ok()?;
+    for message in beside.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            seen.lock().unwrap().requests = descriptors.last().map(UnixStream::from);
+        }
+    }
+    // Yes, where an answer is wanted.
+    if header[4] & 8 != 0 {
+        let answer = [FrontendReq::SET_BACKEND_REQ_FD.into(), 5, 8, 0, 0].map(u32::to_le_bytes).concat();
+        (&*socket).write_all(&answer).ok()?;
+    }
+    Some(true)
+}
+
 /// Starts a fake at the backend's end of a socket.
 pub(super) fn serve(back: UnixStream, character: Character) -> Life {
     let socket = back.try_clone().unwrap();
@@ -379,8 +420,9 @@ pub(super) fn serve(back: UnixStream, character: Character) -> Life {
     let fake = Fake { character, seen: Arc::clone(&seen), stay_silent, socket: socket.try_clone().unwrap() };
     let ended = socket.try_clone().unwrap();
     std::thread::spawn(move || {
+        let seen = Arc::clone(&fake.seen);
         let mut handler = BackendReqHandler::from_stream(back, Arc::new(Mutex::new(fake)));
-        while handler.handle_request().is_ok() {}
+        while take_channel(&ended, &seen).is_some_and(|taken| taken || handler.handle_request().is_ok()) {}
         let _ = ended.shutdown(Shutdown::Both);
     });
     Life { seen, socket, _silence: silence }

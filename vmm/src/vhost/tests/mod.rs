@@ -2,6 +2,7 @@
 
 mod by_hand;
 mod carrier;
+mod events;
 mod fake;
 mod faults;
 mod hostile;
@@ -140,6 +141,10 @@ fn parts(characters: Vec<Character>) -> (DeviceParts, Receiver<Life>) {
 
 fn rig(characters: Vec<Character>) -> Rig {
     let (parts, lives) = parts(characters);
+    rig_of(parts, lives)
+}
+
+fn rig_of(parts: DeviceParts, lives: Receiver<Life>) -> Rig {
     let memory = parts.memory.clone();
     let connected = VhostDevice::connect(parts).unwrap();
     let vectors = Arc::new(VectorTable::new(&Fabric, 3).unwrap());

@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use atoll_devices::virtio::device_class;
 use vhost::vhost_user::VhostUserProtocolFeatures as Protocol;
 
 use super::translate::Questions;
 use super::{Session, Worker};
-use crate::vhost::class::{ConfigWish, changeable};
+use crate::vhost::class::{ConfigWish, changeable, event_fields};
 use crate::vhost::conversation::Wire;
 use crate::vhost::error::{ConversationError, Step};
 use crate::vhost::session;
@@ -16,8 +15,6 @@ use crate::vhost::source::is_readable;
 /// How long a backend that makes requests of its own is not heard again: it can keep its device's thread busy, not the
 /// guest.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Length of a GPU's events_read, at the beginning, and of its events_clear behind it.
-const EVENT_BYTES: usize = 4;
 
 impl Worker {
     pub(super) fn write_config(&mut self, offset: u32, data: Vec<u8>) {
@@ -42,19 +39,17 @@ impl Worker {
         }
     }
 
-    /// What a GPU's driver writes to events_clear takes those bits from events_read, and stays nowhere (virtio 1.2, 5.7.4): an
-    /// event that is shown for ever hides the next one.
+    /// The events of which the driver says that it knows are told no longer: one that is shown for ever hides the next one.
     fn take_note_of_events(&mut self) {
-        if self.past.shown.device_type != device_class::GPU {
-            return;
-        }
-        let (Some((read, rest)), Some((shown, _))) =
-            (self.config.split_at_mut_checked(EVENT_BYTES), self.past.shown.config.split_at_mut_checked(EVENT_BYTES))
+        let Some(fields) = event_fields(self.past.shown.device_type) else { return };
+        let shown = self.past.shown.config.get_mut(fields.told.clone());
+        let (Ok([read, clear]), Some(shown)) =
+            (self.config.get_disjoint_mut([fields.told, fields.acknowledged]), shown)
         else {
             return;
         };
         let mut taken = false;
-        for ((read, shown), clear) in read.iter_mut().zip(shown).zip(rest.iter_mut().take(EVENT_BYTES)) {
+        for ((read, shown), clear) in read.iter_mut().zip(shown).zip(clear) {
             taken |= *read & *clear != 0;
             *read &= !*clear;
             (*shown, *clear) = (*read, 0);
@@ -160,8 +155,8 @@ impl Worker {
             }
         }
         // An event that comes while an earlier one stands is one, too.
-        let events = self.past.shown.config.get(..EVENT_BYTES).is_some_and(|events| events != [0; EVENT_BYTES]);
-        if changed || (self.past.shown.device_type == device_class::GPU && events) {
+        let told = event_fields(self.past.shown.device_type).and_then(|fields| self.past.shown.config.get(fields.told));
+        if changed || told.is_some_and(|events| events.iter().any(|byte| *byte != 0)) {
             tracing::debug!(device = self.shared.name, "the configuration has changed");
             self.transport.config_changed(&self.config);
         }
