@@ -97,14 +97,15 @@ fn main() -> Result<()> {
     let begin = Instant::now();
     for index in 0..arguments.frames {
         let frame = arguments.first.wrapping_add(index);
+        // The GPU is still reading when it has been told: a frame is painted when it is due, and not before.
+        if let Some(due) = (u64::from(index) * 1_000_000).checked_div(arguments.rate.into()) {
+            std::thread::sleep(Duration::from_micros(due).saturating_sub(begin.elapsed()));
+        }
         pixels.copy_within(STEP * pitch..rows * pitch, 0);
         for (y, row) in pixels.chunks_exact_mut(pitch).enumerate().take(rows).skip(rows - STEP) {
             paint(row, y + (index as usize + 1) * STEP);
         }
         write_number(pixels, frame);
-        if let Some(due) = (u64::from(index) * 1_000_000).checked_div(arguments.rate.into()) {
-            std::thread::sleep(Duration::from_micros(due).saturating_sub(begin.elapsed()));
-        }
         if arguments.mark {
             write!(out, "F{frame};")?;
             out.flush()?;
