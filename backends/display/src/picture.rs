@@ -62,6 +62,14 @@ impl Picture {
         Some(part)
     }
 
+    /// The pixels of a part that is as wide as the picture: they lie one behind the other.
+    #[must_use]
+    pub fn rows(&self, rect: Rect) -> Option<&[u8]> {
+        let is_wide = rect.x == 0 && rect.width == self.width;
+        let at = self.at(0, rect.y);
+        self.pixels().get(at..at + bytes((rect.width, rect.height))).filter(|_| is_wide)
+    }
+
     /// Appends the pixels of `rect` to `out`, row by row; those that are not there are black.
     pub fn append(&self, rect: Rect, out: &mut Vec<u8>) {
         let (pixels, row) = (self.pixels(), rect.width as usize * PIXEL_BYTES);
@@ -134,7 +142,10 @@ mod tests {
         assert_eq!(picture.pixels(), [4, 5, 6, 7, 91, 92, 93, 94, 12, 13, 14, 15, 95, 96, 97, 98]);
         let mut out = Vec::new();
         picture.append(right, &mut out);
-        picture.append(Rect { y: 1, height: 1, ..whole }, &mut out);
+        let lower = Rect { y: 1, height: 1, ..whole };
+        picture.append(lower, &mut out);
+        assert_eq!((picture.rows(lower), picture.rows(right)), (out.get(8..), None));
+        assert_eq!(picture.rows(Rect { y: 1, ..whole }), None);
         assert_eq!(out, [91, 92, 93, 94, 95, 96, 97, 98, 12, 13, 14, 15, 95, 96, 97, 98]);
         let room = picture.into_bytes();
         assert_eq!(room.as_ptr(), there);

@@ -175,7 +175,12 @@ impl Heads {
             Request::CursorUpdate { position, hot_x, hot_y, picture } => {
                 self.cursor(position.scanout as usize, true, Some(((hot_x, hot_y), picture)));
             }
-            Request::GetFeatures | Request::SetFeatures(_) | Request::GetDisplayInfo | Request::GetEdid { .. } => {}
+            Request::GetFeatures
+            | Request::SetFeatures(_)
+            | Request::GetDisplayInfo
+            | Request::GetEdid { .. }
+            | Request::FrameMemory { .. }
+            | Request::Frame { .. } => {}
         }
     }
 

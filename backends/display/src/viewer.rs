@@ -36,8 +36,8 @@ const FRAME: Duration = Duration::from_micros(16_667);
 const MESSAGES_MAX: u32 = 2000;
 /// The time between two wishes for another size, at least.
 const RESIZE: Duration = Duration::from_millis(200);
-/// Bytes that are sent together.
-const PIECE: usize = 128 << 10;
+/// Bytes that are sent together, and are read within [`READ_MAX`].
+const PIECE: usize = 512 << 10;
 /// Bytes of a picture that is held on to while it is told: one of 3840 by 2160 pixels.
 const MOMENT_MAX: usize = 3840 * 2160 * PIXEL_BYTES;
 
@@ -315,7 +315,10 @@ impl Viewer {
                 coding.choose(&wishes.encodings);
                 wishes.format
             };
-            let parts = update::parts(&plan.rects);
+            let whole = plan.moment.as_deref().filter(|_| coding.is_plain(&format));
+            let rows = |rect: Rect| whole.and_then(|picture| picture.rows(rect));
+            let (rows, rest): (Vec<_>, Vec<_>) = plan.rects.iter().partition(|rect| rows(**rect).is_some());
+            let parts = [rows, update::parts(&rest)].concat();
             let count = parts.len() + usize::from(plan.size.is_some()) + usize::from(plan.offers_keys);
             update::begin((count + usize::from(plan.cursor)) as u16, &mut out);
             if let Some(why) = plan.size {
@@ -334,6 +337,15 @@ impl Viewer {
                 update::put_cursor(&format, cursor, &mut out);
             }
             for part in parts {
+                if let Some(rows) = whole.and_then(|picture| picture.rows(part)) {
+                    // As they are: they go from the picture to the viewer.
+                    coding.put_header(part, &mut out);
+                    send(&mut writer, &mut out).await?;
+                    for piece in rows.chunks(PIECE) {
+                        write(&mut writer, piece).await?;
+                    }
+                    continue;
+                }
                 let picture = plan.moment.clone().unwrap_or_else(|| self.stage.lock().picture(self.head));
                 if coding.is_plain(&format) {
                     coding.put_header(part, &mut out);
@@ -359,11 +371,15 @@ impl Viewer {
 }
 
 async fn send(writer: &mut (impl AsyncWrite + Unpin), out: &mut Vec<u8>) -> Result<(), ViewerError> {
-    let sent = timeout(READ_MAX, async {
-        writer.write_all(out).await?;
-        writer.flush().await
-    });
-    sent.await.map_err(|_| ViewerError::Slow { what: "read", limit: READ_MAX })??;
+    write(writer, out).await?;
     out.clear();
     Ok(())
+}
+
+async fn write(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), ViewerError> {
+    let written = timeout(READ_MAX, async {
+        writer.write_all(bytes).await?;
+        writer.flush().await
+    });
+    Ok(written.await.map_err(|_| ViewerError::Slow { what: "read", limit: READ_MAX })??)
 }

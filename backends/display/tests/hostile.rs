@@ -4,14 +4,15 @@ mod screen;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use atoll_kit::driver::process::{command, with_fds};
 use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
-use atoll_protocol::display::{Features, Rect, Request};
+use atoll_protocol::display::{Features, Rect, Reply, Request};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use screen::{Gpu, PATIENCE, PROGRAM, Screen, picture};
 
 const SIZE: (u32, u32) = (640, 480);
@@ -167,6 +168,56 @@ fn gpus_that_talk_nonsense_are_given_up() -> Result<()> {
     }
     screen.gpu.settle()?;
     ensure!(memory_kib(screen.child.id())? < 700 << 10);
+    Ok(())
+}
+
+/// Memory for frames that is none, that could be cut, that is too short, that nobody agreed on: each ends its conversation, and the
+/// picture stays. What is right is shown.
+#[test]
+fn memory_that_is_none_is_refused() -> Result<()> {
+    let mut screen = Screen::start_with(false, &[], Vec::new())?;
+    let rect = Rect { x: 0, y: 0, width: SIZE.0, height: SIZE.1 };
+    let pixels = [5, 6].map(|seed| picture(SIZE.0, SIZE.1, seed));
+    screen.gpu.show(0, SIZE, &pixels[0])?;
+    let memfd = |bytes: &[u8], seals: SealFlags| -> Result<OwnedFd> {
+        let memfd = memfd_create("frames", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        rustix::io::write(&memfd, bytes)?;
+        fcntl_add_seals(&memfd, seals)?;
+        Ok(memfd)
+    };
+    let (pipe, _end) = rustix::pipe::pipe()?;
+    let cases = [
+        ("nothing", Features::FRAMES, None, false),
+        ("a pipe", Features::FRAMES, Some(pipe), false),
+        ("a file", Features::FRAMES, Some(tempfile::tempfile()?.into()), false),
+        ("no seal", Features::FRAMES, Some(memfd(&pixels[1], SealFlags::GROW)?), false),
+        ("half of it", Features::FRAMES, Some(memfd(&pixels[1][..600_000], SealFlags::SHRINK)?), false),
+        ("not agreed on", Features::CHANGES, Some(memfd(&pixels[1], SealFlags::SHRINK)?), false),
+        ("memory", Features::FRAMES, Some(memfd(&pixels[1], SealFlags::SHRINK)?), true),
+    ];
+    for (name, features, memory, is_right) in cases {
+        let (mut ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(PATIENCE))?;
+        ensure!(screen.ask(&DisplayOrder::NewDisplay, Some(theirs.into()))?.0 == DisplayReport::Done);
+        screen.gpu = Gpu::new(ours.try_clone()?);
+        screen.gpu.greet(features)?;
+        let mut offer = Vec::new();
+        Request::FrameMemory { len: 4 }.put(&mut offer);
+        match &memory {
+            Some(memory) => screen.gpu.channel.send_beside(&offer, memory.as_fd(), PATIENCE)?,
+            None => screen.gpu.channel.send(&offer, PATIENCE)?,
+        }
+        // It may have hung up by then.
+        let _ = screen.gpu.say(Request::Scanout { scanout: 0, width: SIZE.0, height: SIZE.1 });
+        let _ = screen.gpu.say(Request::Frame { scanout: 0, rect });
+        if is_right {
+            ensure!(matches!(screen.gpu.hear()?, Reply::Taken), "{name}");
+        } else {
+            ensure!(is_given_up(&mut ours)?, "{name}");
+        }
+        let shown = &pixels[usize::from(is_right)];
+        screen.viewer()?.sees(SIZE, shown).with_context(|| name.to_owned())?;
+    }
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use atoll_kit::back_channel::BackChannel;
-use atoll_protocol::display::{Channel, ChannelError, Features, REPLY_MAX, Reply, Request, WireError};
+use atoll_protocol::display::{Channel, ChannelError, Features, REPLY_MAX, Reply, Request, WireError, code};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
@@ -68,6 +68,10 @@ struct Talk {
     tells: bool,
     /// It has said what it wants.
     greeted: bool,
+    /// It takes large updates by memory.
+    maps: bool,
+    /// One is there, which it has until then to read.
+    untaken: Option<Instant>,
     room: Vec<u8>,
 }
 
@@ -114,8 +118,8 @@ fn run(shared: &Shared, channel: &BackChannel) {
 
 impl Talk {
     fn new(socket: OwnedFd) -> Self {
-        let (questions, room) = (VecDeque::new(), Vec::new());
-        Self { channel: Channel::new(socket, REPLY_MAX), questions, tells: false, greeted: false, room }
+        let (channel, questions, room) = (Channel::new(socket, REPLY_MAX), VecDeque::new(), Vec::new());
+        Self { channel, questions, tells: false, greeted: false, maps: false, untaken: None, room }
     }
 
     /// Hears and tells what there is; until when nothing more is to be done by itself.
@@ -134,6 +138,9 @@ impl Talk {
         if let Some(question) = self.questions.front().filter(|question| question.until <= now) {
             return Err(End::Silent(question.code));
         }
+        if self.untaken.is_some_and(|until| until <= now) {
+            return Err(End::Silent(code::FRAME));
+        }
         if self.greeted && self.questions.is_empty() {
             let (asked, answered) = {
                 let desk = shared.lock();
@@ -143,10 +150,10 @@ impl Talk {
                 self.question(Request::GetDisplayInfo, asked)?;
             }
         }
-        let next = if self.greeted { self.tell(shared)? } else { None };
+        let next = if self.greeted && self.untaken.is_none() { self.tell(shared)? } else { None };
         let answer = self.questions.front().map(|question| question.until);
         let again = (heard == TURN_MAX).then_some(now);
-        Ok([next, answer, again].into_iter().flatten().min())
+        Ok([next, answer, again, self.untaken].into_iter().flatten().min())
     }
 
     fn question(&mut self, request: Request<'_>, number: u64) -> Result<(), End> {
@@ -170,13 +177,23 @@ impl Talk {
             shared.lock().asked += 1;
             return Ok(());
         }
+        if let Reply::Taken = reply {
+            return self.untaken.take().map(drop).ok_or(End::Unasked(code));
+        }
         let question = self.questions.pop_front().filter(|question| question.code == code);
         let question = question.ok_or(End::Unasked(code))?;
         match reply {
             Reply::Features(offered) => {
-                let agreed = offered.and(Features::CHANGES);
+                let agreed = offered.and(Features::CHANGES | Features::FRAMES);
                 self.tells = agreed.contains(Features::CHANGES);
+                self.maps = agreed.contains(Features::FRAMES);
                 self.say(Request::SetFeatures(agreed))?;
+                if self.maps {
+                    let (offer, memory) = shared.frames.offer();
+                    let mut bytes = Vec::new();
+                    offer.put(&mut bytes);
+                    self.channel.send_beside(&bytes, memory, READ_MAX)?;
+                }
                 let number = {
                     let mut desk = shared.lock();
                     desk.asked += 1;
@@ -201,7 +218,7 @@ impl Talk {
                 }
             }
             // Never asked: the guest gets one of ours.
-            Reply::Edid(_) | Reply::Changed => return Err(End::Unasked(code)),
+            Reply::Edid(_) | Reply::Changed | Reply::Taken => return Err(End::Unasked(code)),
         }
         Ok(())
     }
@@ -223,7 +240,15 @@ impl Talk {
                 }
             };
             match next {
-                None => self.channel.send(&self.room, READ_MAX)?,
+                None => {
+                    let instead = if self.maps { shared.frames.take(&self.room)? } else { None };
+                    self.channel.send(instead.as_deref().unwrap_or(&self.room), READ_MAX)?;
+                    if instead.is_some() {
+                        // There is room for one: the next is told when this one is read.
+                        self.untaken = Some(Instant::now() + READ_MAX);
+                        return Ok(None);
+                    }
+                }
                 Some(next) => {
                     self.room.shrink_to(ROOM_KEPT);
                     return Ok(next);

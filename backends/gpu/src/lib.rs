@@ -8,6 +8,7 @@ pub mod device;
 pub mod display;
 pub mod edid;
 pub mod format;
+pub mod frame_memory;
 pub mod geometry;
 pub mod head;
 pub mod record;

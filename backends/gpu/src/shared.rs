@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::frame_memory::FrameMemory;
 use crate::state::Gpu;
 
 /// How long a guest that asks what the screens want waits for a screen's own word; what was known before is told otherwise.
@@ -62,13 +63,15 @@ pub struct Shared {
     desk: Mutex<Desk>,
     heard: Condvar,
     wake: OwnedFd,
+    /// Where screens that take frames by memory find them.
+    pub frames: FrameMemory,
 }
 
 impl Shared {
     /// Shares a device.
     ///
     /// # Errors
-    /// Without descriptors.
+    /// Without descriptors or memory.
     pub fn new(gpu: Gpu) -> io::Result<Self> {
         let desk = Desk {
             gpu,
@@ -81,7 +84,7 @@ impl Shared {
             alarm: None,
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Self { desk: Mutex::new(desk), heard: Condvar::new(), wake })
+        Ok(Self { desk: Mutex::new(desk), heard: Condvar::new(), wake, frames: FrameMemory::new()? })
     }
 
     /// Takes the lock.

@@ -97,14 +97,17 @@ fn a_screen_that_says_nonsense_is_hung_up_on() -> Result<()> {
     Reply::DisplayInfo(Box::default()).put(&mut unasked);
     let mut changed = Vec::new();
     Reply::Changed.put(&mut changed);
+    let mut taken = Vec::new();
+    Reply::Taken.put(&mut taken);
     let head = |code, reply, payload| Header { code, reply, payload }.encode().to_vec();
-    let nonsense: [(&str, Vec<u8>); 6] = [
+    let nonsense: [(&str, Vec<u8>); 7] = [
         ("noise", vec![0xa5; 4096]),
         ("a long message", head(3, true, REPLY_MAX + 1)),
         ("a long nothing", head(1, true, 8)),
         ("a wrong answer", unasked),
         ("a question", head(1, false, 0)),
         ("a change that was not agreed on", changed),
+        ("the taking of nothing", taken),
     ];
     for (name, bytes) in nonsense {
         let (mut ours, theirs) = UnixStream::pair()?;

@@ -107,6 +107,38 @@ fn screens_are_resized_and_the_guest_follows() -> Result<()> {
     screen.shows(1, 640, 480, &pixels)
 }
 
+/// A screen that takes frames by memory is told large updates so, one at a time: one that it has not taken is followed by no other,
+/// and when it has, by what is newest. The next screen is shown everything.
+#[test]
+fn large_updates_come_by_memory() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut process = listen(folder.path(), &[], &[])?;
+    let mut guest = Guest::connected(&mut process)?;
+    let mut screen = guest.screen(Features::CHANGES | Features::FRAMES, &[(640, 480)])?;
+    let pixels = guest.show(0, 1, 640, 480)?;
+    screen.shows(0, 640, 480, &pixels)?;
+    ensure!(screen.framed > 0, "it came in messages");
+    screen.takes = false;
+    screen.framed = 0;
+    guest.show(0, 2, 640, 480)?;
+    screen.until(|screen| screen.framed == 1)?;
+    let newest = guest.show(0, 3, 640, 480)?;
+    ensure!(screen.channel.try_receive()?.is_none(), "a frame before the one before it was taken");
+    screen.takes = true;
+    screen.say(&Reply::Taken)?;
+    screen.shows(0, 640, 480, &newest)?;
+    // One that goes without having taken its frame holds nobody up.
+    screen.takes = false;
+    screen.framed = 0;
+    guest.show(0, 4, 640, 480)?;
+    screen.until(|screen| screen.framed == 1)?;
+    let newest = guest.show(0, 5, 640, 480)?;
+    let mut next = guest.screen(Features::FRAMES, &[(640, 480)])?;
+    next.shows(0, 640, 480, &newest)?;
+    ensure!(next.framed > 0, "memory is there for each screen");
+    Ok(())
+}
+
 /// A screen that cannot say that it changed is asked when the guest asks.
 #[test]
 fn a_screen_of_the_documents_is_asked() -> Result<()> {

@@ -1,8 +1,8 @@
 //! Messages of the display wire over a stream socket that somebody else opened.
 //!
 //! Each wait has a time limit, made with poll, so the socket's own flags stay as they are. A reader that times out in the
-//! middle of a message goes on there the next time; a writer that does has torn the stream and refuses to write again. No
-//! message here brings descriptors: the kernel closes those that come.
+//! middle of a message goes on there the next time; a writer that does has torn the stream and refuses to write again. Only a
+//! screen takes descriptors (memory for frames); elsewhere the kernel closes those that come.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -28,6 +28,8 @@ pub struct Message {
     pub header: Header,
     /// What follows.
     pub payload: Vec<u8>,
+    /// What came beside it.
+    pub descriptors: Vec<OwnedFd>,
 }
 
 /// One connection.
@@ -49,6 +51,12 @@ impl Channel {
         Self { socket: socket.into(), payload_max, incoming, header: None, outgoing }
     }
 
+    /// The same for an end that takes descriptors, too.
+    #[must_use]
+    pub fn with_descriptors(socket: impl Into<OwnedFd>, payload_max: u32) -> Self {
+        Self { incoming: Incoming::with_descriptors(), ..Self::new(socket, payload_max) }
+    }
+
     /// Ends the connection: both ends see it at once.
     pub fn hang_up(&self) {
         // One that is gone needs no end.
@@ -61,6 +69,14 @@ impl Channel {
     /// [`ChannelError`].
     pub fn send(&mut self, messages: &[u8], limit: Duration) -> Result<(), ChannelError> {
         Ok(self.outgoing.send(self.socket.as_fd(), messages, &[], limit)?)
+    }
+
+    /// Sends a message with a descriptor beside it.
+    ///
+    /// # Errors
+    /// [`ChannelError`].
+    pub fn send_beside(&mut self, message: &[u8], fd: BorrowedFd<'_>, limit: Duration) -> Result<(), ChannelError> {
+        Ok(self.outgoing.send(self.socket.as_fd(), message, &[fd], limit)?)
     }
 
     /// Takes what followed a header and is read, so that the next message is received into it.
@@ -93,7 +109,8 @@ impl Channel {
                 return Ok(None);
             }
             if let Some(header) = self.header.take() {
-                return Ok(Some(Message { header, payload: self.incoming.take_bytes() }));
+                let (payload, descriptors) = (self.incoming.take_bytes(), self.incoming.take_descriptors());
+                return Ok(Some(Message { header, payload, descriptors }));
             }
             if let Ok(bytes) = self.incoming.bytes().try_into() {
                 self.header = Some(Header::decode(bytes, self.payload_max)?);

@@ -13,6 +13,12 @@
 //! The document has no word by which a screen says that it was resized: QEMU's front end answers the guest's questions about
 //! that by itself. With [`Features::CHANGES`] agreed on, which no other end knows, a screen sends [`Reply::Changed`] unasked,
 //! and the device asks for the display information again.
+//!
+//! A picture in a message goes through a socket in a hundred pieces, and each wakes the other end up. With [`Features::FRAMES`]
+//! agreed on, the device hands over memory once ([`Request::FrameMemory`], a memfd beside it), puts the pixels of a large update
+//! at its beginning and says where they belong ([`Request::Frame`]); when the screen has read them it says so
+//! ([`Reply::Taken`]), and no sooner is there another one. The screen reads them as it reads a file, so that what the device
+//! does to its memory meanwhile is a wrong picture and nothing else.
 
 mod channel;
 pub mod control;
@@ -25,7 +31,7 @@ mod tests;
 pub use channel::{Channel, ChannelError, Message};
 pub use header::{HEADER_LEN, Header};
 pub use reply::{DisplayInfo, EDID_MAX, Edid, Reply, SCANOUTS_MAX, Screen};
-pub use request::{CURSOR_BYTES, CURSOR_SIDE, CursorPosition, Request, begin_update};
+pub use request::{CURSOR_BYTES, CURSOR_SIDE, CursorPosition, Request, UPDATE_HEAD, begin_update, pixel_bytes};
 
 use thiserror::Error;
 
@@ -34,7 +40,7 @@ pub const PIXEL_BYTES: usize = 4;
 /// Most bytes of the pixels of one update; larger ones are told in parts.
 pub const PIXELS_MAX: usize = 64 << 20;
 /// Most bytes that follow the header of what a device says.
-pub const REQUEST_MAX: u32 = PIXELS_MAX as u32 + 20;
+pub const REQUEST_MAX: u32 = (PIXELS_MAX + UPDATE_HEAD) as u32;
 /// Most bytes that follow the header of what a screen says: an EDID and what is said about it.
 pub const REPLY_MAX: u32 = 24 + 8 + EDID_MAX as u32;
 
@@ -66,6 +72,12 @@ pub mod code {
     pub const DMABUF_SCANOUT2: u32 = 12;
     /// What the screen asks for has changed: ours, out of the document's way.
     pub const CHANGED: u32 = 0x4154_0001;
+    /// Memory for frames. Ours, as those that follow.
+    pub const FRAME_MEMORY: u32 = 0x4154_0002;
+    /// A frame is in the memory.
+    pub const FRAME: u32 = 0x4154_0003;
+    /// It was read.
+    pub const TAKEN: u32 = 0x4154_0004;
 }
 
 /// What both ends can do beyond the first version.
@@ -79,6 +91,8 @@ impl Features {
     pub const DMABUF2: Self = Self(1 << 1);
     /// The screen says when what it asks for has changed. Ours.
     pub const CHANGES: Self = Self(1 << 32);
+    /// Large updates are told by memory. Ours.
+    pub const FRAMES: Self = Self(1 << 33);
 
     /// Whether all bits of `other` are here.
     #[must_use]

@@ -105,6 +105,8 @@ pub enum Reply {
     Edid(Edid),
     /// Unasked: what GET_DISPLAY_INFO would be answered is not what it was.
     Changed,
+    /// The frame was read from memory: there may be another one.
+    Taken,
 }
 
 impl Reply {
@@ -116,6 +118,7 @@ impl Reply {
             Self::DisplayInfo(_) => code::GET_DISPLAY_INFO,
             Self::Edid(_) => code::GET_EDID,
             Self::Changed => code::CHANGED,
+            Self::Taken => code::TAKEN,
         }
     }
 
@@ -132,9 +135,9 @@ impl Reply {
                 put_control(&mut payload, OK_EDID);
                 edid.put(&mut payload);
             }
-            Self::Changed => {}
+            Self::Changed | Self::Taken => {}
         }
-        let reply = !matches!(self, Self::Changed);
+        let reply = !matches!(self, Self::Changed | Self::Taken);
         out.reserve(HEADER_LEN + payload.len());
         out.extend(Header { code: self.code(), reply, payload: payload.len() as u32 }.encode());
         out.extend(payload);
@@ -157,6 +160,7 @@ impl Reply {
                 Self::Edid(Edid::take(&mut fields)?)
             }
             (code::CHANGED, false) => Self::Changed,
+            (code::TAKEN, false) => Self::Taken,
             (other, _) => return Err(WireError::Code(other)),
         };
         fields.end()?;

@@ -65,12 +65,32 @@ pub enum Request<'a> {
         /// Of which scanout.
         scanout: u32,
     },
+    /// Beside it comes a memfd of so many bytes, sealed against being cut, for frames from now on.
+    FrameMemory {
+        /// Its length in bytes, [`PIXELS_MAX`] at most.
+        len: u64,
+    },
+    /// A part of a picture, whose pixels are at the beginning of that memory; answered by [`Reply::Taken`](super::Reply::Taken).
+    Frame {
+        /// Of which.
+        scanout: u32,
+        /// Where.
+        rect: Rect,
+    },
 }
+
+/// Bytes of the pixels of a rectangle.
+#[must_use]
+pub fn pixel_bytes(rect: Rect) -> usize {
+    (rect.width as usize).saturating_mul(rect.height as usize).saturating_mul(PIXEL_BYTES)
+}
+
+/// Bytes of an update's message between its header and its pixels.
+pub const UPDATE_HEAD: usize = 20;
 
 /// Begins an update's message in `out`, header included; the pixels of `rect` are to be appended, no more and no less.
 pub fn begin_update(out: &mut Vec<u8>, scanout: u32, rect: Rect) {
-    let pixels = (rect.width as usize).saturating_mul(rect.height as usize).saturating_mul(PIXEL_BYTES);
-    let payload = u32::try_from(pixels.saturating_add(20)).unwrap_or(u32::MAX).min(REQUEST_MAX);
+    let payload = u32::try_from(pixel_bytes(rect).saturating_add(UPDATE_HEAD)).unwrap_or(u32::MAX).min(REQUEST_MAX);
     out.reserve(HEADER_LEN + payload as usize);
     out.extend(Header { code: code::UPDATE, reply: false, payload }.encode());
     out.words(&[scanout]);
@@ -91,6 +111,8 @@ impl<'a> Request<'a> {
             Self::Scanout { .. } => code::SCANOUT,
             Self::Update { .. } => code::UPDATE,
             Self::GetEdid { .. } => code::GET_EDID,
+            Self::FrameMemory { .. } => code::FRAME_MEMORY,
+            Self::Frame { .. } => code::FRAME,
         }
     }
 
@@ -114,6 +136,11 @@ impl<'a> Request<'a> {
             }
             Self::Scanout { scanout, width, height } => out.words(&[scanout, width, height]),
             Self::GetEdid { scanout } => out.words(&[scanout]),
+            Self::FrameMemory { len } => out.extend(len.to_le_bytes()),
+            Self::Frame { scanout, rect } => {
+                out.words(&[scanout]);
+                out.rect(rect);
+            }
         }
         let payload = (out.len() - at - HEADER_LEN) as u32;
         let header = Header { code: self.code(), reply: false, payload }.encode();
@@ -148,6 +175,17 @@ impl<'a> Request<'a> {
             }
             code::UPDATE => return update(fields),
             code::GET_EDID => Self::GetEdid { scanout: fields.scanout()? },
+            code::FRAME_MEMORY => {
+                let len = fields.u64()?;
+                if len > PIXELS_MAX as u64 {
+                    return Err(fields.wrong("length", u32::try_from(len).unwrap_or(u32::MAX)));
+                }
+                Self::FrameMemory { len }
+            }
+            code::FRAME => {
+                let (scanout, rect) = (fields.scanout()?, part(&mut fields)?);
+                Self::Frame { scanout, rect }
+            }
             code::DMABUF_SCANOUT | code::DMABUF_UPDATE | code::DMABUF_SCANOUT2 => return Err(WireError::Dmabuf(code)),
             other => return Err(WireError::Code(other)),
         };
@@ -165,15 +203,18 @@ fn position(fields: &mut Fields<'_>) -> Result<CursorPosition, WireError> {
 }
 
 fn update(mut fields: Fields<'_>) -> Result<Request<'_>, WireError> {
-    let (scanout, rect) = (fields.scanout()?, fields.rect()?);
+    let (scanout, rect) = (fields.scanout()?, part(&mut fields)?);
+    Ok(Request::Update { scanout, rect, pixels: fields.exactly(pixel_bytes(rect))? })
+}
+
+/// A part of a picture that can be, with pixels that one update may have.
+fn part(fields: &mut Fields<'_>) -> Result<Rect, WireError> {
+    let rect = fields.rect()?;
     if rect.width == 0 || rect.x.checked_add(rect.width).is_none() {
         return Err(fields.wrong("width", rect.width));
     }
-    if rect.height == 0 || rect.y.checked_add(rect.height).is_none() {
+    if rect.height == 0 || rect.y.checked_add(rect.height).is_none() || pixel_bytes(rect) > PIXELS_MAX {
         return Err(fields.wrong("height", rect.height));
     }
-    let bytes =
-        (rect.width as usize).checked_mul(rect.height as usize).and_then(|count| count.checked_mul(PIXEL_BYTES));
-    let bytes = bytes.filter(|bytes| *bytes <= PIXELS_MAX).ok_or(fields.wrong("height", rect.height))?;
-    Ok(Request::Update { scanout, rect, pixels: fields.exactly(bytes)? })
+    Ok(rect)
 }

@@ -24,6 +24,8 @@ fn requests() -> Vec<Request<'static>> {
         Request::Scanout { scanout: 0, width: 0, height: 0 },
         Request::Update { scanout: 0, rect, pixels: &PICTURE[..24] },
         Request::GetEdid { scanout: 2 },
+        Request::FrameMemory { len: PIXELS_MAX as u64 },
+        Request::Frame { scanout: 3, rect },
     ]
 }
 
@@ -36,6 +38,7 @@ fn replies() -> Vec<Reply> {
         Reply::DisplayInfo(Box::new(info)),
         Reply::Edid(Edid::new((0..128).collect())),
         Reply::Changed,
+        Reply::Taken,
     ]
 }
 

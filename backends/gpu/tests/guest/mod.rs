@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use atoll_kit::driver::process::Process;
 use atoll_kit::driver::{Driver, Options, display};
 use atoll_protocol::display::{
-    Channel, CursorPosition, DisplayInfo, Features, REQUEST_MAX, Rect, Reply, Request, Screen as Wanted,
+    Channel, CursorPosition, DisplayInfo, Features, REQUEST_MAX, Rect, Reply, Request, Screen as Wanted, pixel_bytes,
 };
 
 pub(crate) mod scene;
@@ -207,6 +209,10 @@ pub(crate) struct Screen {
     /// What each scanout shows: columns, rows, pixels.
     pub(crate) shown: BTreeMap<u32, (u32, u32, Vec<u8>)>,
     pub(crate) updates: u32,
+    /// Memory for frames, how many came in it, and whether it is said that they are taken.
+    pub(crate) frames: Option<File>,
+    pub(crate) framed: u32,
+    pub(crate) takes: bool,
     pub(crate) cursor: Option<(CursorPosition, bool)>,
     pub(crate) cursor_picture: Vec<u8>,
     pub(crate) hot: (u32, u32),
@@ -219,12 +225,15 @@ impl Screen {
             *screen = Wanted { rect: Rect { x: 0, y: 0, width: *width, height: *height }, enabled: true, flags: 0 };
         }
         Self {
-            channel: Channel::new(stream, REQUEST_MAX),
+            channel: Channel::with_descriptors(stream, REQUEST_MAX),
             features,
             wanted,
             asked: 0,
             shown: BTreeMap::new(),
             updates: 0,
+            frames: None,
+            framed: 0,
+            takes: true,
             cursor: None,
             cursor_picture: Vec::new(),
             hot: (0, 0),
@@ -237,8 +246,11 @@ impl Screen {
         while !is_so(self) {
             let left = deadline.saturating_duration_since(Instant::now());
             ensure!(!left.is_zero(), "it is not so in time");
-            let message = self.channel.receive(left)?;
+            let mut message = self.channel.receive(left)?;
             ensure!(!message.header.reply, "an answer of a device");
+            if let Some(memory) = message.descriptors.pop() {
+                self.frames = Some(memory.into());
+            }
             self.hear(Request::decode(message.header.code, &message.payload)?)?;
         }
         Ok(())
@@ -265,10 +277,23 @@ impl Screen {
         Ok(self.channel.send(&bytes, PATIENCE)?)
     }
 
+    fn draw(&mut self, scanout: u32, rect: Rect, pixels: &[u8]) -> Result<()> {
+        self.updates += 1;
+        let (width, height, shown) = self.shown.get_mut(&scanout).context("an update before its scanout")?;
+        ensure!(rect.x + rect.width <= *width && rect.y + rect.height <= *height, "{rect:?}");
+        for (row, pixels) in (rect.y..).zip(pixels.chunks(rect.width as usize * 4)) {
+            let at = (row * *width + rect.x) as usize * 4;
+            shown[at..at + pixels.len()].copy_from_slice(pixels);
+        }
+        Ok(())
+    }
+
     fn hear(&mut self, request: Request<'_>) -> Result<()> {
         match request {
             Request::GetFeatures => self.say(&Reply::Features(self.features))?,
-            Request::SetFeatures(features) => ensure!(features == self.features.and(Features::CHANGES)),
+            Request::SetFeatures(features) => {
+                ensure!(features == self.features.and(Features::CHANGES | Features::FRAMES))
+            }
             Request::GetDisplayInfo => {
                 self.say(&Reply::DisplayInfo(Box::new(self.wanted)))?;
                 self.asked += 1;
@@ -286,13 +311,19 @@ impl Screen {
             Request::Scanout { scanout, width, height } => {
                 self.shown.insert(scanout, (width, height, vec![0; width as usize * height as usize * 4]));
             }
-            Request::Update { scanout, rect, pixels } => {
-                self.updates += 1;
-                let (width, height, shown) = self.shown.get_mut(&scanout).context("an update before its scanout")?;
-                ensure!(rect.x + rect.width <= *width && rect.y + rect.height <= *height, "{rect:?}");
-                for (row, pixels) in (rect.y..).zip(pixels.chunks(rect.width as usize * 4)) {
-                    let at = (row * *width + rect.x) as usize * 4;
-                    shown[at..at + pixels.len()].copy_from_slice(pixels);
+            Request::Update { scanout, rect, pixels } => self.draw(scanout, rect, pixels)?,
+            Request::FrameMemory { len } => {
+                let memory = self.frames.as_ref().context("memory without memory")?;
+                ensure!(memory.metadata()?.len() == len);
+            }
+            Request::Frame { scanout, rect } => {
+                ensure!(self.takes || self.framed == 0, "a frame before the one before it was taken");
+                let mut pixels = vec![0; pixel_bytes(rect)];
+                self.frames.as_ref().context("a frame before its memory")?.read_exact_at(&mut pixels, 0)?;
+                self.framed += 1;
+                self.draw(scanout, rect, &pixels)?;
+                if self.takes {
+                    self.say(&Reply::Taken)?;
                 }
             }
         }
