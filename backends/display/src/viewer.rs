@@ -10,7 +10,7 @@ use std::time::Duration;
 use atoll_protocol::display::{PIXEL_BYTES, Rect};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::damage;
@@ -34,6 +34,9 @@ const WRONG: Duration = Duration::from_secs(1);
 const FRAME: Duration = Duration::from_micros(16_667);
 /// Messages of a second, at most.
 const MESSAGES_MAX: u32 = 2000;
+/// Seconds of more than that, one after the other, after which it is hung up on: what it has said by then and is not heard yet would
+/// keep the guest busy long after it has gone.
+const FLOODS_MAX: u32 = 5;
 /// The time between two wishes for another size, at least.
 const RESIZE: Duration = Duration::from_millis(200);
 /// Bytes that are sent together, and are read within [`READ_MAX`].
@@ -58,6 +61,12 @@ pub enum ViewerError {
         /// How long it had.
         limit: Duration,
     },
+    /// It says more than anybody types and points, and goes on.
+    #[error("it said more than {MESSAGES_MAX} messages in each of {FLOODS_MAX} seconds")]
+    Flood,
+    /// Everybody who may look does.
+    #[error("all places for viewers are taken: close one of them")]
+    Full,
     /// Its socket failed.
     #[error("its connection failed: {0}")]
     Io(io::Error),
@@ -111,17 +120,23 @@ impl Drop for Viewer {
     }
 }
 
-/// Serves a viewer of a head to its end.
+/// Serves a viewer of a head to its end. Once it has shown that it may look, `admit` gives it the place that it has until then.
 ///
 /// # Errors
 /// [`ViewerError`], always: it is why it ends.
-pub async fn serve<S>(stage: Arc<Stage>, head: usize, security: Security, mut stream: S) -> Result<(), ViewerError>
+pub async fn serve<S>(
+    stage: Arc<Stage>,
+    head: usize,
+    security: Security,
+    mut stream: S,
+    admit: impl FnMut() -> Option<OwnedSemaphorePermit>,
+) -> Result<(), ViewerError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let size = words(stage.lock().size(head));
     let slow = |what, limit| move |_| ViewerError::Slow { what, limit };
-    timeout(HELLO_MAX, greet(&mut stream, security, size, head))
+    let _place = timeout(HELLO_MAX, greet(&mut stream, security, size, head, admit))
         .await
         .map_err(slow("introduce itself", HELLO_MAX))??;
     let wake = Arc::new(Notify::new());
@@ -141,7 +156,13 @@ fn words((width, height): (u32, u32)) -> (u16, u16) {
     (width.min(SIDE_MAX) as u16, height.min(SIDE_MAX) as u16)
 }
 
-async fn greet<S>(stream: &mut S, security: Security, size: (u16, u16), head: usize) -> Result<(), ViewerError>
+async fn greet<S>(
+    stream: &mut S,
+    security: Security,
+    size: (u16, u16),
+    head: usize,
+    mut admit: impl FnMut() -> Option<OwnedSemaphorePermit>,
+) -> Result<OwnedSemaphorePermit, ViewerError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -157,11 +178,17 @@ where
             // Who guesses has to wait.
             sleep(WRONG).await;
         }
+        // The last word of all is the picture's size: who is told that has a place.
+        let is_last = step.outcome.is_ok() && hello.wants().is_none();
+        let place = if is_last { Some(admit().ok_or(ViewerError::Full)?) } else { None };
         stream.write_all(&step.answer).await?;
         stream.flush().await?;
         step.outcome?;
+        if let Some(place) = place {
+            return Ok(place);
+        }
     }
-    Ok(())
+    Err(ViewerError::Gone)
 }
 
 /// What is told next.
@@ -185,25 +212,39 @@ impl Viewer {
     async fn hear(&self, mut reader: impl AsyncRead + Unpin) -> Result<(), ViewerError> {
         let mut decoder = Decoder::default();
         let mut bytes = vec![0; 4096];
-        let (mut window, mut heard) = (Instant::now(), 0);
+        let (mut window, mut heard, mut floods) = (Instant::now(), 0, 0);
+        // Of the sizes that come too soon the newest counts.
+        let (mut size, mut sized) = (None, Instant::now());
         loop {
-            let count = reader.read(&mut bytes).await?;
+            let count = tokio::select! {
+                count = reader.read(&mut bytes) => count?,
+                () = sleep_until(sized), if size.is_some() => {
+                    size.take().into_iter().for_each(|message| self.obey(message));
+                    sized = Instant::now() + RESIZE;
+                    continue;
+                }
+            };
             if count == 0 {
                 return Err(ViewerError::Gone);
             }
             decoder.push(bytes.get(..count).unwrap_or_default());
             while let Some(message) = decoder.take()? {
                 if window.elapsed() >= Duration::from_secs(1) {
+                    floods = if heard > MESSAGES_MAX { floods } else { 0 };
                     (window, heard) = (Instant::now(), 0);
                 }
                 heard += 1;
                 if heard > MESSAGES_MAX {
+                    floods += 1;
+                    if floods >= FLOODS_MAX {
+                        return Err(ViewerError::Flood);
+                    }
                     sleep_until(window + Duration::from_secs(1)).await;
                 }
-                let is_resize = matches!(message, ViewerMessage::Resize { .. });
-                self.obey(message);
-                if is_resize {
-                    sleep(RESIZE).await;
+                if matches!(message, ViewerMessage::Resize { .. }) {
+                    size = Some(message);
+                } else {
+                    self.obey(message);
                 }
             }
         }

@@ -1,23 +1,51 @@
 //! Those who arrive: so many at a time, each in a task of its own.
+//!
+//! Who has not shown yet that he may look has no viewer's place. There are so many of these, too, and the oldest gives way to one more:
+//! who arrives and says nothing keeps nobody out.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 
 use crate::listen::{Arrival, Place};
 use crate::secret::{self, Secret};
 use crate::stage::Stage;
 use crate::viewer::{self, ViewerError};
 
-/// Viewers at a time, those that have not introduced themselves included.
+/// Viewers at a time.
 pub const VIEWERS_MAX: usize = 16;
+/// Those at a time who have not introduced themselves.
+const NEWCOMERS_MAX: usize = 32;
 /// How long nobody is let in when the kernel has no descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Those who have not introduced themselves, the oldest first.
+#[derive(Default)]
+struct Newcomers(Mutex<VecDeque<(u64, AbortHandle)>>);
+
+impl Newcomers {
+    fn arrives(&self, number: u64, task: AbortHandle) {
+        let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        list.retain(|(_, task)| !task.is_finished());
+        list.push_back((number, task));
+        if list.len() > NEWCOMERS_MAX
+            && let Some((_, oldest)) = list.pop_front()
+        {
+            oldest.abort();
+        }
+    }
+    fn is_let_in(&self, number: u64) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|(other, _)| *other != number);
+    }
+}
+
 /// Lets viewers of a head in, one after the other.
 pub async fn receive(place: Place, stage: Arc<Stage>, head: usize, secret: Option<Secret>, seats: Arc<Semaphore>) {
-    loop {
+    let newcomers = Arc::<Newcomers>::default();
+    for number in 0.. {
         let arrival = match place.accept().await {
             Ok(arrival) => arrival,
             Err(error) => {
@@ -26,8 +54,6 @@ pub async fn receive(place: Place, stage: Arc<Stage>, head: usize, secret: Optio
                 continue;
             }
         };
-        // A hang-up is all that one more hears.
-        let Ok(seat) = Arc::clone(&seats).try_acquire_owned() else { continue };
         let security = match secret::security(secret.as_ref()) {
             Ok(security) => security,
             Err(error) => {
@@ -35,15 +61,19 @@ pub async fn receive(place: Place, stage: Arc<Stage>, head: usize, secret: Optio
                 continue;
             }
         };
-        let stage = Arc::clone(&stage);
-        tokio::spawn(async move {
+        let (stage, seats, list) = (Arc::clone(&stage), Arc::clone(&seats), Arc::clone(&newcomers));
+        let task = tokio::spawn(async move {
+            let admit = move || {
+                list.is_let_in(number);
+                Arc::clone(&seats).try_acquire_owned().ok()
+            };
             let end = match arrival {
-                Arrival::Unix(stream) => viewer::serve(stage, head, security, stream).await,
-                Arrival::Tcp(stream) => viewer::serve(stage, head, security, stream).await,
+                Arrival::Unix(stream) => viewer::serve(stage, head, security, stream, admit).await,
+                Arrival::Tcp(stream) => viewer::serve(stage, head, security, stream, admit).await,
             };
             farewell(end);
-            drop(seat);
         });
+        newcomers.arrives(number, task.abort_handle());
     }
 }
 

@@ -129,6 +129,55 @@ fn viewers_that_flood_are_slowed_down() -> Result<()> {
     Ok(())
 }
 
+/// A viewer that goes on flooding is hung up on; one that asks for many sizes and leaves has asked for the last of them.
+#[test]
+fn what_a_viewer_has_said_does_not_outlive_it() -> Result<()> {
+    let mut screen = Screen::start_with(false, &[], Vec::new())?;
+    screen.gpu.greet(Features::CHANGES)?;
+    let mut many = screen.viewer()?;
+    for width in 300..800_u16 {
+        let mut bytes = vec![251, 0];
+        bytes.extend(width.to_be_bytes());
+        bytes.extend([1, 0, 1, 0]);
+        bytes.extend([0; 16]);
+        many.stream.write_all(&bytes)?;
+    }
+    let wanted = |screen: &mut Screen| -> Result<u32> {
+        match screen.ask(&DisplayOrder::Info, None)?.0 {
+            DisplayReport::Info { heads, .. } => Ok(heads[0].wanted_width),
+            other => anyhow::bail!("{other:?}"),
+        }
+    };
+    let begun = Instant::now();
+    while wanted(&mut screen)? != 799 {
+        ensure!(begun.elapsed() < Duration::from_secs(5), "{} is asked for", wanted(&mut screen)?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut flood = screen.viewer()?;
+    flood.stream.set_write_timeout(Some(Duration::from_millis(100)))?;
+    let (noise, begun) = ([5, 0, 0, 1, 0, 1].repeat(1000), Instant::now());
+    loop {
+        ensure!(begun.elapsed() < PATIENCE, "it is heard for ever");
+        match flood.stream.write(&noise) {
+            Err(error) if !matches!(error.kind(), std::io::ErrorKind::WouldBlock) => break,
+            _ => {}
+        }
+    }
+    screen.viewer().map(drop)
+}
+
+/// A hundred who arrive and say nothing keep nobody out.
+#[test]
+fn who_says_nothing_keeps_nobody_out() -> Result<()> {
+    let mut screen = Screen::start_with(false, &[], Vec::new())?;
+    let pixels = picture(640, 480, 7);
+    screen.gpu.show(0, SIZE, &pixels)?;
+    let silent = (0..100).map(|_| UnixStream::connect(&screen.unix)).collect::<std::io::Result<Vec<_>>>()?;
+    screen.viewer()?.sees(SIZE, &pixels)?;
+    drop(silent);
+    Ok(())
+}
+
 /// GPUs that say what cannot be are hung up on; the picture stays, and the next one is heard.
 #[test]
 fn gpus_that_talk_nonsense_are_given_up() -> Result<()> {

@@ -115,24 +115,24 @@ fn answer(site: &Arc<Site>, mut request: Request<Incoming>) -> Answer {
         }
         Ok(Wanted::View(head, _)) if site.stage.lock().size(head) == (0, 0) => denied(Denied::Nothing),
         Ok(Wanted::View(head, key)) => {
-            let Ok(seat) = Arc::clone(&site.seats).try_acquire_owned() else {
+            let Ok(place) = Arc::clone(&site.seats).try_acquire_owned() else {
                 return plain(StatusCode::SERVICE_UNAVAILABLE, "all places for viewers are taken: close one of them\n");
             };
             let stage = Arc::clone(&site.stage);
             let upgrade = hyper::upgrade::on(&mut request);
+            let mut place = Some(place);
             tokio::spawn(async move {
                 if let Ok(upgraded) = upgrade.await {
                     let (ours, theirs) = tokio::io::duplex(socket::BUFFER);
                     let socket = socket::accept(upgraded).await;
                     // Who got here has shown the cookie.
-                    let (end, bridged) =
-                        tokio::join!(viewer::serve(stage, head, Security::Open, ours), socket::bridge(socket, theirs));
+                    let looks = viewer::serve(stage, head, Security::Open, ours, move || place.take());
+                    let (end, bridged) = tokio::join!(looks, socket::bridge(socket, theirs));
                     visits::farewell(end);
                     if let Err(error) = bridged {
                         tracing::debug!(%error, "a viewer's WebSocket has ended");
                     }
                 }
-                drop(seat);
             });
             upgraded(&request, &key)
         }
