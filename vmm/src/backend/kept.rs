@@ -28,7 +28,7 @@ use super::standing::Standing;
 use super::supervisor::{Recovery, SupervisorMail};
 use crate::actor::{Address, Inbox, Outbox, TellError, mailbox};
 use crate::config::DeviceKind;
-use crate::lifecycle::{DeviceReport, DeviceState};
+use crate::lifecycle::{DeviceReport, DeviceState, Story};
 use crate::seccomp::{self, ThreadClass};
 
 /// How long an incarnation may take to be attached once it is ready.
@@ -72,6 +72,8 @@ pub(crate) struct KeptProcess {
     pub(crate) limits: WatchLimits,
     /// When to give it up.
     pub(crate) policy: PolicyConfig,
+    /// Where its lives are told.
+    pub(crate) story: Option<Story>,
 }
 
 /// Why it does not serve.
@@ -151,7 +153,7 @@ impl Kept {
         let supervisor = household.supervisor().clone();
         let roll = household.spawner().roll();
         let (orders, taken) = mailbox(roll, format!("keeper{}", device.0), 1, 16);
-        let standing = Arc::<Standing>::default();
+        let standing = Arc::new(Standing::new(process.name.clone(), process.story.clone()));
         let (attached, told) = (Arc::clone(&attachment), Arc::clone(&standing));
         let recovery = HandOn { attachment: attached, standing: told, done: 0, orders: orders.clone() };
         let generation = household.generations().first(device);

@@ -20,7 +20,7 @@ use super::policy::PolicyConfig;
 use super::spec::{PassedFd, WatchLimits};
 use crate::actor::remote::{Remote, RemoteShape};
 use crate::config::DeviceKind;
-use crate::lifecycle::DeviceReport;
+use crate::lifecycle::{DeviceReport, Story};
 
 /// Opens what each incarnation inherits besides the bus.
 type MakeFds = Box<dyn FnMut() -> std::io::Result<Vec<PassedFd>> + Send>;
@@ -47,6 +47,8 @@ pub struct RegisterProcess {
     pub limits: WatchLimits,
     /// When to give it up.
     pub policy: PolicyConfig,
+    /// Where its lives are told.
+    pub story: Option<Story>,
 }
 
 impl fmt::Debug for RegisterProcess {
@@ -99,12 +101,13 @@ impl RegisterBackend {
     /// # Errors
     /// All of [`KeptError`]; no process is left then.
     pub fn start(process: RegisterProcess, household: &Household) -> Result<Self, KeptError> {
-        let RegisterProcess { name, device, exe, args, fds, shape, wires, budget, limits, policy } = process;
+        let RegisterProcess { name, device, exe, args, fds, shape, wires, budget, limits, policy, story } = process;
         let class = shape.class;
         let remote = Remote::new(device, shape, wires, None, household.surroundings(budget));
         let remote = Arc::new(remote.map_err(|source| KeptError::Host { name: name.clone(), source })?);
         let registers = Registers { remote: Arc::clone(&remote), more: Mutex::new(fds), ours: Mutex::default() };
-        let process = KeptProcess { name, device, kind: DeviceKind::Uart, class, exe, args, limits, policy };
+        let kind = DeviceKind::Uart;
+        let process = KeptProcess { name, device, kind, class, exe, args, limits, policy, story };
         Ok(Self { kept: Kept::start(process, Arc::new(registers), household)?, remote })
     }
 

@@ -1,4 +1,4 @@
-//! What an operator is told of a process that is kept alive.
+//! What an operator is told of a process that is kept alive: how it is when he asks, and its deaths and returns as they happen.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -7,11 +7,16 @@ use atoll_protocol::jail::JailedLayer;
 
 use super::event::{BackendExit, ExitCause};
 use crate::config::DeviceKind;
-use crate::lifecycle::{DeviceReport, DeviceState, RecoveryClass};
+use crate::lifecycle::{DeviceReport, DeviceState, RecoveryClass, Story};
 
 /// The process as it was last heard of; the device's thread, the spawner and the supervisor write here.
-#[derive(Debug, Default)]
-pub(super) struct Standing(Mutex<Known>);
+#[derive(Default)]
+pub(super) struct Standing {
+    known: Mutex<Known>,
+    name: String,
+    /// Where its lives are told.
+    story: Option<Story>,
+}
 
 #[derive(Debug, Default)]
 struct Known {
@@ -27,8 +32,20 @@ struct Known {
 }
 
 impl Standing {
+    /// A process of this name, whose lives are told in `story`.
+    pub(super) fn new(name: String, story: Option<Story>) -> Self {
+        Self { known: Mutex::default(), name, story }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: &str, generation: u64, reason: Option<String>) {
+        if let Some(story) = &self.story {
+            let known = [("id", self.name.clone()), ("generation", generation.to_string())];
+            story.tell("device", event, known.into_iter().chain(reason.map(|reason| ("reason", reason))));
+        }
     }
 
     /// An incarnation was started.
@@ -41,6 +58,11 @@ impl Standing {
     pub(super) fn ready(&self, jail: &[JailedLayer]) {
         let mut known = self.lock();
         (known.serves, known.jail) = (true, jail.to_vec());
+        if known.lost + known.failed_starts > 0 {
+            let (device, generation) = (&self.name, known.generation);
+            tracing::warn!(device, generation, "backend is back");
+            self.tell("restarted", generation, None);
+        }
     }
 
     /// It has ended.
@@ -51,11 +73,20 @@ impl Standing {
         known.failed_starts += u64::from(!served && exit.cause != ExitCause::Asked);
         known.pid = None;
         (known.last_exit, known.last_lines) = (Some(exit.to_string()), exit.last_stderr.clone());
+        if exit.cause != ExitCause::Asked {
+            let (device, generation) = (&self.name, known.generation);
+            tracing::warn!(device, generation, %exit, "backend lost");
+            self.tell(if served { "crashed" } else { "start-failed" }, generation, Some(exit.to_string()));
+        }
     }
 
     /// There will be no other.
     pub(super) fn given_up(&self, why: String) {
-        self.lock().given_up = Some(why);
+        let mut known = self.lock();
+        let (device, generation) = (&self.name, known.generation);
+        tracing::error!(device, why, "device quarantined until the operator revives it");
+        self.tell("quarantined", generation, Some(why.clone()));
+        known.given_up = Some(why);
     }
 
     /// For people. A successor begins with its registers as at power-on, so only an idle port comes back as it was.
@@ -92,12 +123,21 @@ impl Standing {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::backend::event::ExitStatus;
+    use crate::lifecycle::Heard;
 
     #[test]
     fn lives_are_told() {
-        let standing = Standing::default();
+        let story = Story::default();
+        let heard = story.subscribe();
+        let told = || match heard.next(Duration::from_secs(60)) {
+            Heard::Event(event) => event.event,
+            other => format!("{other:?}"),
+        };
+        let standing = Standing::new("serial1".into(), Some(story));
         standing.started(Generation(1), 77);
         standing.ready(&[]);
         let report = standing.report("serial1", DeviceKind::Uart);
@@ -109,11 +149,17 @@ mod tests {
         let report = standing.report("serial1", DeviceKind::Uart);
         assert_eq!((report.state, report.pid, report.restarts), (DeviceState::Recovering, None, 1));
         assert_eq!(report.last_lines, ["ouch"]);
+        assert_eq!(told(), "crashed");
         standing.started(Generation(2), 78);
         standing.exited(&exit);
+        assert_eq!(told(), "start-failed");
         standing.given_up("it crashes and crashes".into());
         let report = standing.report("serial1", DeviceKind::Uart);
         // One that was never ready was not lost.
         assert_eq!((report.state, report.generation, report.restarts), (DeviceState::Quarantined, 2, 1));
+        assert_eq!(told(), "quarantined");
+        standing.started(Generation(3), 79);
+        standing.ready(&[]);
+        assert_eq!(told(), "restarted");
     }
 }

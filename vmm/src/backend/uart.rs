@@ -20,7 +20,7 @@ use super::policy::PolicyConfig;
 use super::registers::{RegisterBackend, RegisterProcess};
 use super::spec::{PassedFd, WatchLimits, beside_this_binary};
 use crate::actor::remote::RemoteShape;
-use crate::lifecycle::{DeviceReport, DeviceState};
+use crate::lifecycle::{DeviceReport, DeviceState, Story};
 use crate::machine::layout::{COM2, COM2_GSI};
 use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError, Transcript};
 
@@ -130,19 +130,26 @@ pub struct UartBuilder {
     line: Arc<UartLine>,
     binary: Option<PathBuf>,
     household: Arc<Household>,
+    story: Option<Story>,
 }
 
 impl UartBuilder {
     /// A port at the end of `line`, whose process `household` starts and keeps.
     #[must_use]
     pub fn new(line: Arc<UartLine>, household: Arc<Household>) -> Self {
-        Self { line, binary: None, household }
+        Self { line, binary: None, household, story: None }
     }
 
     /// Another binary than `atoll-uart` beside the running one.
     #[must_use]
     pub fn binary(self, binary: PathBuf) -> Self {
         Self { binary: Some(binary), ..self }
+    }
+
+    /// One whose lives are told in `story`.
+    #[must_use]
+    pub fn telling(self, story: &Story) -> Self {
+        Self { story: Some(story.clone()), ..self }
     }
 
     /// How the process is started, apart from any board.
@@ -170,6 +177,7 @@ impl UartBuilder {
             budget: ACCESS_MAX,
             limits: WatchLimits::default(),
             policy: PolicyConfig::default(),
+            story: self.story.clone(),
         })
     }
 }

@@ -36,6 +36,7 @@ pub(super) struct Plan {
     line: Option<Arc<DisplayLine>>,
     backend_dir: Option<PathBuf>,
     household: Arc<Household>,
+    story: Story,
     factory: DeviceFactory,
 }
 
@@ -123,6 +124,7 @@ impl Plan {
         let branch = serial.as_mut().filter(|_| has_page).map(SerialLine::branch).transpose().map_err(failed)?;
         let line = DisplayLine::open(config, factory.joint(), branch).map_err(failed)?.map(Arc::new);
         Ok(Self {
+            story: story.clone(),
             config: machine,
             choice,
             serial,
@@ -192,7 +194,7 @@ impl Plan {
         let mut builders = chipset();
         builders.extend(self.serial.as_ref().map(|line| line.builder(events)).transpose().map_err(failed)?);
         if let Some(line) = &self.uart {
-            let builder = UartBuilder::new(Arc::clone(line), Arc::clone(&self.household));
+            let builder = UartBuilder::new(Arc::clone(line), Arc::clone(&self.household)).telling(&self.story);
             builders.push(Box::new(match &self.backend_dir {
                 Some(folder) => builder.binary(folder.join(UART_BACKEND)),
                 None => builder,
@@ -200,7 +202,7 @@ impl Plan {
         }
         if let Some(line) = &self.line {
             let (line, folder) = (Arc::clone(line), self.backend_dir.clone());
-            builders.push(Box::new(DisplayBuilder::new(line, folder, Arc::clone(&self.household))));
+            builders.push(Box::new(DisplayBuilder::new(line, folder, Arc::clone(&self.household), self.story.clone())));
         }
         Ok(builders)
     }

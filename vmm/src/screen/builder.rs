@@ -14,7 +14,7 @@ use crate::backend::{
     Attachment, Household, Kept, KeptProcess, PassedFd, PolicyConfig, WatchLimits, beside_this_binary,
 };
 use crate::config::DeviceKind;
-use crate::lifecycle::{DeviceReport, DeviceState};
+use crate::lifecycle::{DeviceReport, DeviceState, Story};
 use crate::machine::{Board, BuildError, BuiltDevice, DeviceBuilder, DeviceLife, LifeError};
 
 /// Its number among the devices of a machine.
@@ -56,13 +56,14 @@ pub struct DisplayBuilder {
     line: Arc<DisplayLine>,
     folder: Option<PathBuf>,
     household: Arc<Household>,
+    story: Story,
 }
 
 impl DisplayBuilder {
-    /// A display in `line`, whose program is in `folder` or beside the running one.
+    /// A display in `line`, whose program is in `folder` or beside the running one; its lives are told in `story`.
     #[must_use]
-    pub fn new(line: Arc<DisplayLine>, folder: Option<PathBuf>, household: Arc<Household>) -> Self {
-        Self { line, folder, household }
+    pub fn new(line: Arc<DisplayLine>, folder: Option<PathBuf>, household: Arc<Household>, story: Story) -> Self {
+        Self { line, folder, household, story }
     }
 }
 
@@ -85,6 +86,7 @@ impl DeviceBuilder for DisplayBuilder {
             args: self.line.arguments(),
             limits: WatchLimits::default(),
             policy: PolicyConfig::default(),
+            story: Some(self.story),
         };
         let attachment = OnLine { line: self.line, control: Mutex::default() };
         let kept = Kept::start(process, Arc::new(attachment), &self.household).map_err(|error| failed(error.into()))?;
