@@ -292,7 +292,7 @@ impl Screen {
         match request {
             Request::GetFeatures => self.say(&Reply::Features(self.features))?,
             Request::SetFeatures(features) => {
-                ensure!(features == self.features.and(Features::CHANGES | Features::FRAMES))
+                ensure!(features == self.features.and(Features::CHANGES | Features::FRAMES));
             }
             Request::GetDisplayInfo => {
                 self.say(&Reply::DisplayInfo(Box::new(self.wanted)))?;
