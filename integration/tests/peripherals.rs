@@ -72,8 +72,9 @@ fn folder_entropy_and_console() -> Result<()> {
         let host = UnixStream::connect(&console).context("the console's socket")?;
         host.set_read_timeout(Some(STEP))?;
         let mut lines = BufReader::new(host.try_clone()?);
-        // Whoever prints before the client was noticed is not heard.
-        vm.run(&format!("{{ say {round} > /dev/hvc0 & }}"), STEP)?;
+        // Whoever prints before the client was noticed is not heard. A job of the shell's own would interrupt it at its end, in
+        // the middle of a line that it echoes.
+        vm.run(&format!("(say {round} > /dev/hvc0 &)"), STEP)?;
         let mut heard = Vec::new();
         // The first one may be the end of a line.
         while heard.len() < 3 {
@@ -82,7 +83,7 @@ fn folder_entropy_and_console() -> Result<()> {
             heard.push(line.trim().to_owned());
         }
         ensure!(heard[1..] == [format!("line {round}"), format!("line {round}")], "{heard:?}");
-        vm.run(&format!("touch /h{round}; {{ hear {round} < /dev/hvc0 & }}"), STEP)?;
+        vm.run(&format!("touch /h{round}; (hear {round} < /dev/hvc0 &)"), STEP)?;
         vm.run("usleep 300000", STEP)?;
         (&host).write_all(b"typed on the host\n")?;
         let got = vm.run(&format!("await {round}"), STEP)?;

@@ -98,7 +98,7 @@ fn sockets_both_ways_outlive_their_backend() -> Result<()> {
     vm.send(TOOLS)?;
     vm.send("\n")?;
     vm.run("[ -s /tmp/v.pl ]; dd if=/dev/urandom of=/tmp/d bs=64k count=64 2>/dev/null", STEP)?;
-    vm.run("{ perl /tmp/v.pl echo 1234 >/tmp/e 2>&1 & } ; true", STEP)?;
+    vm.run("(perl /tmp/v.pl echo 1234 >/tmp/e 2>&1 &)", STEP)?;
 
     for round in 0..2 {
         echo(&socket).with_context(|| format!("round {round}"))?;

@@ -130,9 +130,10 @@ impl Console {
 
     /// Runs one command in the guest's shell; gives its output, or an error with it if its exit status is not zero.
     pub fn run(&mut self, command: &str, within: Duration) -> Result<String> {
-        // The quotes keep the echo of what is typed from looking like the answer.
-        self.send(&format!("{command}; echo \"st\"\"atus=$?.\"\n"))?;
-        self.expect("$?.\"", within)?;
+        // The quotes keep the echo of what is typed from looking like the answer. Where the echo ends the output tells: the echo
+        // may come twice (typed before the prompt), be broken at the line's end, and lose a letter to the end of a job.
+        self.send(&format!("echo \"be\"\"gun.\"; {command}; echo \"st\"\"atus=$?.\"\n"))?;
+        self.expect("begun.", within)?;
         let output = self.expect("status=", within)?;
         let status = self.expect(".", within)?;
         self.expect(PROMPT, within)?;
