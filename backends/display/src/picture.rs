@@ -1,6 +1,6 @@
 //! A head's picture as the device has told it: blue, green, red and nothing for each pixel, row by row.
 
-use atoll_protocol::display::{PIXEL_BYTES, Rect};
+use atoll_protocol::display::{PIXEL_BYTES, Rect, pixel_bytes};
 
 use crate::damage;
 
@@ -18,7 +18,7 @@ impl Picture {
     /// A black one.
     #[must_use]
     pub fn black((width, height): (u32, u32)) -> Self {
-        Self { width, height, bytes: vec![0; bytes((width, height))], from: 0 }
+        Self { width, height, bytes: vec![0; pixel_bytes(damage::whole((width, height)))], from: 0 }
     }
 
     /// Columns and rows.
@@ -36,7 +36,7 @@ impl Picture {
     /// The picture of this size that a message brings, if its bytes from `from` on are the pixels of all of it: they are taken
     /// as they are, without a copy.
     pub fn whole(size: (u32, u32), rect: Rect, message: &mut Vec<u8>, from: usize) -> Option<Self> {
-        let is_whole = rect == damage::whole(size) && message.len().checked_sub(from) == Some(bytes(size));
+        let is_whole = rect == damage::whole(size) && message.len().checked_sub(from) == Some(pixel_bytes(rect));
         is_whole.then(|| Self { width: size.0, height: size.1, bytes: std::mem::take(message), from })
     }
 
@@ -67,14 +67,14 @@ impl Picture {
     pub fn rows(&self, rect: Rect) -> Option<&[u8]> {
         let is_wide = rect.x == 0 && rect.width == self.width;
         let at = self.at(0, rect.y);
-        self.pixels().get(at..at + bytes((rect.width, rect.height))).filter(|_| is_wide)
+        self.pixels().get(at..at + pixel_bytes(rect)).filter(|_| is_wide)
     }
 
     /// Appends the pixels of `rect` to `out`, row by row; those that are not there are black.
     pub fn append(&self, rect: Rect, out: &mut Vec<u8>) {
         let (pixels, row) = (self.pixels(), rect.width as usize * PIXEL_BYTES);
         let part = damage::shared(rect, damage::whole(self.size()));
-        out.reserve(bytes((rect.width, rect.height)));
+        out.reserve(pixel_bytes(rect));
         if part == Some(rect) {
             // Rows without gaps are one.
             let (rows, len) =
@@ -86,7 +86,7 @@ impl Picture {
             return;
         }
         let start = out.len();
-        out.resize(start + bytes((rect.width, rect.height)), 0);
+        out.resize(start + pixel_bytes(rect), 0);
         let Some(part) = part else { return };
         let left = (part.x - rect.x) as usize * PIXEL_BYTES;
         let len = part.width as usize * PIXEL_BYTES;
@@ -103,12 +103,6 @@ impl Picture {
     fn at(&self, x: u32, y: u32) -> usize {
         (y as usize * self.width as usize + x as usize) * PIXEL_BYTES
     }
-}
-
-/// Bytes of a picture of this size.
-#[must_use]
-pub fn bytes((width, height): (u32, u32)) -> usize {
-    (width as usize).saturating_mul(height as usize).saturating_mul(PIXEL_BYTES)
 }
 
 #[cfg(test)]

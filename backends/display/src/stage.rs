@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use atoll_protocol::display::control::HeadInfo;
-use atoll_protocol::display::{CURSOR_BYTES, DisplayInfo, Rect, Request, SCANOUTS_MAX, Screen};
+use atoll_protocol::display::{CURSOR_BYTES, DisplayInfo, Rect, Request, SCANOUTS_MAX, Screen, pixel_bytes};
 use tokio::sync::Notify;
 
 use crate::asked::{Asked, Sizes};
 use crate::damage::{self, Damage};
-use crate::picture::{self, Picture};
+use crate::picture::Picture;
 use crate::seat::{Seat, ViewerId};
 
 /// Bytes of all pictures at most.
@@ -210,7 +210,7 @@ impl Heads {
         let Some(head) = self.heads.get_mut(number) else { return };
         let now = head.picture.size();
         let fits = size.0.max(size.1) <= SIDE_MAX
-            && others - head.picture.pixels().len() + picture::bytes(size) <= PICTURES_MAX;
+            && others - head.picture.pixels().len() + pixel_bytes(damage::whole(size)) <= PICTURES_MAX;
         if size == (0, 0) || !fits {
             if !fits && !std::mem::replace(&mut head.refused, true) {
                 tracing::warn!(head = number, ?size, "a picture is too large and is not shown; choose a smaller mode");
@@ -382,7 +382,7 @@ mod tests {
         let mut heads = stage.lock();
         heads.hear(&Request::Scanout { scanout: 0, width: 2, height: 2 });
         let tell = |heads: &mut Heads, rect: Rect, value: u8| {
-            let mut message = vec![value; 20 + picture::bytes((rect.width, rect.height))];
+            let mut message = vec![value; 20 + pixel_bytes(rect)];
             heads.update(0, rect, &mut message, 20);
             message.len()
         };

@@ -11,7 +11,7 @@ use atoll_protocol::display::{PIXEL_BYTES, Rect};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::damage;
 use crate::keys;
@@ -26,7 +26,7 @@ use crate::stage::{SIDE_MAX, SIDE_MIN, Stage};
 
 /// How long a viewer may take to be let in.
 const HELLO_MAX: Duration = Duration::from_secs(10);
-/// How long it may take to read a part.
+/// How long it may take to read [`READ_MIN`].
 const READ_MAX: Duration = Duration::from_secs(10);
 /// How long a wrong password takes.
 const WRONG: Duration = Duration::from_secs(1);
@@ -39,8 +39,10 @@ const MESSAGES_MAX: u32 = 2000;
 const FLOODS_MAX: u32 = 5;
 /// The time between two wishes for another size, at least.
 const RESIZE: Duration = Duration::from_millis(200);
-/// Bytes that are sent together, and are read within [`READ_MAX`].
+/// Bytes that are sent together.
 const PIECE: usize = 512 << 10;
+/// Bytes of them that are read within [`READ_MAX`].
+const READ_MIN: usize = 64 << 10;
 /// Bytes of a picture that is held on to while it is told: one of 3840 by 2160 pixels.
 const MOMENT_MAX: usize = 3840 * 2160 * PIXEL_BYTES;
 
@@ -417,10 +419,16 @@ async fn send(writer: &mut (impl AsyncWrite + Unpin), out: &mut Vec<u8>) -> Resu
     Ok(())
 }
 
-async fn write(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), ViewerError> {
-    let written = timeout(READ_MAX, async {
-        writer.write_all(bytes).await?;
-        writer.flush().await
-    });
-    Ok(written.await.map_err(|_| ViewerError::Slow { what: "read", limit: READ_MAX })??)
+async fn write(writer: &mut (impl AsyncWrite + Unpin), mut bytes: &[u8]) -> Result<(), ViewerError> {
+    let slow = |_| ViewerError::Slow { what: "read", limit: READ_MAX };
+    let (mut until, mut read) = (Instant::now() + READ_MAX, 0);
+    while !bytes.is_empty() {
+        let count = timeout_at(until, writer.write(bytes)).await.map_err(slow)??;
+        bytes = bytes.get(count..).filter(|_| count > 0).ok_or(ViewerError::Gone)?;
+        read += count;
+        if read >= READ_MIN {
+            (until, read) = (Instant::now() + READ_MAX, 0);
+        }
+    }
+    Ok(timeout_at(until, writer.flush()).await.map_err(slow)??)
 }

@@ -13,6 +13,7 @@ use atoll_protocol::display::{Channel, ChannelError, Features, REPLY_MAX, Reply,
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
+use crate::frame_memory::Telling;
 use crate::head::Turn;
 use crate::shared::{Handover, Link, Shared};
 
@@ -227,10 +228,11 @@ impl Talk {
     fn tell(&mut self, shared: &Shared) -> Result<Option<Instant>, End> {
         for _ in 0..TURN_MAX {
             self.room.clear();
+            let mut telling = Telling::new(&mut self.room, self.maps.then_some(&shared.frames));
             let next = {
                 let mut desk = shared.lock();
                 desk.alarm = None;
-                match desk.gpu.tell(Instant::now(), &mut self.room) {
+                match desk.gpu.tell(Instant::now(), &mut telling) {
                     Turn::Told => None,
                     Turn::At(at) => {
                         desk.alarm = Some(at);
@@ -241,9 +243,9 @@ impl Talk {
             };
             match next {
                 None => {
-                    let instead = if self.maps { shared.frames.take(&self.room)? } else { None };
-                    self.channel.send(instead.as_deref().unwrap_or(&self.room), READ_MAX)?;
-                    if instead.is_some() {
+                    let is_full = telling.is_full;
+                    self.channel.send(&self.room, READ_MAX)?;
+                    if is_full {
                         // There is room for one: the next is told when this one is read.
                         self.untaken = Some(Instant::now() + READ_MAX);
                         return Ok(None);

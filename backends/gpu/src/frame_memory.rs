@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use atoll_protocol::display::{HEADER_LEN, Header, PIXELS_MAX, Rect, Request, UPDATE_HEAD, WireError, code};
+use atoll_protocol::display::{PIXELS_MAX, Rect, Request, begin_update, pixel_bytes};
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// An update of fewer bytes is told in a message: that is one piece, and nobody has to answer it.
 const FRAME_MIN: usize = 64 << 10;
@@ -39,48 +39,59 @@ impl FrameMemory {
         (Request::FrameMemory { len: PIXELS_MAX as u64 }, self.file.as_fd())
     }
 
-    /// Takes the pixels of a large update out of these messages and into the memory: what is to be sent instead, if there is one.
-    ///
-    /// # Errors
-    /// What is in `messages` is no whole messages.
-    pub fn take(&self, messages: &[u8]) -> Result<Option<Vec<u8>>, WireError> {
-        let mut at = 0;
-        while let Some(head) = messages.get(at..).and_then(|rest| rest.first_chunk::<HEADER_LEN>()) {
-            let header = Header::decode(head, u32::MAX)?;
-            let (from, end) = (at + HEADER_LEN, at + HEADER_LEN + header.payload as usize);
-            if header.code == code::UPDATE && header.payload as usize >= FRAME_MIN {
-                let payload = messages.get(from..end).unwrap_or_default();
-                let Request::Update { scanout, rect, pixels } = Request::decode(header.code, payload)? else {
-                    return Ok(None);
-                };
-                return Ok(self.put(pixels).then(|| Self::instead(messages, at, end, scanout, rect)));
-            }
-            at = end;
-        }
-        Ok(None)
-    }
-
-    fn put(&self, pixels: &[u8]) -> bool {
-        self.map.as_volatile_slice().write_slice(pixels, 0).is_ok()
-    }
-
-    fn instead(messages: &[u8], at: usize, end: usize, scanout: u32, rect: Rect) -> Vec<u8> {
-        let mut said = messages.get(..at).unwrap_or_default().to_vec();
-        Request::Frame { scanout, rect }.put(&mut said);
-        said.extend(messages.get(end..).unwrap_or_default());
-        said
+    /// Room for the pixels of an update, if it is large enough to go this way.
+    fn room(&self, rect: Rect) -> Option<VolatileSlice<'_>> {
+        let len = Some(pixel_bytes(rect)).filter(|len| *len >= FRAME_MIN)?;
+        self.map.get_slice(0, len).ok()
     }
 }
 
-const _: () = assert!(FRAME_MIN > UPDATE_HEAD);
+/// What a screen is told at once: messages, and the pixels of one large update in memory, if it takes them that way.
+#[derive(Debug)]
+pub struct Telling<'a> {
+    /// The messages.
+    pub messages: &'a mut Vec<u8>,
+    /// Where the pixels go; none where they are part of the message.
+    pub memory: Option<&'a FrameMemory>,
+    /// They have gone there, and are to be read before there is room for others.
+    pub is_full: bool,
+}
+
+impl<'a> Telling<'a> {
+    /// Nothing is told yet.
+    pub fn new(messages: &'a mut Vec<u8>, memory: Option<&'a FrameMemory>) -> Self {
+        Self { messages, memory, is_full: false }
+    }
+
+    /// Tells the pixels of a part: `by_memory` writes them there, if it can, else `by_message` appends them to the messages.
+    pub fn update(
+        &mut self,
+        scanout: u32,
+        rect: Rect,
+        by_memory: impl FnOnce(&VolatileSlice<'_>) -> bool,
+        by_message: impl FnOnce(&mut Vec<u8>),
+    ) {
+        let room = self.memory.filter(|_| !self.is_full).and_then(|memory| memory.room(rect));
+        if room.is_some_and(|room| by_memory(&room)) {
+            self.is_full = true;
+            Request::Frame { scanout, rect }.put(self.messages);
+        } else {
+            begin_update(self.messages, scanout, rect);
+            by_message(self.messages);
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
 
+    use vm_memory::Bytes;
+
     use super::*;
 
-    /// A large update goes by memory, in its place among the other messages; a small one, and everything else, stays as it is.
+    /// A large update goes by memory, once; a small one, one that finds no room, and one that whoever draws cannot write there are
+    /// messages with their pixels.
     #[test]
     fn large_updates_go_by_memory() {
         let memory = FrameMemory::new().unwrap();
@@ -88,18 +99,21 @@ mod tests {
         let whole = Rect { x: 0, y: 0, width: 256, height: 128 };
         let corner = Rect { x: 1, y: 2, width: 2, height: 2 };
         let (mut said, mut wanted) = (Vec::new(), Vec::new());
-        let others = [
-            Request::Scanout { scanout: 1, width: 256, height: 128 },
-            Request::Update { scanout: 1, rect: corner, pixels: &pixels[..16] },
-        ];
-        others.iter().for_each(|request| request.put(&mut said));
-        assert_eq!(memory.take(&said), Ok(None));
-        wanted.extend(&said);
-        Request::Update { scanout: 1, rect: whole, pixels: &pixels }.put(&mut said);
+        let mut telling = Telling::new(&mut said, Some(&memory));
+        let mut tell = |rect: Rect, can: bool| {
+            let by_memory = |room: &VolatileSlice<'_>| can && room.write_slice(&pixels[..room.len()], 0).is_ok();
+            telling.update(1, rect, by_memory, |out| out.extend(&pixels[..pixel_bytes(rect)]));
+            telling.is_full
+        };
+        assert_eq!(
+            [(corner, true), (whole, false), (whole, true), (whole, true)].map(|(r, can)| tell(r, can)),
+            [false, false, true, true]
+        );
+        Request::Update { scanout: 1, rect: corner, pixels: &pixels[..16] }.put(&mut wanted);
+        Request::Update { scanout: 1, rect: whole, pixels: &pixels }.put(&mut wanted);
         Request::Frame { scanout: 1, rect: whole }.put(&mut wanted);
-        Request::GetDisplayInfo.put(&mut said);
-        Request::GetDisplayInfo.put(&mut wanted);
-        assert_eq!(memory.take(&said), Ok(Some(wanted)));
+        Request::Update { scanout: 1, rect: whole, pixels: &pixels }.put(&mut wanted);
+        assert_eq!(said, wanted);
         let mut there = vec![0; pixels.len()];
         memory.file.read_exact_at(&mut there, 0).unwrap();
         assert_eq!(there, pixels);

@@ -5,11 +5,10 @@
 
 use std::time::{Duration, Instant};
 
-use atoll_protocol::display::{
-    CURSOR_BYTES, CursorPosition, PIXEL_BYTES, PIXELS_MAX, Rect, Request, Screen, begin_update,
-};
+use atoll_protocol::display::{CURSOR_BYTES, CursorPosition, PIXEL_BYTES, PIXELS_MAX, Rect, Request, Screen};
 use vm_memory::Bytes;
 
+use crate::frame_memory::Telling;
 use crate::geometry;
 use crate::record::{CursorWords, Record};
 use crate::resource::{Resource, Resources};
@@ -199,7 +198,7 @@ impl Head {
     }
 
     /// Appends what is to be told to `out`, if it is time.
-    pub fn tell(&mut self, now: Instant, record: &Record, resources: &Resources, out: &mut Vec<u8>) -> Turn {
+    pub fn tell(&mut self, now: Instant, record: &Record, resources: &Resources, out: &mut Telling<'_>) -> Turn {
         if !self.has_news() {
             return Turn::Nothing;
         }
@@ -209,13 +208,13 @@ impl Head {
         let scanout = self.number as u32;
         let (width, height) = self.size();
         if (width, height) != self.told {
-            Request::Scanout { scanout, width, height }.put(out);
+            Request::Scanout { scanout, width, height }.put(out.messages);
             self.told = (width, height);
         }
         if self.flushed {
             self.update(record, resources, out);
         }
-        self.tell_cursor(record, out);
+        self.tell_cursor(record, out.messages);
         // A picture in parts is one frame.
         if !(self.flushed && self.damage.is_some()) {
             self.rests_until = Some(now + FRAME);
@@ -223,15 +222,19 @@ impl Head {
         Turn::Told
     }
 
-    fn update(&mut self, record: &Record, resources: &Resources, out: &mut Vec<u8>) {
+    fn update(&mut self, record: &Record, resources: &Resources, out: &mut Telling<'_>) {
         let (Some(view), Some(damage)) = (self.view, self.damage.take()) else { return };
         let whole = geometry::whole(view.rect.width, view.rect.height);
         let (Some(damage), Ok(resource)) = (geometry::shared(damage, whole), resources.get(view.id)) else { return };
         let rows_max = (PIXELS_MAX / PIXEL_BYTES) as u32 / damage.width.max(1);
         let part = Rect { height: damage.height.min(rows_max), ..damage };
-        begin_update(out, self.number as u32, part);
         let source = Rect { x: view.rect.x + part.x, y: view.rect.y + part.y, ..part };
-        resources.read(record, resource, source, out);
+        out.update(
+            self.number as u32,
+            part,
+            |room| resources.copy(record, resource, source, room),
+            |messages| resources.read(record, resource, source, messages),
+        );
         let left = Rect { y: damage.y + part.height, height: damage.height - part.height, ..damage };
         self.damage = Some(left).filter(|left| left.height > 0);
         self.flushed = self.damage.is_some();

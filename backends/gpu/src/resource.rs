@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 use atoll_kit::memory::Segments;
-use atoll_protocol::display::{PIXEL_BYTES, Rect};
+use atoll_protocol::display::{PIXEL_BYTES, Rect, pixel_bytes};
 use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice, WriteVolatile};
 
@@ -383,26 +383,45 @@ impl Resources {
     /// Appends the pixels of a part of a picture to `out`, as the display wire carries them. Nothing, when it does not lie
     /// within.
     pub fn read(&self, record: &Record, resource: &Resource, rect: Rect, out: &mut Vec<u8>) {
-        let (Some(pixels), Some(format)) = (resource.pixels, resource.format) else { return };
-        if !geometry::is_within(rect, resource.width, resource.height) {
-            return;
-        }
-        let (stride, row) = (resource.stride(), rect.width as usize * PIXEL_BYTES);
-        let first = pixels.at + u64::from(rect.y) * stride + u64::from(rect.x) * PIXEL_BYTES as u64;
-        let whole = rect.width == resource.width;
-        let (rows, len) = if whole { (1, row * rect.height as usize) } else { (rect.height, row) };
+        let (Some(format), Some(pieces)) = (resource.format, rows(record, resource, rect)) else { return };
         let start = out.len();
-        for row in 0..u64::from(rows) {
-            if let Some(piece) = record.piece(first + row * stride, len as u64) {
-                // Appended as it is read: a frame is too large to be filled with zeroes first. A vector takes all of it.
-                let _ = out.write_volatile(&piece);
-            }
+        for piece in pieces.flatten() {
+            // Appended as it is read: a frame is too large to be filled with zeroes first. A vector takes all of it.
+            let _ = out.write_volatile(&piece);
         }
         // A message is as long as its header says, whatever the record is like.
-        out.resize(start + row * rect.height as usize, 0);
+        out.resize(start + pixel_bytes(rect), 0);
         let room = out.get_mut(start..).unwrap_or_default();
         format.convert(room);
     }
+
+    /// Copies a part of a picture to `room`, which is as large as that; `false` where its pixels would have to be changed on the way.
+    pub fn copy(&self, record: &Record, resource: &Resource, rect: Rect, room: &VolatileSlice<'_>) -> bool {
+        let Some(pieces) = rows(record, resource, rect).filter(|_| resource.format == Some(Format::Bgr)) else {
+            return false;
+        };
+        let mut at = 0;
+        for piece in pieces {
+            let (Some(piece), Ok(to)) = (piece, room.offset(at)) else { return false };
+            piece.copy_to_volatile_slice(to);
+            at += piece.len();
+        }
+        at == room.len()
+    }
+}
+
+/// Where the rows of a part of a picture are; those that follow one another without a gap are one.
+fn rows<'a>(
+    record: &'a Record,
+    resource: &Resource,
+    rect: Rect,
+) -> Option<impl Iterator<Item = Option<VolatileSlice<'a>>>> {
+    let pixels = resource.pixels.filter(|_| geometry::is_within(rect, resource.width, resource.height))?;
+    let (stride, row) = (resource.stride(), rect.width as usize * PIXEL_BYTES);
+    let first = pixels.at + u64::from(rect.y) * stride + u64::from(rect.x) * PIXEL_BYTES as u64;
+    let whole = rect.width == resource.width;
+    let (rows, len) = if whole { (1, row * rect.height as usize) } else { (rect.height, row) };
+    Some((0..u64::from(rows)).map(move |row| record.piece(first + row * stride, len as u64)))
 }
 
 /// Takes entries apart, up to the last whole one.

@@ -10,6 +10,7 @@ use vm_memory::GuestMemory;
 use crate::command::{Answer, COMMAND_LEN_MAX, Command, CursorCommand, Header, Refusal, Status};
 use crate::command3d::Command3d;
 use crate::edid::{self, MODE_MAX, MODE_MIN};
+use crate::frame_memory::Telling;
 use crate::geometry;
 use crate::head::{Head, Turn, View};
 use crate::record::Record;
@@ -199,8 +200,8 @@ impl Gpu {
     pub fn due(&self, now: Instant) -> Option<Instant> {
         self.heads.iter().filter_map(|head| head.due(now)).min()
     }
-    /// Appends what is to be told to `out`: of one scanout at a time.
-    pub fn tell(&mut self, now: Instant, out: &mut Vec<u8>) -> Turn {
+    /// Tells what is to be told: of one scanout at a time.
+    pub fn tell(&mut self, now: Instant, out: &mut Telling<'_>) -> Turn {
         let mut next: Option<Instant> = None;
         for head in &mut self.heads {
             match head.tell(now, &self.record, &self.resources, out) {

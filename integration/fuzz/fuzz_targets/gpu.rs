@@ -2,9 +2,10 @@
 //! may panic, what a screen is told is what it takes, and a successor has what its predecessor had.
 #![no_main]
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
+use atoll_gpu::frame_memory::{FrameMemory, Telling};
 use atoll_gpu::head::{FRAME, Turn};
 use atoll_gpu::record::{ARENA_MIN, Record};
 use atoll_gpu::render::{Blank, RingRam};
@@ -46,9 +47,11 @@ fn words(bytes: &[u8]) -> Vec<u8> {
 }
 
 fn told(gpu: &mut Gpu, now: Instant) {
+    static MEMORY: LazyLock<FrameMemory> = LazyLock::new(|| FrameMemory::new().expect("memory for frames"));
     let mut out = Vec::new();
-    while gpu.tell(now, &mut out) == Turn::Told {
-        assert!(out.len() < 64 << 20);
+    let mut telling = Telling::new(&mut out, Some(&MEMORY));
+    while gpu.tell(now, &mut telling) == Turn::Told {
+        assert!(telling.messages.len() < 64 << 20);
     }
     let mut rest = out.as_slice();
     while let Some((head, more)) = rest.split_first_chunk::<HEADER_LEN>() {

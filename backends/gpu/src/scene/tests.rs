@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::command::Status;
+use crate::frame_memory::Telling;
 use crate::record::{ARENA_MIN, Slot};
 use crate::render::{Capset, Pinned, RingRam};
 use crate::state::{Gpu, Wishes};
@@ -179,7 +180,7 @@ fn a_renderer_hears_what_was_checked() {
     rig.done(0x104, 0, &[4, 4, 2, 2, 7, 0]);
     assert_eq!(rig.said(), ["read 7 0 0 16 16"]);
     let mut out = Vec::new();
-    rig.gpu.tell(std::time::Instant::now(), &mut out);
+    rig.gpu.tell(std::time::Instant::now(), &mut Telling::new(&mut out, None));
     rig.done(0x104, 0, &[4, 4, 2, 2, 7, 0]);
     assert_eq!(rig.said(), ["read 7 4 4 2 2"]);
     // What it cannot make is not there afterwards; what it did not hear of neither.

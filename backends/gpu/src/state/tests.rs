@@ -70,7 +70,7 @@ impl Rig {
     /// What the screen is told by now: numbers and payloads of messages.
     fn told(&mut self, now: Instant) -> Vec<(u32, Vec<u8>)> {
         let (mut out, mut told) = (Vec::new(), Vec::new());
-        while self.gpu.tell(now, &mut out) == Turn::Told {}
+        while self.gpu.tell(now, &mut Telling::new(&mut out, None)) == Turn::Told {}
         let mut rest = out.as_slice();
         while let Some((head, more)) = rest.split_first_chunk::<HEADER_LEN>() {
             let header = WireHeader::decode(head, REQUEST_MAX).unwrap();
