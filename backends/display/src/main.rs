@@ -177,7 +177,10 @@ fn serve(options: &Options, sidecar: Option<Sidecar>, reports: Option<&Reports>)
     // What needs a path comes before the jail; what needs a runtime has its descriptor already.
     let secret = Options::take("--secret-fd", options.secret_fd)?.map(Secret::read).transpose()?;
     let novnc = if options.web_fd.is_some() {
-        Novnc::read(&options.novnc).map_err(|error| format!("{error}."))
+        Novnc::read(&options.novnc).map_err(|error| {
+            tracing::warn!("the page will have no picture: {error}");
+            format!("{error}.")
+        })
     } else {
         Ok(Novnc::default())
     };

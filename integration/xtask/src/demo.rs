@@ -2,7 +2,7 @@
 
 use crate::console::Console;
 use crate::images::{self, Guest};
-use crate::{packages, place};
+use crate::{packages, place, tied};
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -100,7 +100,9 @@ impl Demo {
         let folder = tempfile::tempdir()?;
         let disk = images::copy_of_disk(&guest, folder.path())?;
         eprintln!("[3/3] booting; `poweroff -f` ends the guest, Ctrl-A x ends it at once");
-        let status = self.command(&guest)?.arg("--disk").arg(format!("path={}", disk.display())).status()?;
+        let mut command = self.command(&guest)?;
+        command.arg("--disk").arg(format!("path={}", disk.display()));
+        let status = tied::to_this_thread(&mut command).status()?;
         if !status.success() {
             bail!("atoll ended with {status}");
         }

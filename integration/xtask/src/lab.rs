@@ -1,10 +1,7 @@
 //! `cargo xtask lab`: stock guests on real KVM, in an emulated machine that has it; see `integration/lab`.
-#![allow(unsafe_code, reason = "a child that ends with its parent")]
 
-use crate::{packages, place, verify};
+use crate::{packages, place, tied, verify};
 use anyhow::{Context, Result};
-use rustix::process::{Signal, set_parent_process_death_signal};
-use std::os::unix::process::CommandExt as _;
 use std::process::Command;
 
 /// Where the verifier's program for guests is, among the programs.
@@ -49,7 +46,5 @@ pub fn run(what: &str, arguments: &[String]) -> Result<()> {
     let mut command = Command::new(place::program("lab")?);
     command.arg(what).args(arguments);
     // It ends its machines in order when it is told to; and it is told when this process ends.
-    // SAFETY: it makes one system call and allocates nothing.
-    unsafe { command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::TERM))?)) };
-    place::run(&mut command)
+    place::run(tied::to_this_thread(&mut command))
 }

@@ -36,6 +36,7 @@ pub mod screen_demo;
 pub mod soak;
 pub mod suite;
 pub mod tidy;
+pub mod tied;
 pub mod tour;
 pub mod userland;
 pub mod verify;

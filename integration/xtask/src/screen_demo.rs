@@ -15,7 +15,7 @@ use crate::operated::Operated;
 use crate::packages::{self, NOVNC};
 use crate::painting::Painting;
 use crate::picture::{self, Picture};
-use crate::{full_kernel, graphics_land, place};
+use crate::{full_kernel, graphics_land, place, tied};
 use anyhow::{Context, Result, ensure};
 
 const STEP: Duration = Duration::from_secs(60);
@@ -48,7 +48,7 @@ pub fn guest(folder: &Path, more: &str) -> Result<Operated> {
         .args(["--cmdline", "console=tty0 console=ttyS0 panic=-1 quiet", "--memory", "size=512M", "--gpu", "on"])
         .arg("--display")
         .arg(format!("web=127.0.0.1:0,novnc={}{more}", novnc()?.display()));
-    let mut machine = Operated::spawn(&mut command, folder)?;
+    let mut machine = Operated::spawn(tied::to_this_thread(&mut command), folder)?;
     machine.console.prompt(BOOT_LIMIT)?;
     let console = &mut machine.console;
     console.run("for M in /modules/full/*.ko; do insmod $M || exit 1; done", STEP)?;
@@ -63,7 +63,8 @@ pub fn guest(folder: &Path, more: &str) -> Result<Operated> {
 fn cube(folder: &Path) -> Result<Operated> {
     let initramfs = graphics_land::initramfs(folder, &[])?;
     let display = format!("web=127.0.0.1:0,novnc={}", novnc()?.display());
-    let mut machine = Operated::spawn(&mut graphics_land::atoll(&initramfs, "virgl=on", &display)?, folder)?;
+    let mut command = graphics_land::atoll(&initramfs, "virgl=on", &display)?;
+    let mut machine = Operated::spawn(tied::to_this_thread(&mut command), folder)?;
     machine.console.prompt(BOOT_LIMIT)?;
     graphics_land::turn_cube(&mut machine.console)?;
     Ok(machine)

@@ -95,7 +95,7 @@ impl fmt::Debug for Surroundings {
 
 impl Surroundings {
     /// The id of something new.
-    pub(super) fn next_cause(&self) -> CauseId {
+    pub(crate) fn next_cause(&self) -> CauseId {
         // 0 is "no cause".
         CauseId(self.causes.fetch_add(1, Ordering::Relaxed).wrapping_add(1))
     }

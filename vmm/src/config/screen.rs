@@ -233,10 +233,10 @@ impl DisplayConfig {
         if let Some(vnc) = &self.vnc {
             vnc.parse::<ViewersAt>()?;
         }
-        if let Some(web) = &self.web
-            && matches!(web.parse()?, ViewersAt::Path(_))
-        {
-            return Err("web is a TCP address of this host, as in 127.0.0.1:8006".into());
+        if let Some(web) = &self.web {
+            web.parse::<SocketAddr>()
+                .map_err(|_| format!("web is a TCP address of this host, as in 127.0.0.1:8006, and not '{web}'"))?;
+            web.parse::<ViewersAt>()?;
         }
         Ok(())
     }

@@ -59,6 +59,9 @@ pub enum DeviceState {
 pub enum RecoveryClass {
     /// Every request completes exactly once.
     Full,
+    /// Every request completes exactly once, but what the driver has made in the backend (contexts of a GPU in 3D) is lost, and it
+    /// makes others.
+    ContextLoss,
     /// Only when nothing was in flight.
     IdleOnly,
     /// Not at all.

@@ -5,11 +5,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use atoll_protocol::lifecycle::LifecycleEvent;
 use atoll_protocol::sidecar::DeviceClass;
 use atoll_protocol::socket::FrameSocket;
 use atoll_protocol::{DeviceId, Generation};
 
-use super::line::DisplayLine;
+use super::line::{DisplayLine, ORDER_MAX};
+use crate::actor::Surroundings;
 use crate::backend::{
     Attachment, Household, Kept, KeptProcess, PassedFd, PolicyConfig, WatchLimits, beside_this_binary,
 };
@@ -26,6 +28,7 @@ const PROGRAM: &str = "atoll-display";
 /// Joins each incarnation with its line.
 struct OnLine {
     line: Arc<DisplayLine>,
+    surroundings: Surroundings,
     control: Mutex<Option<FrameSocket>>,
 }
 
@@ -35,16 +38,21 @@ impl Attachment for OnLine {
         *self.control.lock().unwrap_or_else(PoisonError::into_inner) = Some(control);
         Ok(fds)
     }
-    fn attach(&self, _generation: Generation) -> Result<(), Box<dyn StdError + Send + Sync>> {
+    fn attach(&self, generation: Generation) -> Result<(), Box<dyn StdError + Send + Sync>> {
         let control = self.control.lock().unwrap_or_else(PoisonError::into_inner).take();
-        self.line.enter(control.ok_or("it was started without a control socket")?);
+        let surroundings = self.surroundings.clone();
+        let stuck = move || {
+            let cause = surroundings.next_cause();
+            surroundings.supervision.report(LifecycleEvent::DeviceStalled { device: DEVICE, generation, cause });
+        };
+        self.line.enter(control.ok_or("it was started without a control socket")?, stuck);
         Ok(())
     }
     fn detach(&self) {
         self.line.leave();
     }
     fn give_up(&self) {
-        self.line.leave();
+        self.line.give_up();
     }
     fn done(&self) -> u64 {
         self.line.obeyed()
@@ -88,7 +96,8 @@ impl DeviceBuilder for DisplayBuilder {
             policy: PolicyConfig::default(),
             story: Some(self.story),
         };
-        let attachment = OnLine { line: self.line, control: Mutex::default() };
+        let surroundings = self.household.surroundings(ORDER_MAX);
+        let attachment = OnLine { line: self.line, surroundings, control: Mutex::default() };
         let kept = Kept::start(process, Arc::new(attachment), &self.household).map_err(|error| failed(error.into()))?;
         Ok(built(kept))
     }

@@ -3,133 +3,41 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener};
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use atoll_protocol::display::SCANOUTS_MAX;
 use atoll_protocol::display::control::{DisplayOrder, DisplayReport};
-use atoll_protocol::socket::{FrameSocket, SocketError};
-use rustix::fs::{MemfdFlags, Mode as FileMode, OFlags, SealFlags};
-use rustix::rand::{GetRandomFlags, getrandom};
+use atoll_protocol::socket::FrameSocket;
+use rustix::fs::{MemfdFlags, SealFlags};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-use super::Joint;
+use super::error::DisplayError;
+use super::joint::Joint;
+use super::place::{Listener, check_novnc, sealed, secret};
 use crate::backend::PassedFd;
 use crate::config::{DisplayConfig, InputKind, Mode, ViewersAt, VmConfig};
 use crate::machine::SerialBranch;
-use crate::unix_socket::{BoundSocket, SocketError as BindError};
 
 /// How long the display's process may take for an order.
-const ORDER_MAX: Duration = Duration::from_secs(5);
-/// Letters of a password that is made up.
-const SECRET_LEN: usize = 24;
-/// Bytes of one that is given.
-const SECRET_MAX: usize = 256;
+pub(super) const ORDER_MAX: Duration = Duration::from_secs(5);
+/// How long an operator's order waits for a successor of a process that has died.
+const SUCCESSOR_MAX: Duration = Duration::from_secs(2);
+/// How long a process may take to have pictures of all heads.
+const FIRST_PICTURE_MAX: Duration = Duration::from_millis(500);
+/// Between two looks whether it has them.
+const LOOK: Duration = Duration::from_millis(10);
 /// Bytes in which a process writes down sizes for its successors: columns and rows of each head.
 const ASKED_LEN: u64 = 8 * SCANOUTS_MAX as u64;
-/// Letters that nobody confuses.
-const LETTERS: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
-/// What is in noVNC's folder, and in no other.
-const NOVNC_FILE: &str = "core/rfb.js";
-/// Who may read a file beside its owner.
-const OTHERS_READ: u32 = 0o044;
 /// Bytes of a picture that a client takes.
 const PICTURE_MAX: u64 = 64 << 20;
-
-/// Why there is no line for a display, or why it does not do as it is asked.
-#[derive(Debug, Error)]
-pub enum DisplayError {
-    /// A UNIX socket.
-    #[error("display: {0}")]
-    Socket(#[from] BindError),
-    /// A TCP port.
-    #[error("display: cannot listen at {place}: {source}; choose another port, or 0 for any")]
-    Port {
-        /// Where.
-        place: String,
-        /// The kernel's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The password.
-    #[error("display: the password in {}: {what}", .path.display())]
-    Secret {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        what: String,
-    },
-    /// The folder of noVNC.
-    #[error(
-        "display: novnc={} has no {NOVNC_FILE}: name noVNC's folder, as /usr/share/novnc of the package novnc, or leave novnc out",
-        .0.display()
-    )]
-    Novnc(PathBuf),
-    /// No descriptors left.
-    #[error("display: {0}")]
-    Host(#[from] std::io::Error),
-    /// There is no process at the moment.
-    #[error("the display's process is not there at the moment: ask again")]
-    Nobody,
-    /// It does not answer.
-    #[error("the display's process does not answer ({0}): it is replaced if it is stuck; ask again")]
-    Silent(#[from] SocketError),
-    /// Who recorded is gone.
-    #[error(
-        "the display's process has ended, and the recording of head {0} with it: the file is whole and has what was seen until a \
-         few seconds before; begin another, to another file"
-    )]
-    Cut(u32),
-    /// It says no.
-    #[error("{0}")]
-    Refused(String),
-    /// What it says cannot be right.
-    #[error("the display's process answers something else: {0}")]
-    Absurd(&'static str),
-}
-
-#[derive(Debug)]
-enum Listener {
-    Unix(BoundSocket),
-    /// With its address, which the threads that are asked for it may not ask the kernel for.
-    Tcp(TcpListener, SocketAddr),
-}
-
-impl Listener {
-    fn open(place: &ViewersAt) -> Result<Self, DisplayError> {
-        match place {
-            ViewersAt::Path(path) => Ok(Self::Unix(BoundSocket::bind(path)?)),
-            ViewersAt::Tcp(address) => {
-                let refused = |source| DisplayError::Port { place: address.to_string(), source };
-                let listener = TcpListener::bind(address).map_err(refused)?;
-                let address = listener.local_addr()?;
-                Ok(Self::Tcp(listener, address))
-            }
-        }
-    }
-    fn pass(&self) -> std::io::Result<OwnedFd> {
-        match self {
-            Self::Unix(socket) => socket.listener().try_clone().map(OwnedFd::from),
-            Self::Tcp(listener, _) => listener.try_clone().map(OwnedFd::from),
-        }
-    }
-    fn port(&self) -> Option<String> {
-        match self {
-            Self::Unix(_) => None,
-            Self::Tcp(_, address) => Some(address.to_string()),
-        }
-    }
-}
 
 /// Where a person goes to see the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -157,6 +65,29 @@ enum Tape {
     Cut,
 }
 
+/// Tells whoever keeps the process that it does not answer.
+type Stuck = Box<dyn Fn() + Send + Sync>;
+
+/// The process.
+enum Process {
+    /// It has died, or has hung up on us, and another is on its way.
+    Coming,
+    /// It takes orders.
+    There { control: FrameSocket, since: Instant, stuck: Stuck },
+    /// There is none until an operator revives it.
+    GivenUp,
+}
+
+impl fmt::Debug for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Coming => "Coming",
+            Self::There { .. } => "There",
+            Self::GivenUp => "GivenUp",
+        })
+    }
+}
+
 /// The place of a display.
 #[derive(Debug)]
 pub struct DisplayLine {
@@ -170,62 +101,15 @@ pub struct DisplayLine {
     heads: u32,
     /// Sizes that operators and viewers have asked for, which the process writes and its successor reads.
     asked: OwnedFd,
-    control: Mutex<Option<FrameSocket>>,
+    process: Mutex<Process>,
+    /// Another process is there.
+    entered: Condvar,
     joint: Arc<Joint>,
     /// The guest's serial console, for the page.
     serial: Option<Arc<SerialBranch>>,
     tapes: Mutex<BTreeMap<u32, Tape>>,
     /// Orders that all processes have carried out.
     obeyed: AtomicU64,
-}
-
-/// The password that viewers over TCP are asked for.
-fn secret(config: &DisplayConfig) -> Result<String, DisplayError> {
-    let Some(path) = &config.password_file else {
-        let mut bytes = [0; SECRET_LEN];
-        getrandom(&mut bytes, GetRandomFlags::empty()).map_err(std::io::Error::from)?;
-        let letters = bytes.iter().filter_map(|byte| LETTERS.get(usize::from(byte % 32)));
-        return Ok(letters.map(|letter| char::from(*letter)).collect());
-    };
-    let wrong = |what: String| DisplayError::Secret { path: path.clone(), what };
-    let mut text = String::new();
-    // A pipe would keep whoever opens it waiting.
-    let file = rustix::fs::open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, FileMode::empty());
-    let remedy =
-        "give a file with a line in it that can be read, or leave password_file out: then a password is made up";
-    let file = File::from(file.map_err(|errno| wrong(format!("{}; {remedy}", std::io::Error::from(errno))))?);
-    let about = file.metadata().map_err(|error| wrong(error.to_string()))?;
-    if !about.is_file() {
-        return Err(wrong("it is no plain file: give one with a line in it".into()));
-    }
-    if about.permissions().mode() & OTHERS_READ != 0 {
-        let file = path.display();
-        tracing::warn!(%file, "others may read the file with the display's password: chmod 600 {file}");
-    }
-    let most = SECRET_MAX as u64 + 3;
-    file.take(most).read_to_string(&mut text).map_err(|error| wrong(error.to_string()))?;
-    let word = text.trim_end_matches(['\r', '\n']);
-    if !(1..=SECRET_MAX).contains(&word.len())
-        || !word.chars().all(|letter| letter.is_ascii_alphanumeric() || "-_".contains(letter))
-    {
-        return Err(wrong(format!("it is one line of 1 to {SECRET_MAX} letters, digits, - and _")));
-    }
-    Ok(word.to_owned())
-}
-
-/// The folder is noVNC's. The display's process reads it when it starts, and can only tell browsers that nothing is there.
-fn check_novnc(folder: &Path) -> Result<(), DisplayError> {
-    if folder.join(NOVNC_FILE).is_file() { Ok(()) } else { Err(DisplayError::Novnc(folder.into())) }
-}
-
-/// Bytes as a descriptor that nobody changes.
-fn sealed(bytes: &[u8]) -> std::io::Result<OwnedFd> {
-    let memfd = rustix::fs::memfd_create("display-secret", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let mut file = File::from(memfd);
-    file.write_all(bytes)?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE | SealFlags::SEAL)?;
-    rustix::fs::seek(&file, rustix::fs::SeekFrom::Start(0))?;
-    Ok(file.into())
 }
 
 /// Memory for sizes, all of them zero, as long as it stays.
@@ -259,9 +143,25 @@ impl DisplayLine {
         let (vnc, web) = (place(&display.vnc)?, place(&display.web)?);
         let open = [&vnc, &web].into_iter().flatten().any(|listener| matches!(listener, Listener::Tcp(..)));
         let secret = if open || display.password_file.is_some() { Some(secret(display)?) } else { None };
-        let (config, control, joint) = (display.clone(), Mutex::default(), Arc::clone(joint));
+        let (config, process, joint) = (display.clone(), Mutex::new(Process::Coming), Arc::clone(joint));
+        let entered = Condvar::new();
         let (tapes, obeyed, asked) = (Mutex::default(), AtomicU64::new(0), memory()?);
-        Ok(Some(Self { vnc, web, config, secret, inputs, modes, heads, asked, control, joint, serial, tapes, obeyed }))
+        Ok(Some(Self {
+            vnc,
+            web,
+            config,
+            secret,
+            inputs,
+            modes,
+            heads,
+            asked,
+            process,
+            entered,
+            joint,
+            serial,
+            tapes,
+            obeyed,
+        }))
     }
 
     /// The configuration, with the ports that the kernel has chosen.
@@ -298,8 +198,8 @@ impl DisplayLine {
         self.tapes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<FrameSocket>> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    fn process(&self) -> MutexGuard<'_, Process> {
+        self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What an incarnation inherits, and our end of its control socket.
@@ -327,9 +227,10 @@ impl DisplayLine {
         Ok((fds, FrameSocket::new(ours.into())))
     }
 
-    /// A process is there: it takes orders from now on, and pictures.
-    pub(crate) fn enter(self: &Arc<Self>, control: FrameSocket) {
-        *self.lock() = Some(control);
+    /// A process is there: it takes orders from now on, and pictures. `stuck` has it replaced if it does not answer.
+    pub(crate) fn enter(self: &Arc<Self>, control: FrameSocket, stuck: impl Fn() + Send + Sync + 'static) {
+        *self.process() = Process::There { control, since: Instant::now(), stuck: Box::new(stuck) };
+        self.entered.notify_all();
         let line = Arc::downgrade(self);
         self.joint.shown_by(move |socket| {
             let Some(line) = line.upgrade() else { return };
@@ -341,9 +242,26 @@ impl DisplayLine {
 
     /// It is gone.
     pub(crate) fn leave(&self) {
+        self.left(Process::Coming);
+    }
+
+    /// There will be no other, until one enters all the same.
+    pub(crate) fn give_up(&self) {
+        self.left(Process::GivenUp);
+        self.entered.notify_all();
+    }
+
+    fn left(&self, next: Process) {
         self.joint.shown_by_nobody();
-        *self.lock() = None;
+        *self.process() = next;
         self.tapes().values_mut().for_each(|tape| *tape = Tape::Cut);
+    }
+
+    /// Waits for a successor, where one is on its way.
+    fn await_process(&self, until: Instant) {
+        let left = until.saturating_duration_since(Instant::now());
+        let is_coming = |process: &mut Process| matches!(process, Process::Coming);
+        drop(self.entered.wait_timeout_while(self.process(), left, is_coming));
     }
 
     /// How many orders all processes so far have answered: one that does has not died for nothing.
@@ -353,8 +271,12 @@ impl DisplayLine {
 
     /// Orders something and waits for the answer, and for what comes beside it.
     fn order(&self, order: &DisplayOrder, beside: &[&OwnedFd]) -> Result<(DisplayReport, Vec<OwnedFd>), DisplayError> {
-        let mut control = self.lock();
-        let socket = control.as_mut().ok_or(DisplayError::Nobody)?;
+        let mut process = self.process();
+        let (socket, stuck) = match &mut *process {
+            Process::There { control, stuck, .. } => (control, stuck),
+            Process::Coming => return Err(DisplayError::Nobody),
+            Process::GivenUp => return Err(DisplayError::GivenUp),
+        };
         let beside: Vec<_> = beside.iter().map(|fd| fd.as_fd()).collect();
         let answered =
             socket.writer.send(order, &beside, ORDER_MAX).and_then(|()| socket.reader.receive(Some(ORDER_MAX)));
@@ -362,9 +284,9 @@ impl DisplayLine {
             Ok(frame) => frame,
             Err(error) => {
                 // What it answers later would be taken for the answer to something else.
-                if let Some(socket) = control.take() {
-                    socket.reader.hang_up_handle().hang_up();
-                }
+                socket.reader.hang_up_handle().hang_up();
+                stuck();
+                *process = Process::Coming;
                 return Err(error.into());
             }
         };
@@ -394,6 +316,27 @@ impl DisplayLine {
     /// There is no such head, it shows nothing, or nobody answers.
     pub fn screenshot(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
         self.has(head)?;
+        let until = Instant::now() + SUCCESSOR_MAX;
+        loop {
+            self.await_process(until);
+            match self.picture(head) {
+                // It has died meanwhile, or has just come and knows no picture yet.
+                Err(DisplayError::Nobody) => {}
+                Err(DisplayError::Silent(error)) if error.is_hang_up() => {}
+                Err(DisplayError::Refused(_)) if self.has_just_come() => std::thread::sleep(LOOK),
+                picture => return picture,
+            }
+            if Instant::now() >= until {
+                return Err(DisplayError::Nobody);
+            }
+        }
+    }
+
+    fn has_just_come(&self) -> bool {
+        matches!(&*self.process(), Process::There { since, .. } if since.elapsed() < FIRST_PICTURE_MAX)
+    }
+
+    fn picture(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
         let (report, mut beside) = self.order(&DisplayOrder::Screenshot { head }, &[])?;
         let (DisplayReport::Screenshot { .. }, Some(picture), None) = (report, beside.pop(), beside.pop()) else {
             return Err(DisplayError::Absurd("no picture"));
@@ -414,6 +357,7 @@ impl DisplayLine {
     /// There is no such head, or nobody answers.
     pub fn resize(&self, head: u32, width: u32, height: u32) -> Result<(), DisplayError> {
         self.has(head)?;
+        self.await_process(Instant::now() + SUCCESSOR_MAX);
         match self.order(&DisplayOrder::Resize { head, width, height }, &[])? {
             (DisplayReport::Done, _) => Ok(()),
             _ => Err(DisplayError::Absurd("no word of the size")),
@@ -426,6 +370,7 @@ impl DisplayLine {
     /// It is being recorded, or nobody answers.
     pub fn record(&self, head: u32, file: &OwnedFd) -> Result<(), DisplayError> {
         self.has(head)?;
+        self.await_process(Instant::now() + SUCCESSOR_MAX);
         // First, so that a process that dies behind its answer leaves it cut.
         let before = self.tapes().insert(head, Tape::Running);
         let begun = match self.order(&DisplayOrder::Record { head }, &[file]) {
@@ -453,7 +398,9 @@ impl DisplayLine {
         }
         let told = self.order(&DisplayOrder::StopRecord { head }, &[]).map_err(|error| match error {
             // A process that does not answer is hung up on, and ends what it records.
-            DisplayError::Nobody | DisplayError::Silent(_) if tape.is_some() => DisplayError::Cut(head),
+            DisplayError::Nobody | DisplayError::GivenUp | DisplayError::Silent(_) if tape.is_some() => {
+                DisplayError::Cut(head)
+            }
             error => error,
         });
         match told? {
@@ -465,6 +412,8 @@ impl DisplayLine {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
     use crate::config::GpuConfig;
 
@@ -476,7 +425,7 @@ mod tests {
     /// A process of the display's that answers these orders with these reports, one after the other, and ends.
     fn process(line: &Arc<DisplayLine>, reports: Vec<DisplayReport>) -> std::thread::JoinHandle<()> {
         let (fds, ours) = line.descriptors().unwrap();
-        line.enter(ours);
+        line.enter(ours, || {});
         let control = fds.into_iter().find(|passed| passed.flag == "--control-fd").unwrap();
         let mut socket = FrameSocket::new(control.fd);
         std::thread::spawn(move || {
@@ -517,6 +466,39 @@ mod tests {
         assert!(line.tapes().is_empty());
     }
 
+    /// A process that ends instead of an answer is told of as stuck, which costs one that is dead nothing. Whoever wants a picture
+    /// meanwhile gets its successor's, once that has one; the new size waits, too. Where there will be no successor, nobody waits.
+    #[test]
+    fn orders_wait_for_a_successor() {
+        let line = open(DisplayConfig::default()).unwrap();
+        let (fds, ours) = line.descriptors().unwrap();
+        let told = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&told);
+        line.enter(ours, move || _ = count.fetch_add(1, Ordering::Relaxed));
+        drop(fds);
+        let asked = Arc::clone(&line);
+        let picture = std::thread::spawn(move || asked.screenshot(0));
+        let begin = Instant::now();
+        while told.load(Ordering::Relaxed) == 0 {
+            assert!(begin.elapsed() < ORDER_MAX);
+            std::thread::sleep(LOOK);
+        }
+        let refused = DisplayReport::Refused { reason: "head 0 shows nothing".into() };
+        let absurd = DisplayReport::Done;
+        process(&line, vec![refused, absurd]);
+        // The one that answers something else has answered.
+        assert!(matches!(picture.join().unwrap(), Err(DisplayError::Absurd(_))));
+        line.leave();
+        let resizer = Arc::clone(&line);
+        let resized = std::thread::spawn(move || resizer.resize(0, 640, 480));
+        process(&line, vec![DisplayReport::Done]);
+        resized.join().unwrap().unwrap();
+        line.give_up();
+        let begin = Instant::now();
+        assert!(matches!(line.screenshot(0), Err(DisplayError::GivenUp)));
+        assert!(begin.elapsed() < SUCCESSOR_MAX, "nobody is waited for");
+    }
+
     /// One line each, with the file's name and the remedy.
     #[test]
     fn files_that_are_not_there_are_named() {
@@ -525,7 +507,7 @@ mod tests {
         let told = open(novnc.clone()).unwrap_err().to_string();
         assert!(told.contains(&*folder.path().to_string_lossy()) && told.contains("/usr/share/novnc"), "{told}");
         std::fs::create_dir(folder.path().join("core")).unwrap();
-        std::fs::write(folder.path().join(NOVNC_FILE), "export default 1;").unwrap();
+        std::fs::write(folder.path().join("core/rfb.js"), "export default 1;").unwrap();
         open(novnc).unwrap();
 
         let secret = |path: PathBuf| DisplayConfig { password_file: Some(path), ..DisplayConfig::default() };

@@ -6,9 +6,12 @@
 //! nothing.
 
 mod builder;
+mod error;
 mod joint;
 mod line;
+mod place;
 
 pub use builder::DisplayBuilder;
+pub use error::DisplayError;
 pub use joint::Joint;
-pub use line::{DisplayError, DisplayLine, WhereToLook};
+pub use line::{DisplayLine, WhereToLook};

@@ -9,6 +9,7 @@ use atoll_devices::virtio::pci::{VirtioPci, VirtioPciParts};
 use atoll_devices::virtio::{NotifyPlacement, VirtioFrontend};
 
 use super::call::Transport;
+use super::class;
 use super::device::{Connected, DeviceState, Recovery, Spare, VhostDevice};
 use super::fault::Fault;
 use super::iotlb::Behind;
@@ -144,6 +145,7 @@ fn place(mut connected: Connected, kind: DeviceKind, board: &mut Board) -> Resul
     let bars = board.bar_mapping();
     let (intx, intx_line) = board.next_pin();
     let doorbells = Placements::new(board.doorbells(), frontend.doorbells());
+    let forgets = class::forgets(&offer);
     let frontend: Box<dyn VirtioFrontend> = Box::new(frontend);
     let function = VirtioPci::new(VirtioPciParts {
         offer,
@@ -163,7 +165,7 @@ fn place(mut connected: Connected, kind: DeviceKind, board: &mut Board) -> Resul
     if let Some(Behind { unit, endpoint }) = &behind {
         unit.join(*endpoint, device.endpoint());
     }
-    let life = Box::new(VhostLife { device, name: name.clone(), kind, place, behind });
+    let life = Box::new(VhostLife { device, name: name.clone(), kind, forgets, place, behind });
     Ok(BuiltDevice { name, place: Some(place), life })
 }
 
@@ -240,6 +242,8 @@ struct VhostLife {
     device: VhostDevice,
     name: String,
     kind: DeviceKind,
+    /// What the driver has made in the backend goes with it.
+    forgets: bool,
     place: DevFn,
     behind: Option<Behind>,
 }
@@ -316,6 +320,7 @@ impl DeviceLife for VhostLife {
             upgrade: status.upgrade,
             link: status.link,
             recovery: match status.recovery {
+                Recovery::Full if self.forgets => RecoveryClass::ContextLoss,
                 Recovery::Full => RecoveryClass::Full,
                 Recovery::IdleOnly => RecoveryClass::IdleOnly,
             },

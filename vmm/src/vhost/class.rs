@@ -8,6 +8,9 @@ use atoll_devices::virtio::{DeviceOffer, device_class};
 use super::error::ConversationError;
 use super::session::Capabilities;
 
+/// Feature bit of a GPU in 3D (virtio 1.2, 5.7.3).
+const GPU_VIRGL: u64 = 1;
+
 /// The configuration space that a backend is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConfigWish {
@@ -57,6 +60,11 @@ pub(super) fn answers(device_type: u16, queue: u16) -> bool {
         device_class::NET => !queue.is_multiple_of(2),
         _ => false,
     }
+}
+
+/// Whether a driver of such a device makes things in its backend that no successor has: contexts of a GPU in 3D (virtio 1.2, 5.7.6).
+pub(super) fn forgets(offer: &DeviceOffer) -> bool {
+    offer.device_type == device_class::GPU && offer.features & GPU_VIRGL != 0
 }
 
 /// Whether a queue of a device of this type holds requests, rather than buffers for what may come from outside.
