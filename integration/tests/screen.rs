@@ -21,6 +21,10 @@ fn a_picture_outlives_who_draws_and_who_shows_it() -> Result<()> {
         victims.iter().try_for_each(|victim| screen.kill(victim))?;
         screen.shows(0).with_context(|| format!("after the death of {victims:?}"))?;
     }
+    // Who asks while nobody is there waits for the successor, and gets the picture.
+    screen.strike("atoll-display")?;
+    let (size, seen) = screenshot(&mut operator(&screen.api)?).context("a picture, asked for in the middle")?;
+    ensure!(PICTURE.wrong(0, size, &seen) == 0, "a picture that was asked for in the middle is another");
     screen.console().run("dd if=/dev/zero of=/dev/fb0 bs=4096000 count=1 2>/dev/null", STEP)?;
     let begin = Instant::now();
     while screenshot(&mut operator(&screen.api)?)?.1.iter().any(|byte| *byte != 0) {

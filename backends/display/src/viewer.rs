@@ -419,16 +419,57 @@ async fn send(writer: &mut (impl AsyncWrite + Unpin), out: &mut Vec<u8>) -> Resu
     Ok(())
 }
 
-async fn write(writer: &mut (impl AsyncWrite + Unpin), mut bytes: &[u8]) -> Result<(), ViewerError> {
-    let slow = |_| ViewerError::Slow { what: "read", limit: READ_MAX };
-    let (mut until, mut read) = (Instant::now() + READ_MAX, 0);
+async fn write(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Result<(), ViewerError> {
+    write_within(writer, bytes, READ_MAX).await
+}
+
+/// Writes; each [`READ_MIN`] has to be taken within `limit`.
+async fn write_within(
+    writer: &mut (impl AsyncWrite + Unpin),
+    mut bytes: &[u8],
+    limit: Duration,
+) -> Result<(), ViewerError> {
+    let slow = |_| ViewerError::Slow { what: "read", limit };
+    let (mut until, mut read) = (Instant::now() + limit, 0);
     while !bytes.is_empty() {
         let count = timeout_at(until, writer.write(bytes)).await.map_err(slow)??;
         bytes = bytes.get(count..).filter(|_| count > 0).ok_or(ViewerError::Gone)?;
         read += count;
         if read >= READ_MIN {
-            (until, read) = (Instant::now() + READ_MAX, 0);
+            (until, read) = (Instant::now() + limit, 0);
         }
     }
     Ok(timeout_at(until, writer.flush()).await.map_err(slow)??)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::runtime::Builder;
+
+    use super::*;
+
+    /// A viewer at the end of a slow line takes longer for a picture than it has for a part, and gets it whole; one that takes
+    /// nothing is given up.
+    #[test]
+    fn slow_is_not_stuck() {
+        const LIMIT: Duration = Duration::from_millis(1000);
+        let runtime = Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let picture = vec![7; 10 * READ_MIN];
+            let (mut writer, mut reader) = tokio::io::duplex(4096);
+            let begun = Instant::now();
+            let reads = async {
+                let mut part = vec![0; READ_MIN];
+                for _ in 0..10 {
+                    sleep(LIMIT / 5).await;
+                    reader.read_exact(&mut part).await.unwrap();
+                }
+            };
+            let (written, ()) = tokio::join!(write_within(&mut writer, &picture, LIMIT), reads);
+            written.unwrap();
+            assert!(begun.elapsed() > LIMIT);
+            let stuck = write_within(&mut writer, &picture, LIMIT / 10).await;
+            assert!(matches!(stuck, Err(ViewerError::Slow { what: "read", .. })), "{stuck:?}");
+        });
+    }
 }
