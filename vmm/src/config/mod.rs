@@ -4,28 +4,34 @@
 //! read back what they sent: a key that was not given is left out of the echo. Nothing here opens a file or starts a
 //! process; [`VmConfig::check`] finds what can be found without either.
 
+mod care;
 mod check;
 mod device;
 mod device_flags;
+mod disk;
 mod file;
 mod flags;
 mod keyvalue;
 mod kind;
 mod limits;
+mod net;
 mod payload;
 mod screen;
 mod screen_flags;
 mod user_device;
 
+pub use care::{Isolation, OnFailure, Track};
 pub use check::{ConfigError, QUEUE_SIZE_BEHIND_MAX};
 pub use device::{
-    ConsoleConfig, ConsoleMode, Descriptors, DeviceConfig, DiskConfig, FsConfig, GenericVhostUserConfig, ImageType,
-    Isolation, NetConfig, OnFailure, PassthroughConfig, RngConfig, Track, VsockConfig,
+    ConsoleConfig, ConsoleMode, DeviceConfig, FsConfig, GenericVhostUserConfig, PassthroughConfig, RngConfig,
+    VsockConfig,
 };
+pub use disk::{DiskConfig, ImageType};
 pub use file::{FileError, MachineFile, RunWords};
 pub use keyvalue::{FlagError, KeyError, PathOrFd, bytes_of};
 pub use kind::DeviceKind;
 pub use limits::{RateLimiterConfig, TokenBucketConfig};
+pub use net::{Descriptors, NetConfig};
 pub use payload::{CpuChoice, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig};
 pub use screen::{DisplayConfig, GpuConfig, InputConfig, InputKind, Mode, ViewersAt};
 pub use user_device::{NvmeConfig, UserDeviceConfig};

@@ -7,8 +7,8 @@ use std::str::FromStr;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::care::{OnFailure, is_false};
 use super::check::{Wrong, check_socket};
-use super::device::{OnFailure, is_false};
 
 /// Most screens of a GPU (virtio 1.2, 5.7.4: num_scanouts).
 const SCANOUTS_MAX: u16 = 16;

@@ -1,6 +1,7 @@
 //! GPU, display and input devices, as they are written on the command line.
 
-use super::device_flags::{device, on_failure};
+use super::care::on_failure;
+use super::device_flags::device;
 use super::flags::named;
 use super::keyvalue::{Bytes, FlagError, KeyError, OptionValue, Options};
 use super::{ConfigError, DeviceConfig, DisplayConfig, GpuConfig, InputConfig, InputKind, Mode};

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::device::{ImageType, OnFailure, image_type, is_false};
+use super::care::{OnFailure, is_false};
+use super::disk::{ImageType, image_type};
 
 /// An NVMe disk: a controller on an image, in a process of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -33,7 +33,7 @@ const SUCCESSOR_MAX: Duration = Duration::from_secs(2);
 /// How long a process may take to have pictures of all heads.
 const FIRST_PICTURE_MAX: Duration = Duration::from_millis(500);
 /// Between two looks whether it has them.
-const LOOK: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_millis(5);
 /// Bytes in which a process writes down sizes for its successors: columns and rows of each head.
 const ASKED_LEN: u64 = 8 * SCANOUTS_MAX as u64;
 /// Bytes of a picture that a client takes.
