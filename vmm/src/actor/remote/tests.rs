@@ -1,10 +1,12 @@
 //! Stories of a device at the other end of a socket, and of a lane beside it where there is one, played by the test itself.
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::time::Instant;
 
 use atoll_devices::interrupt::WireSink;
+use atoll_protocol::bus::Refusal;
 use atoll_protocol::lane::DeviceEnd;
 use atoll_protocol::{LineIndex, Space};
 
