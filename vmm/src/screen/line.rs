@@ -302,6 +302,28 @@ impl DisplayLine {
         }
     }
 
+    /// The same of whoever is there or comes: what the order asks for may be done twice. `first` is done before each try.
+    fn insist(
+        &self,
+        order: &DisplayOrder,
+        beside: &[&OwnedFd],
+        first: impl Fn(),
+    ) -> Result<(DisplayReport, Vec<OwnedFd>), DisplayError> {
+        let until = Instant::now() + SUCCESSOR_MAX;
+        loop {
+            self.await_process(until);
+            first();
+            match self.order(order, beside) {
+                Err(DisplayError::Nobody) => {}
+                Err(DisplayError::Silent(error)) if error.is_hang_up() => {}
+                answered => return answered,
+            }
+            if Instant::now() >= until {
+                return Err(DisplayError::Nobody);
+            }
+        }
+    }
+
     fn has(&self, head: u32) -> Result<(), DisplayError> {
         let all = self.heads;
         if head < all {
@@ -318,16 +340,12 @@ impl DisplayLine {
         self.has(head)?;
         let until = Instant::now() + SUCCESSOR_MAX;
         loop {
-            self.await_process(until);
             match self.picture(head) {
-                // It has died meanwhile, or has just come and knows no picture yet.
-                Err(DisplayError::Nobody) => {}
-                Err(DisplayError::Silent(error)) if error.is_hang_up() => {}
-                Err(DisplayError::Refused(_)) if self.has_just_come() => std::thread::sleep(LOOK),
+                // It has just come and knows no picture yet.
+                Err(DisplayError::Refused(_)) if self.has_just_come() && Instant::now() < until => {
+                    std::thread::sleep(LOOK);
+                }
                 picture => return picture,
-            }
-            if Instant::now() >= until {
-                return Err(DisplayError::Nobody);
             }
         }
     }
@@ -337,7 +355,7 @@ impl DisplayLine {
     }
 
     fn picture(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
-        let (report, mut beside) = self.order(&DisplayOrder::Screenshot { head }, &[])?;
+        let (report, mut beside) = self.insist(&DisplayOrder::Screenshot { head }, &[], || {})?;
         let (DisplayReport::Screenshot { .. }, Some(picture), None) = (report, beside.pop(), beside.pop()) else {
             return Err(DisplayError::Absurd("no picture"));
         };
@@ -357,8 +375,7 @@ impl DisplayLine {
     /// There is no such head, or nobody answers.
     pub fn resize(&self, head: u32, width: u32, height: u32) -> Result<(), DisplayError> {
         self.has(head)?;
-        self.await_process(Instant::now() + SUCCESSOR_MAX);
-        match self.order(&DisplayOrder::Resize { head, width, height }, &[])? {
+        match self.insist(&DisplayOrder::Resize { head, width, height }, &[], || {})? {
             (DisplayReport::Done, _) => Ok(()),
             _ => Err(DisplayError::Absurd("no word of the size")),
         }
@@ -370,10 +387,10 @@ impl DisplayLine {
     /// It is being recorded, or nobody answers.
     pub fn record(&self, head: u32, file: &OwnedFd) -> Result<(), DisplayError> {
         self.has(head)?;
-        self.await_process(Instant::now() + SUCCESSOR_MAX);
+        let before = self.tapes().get(&head).copied();
         // First, so that a process that dies behind its answer leaves it cut.
-        let before = self.tapes().insert(head, Tape::Running);
-        let begun = match self.order(&DisplayOrder::Record { head }, &[file]) {
+        let first = || _ = self.tapes().insert(head, Tape::Running);
+        let begun = match self.insist(&DisplayOrder::Record { head }, &[file], first) {
             Ok((DisplayReport::Done, _)) => Ok(()),
             Ok(_) => Err(DisplayError::Absurd("no word of the recording")),
             Err(error) => Err(error),
@@ -493,6 +510,23 @@ mod tests {
         let resized = std::thread::spawn(move || resizer.resize(0, 640, 480));
         process(&line, vec![DisplayReport::Done]);
         resized.join().unwrap().unwrap();
+
+        // Nobody is told twice that a recording was cut which goes on.
+        let (fds, ours) = line.descriptors().unwrap();
+        line.enter(ours, || {});
+        drop(fds);
+        let recorder = Arc::clone(&line);
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        let recorded = std::thread::spawn(move || recorder.record(0, &file));
+        let begin = Instant::now();
+        while matches!(&*line.process(), Process::There { .. }) {
+            assert!(begin.elapsed() < ORDER_MAX);
+            std::thread::sleep(LOOK);
+        }
+        line.leave();
+        process(&line, vec![DisplayReport::Done]);
+        recorded.join().unwrap().unwrap();
+        assert_eq!(line.where_to_look().recorded, [0]);
         line.give_up();
         let begin = Instant::now();
         assert!(matches!(line.screenshot(0), Err(DisplayError::GivenUp)));
