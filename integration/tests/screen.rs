@@ -104,8 +104,8 @@ fn shows_corner(screen: &Screen, head: u32, size: (usize, usize), corner: (usize
 }
 
 /// Two heads of different size show the guest's frame buffer, and go on doing so when what draws has died; a head that is
-/// resized is a new first choice among the guest's modes, and the other head's stay as they are. A head without a mode is off until
-/// it is given a size, and on from then on.
+/// resized, also while its process is gone, is a new first choice among the guest's modes, and the other head's stay as they are.
+/// A head without a mode is off until it is given a size, and on from then on.
 #[test]
 fn heads_are_told_apart_and_resized() -> Result<()> {
     const HEADS: [(u32, (usize, usize)); 2] = [(0, (1280, 800)), (1, (1024, 768))];
@@ -128,8 +128,12 @@ fn heads_are_told_apart_and_resized() -> Result<()> {
         place::run(&mut order)
     };
     // No larger than the frame buffer device, whose owner in the kernel asks for modes that fit into it.
-    for mode in ["800x600", "640x480"] {
-        resize(mode, "1")?;
+    for (mode, victims) in
+        [("800x600", &[][..]), ("720x480", &["atoll-display"]), ("640x480", &["atoll-display", "atoll-gpu"])]
+    {
+        // Who asks while nobody is there is heard when somebody is.
+        victims.iter().try_for_each(|victim| screen.strike(victim).map(drop))?;
+        resize(mode, "1").with_context(|| format!("in the middle of the death of {victims:?}"))?;
         let begin = Instant::now();
         let mut now = String::new();
         while !now.contains(mode) {

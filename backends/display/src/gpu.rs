@@ -73,7 +73,7 @@ pub async fn attend(stage: Arc<Stage>, mut sockets: mpsc::Receiver<OwnedFd>) {
 
 fn lose(stage: &Stage) {
     let mut heads = stage.lock();
-    (heads.connected, heads.follows) = (false, false);
+    (heads.connected, heads.follows) = (false, None);
 }
 
 async fn converse(stage: &Stage, socket: OwnedFd) -> Result<(), End> {
@@ -91,7 +91,7 @@ async fn converse(stage: &Stage, socket: OwnedFd) -> Result<(), End> {
                 tokio::task::yield_now().await;
             }
             () = stage.wishes.notified() => {
-                if stage.lock().follows {
+                if stage.lock().follows == Some(true) {
                     say(&mut talk.channel, &Reply::Changed)?;
                 }
             }
@@ -150,11 +150,16 @@ impl Talk {
                     return Err(End::Features(features.0));
                 }
                 Request::SetFeatures(features) => {
-                    stage.lock().follows = features.contains(Features::CHANGES);
+                    stage.lock().follows = Some(features.contains(Features::CHANGES));
                     self.frames = if features.contains(Features::FRAMES) { Frames::Agreed } else { Frames::Not };
                 }
                 Request::GetDisplayInfo => {
-                    let info = stage.lock().info();
+                    let info = {
+                        let mut heads = stage.lock();
+                        // One that has not said until then never will.
+                        heads.follows.get_or_insert(false);
+                        heads.info()
+                    };
                     say(channel, &Reply::DisplayInfo(Box::new(info)))?;
                 }
                 Request::GetEdid { scanout } => {

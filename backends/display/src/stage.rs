@@ -70,8 +70,8 @@ pub struct Heads {
     next: ViewerId,
     /// A device is connected.
     pub connected: bool,
-    /// The device says by itself when it has heard of another size.
-    pub follows: bool,
+    /// Whether the device hears of another size by itself; not known before it is connected and has said so. It asks for sizes then.
+    pub follows: Option<bool>,
     /// Heads that are recorded.
     pub recorded: [bool; SCANOUTS_MAX],
 }
@@ -123,7 +123,7 @@ impl Stage {
         self.seat.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A head is to have another size: whether the guest hears of it.
+    /// A head is to have another size: whether the guest hears of it, at once or when its device is there.
     pub fn resize(&self, head: usize, (width, height): (u32, u32)) -> bool {
         let mut heads = self.lock();
         let follows = heads.follows;
@@ -142,7 +142,7 @@ impl Stage {
             }
             self.wishes.notify_one();
         }
-        follows
+        follows.unwrap_or(true)
     }
 }
 
@@ -400,7 +400,9 @@ mod tests {
     #[test]
     fn heads_stand_beside_each_other() {
         let stage = Stage::new(&[(640, 480), (800, 600)]);
-        assert!(!stage.resize(1, (1024, 768)), "nobody follows");
+        assert!(stage.resize(1, (1024, 768)), "a device that comes will ask");
+        stage.lock().follows = Some(false);
+        assert!(!stage.resize(1, (1024, 768)), "it does not follow");
         let heads = stage.lock();
         assert_eq!(heads.info().screens[1].rect, Rect { x: 640, y: 0, width: 1024, height: 768 });
         let (place, all) = heads.place(1, (10, 20));

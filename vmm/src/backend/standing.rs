@@ -89,7 +89,7 @@ impl Standing {
         known.given_up = Some(why);
     }
 
-    /// For people. A successor begins with its registers as at power-on, so only an idle port comes back as it was.
+    /// For people. A port's successor begins with its registers as at power-on, so only an idle one comes back as it was.
     pub(super) fn report(&self, id: &str, kind: DeviceKind) -> DeviceReport {
         let known = self.lock();
         let (state, reason) = match (&known.given_up, known.serves) {
@@ -108,7 +108,7 @@ impl Standing {
             failed_starts: known.failed_starts,
             upgrade: None,
             link: None,
-            recovery: RecoveryClass::IdleOnly,
+            recovery: if kind == DeviceKind::Display { RecoveryClass::ContextLoss } else { RecoveryClass::IdleOnly },
             counted: None,
             pid: known.pid,
             exe: None,

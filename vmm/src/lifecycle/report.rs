@@ -59,8 +59,8 @@ pub enum DeviceState {
 pub enum RecoveryClass {
     /// Every request completes exactly once.
     Full,
-    /// Every request completes exactly once, but what the driver has made in the backend (contexts of a GPU in 3D) is lost, and it
-    /// makes others.
+    /// Every request completes exactly once, but what was made in the process beside them is lost and is made anew: contexts of a GPU
+    /// in 3D, connections and recordings of a display.
     ContextLoss,
     /// Only when nothing was in flight.
     IdleOnly,

@@ -46,7 +46,7 @@ pub enum DisplayError {
     #[error("the display has no process any more: 'info' says why, and 'revive' of _display starts another")]
     GivenUp,
     /// It does not answer.
-    #[error("the display's process does not answer ({0}): it is replaced if it is stuck; ask again")]
+    #[error("the display's process does not answer ({0}) and is replaced: ask again")]
     Silent(#[from] SocketError),
     /// Who recorded is gone.
     #[error(

@@ -30,8 +30,8 @@ use crate::machine::SerialBranch;
 pub(super) const ORDER_MAX: Duration = Duration::from_secs(5);
 /// How long an operator's order waits for a successor of a process that has died.
 const SUCCESSOR_MAX: Duration = Duration::from_secs(2);
-/// How long a process may take to have pictures of all heads.
-const FIRST_PICTURE_MAX: Duration = Duration::from_millis(500);
+/// How long a process may take to have pictures of all heads: a GPU in 3D that has died with it takes a while to come back.
+const FIRST_PICTURE_MAX: Duration = Duration::from_millis(1500);
 /// Between two looks whether it has them.
 const LOOK: Duration = Duration::from_millis(5);
 /// Bytes in which a process writes down sizes for its successors: columns and rows of each head.
@@ -316,12 +316,20 @@ impl DisplayLine {
             match self.order(order, beside) {
                 Err(DisplayError::Nobody) => {}
                 Err(DisplayError::Silent(error)) if error.is_hang_up() => {}
+                // It has just come, and the GPU's pictures have not.
+                Err(DisplayError::Refused(_)) if self.has_just_come() && Instant::now() < until => {
+                    std::thread::sleep(LOOK);
+                }
                 answered => return answered,
             }
             if Instant::now() >= until {
                 return Err(DisplayError::Nobody);
             }
         }
+    }
+
+    fn has_just_come(&self) -> bool {
+        matches!(&*self.process(), Process::There { since, .. } if since.elapsed() < FIRST_PICTURE_MAX)
     }
 
     fn has(&self, head: u32) -> Result<(), DisplayError> {
@@ -338,23 +346,6 @@ impl DisplayLine {
     /// There is no such head, it shows nothing, or nobody answers.
     pub fn screenshot(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
         self.has(head)?;
-        let until = Instant::now() + SUCCESSOR_MAX;
-        loop {
-            match self.picture(head) {
-                // It has just come and knows no picture yet.
-                Err(DisplayError::Refused(_)) if self.has_just_come() && Instant::now() < until => {
-                    std::thread::sleep(LOOK);
-                }
-                picture => return picture,
-            }
-        }
-    }
-
-    fn has_just_come(&self) -> bool {
-        matches!(&*self.process(), Process::There { since, .. } if since.elapsed() < FIRST_PICTURE_MAX)
-    }
-
-    fn picture(&self, head: u32) -> Result<Vec<u8>, DisplayError> {
         let (report, mut beside) = self.insist(&DisplayOrder::Screenshot { head }, &[], || {})?;
         let (DisplayReport::Screenshot { .. }, Some(picture), None) = (report, beside.pop(), beside.pop()) else {
             return Err(DisplayError::Absurd("no picture"));

@@ -19,7 +19,7 @@ const DEPTH_MAX: usize = 8;
 #[derive(Debug, Error)]
 pub enum NovncError {
     /// The folder is something else.
-    #[error("{0} has no core/rfb.js: name noVNC's folder, as /usr/share/novnc of the package novnc")]
+    #[error("{0} has no core/rfb.js: install the package novnc, or name noVNC's folder (novnc=FOLDER)")]
     Missing(String),
     /// It is larger than noVNC.
     #[error("{0} has more than {FILES_MAX} files or {BYTES_MAX} bytes in core and vendor: name noVNC's folder")]

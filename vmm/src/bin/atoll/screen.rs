@@ -42,13 +42,16 @@ pub(crate) fn screenshot(name: &str, head: u32, out: &Path) -> anyhow::Result<()
 pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) -> anyhow::Result<()> {
     // What is written is read again when it is ended. It is emptied when the recording begins: one that is refused leaves the
     // file as it is.
+    let is_new = !out.exists();
     let file = File::options().read(true).write(true).create(true).truncate(false).open(out);
     let file = file.with_context(|| format!("cannot write {}", out.display()))?;
-    signals::block()?;
-    let mut client = Machine::find(name)?.into_client();
-    client
-        .request_with(Method::Put, &format!("{ROOT}/vm.record"), Some(&json!({ "head": head })), &[file.as_fd()])?
-        .json()?;
+    if let Err(error) = begin_record(name, head, &file) {
+        if is_new {
+            // Nothing was recorded. What cannot be removed is empty.
+            let _ = std::fs::remove_file(out);
+        }
+        return Err(error);
+    }
     let deadline = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds.into()));
     loop {
         let left =
@@ -61,6 +64,14 @@ pub(crate) fn record(name: &str, head: u32, seconds: Option<u32>, out: &Path) ->
         }
     }
     stop_record(name, head)
+}
+
+fn begin_record(name: &str, head: u32, file: &File) -> anyhow::Result<()> {
+    signals::block()?;
+    let mut client = Machine::find(name)?.into_client();
+    let (path, body) = (format!("{ROOT}/vm.record"), json!({ "head": head }));
+    client.request_with(Method::Put, &path, Some(&body), &[file.as_fd()])?.json()?;
+    Ok(())
 }
 
 /// Whether a recording goes on, as far as the machine says.
